@@ -1,0 +1,221 @@
+"""Settings: a YAML profile a host over a common base, overridden by the environment and by arguments.
+
+Later layers win: `conf/base.yaml`, `conf/PROFILE.yaml`, `HELPERS_SECTION__KEY` environment variables, arguments
+(`--set section.key=value` or `load_config(**overrides)`). The result is frozen. Executors never see it: what a
+stage needs travels as plain values.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from helpers.errors import ConfigError
+from helpers.storage import StorageOptions
+
+PROJECT = Path(__file__).resolve().parent.parent
+ENVIRONMENT_PREFIX = "HELPERS_"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    """A frozen group of settings that refuses unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SparkSettings(_Section):
+    """How to get a Spark session on this host."""
+
+    mode: Literal["local", "connect", "cluster", "databricks"]
+    master: str
+    app_name: str
+    driver_memory: Annotated[str, Field(pattern=r"^\d+[kmgt]$")]
+    task_attempts: Positive
+    conf: dict[str, str]
+
+    @field_validator("conf", mode="before")
+    @classmethod
+    def _as_text(cls, conf: Any) -> Any:
+        # Spark takes text; YAML and Python give true, 2 and 0.5.
+        if not isinstance(conf, Mapping):
+            return conf
+        return {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in conf.items()}
+
+
+class PathSettings(_Section):
+    """Where data, models, TensorBoard runs and results go."""
+
+    data: str
+    models: str
+    runs: str
+    results: str
+
+    @field_validator("*")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        # Workers on a cluster have another working directory, and notebooks run in their own folder.
+        return value if "://" in value or value.startswith("dbfs:") else str(PROJECT / value)
+
+
+class IngestSettings(_Section):
+    """Which files are images, and how large one may be."""
+
+    suffixes: tuple[str, ...]
+    max_pixels: Positive
+
+
+class PartitionSettings(_Section):
+    """How images are divided into tasks."""
+
+    partitions: Positive | None
+    target_bytes: Positive
+    target_images: Positive
+
+
+class InferenceSettings(_Section):
+    """How OpenVINO runs in a task."""
+
+    precision: Literal["f32", "bf16", "f16"] | None
+    threads: Positive
+    batch_megabytes: Positive
+    max_batch: Positive
+
+
+class Config(_Section):
+    """Every setting of a run; `conf/base.yaml` documents each."""
+
+    profile: str
+    spark: SparkSettings
+    storage: StorageOptions
+    paths: PathSettings
+    resume: bool
+    pictures: Annotated[int, Field(ge=0)]
+    max_failed_share: Fraction
+    ingest: IngestSettings
+    partitioning: PartitionSettings
+    inference: InferenceSettings
+    postprocess: dict[str, float | int | str | bool]
+
+
+def load_config(profile: str | None = None, **overrides: Any) -> Config:
+    """Read, merge and validate the settings of one host.
+
+    Args:
+        profile: a file in `conf/` without its suffix; by default `HELPERS_PROFILE`, or the host found out.
+        overrides: nested mappings (`spark={"master": "local[1]"}`) or dotted names (`**{"spark.master": ...}`).
+
+    Raises:
+        ConfigError: an unknown profile or key, a wrong type or an impossible value; the message names the key,
+            the value and where it was set.
+    """
+    profile = profile or os.environ.get(f"{ENVIRONMENT_PREFIX}PROFILE") or detect_profile()
+    layers = {
+        "conf/base.yaml": _read_profile("base"),
+        f"conf/{profile}.yaml": _read_profile(profile),
+        "the environment": _from_environment(),
+        "the arguments": overrides,
+    }
+    values: dict[str, Any] = {"profile": profile}
+    origins: dict[str, str] = {}
+    for origin, layer in layers.items():
+        for key, value in _flatten(layer):
+            _assign(values, key, value, origin)
+            origins[key] = origin
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origins)) from None
+
+
+def detect_profile() -> str:
+    """Name the profile of the host this process runs on."""
+    if "DATABRICKS_RUNTIME_VERSION" in os.environ:
+        return "databricks"
+    if "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ:
+        return "colab"
+    return "local"
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """Turn `["resume=false", "postprocess.top_k=3"]` into overrides; values are read as YAML."""
+    overrides = {}
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set takes KEY=VALUE, not {assignment!r}, for example --set resume=false")
+        overrides[key] = yaml.safe_load(value)
+    return overrides
+
+
+def _read_profile(name: str) -> dict[str, Any]:
+    path = PROJECT / "conf" / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in (PROJECT / "conf").glob("*.yaml") if p.stem != "base")
+        raise ConfigError(f"no profile {name!r} in conf/; there are {', '.join(known)}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"conf/{name}.yaml is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"conf/{name}.yaml must hold settings as `key: value` lines, not a {type(content).__name__}")
+    return content
+
+
+def _from_environment() -> dict[str, Any]:
+    prefix, settings = ENVIRONMENT_PREFIX, {}
+    for name, value in os.environ.items():
+        if name.startswith(prefix) and name != f"{prefix}PROFILE":
+            settings[name.removeprefix(prefix).lower().replace("__", ".")] = yaml.safe_load(value)
+    return settings
+
+
+def _flatten(layer: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items = []
+    for key, value in layer.items():
+        # Spark's own settings have dots in their names, so what is below spark.conf stays one key each.
+        if isinstance(value, Mapping) and value and prefix != "spark.conf.":
+            items += _flatten(value, f"{prefix}{key}.")
+        else:
+            items.append((f"{prefix}{key}", value))
+    return items
+
+
+def _assign(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    head, _, option = key.partition("spark.conf.")
+    parts = ["spark", "conf", option] if option and not head else key.split(".")
+    for position, part in enumerate(parts[:-1]):
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            above = ".".join(parts[: position + 1])
+            raise ConfigError(f"{key} (set in {origin}): {above} is a single value, nothing can stand below it")
+    if value == {}:
+        values.setdefault(parts[-1], {})
+    else:
+        values[parts[-1]] = value
+
+
+def _explain(error: ValidationError, origins: dict[str, str]) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        matches = [name for name in origins if key == name or key.startswith(f"{name}.")] or [
+            name for name in origins if name.startswith(f"{key}.")
+        ]
+        origin = origins[max(matches, key=len)] if matches else "conf/base.yaml"
+        # A secret pasted where its reference belongs must not be repeated.
+        value = "(not shown)" if key == "storage.credential" else repr(problem["input"])
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            near = difflib.get_close_matches(key, [name for name in origins if name != key], n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; conf/base.yaml lists every setting"
+            lines.append(f"{key} = {value} (set in {origin}): no such setting{hint}")
+        else:
+            lines.append(f"{key} = {value} (set in {origin}): {problem['msg']}")
+    return "\n".join(lines)

@@ -1,0 +1,33 @@
+"""The errors a user can mend: each message names the thing and the remedy, and the command line shows only it."""
+
+
+class UserError(Exception):
+    """Base of every error that is shown as one message, without a stack trace."""
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type or impossible."""
+
+
+class HostError(UserError):
+    """The host lacks something the project needs (Java, a device, a package)."""
+
+
+class StorageError(UserError):
+    """A location cannot be used: an unknown scheme, a missing folder, a refused credential."""
+
+
+class DataError(UserError):
+    """A data set is missing or damaged."""
+
+
+class BundleError(UserError):
+    """A model bundle or checkpoint is missing, damaged or does not fit the project."""
+
+
+class TrainingError(UserError):
+    """A training process failed; the message holds that process's own traceback."""
+
+
+class RunError(UserError):
+    """A pipeline run could not be completed."""

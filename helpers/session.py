@@ -1,0 +1,122 @@
+"""One way to a Spark session on every host, with `helpers` importable in its tasks.
+
+Differences between hosts live in `conf/` and here. Only DataFrame calls that Spark Connect has are used.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpers.config import PROJECT, Config
+from helpers.errors import HostError
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+MINIMUM_JAVA = 17
+JAVA_REMEDY = "install it with `apt-get install openjdk-17-jre-headless` (Debian), `brew install openjdk@17` (macOS) \
+or from adoptium.net, and set JAVA_HOME if it is not on the PATH"
+
+# Short jobs on few cores: the optimising compiler and the parallel collector start threads that cost more
+# processor time than they save, because the images are worked on in Python, not in the JVM.
+LOCAL_JVM_OPTIONS = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+
+
+def get_spark(config: Config) -> "SparkSession":
+    """Return the host's session, or make one, and ship `helpers` to its executors.
+
+    Raises:
+        HostError: Java is missing or too old, or the cluster does not answer.
+    """
+    from pyspark.sql import SparkSession
+
+    builder = SparkSession.builder.appName(config.spark.app_name)
+    if config.spark.mode == "connect":
+        builder = builder.remote(config.spark.master)
+    elif config.spark.mode in ("local", "cluster"):
+        check_java()
+        # Workers run the interpreter that runs the driver, not the first python3 on the PATH.
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        builder = builder.master(_master(config))
+        for key, value in _classic_settings(config).items():
+            builder = builder.config(key, value)
+    for key, value in config.spark.conf.items():
+        builder = builder.config(key, value)
+    try:
+        spark = builder.getOrCreate()
+    except Exception as error:
+        raise HostError(f"no Spark session from {config.spark.master}: {_first_line(error)}") from error
+    ship_helpers(spark)
+    return spark
+
+
+def ship_helpers(spark: "SparkSession") -> None:
+    """Make `import helpers` work in the tasks of this session; a second call ships nothing."""
+    archive = pack_helpers()
+    if getattr(spark, "_shipped_helpers", None) != archive.name:
+        spark.addArtifacts(str(archive), pyfile=True)
+        spark._shipped_helpers = archive.name
+
+
+def pack_helpers() -> Path:
+    """Zip the package; its content is in its name, so that an edited package is another archive."""
+    files = sorted((PROJECT / "helpers").rglob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    archive = Path(tempfile.gettempdir()) / f"spark-vision-{os.getuid()}" / f"helpers-{digest}.zip"
+    if not archive.exists():
+        archive.parent.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=archive.parent, delete=False) as unfinished:
+            with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as package:
+                for file in files:
+                    package.write(file, file.relative_to(PROJECT))
+        Path(unfinished.name).replace(archive)
+    return archive
+
+
+def check_java() -> str:
+    """Return the version of the Java that Spark will start.
+
+    Raises:
+        HostError: there is none, or it is older than Spark needs.
+    """
+    home = os.environ.get("JAVA_HOME")
+    java = str(Path(home, "bin", "java")) if home else shutil.which("java")
+    if not java or not Path(java).exists():
+        where = f"JAVA_HOME is {home}, which has no bin/java" if home else "there is no java on the PATH"
+        raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {where}: {JAVA_REMEDY}.")
+    answer = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    version = re.search(r'version "((\d+)[^"]*)"', answer)
+    if version is None or int(version[2]) < MINIMUM_JAVA:
+        found = version[1] if version else answer.strip()
+        raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {java} is {found}: {JAVA_REMEDY}.")
+    return version[1]
+
+
+def _master(config: Config) -> str:
+    # local[N] tries each task once; local[N,F] tries it F times, as a cluster does.
+    local = re.fullmatch(r"local(?:\[([^,\]]+)\])?", config.spark.master)
+    return f"local[{local[1] or 1},{config.spark.task_attempts}]" if local else config.spark.master
+
+
+def _classic_settings(config: Config) -> dict[str, str]:
+    log4j = f"-Dlog4j2.configurationFile={(PROJECT / 'conf' / 'log4j2.properties').as_uri()}"
+    options = f"{log4j} {LOCAL_JVM_OPTIONS}" if config.spark.mode == "local" else log4j
+    return {
+        "spark.driver.memory": config.spark.driver_memory,
+        "spark.driver.extraJavaOptions": options,
+        "spark.task.maxFailures": str(config.spark.task_attempts),
+        "spark.ui.showConsoleProgress": "false",
+        "spark.sql.execution.arrow.pyspark.enabled": "true",
+        "spark.sql.session.timeZone": "UTC",
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,228 @@
+"""One interface to where images, models and results lie. A storage object pickles: tasks use it too.
+
+Today: local paths and mounts (`/data/photos`, `file:///data/photos`, `/Volumes/...` and `dbfs:/...` on Databricks).
+A new kind of location is one class with the methods of `Storage` and a line in `open_storage`.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+from urllib.parse import unquote, urlsplit
+
+from helpers.errors import StorageError
+
+CREDENTIAL_REFERENCE = re.compile(r"default|env:\w+|secret:[^/]+/.+|keyvault:[^/]+/.+")
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """Where object storage answers and where its credential is found; never the credential itself."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # read when the configuration is validated; executors ignore it
+
+    endpoint: str | None = None
+    credential: str = "default"
+
+    def __post_init__(self) -> None:
+        if not CREDENTIAL_REFERENCE.fullmatch(self.credential):
+            # The value may be a secret set here by mistake, so it is not repeated.
+            raise ValueError("not a reference: use default, env:NAME, secret:SCOPE/KEY or keyvault:VAULT/NAME")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file, or a directory where directories were asked for.
+
+    `modified` is in UTC; a broken link has length 0 and the modification time of the link.
+    """
+
+    path: str
+    length: int
+    modified: datetime
+    is_directory: bool = False
+
+
+class Storage(Protocol):
+    """What the pipeline needs of a location. Paths are as `list` gives them, or relative to the root."""
+
+    root: str
+
+    def list(self, prefix: str = "", directories: bool = False) -> Iterator[Entry]:
+        """Every file below the prefix, nested folders included, in no particular order."""
+
+    def read(self, path: str) -> bytes:
+        """The whole content of one file; raises OSError."""
+
+    def create(self, path: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        """A file to write to, which appears under its name, whole, when the block ends without an exception."""
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write one file whole: readers see the old content or the new, never a part."""
+
+    def rename(self, source: str, target: str) -> None:
+        """Move one file, replacing the target if it exists."""
+
+    def delete(self, path: str) -> None:
+        """Remove a file or a folder with all in it; nothing happens where there is none."""
+
+    def exists(self, path: str) -> bool:
+        """Whether a file or folder is there."""
+
+    def join(self, *parts: str) -> str:
+        """The path of something below the root, as `list` would give it."""
+
+    def lock(self, path: str) -> contextlib.AbstractContextManager[None]:
+        """Hold a lock that the operating system or server releases when this process dies.
+
+        Raises BlockingIOError where another process holds it.
+        """
+
+
+def open_storage(uri: str, config: Any = None) -> Storage:
+    """Return the storage that holds a location.
+
+    Args:
+        uri: a plain path, `file:` URI, `dbfs:/` URI or `/Volumes/...` path.
+        config: a `Config`, whose `storage` section says how object storage is reached.
+
+    Raises:
+        StorageError: the scheme is not one of the above.
+    """
+    if uri.startswith("dbfs:/"):
+        return LocalStorage("/dbfs/" + uri.removeprefix("dbfs:").lstrip("/"))
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", uri)
+    if scheme is None or Path(uri).exists():
+        return LocalStorage(uri)
+    if scheme[1] == "file":
+        return LocalStorage(unquote(urlsplit(uri).path) if uri.startswith("file:/") else uri.removeprefix("file:"))
+    raise StorageError(f"{uri}: {scheme[1]}: locations cannot be opened; use a path, file: or dbfs:/ URI")
+
+
+class LocalStorage:
+    """A folder of a file system that this process sees, mounts such as `/Volumes` included."""
+
+    def __init__(self, root: str):
+        # Absolute, because workers have another working directory.
+        self.root = str(Path(root).expanduser().absolute())
+
+    def __repr__(self) -> str:
+        return f"LocalStorage({self.root!r})"
+
+    def join(self, *parts: str) -> str:  # noqa: D102
+        return str(Path(self.root, *parts))
+
+    def list(self, prefix: str = "", directories: bool = False) -> Iterator[Entry]:
+        """List with one directory open at a time, following links but entering no directory twice.
+
+        Raises:
+            StorageError: there is no such folder, or it cannot be read.
+        """
+        start = Path(self.join(prefix))
+        if start.is_file():
+            yield _entry(str(start))
+            return
+        if not start.is_dir():
+            raise StorageError(f"{start}: no such folder; check the location, or create it first")
+        pending, seen = [str(start)], set()
+        while pending:
+            folder = pending.pop()
+            identity = os.stat(folder)
+            if (identity.st_dev, identity.st_ino) in seen:
+                continue
+            seen.add((identity.st_dev, identity.st_ino))
+            for item in _scan(folder):
+                if _is_directory(item):
+                    pending.append(item.path)
+                    if directories:
+                        yield _entry(item.path, is_directory=True)
+                else:
+                    yield _entry(item.path)
+
+    def read(self, path: str) -> bytes:  # noqa: D102
+        with open(self.join(path), "rb") as file:  # noqa: PTH123 - half the cost of Path.read_bytes
+            return file.read()
+
+    @contextlib.contextmanager
+    def create(self, path: str) -> Iterator[BinaryIO]:  # noqa: D102
+        target = Path(self.join(path))
+        temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def write(self, path: str, data: bytes) -> None:  # noqa: D102
+        Path(self.join(path)).parent.mkdir(parents=True, exist_ok=True)
+        with self.create(path) as file:
+            file.write(data)
+
+    def rename(self, source: str, target: str) -> None:  # noqa: D102
+        destination = Path(self.join(target))
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        Path(self.join(source)).replace(destination)
+
+    def delete(self, path: str) -> None:  # noqa: D102
+        target = Path(self.join(path))
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+    def exists(self, path: str) -> bool:  # noqa: D102
+        return Path(self.join(path)).exists()
+
+    @contextlib.contextmanager
+    def lock(self, path: str) -> Iterator[None]:  # noqa: D102
+        import fcntl  # not on Windows, where only this method would miss it
+
+        target = Path(self.join(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+
+
+def _scan(folder: str) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as items:
+            yield from items
+    except PermissionError as error:
+        raise StorageError(f"{folder}: this folder cannot be listed ({error.strerror}); grant read access") from None
+
+
+def _is_directory(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
+
+
+def _entry(path: str, is_directory: bool = False) -> Entry:
+    try:
+        status = os.stat(path)
+    except OSError:
+        status = os.lstat(path)  # a broken or looping link: reading it gives the error row
+    length = status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return Entry(path, length, datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, UTC), is_directory)
+
+
+def read_buffered(storage: Storage, path: str) -> io.BytesIO:
+    """One file as a seekable buffer, for libraries that read files."""
+    return io.BytesIO(storage.read(path))
