@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ or from adoptium.net, and set JAVA_HOME if it is not on the PATH"
 # Short jobs on few cores: the optimising compiler and the parallel collector start threads that cost more
 # processor time than they save, because the images are worked on in Python, not in the JVM.
 LOCAL_JVM_OPTIONS = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+
+_shipped: "weakref.WeakKeyDictionary[SparkSession, str]" = weakref.WeakKeyDictionary()
 
 
 def get_spark(config: Config) -> "SparkSession":
@@ -57,12 +60,32 @@ def get_spark(config: Config) -> "SparkSession":
     return spark
 
 
+def get_slots(spark: "SparkSession", config: Config) -> int:
+    """How many tasks run at once."""
+    local = re.fullmatch(r"local\[(\d+|\*)[^\]]*\]", config.spark.master) if config.spark.mode == "local" else None
+    if local:
+        return len(os.sched_getaffinity(0)) if local[1] == "*" else int(local[1])
+    from pyspark.sql.functions import spark_partition_id
+
+    # A range is divided by the cluster's default parallelism, which Spark Connect has no call to ask for.
+    return spark.range(1_000_000).select(spark_partition_id()).distinct().count()
+
+
+def spark_failure(error: Exception) -> str:
+    """The one line that says what went wrong in a failed Spark job: the project's own error where there is one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    ours = [line for line in lines if re.match(r"helpers\.errors\.\w+: ", line)]
+    python = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Expired|Exit): ", line)]
+    found = (ours or python or lines or [type(error).__name__])[-1 if ours or python else 0]
+    return re.sub(r"^helpers\.errors\.\w+: ", "", found)
+
+
 def ship_helpers(spark: "SparkSession") -> None:
     """Make `import helpers` work in the tasks of this session; a second call ships nothing."""
     archive = pack_helpers()
-    if getattr(spark, "_shipped_helpers", None) != archive.name:
+    if _shipped.get(spark) != archive.name:
         spark.addArtifacts(str(archive), pyfile=True)
-        spark._shipped_helpers = archive.name
+        _shipped[spark] = archive.name
 
 
 def pack_helpers() -> Path:
@@ -72,10 +95,12 @@ def pack_helpers() -> Path:
     archive = Path(tempfile.gettempdir()) / f"spark-vision-{os.getuid()}" / f"helpers-{digest}.zip"
     if not archive.exists():
         archive.parent.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=archive.parent, delete=False) as unfinished:
-            with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as package:
-                for file in files:
-                    package.write(file, file.relative_to(PROJECT))
+        with (
+            tempfile.NamedTemporaryFile(dir=archive.parent, delete=False) as unfinished,
+            zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as package,
+        ):
+            for file in files:
+                package.write(file, file.relative_to(PROJECT))
         Path(unfinished.name).replace(archive)
     return archive
 
@@ -120,3 +145,10 @@ def _classic_settings(config: Config) -> dict[str, str]:
 
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+if __name__ == "__main__":  # the set-up's question: will Spark start here?
+    try:
+        print(check_java())
+    except HostError as error:
+        sys.exit(str(error))

@@ -6,7 +6,6 @@ A new kind of location is one class with the methods of `Storage` and a line in 
 
 import contextlib
 import errno
-import io
 import os
 import re
 import shutil
@@ -221,8 +220,3 @@ def _entry(path: str, is_directory: bool = False) -> Entry:
         status = os.lstat(path)  # a broken or looping link: reading it gives the error row
     length = status.st_size if stat.S_ISREG(status.st_mode) else 0
     return Entry(path, length, datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, UTC), is_directory)
-
-
-def read_buffered(storage: Storage, path: str) -> io.BytesIO:
-    """One file as a seekable buffer, for libraries that read files."""
-    return io.BytesIO(storage.read(path))

@@ -1,0 +1,65 @@
+# make run      the notebooks in order on this machine; pictures, tables and TensorBoard logs end up in out/
+# make test     unit, Spark and notebook tests
+# Both do their own set-up; a second call finds it done. `make -B run` runs the notebooks again.
+
+PYTHON ?= python3
+BIN := .venv/bin
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+EXECUTED := $(NOTEBOOKS:notebooks/%=out/notebooks/%)
+SOURCES := $(wildcard helpers/*.py helpers/*/*.py conf/*)
+DATA := out/data/FashionMNIST/.ready
+# apt-get as root or through sudo without a password; empty where there is neither
+APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo apt-get || { sudo -n true 2>/dev/null && echo sudo apt-get; }; })
+
+.PHONY: setup run test lint notebooks clean java
+.DELETE_ON_ERROR:
+
+setup: .venv/.ready java $(DATA)
+
+.venv/.ready: requirements.txt requirements-test.txt pyproject.toml
+	@echo "== packages (several minutes the first time) =="
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-test.txt --editable .
+	@touch $@
+
+java: .venv/.ready
+	@$(BIN)/python -m helpers.session >/dev/null 2>&1 \
+	  || { [ -n "$(APT)" ] && echo "== Java ==" && $(APT) update -qq && $(APT) install -y -qq openjdk-17-jre-headless; } \
+	  || { $(BIN)/python -m helpers.session; exit 1; }
+
+$(DATA): | .venv/.ready
+	@echo "== Fashion-MNIST =="
+	$(BIN)/python -m helpers.fashion_mnist \
+	  || { [ -n "$(APT)" ] && $(APT) update -qq && $(APT) install -y -qq dataset-fashion-mnist && $(BIN)/python -m helpers.fashion_mnist; }
+	@touch $@
+
+run: setup $(EXECUTED)
+	@echo
+	@echo "executed notebooks  out/notebooks/"
+	@echo "model bundles       out/models/"
+	@echo "results             out/results/fashion_mnist/results/"
+	@echo "pictures            out/results/fashion_mnist/pictures/"
+	@echo "TensorBoard logs    out/runs/     look at them with: $(BIN)/tensorboard --logdir out/runs"
+
+# One after the other, because each needs what the one before has made.
+.NOTPARALLEL:
+out/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | setup
+	@mkdir -p out/notebooks
+	@echo "== $* =="
+	@$(BIN)/papermill $< $@ --cwd notebooks --log-output --no-progress-bar
+
+test: setup
+	$(BIN)/pytest
+	$(BIN)/pytest --nbval notebooks --nbval-sanitize-with conf/nbval.cfg
+
+lint: .venv/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Execute the committed notebooks in place, for a commit that changes what they show.
+notebooks: setup
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS)
+
+clean:
+	rm -rf out .venv *.egg-info

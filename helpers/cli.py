@@ -1,0 +1,101 @@
+"""The command line: `run`, `export` and `doctor`, each thin over the functions that the notebooks call.
+
+Standard output is for the answer (the last line is the JSON summary of a run); everything else goes to standard error.
+Exit codes: 0 done, 1 done but too many images failed or the host lacks something, 2 a mistake the message explains.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from helpers.config import Config, load_config, parse_assignments
+from helpers.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("helpers").setLevel(logging.INFO)
+    try:
+        config = load_config(options.profile, **parse_assignments(options.set))
+        return options.command(options, config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace, config: Config) -> int:
+    """The four stages over every image below `--source`."""
+    from helpers import pipeline
+    from helpers.session import get_spark
+
+    summary = pipeline.run(get_spark(config), options.source, options.model, options.output, config)
+    too_many = summary.failed > config.max_failed_share * (summary.ok + summary.failed)
+    if too_many:
+        print(
+            f"error: {summary.failed} of {summary.ok + summary.failed} images failed, more than the share "
+            f"max_failed_share={config.max_failed_share} allows:",
+            file=sys.stderr,
+        )
+    for reason, count in summary.reasons():
+        print(f"  {count} images: {reason}", file=sys.stderr)
+    print(summary.to_json())
+    return 1 if too_many else 0
+
+
+def export(options: argparse.Namespace, config: Config) -> int:
+    """A PyTorch checkpoint to a model bundle."""
+    from helpers import export as conversion
+    from helpers.architectures import get_architecture
+    from helpers.storage import open_storage
+
+    calibration: Iterable[np.ndarray] = ()
+    if options.calibration:
+        architecture = get_architecture(options.architecture)
+        calibration = conversion.calibration_images(open_storage(options.calibration, config), architecture, config)
+    target = open_storage(options.output, config)
+    bundle = conversion.export(options.architecture, Path(options.checkpoint), target, options.precision, calibration)
+    print(json.dumps({"bundle": target.root, "model": bundle.manifest.model}))
+    return 0
+
+
+def doctor(options: argparse.Namespace, config: Config) -> int:
+    """What this host has, and the remedy for what it lacks."""
+    from helpers.doctor import examine
+
+    findings = examine(config)
+    for finding in findings:
+        print(finding)
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--profile", help="a file in conf/ without its suffix; by default that of the host found")
+    shared.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of conf/")
+    parser = argparse.ArgumentParser(prog="python -m helpers", description="Vision models over images on Spark.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("run", parents=[shared], help="the four stages over every image below a location")
+    command.add_argument("--source", required=True, metavar="URI", help="folder or container of images")
+    command.add_argument("--model", required=True, metavar="URI", help="model bundle")
+    command.add_argument("--output", required=True, metavar="URI", help="where results go, as Parquet in results/")
+    command.set_defaults(command=run)
+
+    command = commands.add_parser("export", parents=[shared], help="a PyTorch checkpoint to a model bundle")
+    command.add_argument("--architecture", required=True, metavar="NAME", help="for example fashion_cnn")
+    command.add_argument("--checkpoint", required=True, metavar="FILE", help="a PyTorch state dictionary")
+    command.add_argument("--output", required=True, metavar="URI", help="where the bundle goes")
+    command.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "int8"), help="of the weights")
+    command.add_argument("--calibration", metavar="URI", help="folder of images, for int8")
+    command.set_defaults(command=export)
+
+    command = commands.add_parser("doctor", parents=[shared], help="what this host has and lacks")
+    command.set_defaults(command=doctor)
+    return parser

@@ -1,0 +1,121 @@
+"""OpenVINO in a Spark task: one compiled model a Python worker, asynchronous requests, threads that fit the task.
+
+Executors import this module; it needs numpy and OpenVINO only.
+"""
+
+import gc
+import logging
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from helpers.bundle import Bundle
+from helpers.errors import BundleError
+
+log = logging.getLogger(__name__)
+
+REQUESTS = 2  # one batch is inferred while the next is read and decoded
+
+_models: dict[tuple[str, str, int], "Model"] = {}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A compiled model: how long loading took, and the names of its outputs."""
+
+    compiled: ov.CompiledModel
+    outputs: tuple[str, ...]
+    load_seconds: float
+
+    def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
+        """Run batches through the model, in order; the next is prepared while one is computed.
+
+        Args:
+            batches: pairs of anything and uint8 `[B, H, W, C]`; B may differ, and may be 0.
+
+        Yields:
+            The same anything, and the outputs by name, each float32 `[B, ...]`.
+        """
+        idle = [self.compiled.create_infer_request() for _ in range(REQUESTS)]
+        pending: deque[tuple[Any, np.ndarray, ov.InferRequest | None]] = deque()
+        for item, pixels in batches:
+            request = idle.pop() if len(pixels) else None
+            if request:
+                request.start_async({0: pixels}, share_inputs=True)
+            pending.append((item, pixels, request))
+            if len(pending) == REQUESTS:
+                yield self._finish(pending.popleft(), idle)
+        while pending:
+            yield self._finish(pending.popleft(), idle)
+
+    def _finish(self, started: tuple[Any, np.ndarray, Any], idle: list[ov.InferRequest]) -> tuple[Any, dict]:
+        item, _, request = started
+        if request is None:
+            return item, {}
+        request.wait()
+        idle.append(request)
+        return item, {name: request.get_tensor(name).data.copy() for name in self.outputs}
+
+
+def get_model(bundle: Bundle, precision: str | None = None, threads: int = 1) -> Model:
+    """Return this process's compiled model of a bundle, loading it the first time only.
+
+    Args:
+        bundle: what to load.
+        precision: arithmetic, `f32`, `bf16` or `f16`; by default the manifest's.
+        threads: OpenVINO threads; a Spark task has one core.
+
+    Raises:
+        BundleError: a file is missing or damaged, or OpenVINO cannot read it.
+    """
+    precision = precision or bundle.manifest.arithmetic
+    key = (bundle.manifest.model, precision, threads)
+    if key not in _models:
+        _models[key] = _load(bundle, precision, threads)
+        # Spark's workers collect garbage after every task, and walk all that was imported each time unless it is
+        # set apart: 70 ms a task.
+        gc.collect()
+        gc.freeze()
+    return _models[key]
+
+
+def batch_size(bundle: Bundle, megabytes: int, most: int) -> int:
+    """Images a batch, so that its inputs and outputs stay within a budget."""
+    manifest = bundle.manifest
+    outputs = sum(4 * int(np.prod(output.shape)) for output in manifest.outputs)
+    return max(1, min(most, megabytes * 2**20 // (manifest.input.nbytes + outputs)))
+
+
+def compile_options(precision: str, threads: int) -> dict[str, Any]:
+    """OpenVINO's settings for a task, each set on purpose."""
+    return {
+        # On CPUs with bf16 units OpenVINO computes in bf16 unless told otherwise, whatever the file holds.
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        # With pinning, every worker process of one thread sits on the first core.
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def _load(bundle: Bundle, precision: str, threads: int) -> Model:
+    start = time.perf_counter()
+    graph, weights = bundle.read("model.xml"), bundle.read("model.bin")
+    core = ov.Core()
+    core.set_property({"CACHE_DIR": str(Path(tempfile.gettempdir(), f"spark-vision-{os.getuid()}", "openvino"))})
+    try:
+        model = core.read_model(model=graph, weights=weights)
+        compiled = core.compile_model(model, "CPU", compile_options(precision, threads))
+    except RuntimeError as error:
+        raise BundleError(f"OpenVINO {ov.__version__} cannot load {bundle.storage.root}: {error}") from None
+    seconds = time.perf_counter() - start
+    log.info("loaded %s (%s, %d threads) in %.2f s", bundle.manifest.model, precision, threads, seconds)
+    return Model(compiled, tuple(output.name for output in bundle.manifest.outputs), seconds)

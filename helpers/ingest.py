@@ -1,0 +1,92 @@
+"""Stage 1 on the driver: list the images below a location and plan the tasks. Paths travel, bytes stay put."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from helpers.config import Config
+from helpers.errors import RunError
+from helpers.partitioning import PartitionPlan, plan_partitions
+from helpers.stages import KEY, MANIFEST_SCHEMA
+from helpers.storage import Storage
+
+log = logging.getLogger(__name__)
+
+LISTED_SCHEMA = pa.schema(KEY)
+ROWS_A_CHUNK = 65_536
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images below a location (`LISTED_SCHEMA`), and how many files were left out, by reason."""
+
+    images: pa.Table
+    left_out: dict[str, int]
+
+    def __str__(self) -> str:
+        left = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+        return f"{self.images.num_rows} images" + (f"; left out: {left}" if left else "")
+
+
+def list_images(storage: Storage, config: Config, exclude: str | None = None) -> Listing:
+    """List the files with an image's suffix, nested folders included.
+
+    Hidden files and other suffixes are left out and counted. A folder with an image's suffix is listed too: it becomes
+    an error row instead of passing unseen.
+
+    Args:
+        storage: where to look.
+        config: its `ingest` section names the suffixes.
+        exclude: a folder to leave out, such as a run's own output below its source.
+
+    Raises:
+        RunError: there is no image.
+        StorageError: the location cannot be listed.
+    """
+    suffixes = tuple(suffix.lower() for suffix in config.ingest.suffixes)
+    left_out: Counter[str] = Counter()
+    chunks, rows = [], []
+    for entry in storage.list(directories=True):
+        if exclude and (entry.path == exclude or entry.path.startswith(f"{exclude}/")):
+            continue
+        if not entry.path.lower().endswith(suffixes):
+            left_out["with another suffix"] += not entry.is_directory
+        elif any(part.startswith(".") for part in entry.path.removeprefix(storage.root).split("/")):
+            left_out["hidden"] += 1
+        else:
+            rows.append((entry.path, entry.length, entry.modified))
+            if len(rows) == ROWS_A_CHUNK:
+                chunks.append(_chunk(rows))
+                rows = []
+    images = pa.Table.from_batches([*chunks, _chunk(rows)])
+    if not images.num_rows:
+        listed = Listing(images, +left_out)
+        raise RunError(f"{listed} below {storage.root}; images are files that end in {', '.join(suffixes)}")
+    return Listing(images, +left_out)
+
+
+def plan(images: pa.Table, slots: int, config: Config) -> PartitionPlan:
+    """Plan the partitions of a listing, as the `partitioning` section says."""
+    settings = config.partitioning
+    return plan_partitions(
+        images["length"].to_numpy(),
+        slots,
+        target_bytes=settings.target_bytes,
+        target_images=settings.target_images,
+        partitions=settings.partitions,
+    )
+
+
+def manifest(images: pa.Table, plan: PartitionPlan) -> pa.Table:
+    """The images with their partitions, `MANIFEST_SCHEMA`, each partition's images in the listing's order."""
+    order = np.argsort(plan.assignment, kind="stable")
+    return images.append_column("partition", pa.array(plan.assignment, pa.int32())).take(order).cast(MANIFEST_SCHEMA)
+
+
+def _chunk(rows: list[tuple]) -> pa.RecordBatch:
+    columns = zip(*rows, strict=True) if rows else ([], [], [])
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, KEY, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=LISTED_SCHEMA)

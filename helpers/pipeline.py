@@ -1,0 +1,239 @@
+"""The four stages on Spark: one at a time for looking at, or fused in one pass for production.
+
+    ingest -> preprocess -> infer -> postprocess        DataFrames, for a notebook
+    run                                                 the same code, fused; results written by the tasks
+
+Only the DataFrame calls that Spark Connect has too are used.
+"""
+
+import hashlib
+import json
+import logging
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from helpers import ingest as listing
+from helpers import stages
+from helpers.bundle import Bundle, load_bundle
+from helpers.config import Config
+from helpers.errors import RunError
+from helpers.inference import batch_size
+from helpers.partitioning import PartitionPlan
+from helpers.pictures import draw_sample
+from helpers.postprocessing import parameters_for
+from helpers.progress import Progress
+from helpers.results import ResultStore, replaced, without
+from helpers.session import get_slots, spark_failure
+from helpers.storage import open_storage
+from helpers.task import RECORD_SCHEMA, Task
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What one run did; `images` = `ok` + `failed` + `skipped`.
+
+    `images_per_second` counts the images processed over the wall time of the distributed pass, model loading in it,
+    session start-up and listing left out; `seconds` is the whole run.
+    """
+
+    images: int
+    ok: int
+    failed: int
+    skipped: int
+    partitions: int
+    seconds: float
+    images_per_second: float
+    results: str
+    records: list[dict[str, Any]] = field(default_factory=list, repr=False)  # `task.RECORD_SCHEMA`, one a task
+
+    def to_json(self) -> str:
+        """One line, without the tasks' records."""
+        return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.name != "records"})
+
+    def reasons(self, most: int = 5) -> list[tuple[str, int]]:
+        """The commonest errors and how many images had each."""
+        counts: Counter[str] = Counter()
+        for record in self.records:
+            counts.update({reason["error"]: reason["count"] for reason in record["reasons"]})
+        return counts.most_common(most)
+
+
+def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
+    """Stage 1: the images below a location with their bytes, one row each, in planned partitions.
+
+    Returns:
+        A DataFrame of `stages.IMAGE_SCHEMA`; nothing is read until an action.
+    """
+    storage = open_storage(source, config)
+    images = listing.list_images(storage, config).images
+    plan = listing.plan(images, get_slots(spark, config), config)
+    read = partial(
+        stages.read_images,
+        storage=storage,
+        most_images=config.inference.max_batch,
+        most_bytes=config.inference.batch_megabytes * 2**20,
+    )
+    return _planned(spark, listing.manifest(images, plan), plan).mapInArrow(read, _spark_schema(stages.IMAGE_SCHEMA))
+
+
+def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
+    """Stage 2: decoded and resized as the bundle's manifest says; a DataFrame of `stages.TENSOR_SCHEMA`."""
+    bundle = load_bundle(open_storage(model, config))
+    stage = partial(
+        stages.preprocess,
+        spec=bundle.manifest.input,
+        most_images=_batch(bundle, config),
+        max_pixels=config.ingest.max_pixels,
+    )
+    return images.mapInArrow(stage, _spark_schema(stages.TENSOR_SCHEMA))
+
+
+def infer(tensors: "DataFrame", model: str, config: Config) -> "DataFrame":
+    """Stage 3: OpenVINO on every executor; a DataFrame of `stages.output_schema(manifest)`."""
+    bundle = load_bundle(open_storage(model, config))
+    stage = partial(stages.infer, bundle=bundle, precision=config.inference.precision, threads=config.inference.threads)
+    return tensors.mapInArrow(stage, _spark_schema(stages.output_schema(bundle.manifest)))
+
+
+def postprocess(outputs: "DataFrame", model: str, config: Config) -> "DataFrame":
+    """Stage 4: predictions; a DataFrame of `stages.RESULT_SCHEMA`."""
+    bundle = load_bundle(open_storage(model, config))
+    parameters = parameters_for(bundle.manifest, config.postprocess)
+    stage = partial(
+        stages.postprocess,
+        manifest=bundle.manifest,
+        parameters=parameters,
+        model=model_identity(bundle, parameters, config),
+    )
+    return outputs.mapInArrow(stage, _spark_schema(stages.RESULT_SCHEMA))
+
+
+def run(spark: "SparkSession", source: str, model: str, output: str, config: Config) -> RunSummary:
+    """Run the four stages, fused, over every image below a location, and publish the results once.
+
+    Images whose path, length and modification time are already in the results are skipped, unless `config.resume` is
+    false. A damaged image is a row with an `error`.
+
+    Raises:
+        RunError: no image, results of another model in the output, another run at work there, or a failed job.
+        BundleError: the model cannot be used.
+        StorageError: a location cannot be used.
+    """
+    start = time.perf_counter()
+    task = make_task(source, model, output, config)
+    store = ResultStore(task.output)
+    with store.exclusive():
+        if not config.resume:
+            store.clear()
+        store.recover()
+        done = store.rows()
+        _check_model(done, task.model, store)
+        images = listing.list_images(task.source, config, exclude=task.output.root).images
+        todo = without(images, done)
+        plan = listing.plan(todo, get_slots(spark, config), config)
+        log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
+        before = time.perf_counter()
+        records = _run_tasks(spark, task, listing.manifest(todo, plan), plan, store)
+        seconds = time.perf_counter() - before
+        published = store.publish([r["file"] for r in records], replaced(todo, done))
+        store.unstage()
+        draw_sample(task.output, published, task.source, config)
+    return _summarise(images.num_rows, records, seconds, time.perf_counter() - start, store)
+
+
+def make_task(source: str, model: str, output: str, config: Config) -> Task:
+    """Everything the tasks of a run share; `Task.results` also runs in one process, without Spark."""
+    bundle = load_bundle(open_storage(model, config))
+    parameters = parameters_for(bundle.manifest, config.postprocess)
+    run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
+    return Task(
+        source=open_storage(source, config),
+        output=open_storage(output, config),
+        run=run_id,
+        bundle=bundle,
+        model=model_identity(bundle, parameters, config),
+        parameters=parameters,
+        max_pixels=config.ingest.max_pixels,
+        precision=config.inference.precision,
+        threads=config.inference.threads,
+        batch_megabytes=config.inference.batch_megabytes,
+        max_batch=config.inference.max_batch,
+    )
+
+
+def model_identity(bundle: Bundle, parameters: dict[str, Any], config: Config) -> str:
+    """Name a model in the results so that whatever changes its predictions changes its name."""
+    settings = json.dumps([bundle.manifest.digest, parameters, config.inference.precision], sort_keys=True)
+    return f"{bundle.manifest.name}@{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+
+def _run_tasks(
+    spark: "SparkSession", task: Task, manifest: pa.Table, plan: PartitionPlan, store: ResultStore
+) -> list[dict[str, Any]]:
+    if not manifest.num_rows:
+        return []
+    store.stage(task.run)
+    frame = _planned(spark, manifest, plan).mapInArrow(task, _spark_schema(RECORD_SCHEMA))
+    try:
+        with Progress(manifest.num_rows, partial(store.progress, task.run)):
+            records = [row.asDict(recursive=True) for row in frame.collect()]
+    except Exception as error:
+        raise RunError(f"the run stopped: {spark_failure(error)}") from error
+    processed = sum(record["images"] for record in records)
+    if processed != manifest.num_rows:
+        raise RunError(f"{manifest.num_rows} images went in and {processed} came out; nothing was published")
+    return records
+
+
+def _summarise(
+    images: int, records: list[dict[str, Any]], pass_seconds: float, seconds: float, store: ResultStore
+) -> RunSummary:
+    processed = sum(record["images"] for record in records)
+    failed = sum(record["failed"] for record in records)
+    return RunSummary(
+        images=images,
+        ok=processed - failed,
+        failed=failed,
+        skipped=images - processed,
+        partitions=len(records),
+        seconds=round(seconds, 3),
+        images_per_second=round(processed / pass_seconds, 2) if processed else 0.0,
+        results=store.location,
+        records=records,
+    )
+
+
+def _planned(spark: "SparkSession", manifest: pa.Table, plan: PartitionPlan) -> "DataFrame":
+    # Only paths are exchanged here; the plan's partitions are kept as they are.
+    frame = spark.createDataFrame(manifest)
+    return frame.repartitionById(max(1, plan.partitions), "partition")
+
+
+def _check_model(done: pa.Table, model: str, store: ResultStore) -> None:
+    others = sorted(set(done["model"].unique().to_pylist()) - {model})
+    if others:
+        raise RunError(
+            f"{store.location} holds results of {others[0]}, and this run is of {model}; name another --output, or "
+            "replace them with --set resume=false"
+        )
+
+
+def _batch(bundle: Bundle, config: Config) -> int:
+    return batch_size(bundle, config.inference.batch_megabytes, config.inference.max_batch)
+
+
+def _spark_schema(schema: pa.Schema) -> Any:
+    from pyspark.sql.pandas.types import from_arrow_schema
+
+    return from_arrow_schema(schema)

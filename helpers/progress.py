@@ -1,0 +1,61 @@
+"""Show how far a run is, from the files its tasks have finished: no second pass, and no call Spark Connect lacks.
+
+On a terminal and in a notebook there is a bar; in a log a line every few seconds.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+LOG_SECONDS = 10.0
+
+
+class Progress:
+    """Poll a count in the background while a block runs.
+
+    Args:
+        total: images in all.
+        count: returns images and failed images so far.
+    """
+
+    def __init__(self, total: int, count: Callable[[], tuple[int, int]]):
+        self._total, self._count = total, count
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="progress")
+        self._start = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        show = sys.stderr.isatty() or "ipykernel" in sys.modules
+        logged = self._start
+        with tqdm(total=self._total, unit=" images", smoothing=0, disable=not show, file=sys.stderr) as bar:
+            while True:
+                ended = self._ended.wait(POLL_SECONDS)
+                images, failed = self._count()
+                bar.n = images
+                bar.set_postfix_str(f"{failed} failed" if failed else "")
+                if not show and time.monotonic() - logged >= LOG_SECONDS:
+                    logged = time.monotonic()
+                    self._log(images, failed)
+                if ended:
+                    return
+
+    def _log(self, images: int, failed: int) -> None:
+        rate = images / (time.monotonic() - self._start)
+        left = f"{(self._total - images) / rate:.0f} s left" if rate else "nothing finished yet"
+        log.info("%d of %d images, %d failed, %.1f images/s, %s", images, self._total, failed, rate, left)

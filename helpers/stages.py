@@ -1,0 +1,217 @@
+"""The four stages as they run in a task: functions from Arrow record batches to Arrow record batches.
+
+Each stage has its output's schema beside it, keeps one row an image, and turns what is wrong with an image into the
+row's `error`. A notebook runs one stage alone; `helpers.task` fuses all four, so that pixels and raw outputs stay in
+the worker. Executors import this module.
+"""
+
+import errno
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from helpers.bundle import Bundle, InputSpec, Manifest
+from helpers.images import UnreadableImageError, decode, fit
+from helpers.inference import get_model
+from helpers.postprocessing import POSTPROCESSORS
+from helpers.storage import Storage
+
+Batches = Iterable[pa.RecordBatch]
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+KEY = [pa.field("path", pa.string()), pa.field("length", pa.int64()), pa.field("modified", TIMESTAMP)]
+SIZE = [pa.field("width", pa.int32()), pa.field("height", pa.int32())]
+ERROR = pa.field("error", pa.string())
+
+MANIFEST_SCHEMA = pa.schema([*KEY, pa.field("partition", pa.int32())])
+IMAGE_SCHEMA = pa.schema([*KEY, ERROR, pa.field("content", pa.binary())])
+TENSOR_SCHEMA = pa.schema([*KEY, *SIZE, ERROR, pa.field("tensor", pa.binary())])
+
+BOX = pa.struct([pa.field(name, pa.float32()) for name in ("x1", "y1", "x2", "y2")])
+MASK = pa.struct([pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.string())])
+PREDICTION = pa.struct(
+    [
+        pa.field("class_id", pa.int32()),
+        pa.field("label", pa.string()),
+        pa.field("score", pa.float32()),
+        pa.field("box", BOX),
+        pa.field("mask", MASK),
+    ]
+)
+RESULT_SCHEMA = pa.schema(
+    [*KEY, *SIZE, ERROR, pa.field("predictions", pa.list_(PREDICTION)), pa.field("model", pa.string())]
+)
+
+READ_ERRORS = {
+    errno.ENOENT: "the file is gone: it was moved or deleted after it was listed, or its link leads nowhere",
+    errno.EACCES: "the file cannot be read: permission denied",
+    errno.EPERM: "the file cannot be read: permission denied",
+    errno.EISDIR: "this is a directory, not an image file",
+    errno.ELOOP: "the link leads back to itself",
+}
+
+
+def output_schema(manifest: Manifest) -> pa.Schema:
+    """Schema of stage 3: a flat float32 list for each of the model's outputs."""
+    outputs = [pa.field(output.name, pa.list_(pa.float32())) for output in manifest.outputs]
+    return pa.schema([*KEY, *SIZE, ERROR, *outputs])
+
+
+def read_images(batches: Batches, storage: Storage, most_images: int, most_bytes: int) -> Iterator[pa.RecordBatch]:
+    """Stage 1 in a task: paths to bytes.
+
+    Args:
+        batches: `MANIFEST_SCHEMA`.
+        storage: where the paths lie.
+        most_images: images an output batch.
+        most_bytes: bytes an output batch, unless a single image has more.
+
+    Yields:
+        `IMAGE_SCHEMA`; `content` is null where `error` is set.
+    """
+    for batch in batches:
+        for part in _split(batch, most_images, most_bytes):
+            contents, errors = [], []
+            for path in part["path"].to_pylist():
+                content, error = _read(storage, path)
+                contents.append(content)
+                errors.append(error)
+            yield _extend(part, IMAGE_SCHEMA, error=errors, content=contents)
+
+
+def preprocess(batches: Batches, spec: InputSpec, most_images: int, max_pixels: int) -> Iterator[pa.RecordBatch]:
+    """Stage 2: bytes to the model's input.
+
+    Args:
+        batches: `IMAGE_SCHEMA`.
+        spec: size, colour order and resize rule, from the bundle's manifest.
+        most_images: images an output batch.
+        max_pixels: larger images are not decoded.
+
+    Yields:
+        `TENSOR_SCHEMA`; `tensor` holds uint8 `[height, width, channels]` row by row, and the size is the original's.
+    """
+    for batch in batches:
+        for start in range(0, batch.num_rows, most_images):
+            yield _preprocess(batch.slice(start, most_images), spec, max_pixels)
+
+
+def infer(batches: Batches, bundle: Bundle, precision: str | None, threads: int) -> Iterator[pa.RecordBatch]:
+    """Stage 3: the model's input to its raw outputs, in the process's one compiled model.
+
+    Args:
+        batches: `TENSOR_SCHEMA`; one batch is one inference.
+        bundle: which model.
+        precision: arithmetic; None for the bundle's own.
+        threads: OpenVINO threads.
+
+    Yields:
+        `output_schema(manifest)`; the outputs are null where `error` is set.
+    """
+    schema = output_schema(bundle.manifest)
+    model = get_model(bundle, precision, threads)
+    for batch, outputs in model.infer((batch, _pixels(batch, bundle.manifest.input)) for batch in batches):
+        failed = np.asarray(batch["error"].is_valid())
+        columns = {
+            output.name: _float_lists(outputs.get(output.name), int(np.prod(output.shape)), failed)
+            for output in bundle.manifest.outputs
+        }
+        yield _extend(batch, schema, **columns)
+
+
+def postprocess(
+    batches: Batches, manifest: Manifest, parameters: Mapping[str, Any], model: str
+) -> Iterator[pa.RecordBatch]:
+    """Stage 4: raw outputs to predictions.
+
+    Args:
+        batches: `output_schema(manifest)`.
+        manifest: task, outputs and labels.
+        parameters: of the task's post-processing.
+        model: what the results' `model` column says.
+
+    Yields:
+        `RESULT_SCHEMA`; `predictions` is null where `error` is set.
+    """
+    for batch in batches:
+        good = batch.filter(batch["error"].is_null())
+        outputs = {o.name: _array(good[o.name], o.shape) for o in manifest.outputs}
+        sizes = list(zip(good["width"].to_pylist(), good["height"].to_pylist(), strict=True))
+        found = iter(POSTPROCESSORS[manifest.task](outputs, sizes, manifest, parameters) if good.num_rows else [])
+        predictions = [None if failed else next(found) for failed in batch["error"].is_valid().to_pylist()]
+        yield _extend(batch, RESULT_SCHEMA, predictions=predictions, model=[model] * batch.num_rows)
+
+
+def _split(batch: pa.RecordBatch, most_images: int, most_bytes: int) -> Iterator[pa.RecordBatch]:
+    start, total = 0, 0
+    for row, length in enumerate(batch["length"].to_pylist()):
+        if row > start and (row - start == most_images or total + length > most_bytes):
+            yield batch.slice(start, row - start)
+            start, total = row, 0
+        total += length
+    if batch.num_rows > start:
+        yield batch.slice(start)
+
+
+def _read(storage: Storage, path: str) -> tuple[bytes | None, str | None]:
+    try:
+        return storage.read(path), None
+    except OSError as error:
+        return None, READ_ERRORS.get(error.errno or 0, f"the file cannot be read: {error.strerror or error}")
+
+
+def _preprocess(batch: pa.RecordBatch, spec: InputSpec, max_pixels: int) -> pa.RecordBatch:
+    pixels = np.empty((batch.num_rows, *spec.shape), np.uint8)
+    errors, sizes, count = batch["error"].to_pylist(), [], 0
+    for row, content in enumerate(batch["content"]):
+        size = None
+        if errors[row] is None:
+            try:
+                image = decode(memoryview(content.as_buffer()), max_pixels)
+                pixels[count] = fit(image, spec)
+                size, count = (image.shape[1], image.shape[0]), count + 1
+            except UnreadableImageError as error:
+                errors[row] = str(error)
+        sizes.append(size or (None, None))
+    widths, heights = zip(*sizes, strict=True)
+    tensors = _tensors(pixels[:count], [error is not None for error in errors])
+    return _extend(batch, TENSOR_SCHEMA, width=widths, height=heights, error=errors, tensor=tensors)
+
+
+def _tensors(pixels: np.ndarray, failed: list[bool]) -> pa.Array:
+    """The rows of a uint8 array as a binary column, without copying, with nulls where an image failed."""
+    nbytes = int(np.prod(pixels.shape[1:]))
+    offsets = np.fromiter(accumulate((0 if bad else nbytes for bad in failed), initial=0), np.int32)
+    valid = None if not any(failed) else pa.array([not bad for bad in failed]).buffers()[1]
+    return pa.Array.from_buffers(pa.binary(), len(failed), [valid, pa.py_buffer(offsets), pa.py_buffer(pixels)])
+
+
+def _pixels(batch: pa.RecordBatch, spec: InputSpec) -> np.ndarray:
+    """The inverse of `_tensors`: uint8 `[good images, height, width, channels]`, without copying."""
+    column = batch["tensor"]
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+    content = np.frombuffer(data or b"", np.uint8)[bounds[0] : bounds[-1]]
+    return content.reshape(-1, *spec.shape)
+
+
+def _float_lists(values: np.ndarray | None, width: int, failed: np.ndarray) -> pa.Array:
+    flat = np.zeros(0, np.float32) if values is None else values.reshape(-1)
+    offsets = np.concatenate([[0], np.cumsum(np.where(failed, 0, width))]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, flat, mask=pa.array(failed) if failed.any() else None)
+
+
+def _array(column: pa.ListArray, shape: tuple[int, ...]) -> np.ndarray:
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)
+
+
+def _extend(batch: pa.RecordBatch, schema: pa.Schema, **columns: Any) -> pa.RecordBatch:
+    """The columns of a stage's output: its own where given, else those of its input."""
+    arrays = []
+    for field in schema:
+        column = columns[field.name] if field.name in columns else batch[field.name]
+        arrays.append(column if isinstance(column, pa.Array) else pa.array(column, field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
