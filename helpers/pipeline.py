@@ -77,7 +77,7 @@ def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
     """
     storage = open_storage(source, config)
     images = listing.list_images(storage, config).images
-    plan = listing.plan(images, get_slots(spark, config), config)
+    plan = listing.plan(images, get_slots(spark), config)
     read = partial(
         stages.read_images,
         storage=storage,
@@ -141,7 +141,7 @@ def run(spark: "SparkSession", source: str, model: str, output: str, config: Con
         _check_model(done, task.model, store)
         images = listing.list_images(task.source, config, exclude=task.output.root).images
         todo = without(images, done)
-        plan = listing.plan(todo, get_slots(spark, config), config)
+        plan = listing.plan(todo, get_slots(spark), config)
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
         before = time.perf_counter()
         records = _run_tasks(spark, task, listing.manifest(todo, plan), plan, store)

@@ -60,15 +60,24 @@ def get_spark(config: Config) -> "SparkSession":
     return spark
 
 
-def get_slots(spark: "SparkSession", config: Config) -> int:
+def get_slots(spark: "SparkSession") -> int:
     """How many tasks run at once."""
-    local = re.fullmatch(r"local\[(\d+|\*)[^\]]*\]", config.spark.master) if config.spark.mode == "local" else None
-    if local:
-        return len(os.sched_getaffinity(0)) if local[1] == "*" else int(local[1])
+    local = local_slots(spark)
+    if local is not None:
+        return local
     from pyspark.sql.functions import spark_partition_id
 
     # A range is divided by the cluster's default parallelism, which Spark Connect has no call to ask for.
     return spark.range(1_000_000).select(spark_partition_id()).distinct().count()
+
+
+def local_slots(spark: "SparkSession") -> int | None:
+    """How many tasks run at once in local mode; None on a cluster, whose size may change meanwhile."""
+    local = re.fullmatch(r"local(?:\[\s*(\d+|\*)\s*(?:,.*)?\])?", spark.conf.get("spark.master", "") or "")
+    if local is None:
+        return None
+    cores = len(os.sched_getaffinity(0)) if local[1] == "*" else int(local[1] or 1)
+    return max(1, cores // int(spark.conf.get("spark.task.cpus", "1") or 1))
 
 
 def spark_failure(error: Exception) -> str:

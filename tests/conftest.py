@@ -1,0 +1,66 @@
+"""What tests share: one Spark session, the data set, pictures as users have them, and a model bundle."""
+
+from pathlib import Path
+
+import pytest
+
+from helpers import fashion_mnist
+from helpers.config import Config, load_config
+from helpers.samples import write_samples
+from helpers.session import get_spark
+from helpers.storage import open_storage
+
+
+@pytest.fixture(scope="session")
+def spark():
+    session = get_spark(load_config("local", **{"spark.master": "local[2]"}))
+    yield session
+    session.stop()
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist_root() -> str:
+    root = load_config("local").paths.data
+    fashion_mnist.download(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    return load_config("local", **{"spark.master": "local[2]"})
+
+
+@pytest.fixture(scope="session")
+def samples(fashion_mnist_root, tmp_path_factory) -> Path:
+    """60 good images of several formats and sizes, and 4 files that are no images."""
+    return write_samples(fashion_mnist_root, str(tmp_path_factory.mktemp("samples")))
+
+
+@pytest.fixture(scope="session")
+def test_images(fashion_mnist_root, tmp_path_factory) -> Path:
+    """The 10,000 test images as PNG files."""
+    return fashion_mnist.write_images(fashion_mnist_root, str(tmp_path_factory.mktemp("test_set")))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """An untrained fashion_cnn, the same in every session."""
+    import torch
+
+    from helpers.fashion_cnn import FashionCNN
+
+    path = tmp_path_factory.mktemp("checkpoint") / "untrained.pt"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(FashionCNN().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bundle_uri(checkpoint, tmp_path_factory) -> str:
+    """That network as an fp32 bundle."""
+    from helpers.export import export
+
+    folder = str(tmp_path_factory.mktemp("bundle"))
+    export("fashion_cnn", checkpoint, open_storage(folder))
+    return folder

@@ -1,0 +1,180 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from helpers import fashion_mnist
+from helpers.architectures import get_architecture
+from helpers.dashboards import TrainingDashboard, plot_confusion_matrix, plot_predictions, plot_training, read_scalars
+from helpers.distributed import train_on_spark
+from helpers.errors import HostError, TrainingError
+from helpers.export import load_network
+from helpers.fashion_cnn import MEAN, STD, FashionCNN, normalise, predict
+from helpers.training import TrainingSettings, Worker, batches_of, train
+
+SMALL = TrainingSettings(epochs=2, batch_size=64, train_images=1280, test_images=500, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def single_run(fashion_mnist_root, tmp_path_factory):
+    """A small training on one process: its directory and its result."""
+    run_dir = str(tmp_path_factory.mktemp("single"))
+    return run_dir, train(SMALL, fashion_mnist_root, run_dir)
+
+
+@pytest.fixture(scope="module")
+def spark_run(spark, fashion_mnist_root, tmp_path_factory):
+    """The same on two Spark tasks."""
+    run_dir = str(tmp_path_factory.mktemp("spark"))
+    return run_dir, train_on_spark(spark, SMALL, fashion_mnist_root, run_dir, processes=2)
+
+
+def parameters_of(run_dir: str) -> torch.Tensor:
+    return torch.nn.utils.parameters_to_vector(
+        load_network(get_architecture("fashion_cnn"), Path(run_dir, "checkpoint.pt")).parameters()
+    ).detach()
+
+
+def test_network_has_the_papers_29034_parameters():
+    model = FashionCNN()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 29_034
+    assert model(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
+
+
+def test_normalisation_is_that_of_the_training_set(fashion_mnist_root):
+    images, _ = fashion_mnist.load(fashion_mnist_root, train=True)
+    assert images.mean() == pytest.approx(MEAN, abs=1e-3) and images.std() == pytest.approx(STD, abs=1e-3)
+    inputs = normalise(torch.as_tensor(images[:10]))
+    assert inputs.shape == (10, 1, 28, 28) and inputs.dtype == torch.float32
+
+
+def test_shares_of_the_workers_make_up_the_batch_of_one():
+    def batches(rank: int, processes: int) -> list[torch.Tensor]:
+        return list(batches_of(SMALL, Worker(rank, processes, torch.device("cpu")), 200, epoch=1))
+
+    whole, shares = batches(0, 1), [batches(rank, 2) for rank in range(2)]
+    assert [len(batch) for batch in whole] == [64, 64, 64]
+    for batch, first, second in zip(whole, *shares, strict=True):
+        assert len(first) == len(second) == 32
+        assert set(batch.tolist()) == set(first.tolist()) | set(second.tolist())
+
+
+def test_training_lowers_the_loss_and_beats_chance(single_run):
+    _, result = single_run
+    assert result["epochs"][1]["train_loss"] < 0.7 * result["epochs"][0]["train_loss"]
+    assert result["test_accuracy"] > 0.6
+    assert result["parameters"] == 29_034 and result["images_per_second"] > 0
+
+
+def test_checkpoint_gives_the_accuracy_of_the_result_file(single_run, fashion_mnist_root):
+    run_dir, result = single_run
+    images, labels = fashion_mnist.load(fashion_mnist_root, train=False)
+    images, labels = images[: SMALL.test_images], labels[: SMALL.test_images]
+    probabilities = predict(load_network(get_architecture("fashion_cnn"), Path(run_dir, "checkpoint.pt")), images)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    assert (probabilities.argmax(axis=1) == labels).mean() == pytest.approx(result["test_accuracy"], abs=1e-6)
+    assert json.loads(Path(run_dir, "result.json").read_text()) == json.loads(json.dumps(result))
+
+
+def test_event_file_holds_the_dashboard(single_run):
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    run_dir, result = single_run
+    events = EventMultiplexer().AddRunsFromDirectory(run_dir).Reload()
+    assert list(events.Runs()) == ["."]  # one directory, one run
+    tags = events.Runs()["."]
+    steps = 2 * 1280 // 64
+    scalars = read_scalars(run_dir)
+    for measure in ("loss", "accuracy", "learning_rate", "images_per_second"):
+        assert scalars[f"train/{measure}"]["step"].tolist() == list(range(1, steps + 1))
+    assert scalars["test/accuracy"]["value"].iloc[-1] == pytest.approx(result["test_accuracy"])
+    assert scalars["test/loss"]["step"].tolist() == [steps // 2, steps]
+    assert scalars["train/learning_rate"]["value"].iloc[-1] < 0.01 * scalars["train/learning_rate"]["value"].max()
+    assert tags["graph"] is True
+    assert {"predictions/first", "predictions/mistakes", "confusion/matrix"} <= set(tags["images"])
+    curves = {tag for tag in tags["tensors"] if tag.startswith("precision_recall/")}
+    assert curves == {f"precision_recall/{name}" for name in fashion_mnist.CLASSES}
+    assert any(tag.startswith("custom_scalars__config__") for tag in tags["tensors"])
+    plugins = events.GetAccumulator(".").PluginTagToContent("hparams")
+    assert "_hparams_/session_start_info" in plugins
+
+
+def test_a_second_run_in_a_directory_replaces_the_first(fashion_mnist_root, tmp_path):
+    settings = TrainingSettings(epochs=1, train_images=256, test_images=100)
+    for _ in range(2):
+        train(settings, fashion_mnist_root, str(tmp_path))
+    assert read_scalars(str(tmp_path))["train/loss"]["step"].tolist() == [1, 2]
+
+
+def test_events_reach_storage_that_cannot_append(monkeypatch, tmp_path):
+    monkeypatch.setattr("helpers.dashboards.WHOLE_FILES_ONLY", (str(tmp_path),))
+    dashboard = TrainingDashboard(str(tmp_path / "run"))
+    dashboard.log_step(1, {"loss": 2.0})
+    dashboard.log_epoch(1, {"test_loss": 1.0})
+    assert read_scalars(str(tmp_path / "run"))["train/loss"]["value"].tolist() == [2.0]
+    dashboard.log_step(2, {"loss": 1.5})
+    dashboard.close()
+    assert read_scalars(str(tmp_path / "run"))["train/loss"]["value"].tolist() == [2.0, 1.5]
+
+
+def test_figures_are_drawn(single_run):
+    run_dir, _ = single_run
+    images, labels = np.zeros((5, 28, 28), np.uint8), np.arange(5)
+    figures = [
+        plot_training({"one process": run_dir}),
+        plot_confusion_matrix(labels, labels),
+        plot_predictions(images, labels, labels[::-1]),
+    ]
+    titles = [axes.get_title() for axes in figures[2].axes]
+    assert titles[0] == "Coat\nis T-shirt/top" and titles[2] == "Pullover"
+    for figure in figures:
+        figure.canvas.draw()
+
+
+def test_two_spark_tasks_train_as_one_process(single_run, spark_run):
+    (single_dir, single), (spark_dir, distributed) = single_run, spark_run
+    assert distributed["processes"] == 2
+    assert distributed["test_accuracy"] == pytest.approx(single["test_accuracy"], abs=0.05)
+    torch.manual_seed(SMALL.seed)
+    start = torch.nn.utils.parameters_to_vector(FashionCNN().parameters()).detach()
+    # Batch norm sees half batches, so the two are close rather than equal.
+    moves = [parameters_of(run_dir) - start for run_dir in (single_dir, spark_dir)]
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.9
+
+
+def test_only_one_rank_of_a_spark_run_writes_events(spark_run):
+    run_dir, _ = spark_run
+    assert read_scalars(run_dir)["train/loss"]["step"].tolist() == list(range(1, 41))
+
+
+def test_a_failing_rank_is_reported_with_its_own_message(spark, tmp_path):
+    (tmp_path / "data").write_text("a file where the data folder should be")
+    with pytest.raises(TrainingError, match=r"(?s)process \d of 2 failed with \w+Error: .*data.*Traceback"):
+        train_on_spark(spark, SMALL, str(tmp_path / "data"), str(tmp_path / "run"), processes=2)
+
+
+def test_too_few_slots_are_an_error_at_once(spark, fashion_mnist_root, tmp_path):
+    with pytest.raises(HostError, match="3 processes need 3 task slots.*Spark has 2"):
+        train_on_spark(spark, SMALL, fashion_mnist_root, str(tmp_path), processes=3)
+
+
+def test_a_gpu_that_is_not_there_is_one_clear_error(spark, fashion_mnist_root, tmp_path):
+    with pytest.raises(HostError, match="no GPU"):
+        train_on_spark(spark, SMALL, fashion_mnist_root, str(tmp_path), processes=2, use_gpu=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(HostError, match="device='cpu'"):
+            train(TrainingSettings(device="cuda"), fashion_mnist_root, str(tmp_path))
+
+
+@pytest.mark.parametrize("impossible", [{"epochs": 0}, {"precision": "fp64"}, {"learning_rate": -1}, {"epoch": 5}])
+def test_impossible_settings_are_refused(impossible):
+    with pytest.raises((ValidationError, TypeError)):
+        TrainingSettings(**impossible)
+
+
+def test_less_than_one_batch_is_refused(fashion_mnist_root, tmp_path):
+    with pytest.raises(TrainingError, match="fewer than one batch"):
+        train(TrainingSettings(train_images=100), fashion_mnist_root, str(tmp_path))
