@@ -28,6 +28,8 @@ class InputSpec:
 
     The graph itself subtracts `mean` and divides by `std`, both a channel, in units of 0..255. `resize` is
     `stretch` (both sides to size), `letterbox` (fit inside, pad) or `crop` (shorter side to size, centre cut).
+    `scaled_decoding` above 0 allows a JPEG to be decoded at 1/2, 1/4 or 1/8 while that leaves it so many times larger
+    than the input; 2 changes a photograph's input by about a grey level, 0 not at all.
     """
 
     height: int
@@ -36,6 +38,7 @@ class InputSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: str = "stretch"
+    scaled_decoding: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,6 +73,7 @@ class Manifest:
     postprocess: dict[str, Any]
     precision: str  # of the weights in the file: fp32, fp16 or int8
     arithmetic: str  # of the multiplications, as accuracy was checked with: f32, bf16 or f16
+    flops: int  # floating-point operations for one image: two for each multiplication with its addition
     checkpoint: dict[str, str]  # file name and sha256 of what was exported
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     format: int = FORMAT
@@ -145,6 +149,7 @@ def load_bundle(storage: Storage) -> Bundle:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise BundleError(f"{path} has not format {FORMAT}; export the bundle again with this version")
     try:
+        _check_types(values)
         manifest = Manifest(
             **{
                 **values,
@@ -153,7 +158,7 @@ def load_bundle(storage: Storage) -> Bundle:
                 "labels": tuple(values["labels"]),
             }
         )
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise BundleError(f"{path} is incomplete or has unknown entries: {error}; export the bundle again") from None
     _check(manifest, path)
     return Bundle(storage, manifest)
@@ -163,11 +168,22 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
+def _check_types(values: dict[str, Any]) -> None:
+    kinds = {"input": dict, "outputs": list, "labels": list, "postprocess": dict, "files": dict, "flops": int}
+    for name, kind in kinds.items():
+        if not isinstance(values[name], kind):
+            raise TypeError(f"{name} is a {type(values[name]).__name__}, not a {kind.__name__}")
+    sizes = [values["input"]["height"], values["input"]["width"]]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise TypeError(f"input.height and input.width are {sizes}, not positive whole numbers")
+
+
 def _check(manifest: Manifest, path: str) -> None:
     spec = manifest.input
     if spec.color not in COLORS:
         raise BundleError(f"{path}: input.color is {spec.color!r}, not one of {', '.join(COLORS)}")
     if spec.resize not in RESIZE_RULES:
         raise BundleError(f"{path}: input.resize is {spec.resize!r}, not one of {', '.join(RESIZE_RULES)}")
-    if len(spec.mean) != COLORS[spec.color] or len(spec.std) != COLORS[spec.color]:
+    values = [spec.mean, spec.std]
+    if not all(isinstance(v, tuple) and len(v) == COLORS[spec.color] for v in values):
         raise BundleError(f"{path}: input.mean and input.std need one value a channel, {COLORS[spec.color]}")

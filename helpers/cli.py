@@ -35,6 +35,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
     from helpers import pipeline
     from helpers.session import get_spark
 
+    pipeline.make_task(options.source, options.model, options.output, config)  # mistakes are told before Spark starts
     summary = pipeline.run(get_spark(config), options.source, options.model, options.output, config)
     too_many = summary.failed > config.max_failed_share * (summary.ok + summary.failed)
     if too_many:

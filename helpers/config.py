@@ -78,6 +78,9 @@ class PartitionSettings(_Section):
     partitions: Positive | None
     target_bytes: Positive
     target_images: Positive
+    target_seconds: Annotated[float, Field(gt=0)]
+    image_seconds: Annotated[float, Field(gt=0)]
+    gflops: Annotated[float, Field(gt=0)]
 
 
 class InferenceSettings(_Section):
@@ -96,6 +99,7 @@ class Config(_Section):
     spark: SparkSettings
     storage: StorageOptions
     paths: PathSettings
+    reader: Literal["auto", "files", "spark"]
     resume: bool
     pictures: Annotated[int, Field(ge=0)]
     max_failed_share: Fraction
@@ -151,7 +155,9 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         key, separator, value = assignment.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set takes KEY=VALUE, not {assignment!r}, for example --set resume=false")
-        overrides[key] = yaml.safe_load(value)
+        if key == "profile":
+            raise ConfigError("the profile is not a setting: name it with --profile")
+        overrides[key] = _value(key, value)
     return overrides
 
 
@@ -173,8 +179,18 @@ def _from_environment() -> dict[str, Any]:
     prefix, settings = ENVIRONMENT_PREFIX, {}
     for name, value in os.environ.items():
         if name.startswith(prefix) and name != f"{prefix}PROFILE":
-            settings[name.removeprefix(prefix).lower().replace("__", ".")] = yaml.safe_load(value)
+            key = name.removeprefix(prefix).lower().replace("__", ".")
+            settings[key] = _value(key, value)
     return settings
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"{key}: its value is not valid YAML; put quotes around text with special characters"
+        ) from None
 
 
 def _flatten(layer: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -210,8 +226,8 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
             name for name in origins if name.startswith(f"{key}.")
         ]
         origin = origins[max(matches, key=len)] if matches else "conf/base.yaml"
-        # A secret pasted where its reference belongs must not be repeated.
-        value = "(not shown)" if key == "storage.credential" else repr(problem["input"])
+        # A secret pasted where its reference belongs, or under a name that is wrong, must not be repeated.
+        value = "(not shown)" if key.startswith("storage") else repr(problem["input"])
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             near = difflib.get_close_matches(key, [name for name in origins if name != key], n=1)
             hint = f"; did you mean {near[0]}?" if near else "; conf/base.yaml lists every setting"

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import io
 import logging
-import pickle
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -47,7 +47,7 @@ def load_network(architecture: Architecture, checkpoint: Path) -> "torch.nn.Modu
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BundleError(f"{checkpoint}: no such checkpoint; notebook 01 makes one, or name your own") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # for bytes that are no checkpoint, torch raises whatever its parsers come across
         raise BundleError(f"{checkpoint} is no PyTorch checkpoint or is damaged: {_first(error)}") from None
     network = architecture.build()
     _check_weights(network.state_dict(), weights, checkpoint, architecture.name)
@@ -179,20 +179,35 @@ def make_bundle(
         postprocess=architecture.postprocess,
         precision=precision,
         arithmetic="f32",  # 8-bit layers stay 8-bit; what is left in floating point is computed as it was checked
+        flops=count_flops(model),
         checkpoint={"file": checkpoint.name, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
     )
     return save_bundle(target, manifest, _serialize(ov, model, precision == "fp16"))
 
 
+def count_flops(model: "ov.Model") -> int:
+    """Floating-point operations of the convolutions and matrix products for one image; all else is small."""
+    total = 0
+    for node in model.get_ops():
+        if node.get_type_name() in ("Convolution", "GroupConvolution", "MatMul"):
+            results = [d.get_length() for d in node.output(0).get_partial_shape() if d.is_static]
+            weights = [d.get_length() for d in node.input(1).get_partial_shape() if d.is_static]
+            # Products for each result: all of the weights' dimensions but that of the output channels.
+            channels = {"Convolution": 1, "GroupConvolution": 2}.get(node.get_type_name())
+            depth = np.prod(weights[channels:]) if channels else np.prod(weights) // results[-1]
+            total += int(2 * np.prod(results) * depth)
+    return total
+
+
 def calibration_images(storage: Storage, architecture: Architecture, config: Config) -> Iterator[np.ndarray]:
     """Evenly spread images below a location, prepared as the pipeline prepares them; unreadable ones are left out."""
-    from helpers.images import UnreadableImageError, decode, fit
+    from helpers.images import UnreadableImageError, load
     from helpers.ingest import list_images
 
     paths = sorted(list_images(storage, config).images["path"].to_pylist())
     for path in paths[:: max(1, len(paths) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]:
         try:
-            yield fit(decode(storage.read(path), config.ingest.max_pixels), architecture.input)
+            yield load(storage.read(path), architecture.input, config.ingest.max_pixels)[0]
         except (OSError, UnreadableImageError) as error:
             log.warning("%s is not used for calibration: %s", path, error)
 
@@ -200,18 +215,26 @@ def calibration_images(storage: Storage, architecture: Architecture, config: Con
 def _serialize(ov: Any, model: "ov.Model", compress_to_fp16: bool) -> dict[str, bytes]:
     import tempfile
 
+    # Names that OpenVINO made up count on through a process; by position they are the same in each export.
+    for position, node in enumerate(model.get_ordered_ops()):
+        if re.search(r"_\d+$", node.get_friendly_name()):
+            node.set_friendly_name(f"{node.get_type_name()}_{position}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.xml")
         ov.save_model(model, path, compress_to_fp16=compress_to_fp16)
         return {name: Path(folder, name).read_bytes() for name in ("model.xml", "model.bin")}
 
 
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if hasattr(value, "shape") else f"a {type(value).__name__}"
+
+
 def _check_weights(expected: dict, found: Any, checkpoint: Path, name: str) -> None:
     if not isinstance(found, dict):
         raise BundleError(f"{checkpoint} holds a {type(found).__name__}, not a state dictionary")
     for key in [*expected, *found]:
-        have = tuple(found[key].shape) if key in found else "missing"
-        want = tuple(expected[key].shape) if key in expected else "unknown"
+        have = _shape(found[key]) if key in found else "missing"
+        want = _shape(expected[key]) if key in expected else "unknown"
         if have != want:
             raise BundleError(f"{checkpoint} is not a checkpoint of {name}: {key} is {have}, expected {want}")
 

@@ -72,5 +72,6 @@ def _webp(head: bytes) -> Size | None:
         (bits,) = struct.unpack_from("<I", head, 21)
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     if kind == b"VP8X":
-        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+        width, width_high, height, height_high = struct.unpack_from("<HBHB", head, 24)
+        return 1 + width + (width_high << 16), 1 + height + (height_high << 16)
     return None

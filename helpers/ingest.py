@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +32,7 @@ class Listing:
         return f"{self.images.num_rows} images" + (f"; left out: {left}" if left else "")
 
 
-def list_images(storage: Storage, config: Config, exclude: str | None = None) -> Listing:
+def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) -> Listing:
     """List the files with an image's suffix, nested folders included.
 
     Hidden files and other suffixes are left out and counted. A folder with an image's suffix is listed too: it becomes
@@ -40,7 +41,7 @@ def list_images(storage: Storage, config: Config, exclude: str | None = None) ->
     Args:
         storage: where to look.
         config: its `ingest` section names the suffixes.
-        exclude: a folder to leave out, such as a run's own output below its source.
+        skip: folders to leave out, such as a run's own below its source.
 
     Raises:
         RunError: there is no image.
@@ -49,9 +50,7 @@ def list_images(storage: Storage, config: Config, exclude: str | None = None) ->
     suffixes = tuple(suffix.lower() for suffix in config.ingest.suffixes)
     left_out: Counter[str] = Counter()
     chunks, rows = [], []
-    for entry in storage.list(directories=True):
-        if exclude and (entry.path == exclude or entry.path.startswith(f"{exclude}/")):
-            continue
+    for entry in storage.list(directories=True, skip=skip):
         if not entry.path.lower().endswith(suffixes):
             left_out["with another suffix"] += not entry.is_directory
         elif any(part.startswith(".") for part in entry.path.removeprefix(storage.root).split("/")):
@@ -68,14 +67,22 @@ def list_images(storage: Storage, config: Config, exclude: str | None = None) ->
     return Listing(images, +left_out)
 
 
-def plan(images: pa.Table, slots: int, config: Config) -> PartitionPlan:
-    """Plan the partitions of a listing, as the `partitioning` section says."""
+def plan(images: pa.Table, slots: int, config: Config, image_seconds: float | None = None) -> PartitionPlan:
+    """Plan the partitions of a listing, as the `partitioning` section says.
+
+    Args:
+        images: what was listed.
+        slots: tasks that run at once.
+        config: its `partitioning` section.
+        image_seconds: what an image takes; by default what one without a model does.
+    """
     settings = config.partitioning
+    seconds = image_seconds or settings.image_seconds
     return plan_partitions(
         images["length"].to_numpy(),
         slots,
         target_bytes=settings.target_bytes,
-        target_images=settings.target_images,
+        target_images=max(1, min(settings.target_images, round(settings.target_seconds / seconds))),
         partitions=settings.partitions,
     )
 

@@ -1,25 +1,29 @@
 """Pictures of results: a sample of a run's images with what was found in them drawn on."""
 
 import hashlib
+import logging
 import math
 import re
 from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow.compute as pc
 
 from helpers.config import Config
-from helpers.images import Image, decode
+from helpers.images import Image, UnreadableImageError, decode
 from helpers.results import read_table
 from helpers.storage import Storage
 
-PICTURES = "pictures"
-SMALLEST_SIDE = 224  # smaller images are enlarged, so that a caption is readable
+log = logging.getLogger(__name__)
+
+SMALLEST_SIDE = 224  # pixels; smaller images are enlarged, so that a caption is readable ...
+LARGEST_SIDE = 1024  # ... but a thin one only so far
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
-def draw_sample(output: Storage, files: list[str], source: Storage, config: Config) -> list[str]:
-    """Write a sample of a run's images, annotated, to `OUTPUT/pictures`; return their paths.
+def draw_sample(output: Storage, files: list[str], source: Storage, config: Config) -> dict[str, bytes]:
+    """Annotate a sample of a run's images; return the PNG files by name.
 
     Args:
         output: the run's output.
@@ -27,22 +31,26 @@ def draw_sample(output: Storage, files: list[str], source: Storage, config: Conf
         source: where the images lie.
         config: `pictures` says how many.
     """
-    paths: list[str] = []
+    pictures: dict[str, bytes] = {}
     for file in files:
-        if len(paths) >= config.pictures:
+        if len(pictures) >= config.pictures:
             break
         table = read_table(output, file)
-        table = table.filter(table["error"].is_null()).slice(0, math.ceil(config.pictures / len(files)))
-        for row in table.slice(0, config.pictures - len(paths)).to_pylist():
-            image = draw(decode(source.read(row["path"]), config.ingest.max_pixels), row["predictions"])
-            paths.append(output.join(PICTURES, picture_name(row["path"])))
-            output.write(paths[-1], cv2.imencode(".png", image)[1].tobytes())
-    return paths
+        table = table.filter(pc.is_null(table["error"])).slice(0, math.ceil(config.pictures / len(files)))
+        for row in table.slice(0, config.pictures - len(pictures)).to_pylist():
+            try:
+                image = decode(source.read(row["path"]), config.ingest.max_pixels)
+            except (OSError, UnreadableImageError) as error:
+                log.warning("no picture of %s: %s", row["path"], error)  # it was there when the task read it
+                continue
+            png = cv2.imencode(".png", draw(image, row["predictions"]))[1]
+            pictures[picture_name(row["path"])] = png.tobytes()
+    return pictures
 
 
 def draw(image: Image, predictions: list[dict[str, Any]]) -> Image:
     """Return a copy of a BGR image with its predictions: for a classification, a caption with the best class."""
-    scale = max(1, math.ceil(SMALLEST_SIDE / min(image.shape[:2])))
+    scale = max(1, min(math.ceil(SMALLEST_SIDE / min(image.shape[:2])), LARGEST_SIDE // max(image.shape[:2])))
     canvas = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
     if predictions:
         _caption(canvas, f"{predictions[0]['label']} {predictions[0]['score']:.2f}")

@@ -22,14 +22,16 @@ from helpers import ingest as listing
 from helpers import stages
 from helpers.bundle import Bundle, load_bundle
 from helpers.config import Config
-from helpers.errors import RunError
+from helpers.errors import RunError, StorageError
 from helpers.inference import batch_size
 from helpers.partitioning import PartitionPlan
 from helpers.pictures import draw_sample
 from helpers.postprocessing import parameters_for
 from helpers.progress import Progress
-from helpers.results import ResultStore, replaced, without
-from helpers.session import get_slots, spark_failure
+from helpers.readers import choose_reader, planned_paths, read_by_spark
+from helpers.results import PICTURES, ResultStore, replaced, without
+from helpers.run_dashboard import log_run
+from helpers.session import get_slots, spark_failure, spark_schema
 from helpers.storage import open_storage
 from helpers.task import RECORD_SCHEMA, Task
 
@@ -78,13 +80,16 @@ def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
     storage = open_storage(source, config)
     images = listing.list_images(storage, config).images
     plan = listing.plan(images, get_slots(spark), config)
+    manifest = listing.manifest(images, plan)
+    if choose_reader(spark, storage, manifest, config) == "spark":
+        return read_by_spark(spark, storage, manifest, config)
     read = partial(
         stages.read_images,
         storage=storage,
         most_images=config.inference.max_batch,
         most_bytes=config.inference.batch_megabytes * 2**20,
     )
-    return _planned(spark, listing.manifest(images, plan), plan).mapInArrow(read, _spark_schema(stages.IMAGE_SCHEMA))
+    return planned_paths(spark, manifest, plan).mapInArrow(read, spark_schema(stages.IMAGE_SCHEMA))
 
 
 def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
@@ -96,14 +101,14 @@ def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
         most_images=_batch(bundle, config),
         max_pixels=config.ingest.max_pixels,
     )
-    return images.mapInArrow(stage, _spark_schema(stages.TENSOR_SCHEMA))
+    return images.mapInArrow(stage, spark_schema(stages.TENSOR_SCHEMA))
 
 
 def infer(tensors: "DataFrame", model: str, config: Config) -> "DataFrame":
     """Stage 3: OpenVINO on every executor; a DataFrame of `stages.output_schema(manifest)`."""
     bundle = load_bundle(open_storage(model, config))
     stage = partial(stages.infer, bundle=bundle, precision=config.inference.precision, threads=config.inference.threads)
-    return tensors.mapInArrow(stage, _spark_schema(stages.output_schema(bundle.manifest)))
+    return tensors.mapInArrow(stage, spark_schema(stages.output_schema(bundle.manifest)))
 
 
 def postprocess(outputs: "DataFrame", model: str, config: Config) -> "DataFrame":
@@ -116,7 +121,7 @@ def postprocess(outputs: "DataFrame", model: str, config: Config) -> "DataFrame"
         parameters=parameters,
         model=model_identity(bundle, parameters, config),
     )
-    return outputs.mapInArrow(stage, _spark_schema(stages.RESULT_SCHEMA))
+    return outputs.mapInArrow(stage, spark_schema(stages.RESULT_SCHEMA))
 
 
 def run(spark: "SparkSession", source: str, model: str, output: str, config: Config) -> RunSummary:
@@ -139,16 +144,16 @@ def run(spark: "SparkSession", source: str, model: str, output: str, config: Con
         store.recover()
         done = store.rows()
         _check_model(done, task.model, store)
-        images = listing.list_images(task.source, config, exclude=task.output.root).images
+        images = listing.list_images(task.source, config, skip=store.folders).images
         todo = without(images, done)
-        plan = listing.plan(todo, get_slots(spark), config)
+        plan = listing.plan(todo, get_slots(spark), config, _image_seconds(task.bundle, config))
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
         before = time.perf_counter()
-        records = _run_tasks(spark, task, listing.manifest(todo, plan), plan, store)
+        records = _run_tasks(spark, task, listing.manifest(todo, plan), plan, store, config)
         seconds = time.perf_counter() - before
         published = store.publish([r["file"] for r in records], replaced(todo, done))
         store.unstage()
-        draw_sample(task.output, published, task.source, config)
+        _show(task, published, records, config)
     return _summarise(images.num_rows, records, seconds, time.perf_counter() - start, store)
 
 
@@ -156,9 +161,12 @@ def make_task(source: str, model: str, output: str, config: Config) -> Task:
     """Everything the tasks of a run share; `Task.results` also runs in one process, without Spark."""
     bundle = load_bundle(open_storage(model, config))
     parameters = parameters_for(bundle.manifest, config.postprocess)
+    images = open_storage(source, config)
+    if not images.exists(""):
+        raise StorageError(f"{images.root}: no such folder; check the --source location")
     run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
     return Task(
-        source=open_storage(source, config),
+        source=images,
         output=open_storage(output, config),
         run=run_id,
         bundle=bundle,
@@ -179,21 +187,36 @@ def model_identity(bundle: Bundle, parameters: dict[str, Any], config: Config) -
 
 
 def _run_tasks(
-    spark: "SparkSession", task: Task, manifest: pa.Table, plan: PartitionPlan, store: ResultStore
+    spark: "SparkSession", task: Task, manifest: pa.Table, plan: PartitionPlan, store: ResultStore, config: Config
 ) -> list[dict[str, Any]]:
     if not manifest.num_rows:
         return []
     store.stage(task.run)
-    frame = _planned(spark, manifest, plan).mapInArrow(task, _spark_schema(RECORD_SCHEMA))
+    if choose_reader(spark, task.source, manifest, config) == "spark":
+        frame = read_by_spark(spark, task.source, manifest, config)
+    else:
+        frame = planned_paths(spark, manifest, plan)
     try:
         with Progress(manifest.num_rows, partial(store.progress, task.run)):
-            records = [row.asDict(recursive=True) for row in frame.collect()]
+            rows = frame.mapInArrow(task, spark_schema(RECORD_SCHEMA)).collect()
     except Exception as error:
         raise RunError(f"the run stopped: {spark_failure(error)}") from error
+    records = [row.asDict(recursive=True) for row in rows]
     processed = sum(record["images"] for record in records)
     if processed != manifest.num_rows:
-        raise RunError(f"{manifest.num_rows} images went in and {processed} came out; nothing was published")
+        raise RunError(
+            f"{manifest.num_rows} images went in and {processed} came out: files were removed meanwhile, or the reader "
+            "left some out; nothing was published, and what was done is kept for the next run"
+        )
     return records
+
+
+def _show(task: Task, published: list[str], records: list[dict[str, Any]], config: Config) -> None:
+    pictures = draw_sample(task.output, published, task.source, config)
+    for name, png in pictures.items():
+        task.output.write(f"{PICTURES}/{name}", png)
+    if records:
+        log_run(f"{config.paths.runs}/pipeline/{task.run}", records, pictures)
 
 
 def _summarise(
@@ -214,12 +237,6 @@ def _summarise(
     )
 
 
-def _planned(spark: "SparkSession", manifest: pa.Table, plan: PartitionPlan) -> "DataFrame":
-    # Only paths are exchanged here; the plan's partitions are kept as they are.
-    frame = spark.createDataFrame(manifest)
-    return frame.repartitionById(max(1, plan.partitions), "partition")
-
-
 def _check_model(done: pa.Table, model: str, store: ResultStore) -> None:
     others = sorted(set(done["model"].unique().to_pylist()) - {model})
     if others:
@@ -229,11 +246,9 @@ def _check_model(done: pa.Table, model: str, store: ResultStore) -> None:
         )
 
 
+def _image_seconds(bundle: Bundle, config: Config) -> float:
+    return config.partitioning.image_seconds + bundle.manifest.flops / (config.partitioning.gflops * 1e9)
+
+
 def _batch(bundle: Bundle, config: Config) -> int:
     return batch_size(bundle, config.inference.batch_megabytes, config.inference.max_batch)
-
-
-def _spark_schema(schema: pa.Schema) -> Any:
-    from pyspark.sql.pandas.types import from_arrow_schema
-
-    return from_arrow_schema(schema)

@@ -3,6 +3,7 @@
 On a terminal and in a notebook there is a bar; in a log a line every few seconds.
 """
 
+import builtins
 import logging
 import sys
 import threading
@@ -41,7 +42,7 @@ class Progress:
         self._thread.join()
 
     def _watch(self) -> None:
-        show = sys.stderr.isatty() or "ipykernel" in sys.modules
+        show = sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
         logged = self._start
         with tqdm(total=self._total, unit=" images", smoothing=0, disable=not show, file=sys.stderr) as bar:
             while True:

@@ -26,6 +26,7 @@ from helpers.task import STAGING, staged_counts, staging
 log = logging.getLogger(__name__)
 
 RESULTS = "results"
+PICTURES = "pictures"
 KEY_NAMES = [field.name for field in KEY]
 ROWS_SCHEMA = pa.schema([*KEY, pa.field("model", pa.string()), pa.field("file", pa.string())])
 
@@ -40,6 +41,11 @@ class ResultStore:
     def location(self) -> str:
         """Where readers find the results."""
         return self.storage.join(RESULTS)
+
+    @property
+    def folders(self) -> list[str]:
+        """What is below the output of ours, and is no source of images."""
+        return [self.storage.join(name) for name in (RESULTS, PICTURES, STAGING)]
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:

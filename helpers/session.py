@@ -19,7 +19,9 @@ from helpers.config import PROJECT, Config
 from helpers.errors import HostError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pyspark.sql import SparkSession
+    from pyspark.sql.types import StructType
 
 MINIMUM_JAVA = 17
 JAVA_REMEDY = "install it with `apt-get install openjdk-17-jre-headless` (Debian), `brew install openjdk@17` (macOS) \
@@ -80,12 +82,20 @@ def local_slots(spark: "SparkSession") -> int | None:
     return max(1, cores // int(spark.conf.get("spark.task.cpus", "1") or 1))
 
 
+def spark_schema(schema: "pa.Schema") -> "StructType":
+    """The Spark schema of an Arrow schema."""
+    from pyspark.sql.pandas.types import from_arrow_schema
+
+    return from_arrow_schema(schema)
+
+
 def spark_failure(error: Exception) -> str:
     """The one line that says what went wrong in a failed Spark job: the project's own error where there is one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     ours = [line for line in lines if re.match(r"helpers\.errors\.\w+: ", line)]
     python = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Expired|Exit): ", line)]
-    found = (ours or python or lines or [type(error).__name__])[-1 if ours or python else 0]
+    crashed = [text[0] for text in re.finditer(r"Python\s+worker exited unexpectedly[^.\n]*", str(error))]
+    found = (ours or python or crashed or lines or [type(error).__name__])[-1 if ours or python else 0]
     return re.sub(r"^helpers\.errors\.\w+: ", "", found)
 
 
@@ -100,7 +110,8 @@ def ship_helpers(spark: "SparkSession") -> None:
 def pack_helpers() -> Path:
     """Zip the package; its content is in its name, so that an edited package is another archive."""
     files = sorted((PROJECT / "helpers").rglob("*.py"))
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    content = [(str(file.relative_to(PROJECT)), file.read_bytes()) for file in files]
+    digest = hashlib.sha256(repr(content).encode()).hexdigest()[:12]
     archive = Path(tempfile.gettempdir()) / f"spark-vision-{os.getuid()}" / f"helpers-{digest}.zip"
     if not archive.exists():
         archive.parent.mkdir(mode=0o700, exist_ok=True)
@@ -125,7 +136,10 @@ def check_java() -> str:
     if not java or not Path(java).exists():
         where = f"JAVA_HOME is {home}, which has no bin/java" if home else "there is no java on the PATH"
         raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {where}: {JAVA_REMEDY}.")
-    answer = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    try:
+        answer = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    except OSError as error:
+        raise HostError(f"Spark needs Java, and {java} cannot be started ({error.strerror}): {JAVA_REMEDY}.") from None
     version = re.search(r'version "((\d+)[^"]*)"', answer)
     if version is None or int(version[2]) < MINIMUM_JAVA:
         found = version[1] if version else answer.strip()
@@ -148,6 +162,9 @@ def _classic_settings(config: Config) -> dict[str, str]:
         "spark.task.maxFailures": str(config.spark.task_attempts),
         "spark.ui.showConsoleProgress": "false",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
+        # Rows with an image's bytes are large: what crosses to Python at once is bounded in both.
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
+        "spark.sql.execution.arrow.maxBytesPerBatch": str(16 * 2**20),
         "spark.sql.session.timeZone": "UTC",
     }
 

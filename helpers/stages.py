@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from helpers.bundle import Bundle, InputSpec, Manifest
-from helpers.images import UnreadableImageError, decode, fit
+from helpers.images import UnreadableImageError, load
 from helpers.inference import get_model
 from helpers.postprocessing import POSTPROCESSORS
 from helpers.storage import Storage
@@ -61,10 +61,10 @@ def output_schema(manifest: Manifest) -> pa.Schema:
 
 
 def read_images(batches: Batches, storage: Storage, most_images: int, most_bytes: int) -> Iterator[pa.RecordBatch]:
-    """Stage 1 in a task: paths to bytes.
+    """Stage 1 in a task: paths to bytes; what Spark has read already passes through.
 
     Args:
-        batches: `MANIFEST_SCHEMA`.
+        batches: `MANIFEST_SCHEMA`, or `IMAGE_SCHEMA`.
         storage: where the paths lie.
         most_images: images an output batch.
         most_bytes: bytes an output batch, unless a single image has more.
@@ -73,6 +73,9 @@ def read_images(batches: Batches, storage: Storage, most_images: int, most_bytes
         `IMAGE_SCHEMA`; `content` is null where `error` is set.
     """
     for batch in batches:
+        if "content" in batch.schema.names:
+            yield batch
+            continue
         for part in _split(batch, most_images, most_bytes):
             contents, errors = [], []
             for path in part["path"].to_pylist():
@@ -170,9 +173,8 @@ def _preprocess(batch: pa.RecordBatch, spec: InputSpec, max_pixels: int) -> pa.R
         size = None
         if errors[row] is None:
             try:
-                image = decode(memoryview(content.as_buffer()), max_pixels)
-                pixels[count] = fit(image, spec)
-                size, count = (image.shape[1], image.shape[0]), count + 1
+                pixels[count], size = load(memoryview(content.as_buffer()), spec, max_pixels)
+                count += 1
             except UnreadableImageError as error:
                 errors[row] = str(error)
         sizes.append(size or (None, None))

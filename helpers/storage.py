@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,8 +56,8 @@ class Storage(Protocol):
 
     root: str
 
-    def list(self, prefix: str = "", directories: bool = False) -> Iterator[Entry]:
-        """Every file below the prefix, nested folders included, in no particular order."""
+    def list(self, prefix: str = "", directories: bool = False, skip: Collection[str] = ()) -> Iterator[Entry]:
+        """Every file below the prefix, nested folders included but for those to skip, in no particular order."""
 
     def read(self, path: str) -> bytes:
         """The whole content of one file; raises OSError."""
@@ -111,8 +111,8 @@ class LocalStorage:
     """A folder of a file system that this process sees, mounts such as `/Volumes` included."""
 
     def __init__(self, root: str):
-        # Absolute, because workers have another working directory.
-        self.root = str(Path(root).expanduser().absolute())
+        # Absolute, because workers have another working directory; without `..`, so that a file has one path.
+        self.root = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - Path.absolute keeps `..`
 
     def __repr__(self) -> str:
         return f"LocalStorage({self.root!r})"
@@ -120,7 +120,7 @@ class LocalStorage:
     def join(self, *parts: str) -> str:  # noqa: D102
         return str(Path(self.root, *parts))
 
-    def list(self, prefix: str = "", directories: bool = False) -> Iterator[Entry]:
+    def list(self, prefix: str = "", directories: bool = False, skip: Collection[str] = ()) -> Iterator[Entry]:
         """List with one directory open at a time, following links but entering no directory twice.
 
         Raises:
@@ -132,13 +132,12 @@ class LocalStorage:
             return
         if not start.is_dir():
             raise StorageError(f"{start}: no such folder; check the location, or create it first")
-        pending, seen = [str(start)], set()
+        pending, seen = [str(start)], {_identity(folder) for folder in skip if Path(folder).is_dir()}
         while pending:
             folder = pending.pop()
-            identity = os.stat(folder)
-            if (identity.st_dev, identity.st_ino) in seen:
+            if _identity(folder) in seen:
                 continue
-            seen.add((identity.st_dev, identity.st_ino))
+            seen.add(_identity(folder))
             for item in _scan(folder):
                 if _is_directory(item):
                     pending.append(item.path)
@@ -148,7 +147,7 @@ class LocalStorage:
                     yield _entry(item.path)
 
     def read(self, path: str) -> bytes:  # noqa: D102
-        with open(self.join(path), "rb") as file:  # noqa: PTH123 - half the cost of Path.read_bytes
+        with open(_to_name(self.join(path)), "rb") as file:  # noqa: PTH123 - half the cost of Path.read_bytes
             return file.read()
 
     @contextlib.contextmanager
@@ -190,6 +189,8 @@ class LocalStorage:
         import fcntl  # not on Windows, where only this method would miss it
 
         target = Path(self.join(path))
+        if Path(self.root).is_file():
+            raise StorageError(f"{self.root} is a file, and results need a folder; name another location")
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,6 +203,23 @@ def _scan(folder: str) -> Iterator[os.DirEntry[str]]:
             yield from items
     except PermissionError as error:
         raise StorageError(f"{folder}: this folder cannot be listed ({error.strerror}); grant read access") from None
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _to_text(name: str) -> str:
+    """A path as valid Unicode: bytes that are none stand as `\\xNN`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _to_name(text: str) -> str | bytes:
+    """The inverse of `_to_text`, for the few names that need it."""
+    if "\\x" not in text or Path(text).exists():
+        return text
+    return re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes.fromhex(match[1].decode()), text.encode())
 
 
 def _is_directory(item: os.DirEntry[str]) -> bool:
@@ -219,4 +237,4 @@ def _entry(path: str, is_directory: bool = False) -> Entry:
     except OSError:
         status = os.lstat(path)  # a broken or looping link: reading it gives the error row
     length = status.st_size if stat.S_ISREG(status.st_mode) else 0
-    return Entry(path, length, datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, UTC), is_directory)
+    return Entry(_to_text(path), length, datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, UTC), is_directory)

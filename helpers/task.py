@@ -69,7 +69,7 @@ class Task:
     max_batch: int
 
     def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]:
-        """Run one partition: `MANIFEST_SCHEMA` in, one row of `RECORD_SCHEMA` out (none for an empty partition)."""
+        """Run one partition: the input of `results` in, one row of `RECORD_SCHEMA` out (no images, no row)."""
         from pyspark import TaskContext
 
         context = TaskContext.get()
@@ -94,7 +94,7 @@ class Task:
         yield pa.RecordBatch.from_pylist([record], schema=RECORD_SCHEMA)
 
     def results(self, batches: Batches, clock: "Clock | None" = None) -> Iterator[pa.RecordBatch]:
-        """The fused stages: `MANIFEST_SCHEMA` in, `RESULT_SCHEMA` out; works without Spark too."""
+        """The fused stages: `MANIFEST_SCHEMA` in, or `IMAGE_SCHEMA` if Spark has read; works without Spark too."""
         clock = clock or Clock()
         images = batch_size(self.bundle, self.batch_megabytes, self.max_batch)
         spec = self.bundle.manifest.input

@@ -1,0 +1,81 @@
+"""Two ways from paths to bytes, one DataFrame (`stages.IMAGE_SCHEMA`).
+
+    files   the task that decodes an image reads it too: nothing is exchanged but paths, and the plan is kept
+    spark   Spark's `binaryFile` reads, where only Spark can reach the storage (Unity Catalog, serverless)
+
+`binaryFile` silently leaves empty files out, and folders with an image's suffix; both come back from the listing.
+"""
+
+import logging
+import re
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from helpers import stages
+from helpers.config import Config
+from helpers.partitioning import PartitionPlan
+from helpers.session import local_slots, spark_schema
+from helpers.storage import Storage
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+log = logging.getLogger(__name__)
+
+
+def choose_reader(spark: "SparkSession", storage: Storage, manifest: pa.Table, config: Config) -> str:
+    """Return `files` or `spark` as the `reader` setting says; `auto` tries in a task, and the log says why."""
+    if config.reader != "auto":
+        reader, why = config.reader, "it is set"
+    elif local_slots(spark) is not None:
+        reader, why = "files", "tasks run on this machine"
+    elif _tasks_can_read(spark, storage, manifest):
+        reader, why = "files", "a task could read the first image"
+    else:
+        reader, why = "spark", "a task could not read the first image"
+    log.info("reader %s: %s", reader, why)
+    return reader
+
+
+def planned_paths(spark: "SparkSession", manifest: pa.Table, plan: PartitionPlan) -> "DataFrame":
+    """The manifest as a DataFrame in the plan's partitions; paths are exchanged here, bytes never."""
+    return spark.createDataFrame(manifest).repartitionById(max(1, plan.partitions), "partition")
+
+
+def read_by_spark(spark: "SparkSession", storage: Storage, manifest: pa.Table, config: Config) -> "DataFrame":
+    """The images of a manifest with their bytes, read by Spark in partitions of about `partitioning.target_bytes`."""
+    from pyspark.sql import functions as F
+
+    # Both must be set: many small files would otherwise count as 4 MB each, and one core could get all of a large set.
+    spark.conf.set("spark.sql.files.maxPartitionBytes", str(config.partitioning.target_bytes))
+    spark.conf.set("spark.sql.files.openCostInBytes", str(64 * 2**10))
+    listed = spark.createDataFrame(manifest.drop_columns(["partition"]))
+    files = (
+        spark.read.format("binaryFile")
+        .option("recursiveFileLookup", "true")
+        .option("ignoreMissingFiles", "true")
+        .load(_literal(storage.root))
+        .select(F.regexp_replace("path", "^(file|dbfs):/+", "/").alias("path"), "content")
+    )
+    # The small side is the listing: it goes to every task, and the images stay where they are read.
+    read = files.join(F.broadcast(listed.where("length > 0")), "path")
+    empty = listed.where("length = 0").withColumn("content", F.lit(b""))
+    columns = ["path", "length", "modified", "error", "content"]
+    return read.unionByName(empty).withColumn("error", F.lit(None).cast("string")).select(columns)
+
+
+def _literal(path: str) -> str:
+    """Escape what Spark takes for a pattern in a path."""
+    return re.sub(r"([\\{}\[\]*?])", r"\\\1", path)
+
+
+def _tasks_can_read(spark: "SparkSession", storage: Storage, manifest: pa.Table) -> bool:
+    first = manifest.filter(pc.greater(manifest["length"], 0)).slice(0, 1)
+    if not first.num_rows:
+        return True
+    read = partial(stages.read_images, storage=storage, most_images=1, most_bytes=1)
+    rows = spark.createDataFrame(first).mapInArrow(read, spark_schema(stages.IMAGE_SCHEMA))
+    return rows.where("error is null").count() == 1
