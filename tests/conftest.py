@@ -64,3 +64,11 @@ def bundle_uri(checkpoint, tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("bundle"))
     export("fashion_cnn", checkpoint, open_storage(folder))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs_apart(tmp_path_factory):
+    """Keep the dashboards of the tests' runs out of the project's own, in this process and its children."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HELPERS_PATHS__RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from helpers.bundle import load_bundle
-from helpers.images import decode, fit
+from helpers.images import load
 from helpers.inference import compile_options
 from helpers.postprocessing import POSTPROCESSORS, parameters_for
 from helpers.storage import open_storage
@@ -26,11 +26,10 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--cores", type=int, default=2)
     options = parser.parse_args()
     bundle = load_bundle(open_storage(options.model))
-    paths = sorted(options.source.iterdir())[: options.count]
+    paths = sorted(options.source.iterdir())
     start = time.perf_counter()
     rows = infer(bundle, paths, options.cores)
     pq.write_table(pa.Table.from_pylist(rows), options.output)
@@ -56,15 +55,15 @@ def infer(bundle, paths, cores) -> list[dict]:
 
     queue.set_callback(finish)
     with ThreadPoolExecutor(cores) as pool:
-        for path, size, pixels in pool.map(lambda p: load(p, manifest.input), paths):
+        for path, size, pixels in pool.map(lambda p: prepare(p, manifest.input), paths):
             queue.start_async({0: pixels[None]}, (path, size))
     queue.wait_all()
     return rows
 
 
-def load(path, spec) -> tuple[Path, tuple[int, int], np.ndarray]:
-    image = decode(path.read_bytes(), 2**28)
-    return path, (image.shape[1], image.shape[0]), fit(image, spec)
+def prepare(path, spec) -> tuple[Path, tuple[int, int], np.ndarray]:
+    pixels, size = load(path.read_bytes(), spec, 2**28)
+    return path, size, pixels
 
 
 if __name__ == "__main__":

@@ -1,0 +1,194 @@
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helpers.bundle import InputSpec, Manifest, OutputSpec, load_bundle, save_bundle
+from helpers.errors import BundleError
+from helpers.storage import open_storage
+
+MANIFEST = Manifest(
+    name="net-fp32",
+    architecture="net",
+    task="classification",
+    input=InputSpec(height=20, width=30, color="rgb", mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0), resize="crop"),
+    outputs=(OutputSpec("logits", (3,)), OutputSpec("grid", (2, 4, 4))),
+    labels=("a", "b", "größer"),
+    postprocess={"top_k": 2, "threshold": 0.5},
+    precision="fp32",
+    arithmetic="f32",
+    flops=1000,
+    checkpoint={"file": "net.pt", "sha256": "0" * 64},
+)
+FILES = {"model.xml": b"<net/>", "model.bin": bytes(range(256))}
+
+
+@pytest.fixture
+def storage(tmp_path):
+    storage = open_storage(str(tmp_path / "bundle"))
+    save_bundle(storage, MANIFEST, FILES)
+    return storage
+
+
+@pytest.fixture
+def manifest_file(storage) -> Path:
+    return Path(storage.join("manifest.json"))
+
+
+def change(manifest_file: Path, **entries) -> None:
+    manifest_file.write_text(json.dumps({**json.loads(manifest_file.read_text()), **entries}))
+
+
+def test_a_bundle_comes_back_as_it_was_saved(storage):
+    bundle = load_bundle(storage)
+    assert replace(bundle.manifest, files={}) == MANIFEST
+    assert bundle.manifest.files == {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
+    assert {name: bundle.read(name) for name in FILES} == FILES
+    assert bundle.manifest.input.shape == (20, 30, 3) and bundle.manifest.input.nbytes == 1800
+
+
+def test_a_loaded_bundle_has_the_name_of_the_saved_one(storage):
+    assert load_bundle(storage).manifest.model == save_bundle(storage, MANIFEST, FILES).manifest.model
+
+
+def test_a_bundle_can_be_copied_elsewhere(storage, tmp_path):
+    shutil.copytree(storage.root, tmp_path / "copy")
+    copy = load_bundle(open_storage(str(tmp_path / "copy")))
+    assert copy.manifest == load_bundle(storage).manifest and copy.read("model.bin") == FILES["model.bin"]
+
+
+def test_the_digest_changes_with_weights_graph_and_settings(tmp_path):
+    def digest(manifest=MANIFEST, **files):
+        storage = open_storage(str(tmp_path / "other"))
+        content = {**FILES, **{f"model.{suffix}": value for suffix, value in files.items()}}
+        return save_bundle(storage, manifest, content).manifest.digest
+
+    digests = [
+        digest(),
+        digest(bin=b"\x01" + FILES["model.bin"][1:]),
+        digest(xml=b"<net />"),
+        digest(replace(MANIFEST, labels=("a", "b", "c"))),
+        digest(replace(MANIFEST, postprocess={"top_k": 3, "threshold": 0.5})),
+        digest(replace(MANIFEST, input=replace(MANIFEST.input, resize="stretch"))),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest() == digests[0]
+
+
+def test_a_folder_without_a_manifest_is_named_with_the_command_that_makes_one(tmp_path):
+    with pytest.raises(BundleError) as error:
+        load_bundle(open_storage(str(tmp_path / "nothing here")))
+    for part in (str(tmp_path / "nothing here"), "manifest.json", "python -m helpers export"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe\x00", b"<html>"])
+def test_a_manifest_that_is_not_json_is_named(storage, manifest_file, content):
+    manifest_file.write_bytes(content)
+    with pytest.raises(BundleError, match="manifest.json is not valid JSON.*export the bundle again"):
+        load_bundle(storage)
+
+
+@pytest.mark.parametrize("content", ["[]", "1", '"text"', "null", "{}"])
+def test_json_that_is_no_manifest_is_named(storage, manifest_file, content):
+    manifest_file.write_text(content)
+    with pytest.raises(BundleError, match="manifest.json.*export the bundle again"):
+        load_bundle(storage)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_is_refused(storage, manifest_file, version):
+    change(manifest_file, format=version)
+    with pytest.raises(BundleError, match="manifest.json has not format 1.*export the bundle again"):
+        load_bundle(storage)
+
+
+@pytest.mark.parametrize("entry", ["author", "anchors"])
+def test_an_unknown_entry_is_named(storage, manifest_file, entry):
+    change(manifest_file, **{entry: "x"})
+    with pytest.raises(BundleError, match=f"manifest.json.*{entry}.*export the bundle again"):
+        load_bundle(storage)
+
+
+@pytest.mark.parametrize("entry", ["task", "input", "outputs", "labels", "postprocess", "precision"])
+def test_a_missing_entry_is_named(storage, manifest_file, entry):
+    values = json.loads(manifest_file.read_text())
+    del values[entry]
+    manifest_file.write_text(json.dumps(values))
+    with pytest.raises(BundleError, match=f"manifest.json.*{entry}.*export the bundle again"):
+        load_bundle(storage)
+
+
+WRONG_ENTRIES = [
+    {"input": None},
+    {"input": []},
+    {"input": "28x28"},
+    {"outputs": None},
+    {"outputs": ["logits"]},
+    {"outputs": {"name": "logits"}},
+    {"labels": None},
+    {"files": None},
+    {"postprocess": None},
+]
+
+
+@pytest.mark.parametrize("entries", WRONG_ENTRIES, ids=str)
+def test_an_entry_of_the_wrong_type_names_the_manifest(storage, manifest_file, entries):
+    change(manifest_file, **entries)
+    with pytest.raises(BundleError, match="manifest.json"):
+        load_bundle(storage)
+
+
+WRONG_INPUTS = [
+    {"color": "cmyk"},
+    {"resize": "warp"},
+    {"mean": [1.0]},
+    {"std": []},
+    {"mean": 1.0},
+    {"std": None},
+    {"depth": 3},
+]
+
+
+@pytest.mark.parametrize("values", WRONG_INPUTS, ids=str)
+def test_a_wrong_input_names_the_manifest_and_the_setting(storage, manifest_file, values):
+    change(manifest_file, input={**json.loads(manifest_file.read_text())["input"], **values})
+    with pytest.raises(BundleError) as error:
+        load_bundle(storage)
+    assert "manifest.json" in str(error.value) and next(iter(values)) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: content[:-1], lambda content: b"", lambda content: content[:-1] + b"\x00"],
+    ids=["truncated", "empty", "one byte changed"],
+)
+@pytest.mark.parametrize("name", list(FILES))
+def test_a_damaged_file_is_named_with_the_remedy(storage, name, damage):
+    storage.write(name, damage(FILES[name]))
+    with pytest.raises(BundleError, match=f"{name} is damaged.*copy or export the bundle again"):
+        load_bundle(storage).read(name)
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_a_missing_file_is_named_with_the_remedy(storage, name):
+    storage.delete(name)
+    with pytest.raises(BundleError, match=f"{name} cannot be read.*copy the bundle again"):
+        load_bundle(storage).read(name)
+
+
+def test_a_bundle_whose_writing_is_cut_off_has_no_manifest(tmp_path):
+    class FullStorage(type(open_storage(str(tmp_path)))):
+        def write(self, path, data):
+            if path == "model.bin":
+                raise OSError("disk full")
+            super().write(path, data)
+
+    storage = FullStorage(str(tmp_path))
+    with pytest.raises(OSError, match="disk full"):
+        save_bundle(storage, MANIFEST, FILES)
+    with pytest.raises(BundleError, match="no model bundle"):
+        load_bundle(storage)

@@ -1,0 +1,165 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from helpers.bundle import load_bundle
+from helpers.storage import open_storage
+
+KEYS = ["images", "ok", "failed", "skipped", "partitions", "seconds", "images_per_second", "results"]  # DESIGN.md
+
+
+def helpers(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """`python -m helpers ...` as a user calls it, from anywhere."""
+    return subprocess.run(
+        [sys.executable, "-m", "helpers", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def run(samples: Path, bundle: str, output: str, cwd: Path, *settings: str) -> subprocess.CompletedProcess:
+    options = [part for setting in ("spark.master=local[2]", *settings) for part in ("--set", setting)]
+    source = os.path.relpath(samples, cwd)
+    return helpers("run", "--source", source, "--model", bundle, "--output", output, *options, cwd=cwd)
+
+
+def assert_mistake(answer: subprocess.CompletedProcess, *parts: str) -> None:
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    errors = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and answer.stderr.rstrip().endswith(errors[0])
+    assert "Traceback" not in answer.stderr and "\tat " not in answer.stderr
+    for part in parts:
+        assert part in errors[0]
+
+
+@pytest.fixture(scope="module")
+def first(samples, bundle_uri, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    return run(samples, bundle_uri, "found/here", cwd, "pictures=5"), cwd
+
+
+def test_run_ends_with_the_contracts_summary(first):
+    answer, cwd = first
+    assert answer.returncode == 0, answer.stderr
+    summary = json.loads(answer.stdout.splitlines()[-1])
+    assert list(summary) == KEYS
+    assert [summary[key] for key in KEYS[:5]] == [64, 60, 4, 0, 2]
+    assert summary["seconds"] > 0 and summary["images_per_second"] > 0
+    assert summary["results"] == str(cwd / "found" / "here" / "results")
+    assert pq.read_table(summary["results"]).num_rows == 64
+    assert len(list((cwd / "found" / "here" / "pictures").iterdir())) == 5
+
+
+def test_run_tells_the_reasons_of_failures_and_draws_no_bar_into_a_log(first):
+    answer, _ = first
+    assert "the file is empty" in answer.stderr
+    assert "\r" not in answer.stderr and "images/s]" not in answer.stderr
+    assert "\tat " not in answer.stderr and not re.search(r"^\d\d:\d\d:\d\d (WARN|ERROR)", answer.stderr, re.MULTILINE)
+
+
+def test_run_again_from_another_folder_resumes(first, samples, bundle_uri, tmp_path):
+    _, cwd = first
+    answer = run(samples, bundle_uri, str(cwd / "found" / "here"), tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    summary = json.loads(answer.stdout.splitlines()[-1])
+    assert [summary[key] for key in KEYS[:5]] == [64, 0, 0, 64, 0]
+    assert pq.read_table(summary["results"]).num_rows == 64
+
+
+def test_run_with_too_many_failures_exits_1_with_the_reasons_and_keeps_the_results(samples, bundle_uri, tmp_path):
+    answer = run(samples, bundle_uri, "out", tmp_path, "max_failed_share=0.01", "pictures=0")
+    assert answer.returncode == 1
+    assert "4 of 64 images failed" in answer.stderr and "max_failed_share=0.01" in answer.stderr
+    assert "the file is empty" in answer.stderr and "not an image" in answer.stderr
+    assert json.loads(answer.stdout.splitlines()[-1])["failed"] == 4
+    assert pq.read_table(tmp_path / "out" / "results").num_rows == 64
+    assert not (tmp_path / "out" / "pictures").exists()
+
+
+WRONG_SETTINGS = {
+    "spark.mastr=local[1]": ("spark.mastr", "spark.master"),
+    "pictures=many": ("pictures", "many"),
+    "pictures": ("KEY=VALUE",),
+    "spark.app_name=[": ("spark.app_name",),
+    "profile=cluster": ("profile",),
+}
+
+
+@pytest.mark.parametrize("setting", WRONG_SETTINGS)
+def test_a_wrong_setting_is_one_line_and_exit_2(samples, bundle_uri, tmp_path, setting):
+    answer = run(samples, bundle_uri, "out", tmp_path, setting)
+    assert_mistake(answer, *WRONG_SETTINGS[setting])
+    assert answer.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_profile_is_one_line_and_exit_2(tmp_path):
+    answer = helpers("doctor", "--profile", "laptop", cwd=tmp_path)
+    assert_mistake(answer, "laptop", "local")
+
+
+def test_a_missing_bundle_is_one_line_and_exit_2(samples, tmp_path):
+    assert_mistake(run(samples, "no/bundle", "out", tmp_path), str(tmp_path / "no" / "bundle"), "helpers export")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_source_is_one_line_and_exit_2(bundle_uri, tmp_path):
+    assert_mistake(run(tmp_path / "photos", bundle_uri, "out", tmp_path), str(tmp_path / "photos"), "no such folder")
+
+
+def test_a_missing_argument_is_exit_2_with_the_usage(tmp_path):
+    answer = helpers("run", "--source", "x", cwd=tmp_path)
+    assert answer.returncode == 2 and "--model" in answer.stderr and "usage" in answer.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_export_makes_a_bundle(checkpoint, samples, tmp_path, precision):
+    calibration = ("--calibration", samples) if precision == "int8" else ()
+    options = ("--checkpoint", checkpoint, "--output", "models/mine", "--precision", precision, *calibration)
+    answer = helpers("export", "--architecture", "fashion_cnn", *options, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    summary = json.loads(answer.stdout.splitlines()[-1])
+    assert summary["bundle"] == str(tmp_path / "models" / "mine")
+    bundle = load_bundle(open_storage(summary["bundle"]))
+    assert bundle.manifest.precision == precision and bundle.manifest.model == summary["model"]
+    assert all(bundle.read(name) for name in ("model.xml", "model.bin"))
+
+
+def test_export_of_what_is_no_checkpoint_is_one_line_and_exit_2(samples, tmp_path):
+    options = ("--checkpoint", samples / "notes.jpg", "--output", "out")
+    answer = helpers("export", "--architecture", "fashion_cnn", *options, cwd=tmp_path)
+    assert_mistake(answer, "notes.jpg")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_finds_this_host_in_order(fashion_mnist_root, tmp_path):
+    answer = helpers("doctor", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    lines = answer.stdout.splitlines()
+    for part in ("python", "packages", "java", "spark", "openvino", "data", "storage"):
+        assert any(line.split()[:2] == ["ok", part] for line in lines), part
+
+
+def test_doctor_without_java_exits_1_with_the_remedy_and_goes_on(tmp_path):
+    answer = helpers("doctor", cwd=tmp_path, JAVA_HOME=str(tmp_path / "nowhere"))
+    assert answer.returncode == 1
+    (missing,) = [line for line in answer.stdout.splitlines() if line.startswith("missing")]
+    assert missing.split()[1] == "java" and "nowhere" in missing and "apt-get install openjdk-17" in missing
+    assert any(line.split()[:2] == ["ok", "openvino"] for line in answer.stdout.splitlines())
+
+
+def test_run_without_java_is_one_line_and_exit_2(samples, bundle_uri, tmp_path):
+    options = ("--source", samples, "--model", bundle_uri, "--output", "out")
+    answer = helpers("run", *options, cwd=tmp_path, JAVA_HOME=str(tmp_path / "nowhere"))
+    assert_mistake(answer, "Java 17", "apt-get install openjdk-17")

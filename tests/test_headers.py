@@ -1,0 +1,78 @@
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from helpers.headers import read_size
+
+FORMS = {
+    "png": ("PNG", "RGB", {}),
+    "png, palette": ("PNG", "P", {}),
+    "jpeg": ("JPEG", "RGB", {}),
+    "jpeg, progressive": ("JPEG", "RGB", {"progressive": True}),
+    "jpeg, grey": ("JPEG", "L", {}),
+    "jpeg, cmyk": ("JPEG", "CMYK", {}),
+    "jpeg, long metadata": ("JPEG", "RGB", {"icc_profile": bytes(150_000), "comment": b"\xff\xd9\xff\xc0" * 100}),
+    "gif": ("GIF", "P", {}),
+    "bmp": ("BMP", "RGB", {}),
+    "tiff": ("TIFF", "RGB", {}),
+    "tiff, packed": ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+    "webp": ("WEBP", "RGB", {}),
+    "webp, lossless": ("WEBP", "RGB", {"lossless": True}),
+    "webp, alpha": ("WEBP", "RGBA", {}),
+    "webp, metadata": ("WEBP", "RGB", {"icc_profile": bytes(100)}),
+}
+
+
+def encoded(form: str, size: tuple[int, int]) -> bytes:
+    name, mode, options = FORMS[form]
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 50).convert("RGB").convert(mode).save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (300, 200), (3, 1000), (259, 513)])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_header_tells_the_size(form, size):
+    content = encoded(form, size)
+    assert read_size(content) == read_size(memoryview(content)) == size
+
+
+def test_both_byte_orders_of_tiff_are_read():
+    fields = [(256, 300), (257, 200)]
+    for order, mark in (("little", b"II*\0"), ("big", b"MM\0*")):
+        directory = len(fields).to_bytes(2, order)
+        for tag, value in fields:
+            numbers = (tag, 2), (4, 2), (1, 4), (value, 4)  # kind 4: 32 bits
+            directory += b"".join(number.to_bytes(length, order) for number, length in numbers)
+        assert read_size(mark + (8).to_bytes(4, order) + directory) == (300, 200)
+
+
+def test_a_bitmap_stored_from_the_top_has_a_positive_height():
+    content = bytearray(encoded("bmp", (30, 20)))
+    content[22:26] = (-20).to_bytes(4, "little", signed=True)
+    assert read_size(bytes(content)) == (30, 20)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_header_that_is_cut_short_is_no_exception(form):
+    content = encoded(form, (300, 200))
+    for length in range(200):
+        size = read_size(content[:length])
+        assert size is None or max(size) <= 300
+
+
+@given(
+    st.sampled_from([b"", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"RIFF0000WEBP"]),
+    st.binary(),
+)
+def test_no_bytes_make_it_fail(start, rest):
+    size = read_size(start + rest)
+    assert size is None or len(size) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"a text file", b"<svg/>", bytes(100)])
+def test_what_is_no_image_has_no_size(content):
+    assert read_size(content) is None

@@ -1,0 +1,225 @@
+"""Rules that every file keeps. Each test first asserts that it found something to look at."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from helpers.config import PROJECT
+
+EXECUTOR_MODULES = ["stages", "task", "inference", "images", "postprocessing", "bundle", "storage"]
+HEAVY = {"torch", "torchvision", "pydantic", "onnx", "nncf", "matplotlib", "tensorboard"}
+NOT_IN_CONNECT = {"sparkContext", "rdd", "_jvm", "_jsc", "_jsparkSession"}
+MACHINE_PATH = re.compile(r"(?<![\w.\-/])/(?:root|work|home|tmp)/[\w.]")
+SMALLER = {"limit", "agg", "count", "distinct", "first", "head", "take", "sample", "groupBy", "summary", "describe"}
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@cache
+def files() -> list[Path]:
+    """What git has or would have, the ignored left out."""
+    command = ["git", "-C", str(PROJECT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [PROJECT / name for name in names if name and (PROJECT / name).is_file()]
+
+
+@cache
+def notebook(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def code_cells(path: Path) -> list[dict]:
+    cells = [cell for cell in notebook(path)["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    return cells
+
+
+def tags(cell: dict) -> list[str]:
+    return cell["metadata"].get("tags", [])
+
+
+def source(cell: dict) -> str:
+    """The cell's Python, its magics left out."""
+    return "\n".join(line for line in "".join(cell["source"]).splitlines() if not line.startswith(("%", "!")))
+
+
+def sources() -> dict[str, str]:
+    """Python of helpers and notebooks by where it stands."""
+    found = {path.name: path.read_text(encoding="utf-8") for path in files() if path.parent == PROJECT / "helpers"}
+    found = {name: text for name, text in found.items() if name.endswith(".py")}
+    for path in NOTEBOOKS:
+        found[path.name] = "\n".join(source(cell) for cell in code_cells(path))
+    return found
+
+
+def test_modules_of_the_executors_import_nothing_heavy():
+    script = f"""
+import importlib, sys
+for name in {EXECUTOR_MODULES}:
+    importlib.import_module("helpers." + name)
+    print(name, *sorted({HEAVY} & set(sys.modules)))
+"""
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines() == EXECUTOR_MODULES
+
+
+def test_importing_the_package_imports_nothing_else():
+    script = "import sys; before = set(sys.modules); import helpers; print(*sorted(set(sys.modules) - before))"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert [name for name in answer.stdout.split() if not name.startswith("__editable__")] == ["helpers"]
+
+
+def test_nothing_is_used_that_spark_connect_lacks():
+    found = sources()
+    assert {"pipeline.py", "session.py"} <= set(found) and len(found) > len(NOTEBOOKS) + 10
+    for name, text in found.items():
+        used = {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
+        assert not used & NOT_IN_CONNECT, name
+
+
+def test_modules_are_small_enough_to_read_in_one_sitting():
+    modules = list((PROJECT / "helpers").rglob("*.py"))
+    assert len(modules) > 10
+    assert {path.name: n for path in modules if (n := len(path.read_text().splitlines())) > 300} == {}
+
+
+def texts_of(path: Path) -> str:
+    """A file's text; of a notebook sources and textual outputs, because encoded pictures hold any characters."""
+    if path.suffix != ".ipynb":
+        return path.read_bytes().decode("utf-8", "replace")
+    parts = []
+    for cell in notebook(path)["cells"]:
+        parts += cell["source"]
+        for output in cell.get("outputs", []):
+            parts += output.get("text", []), *(v for k, v in output.get("data", {}).items() if k.startswith("text/"))
+    return "\n".join("".join(part) for part in parts)
+
+
+def test_no_path_of_one_machine_is_in_any_file():
+    looked_at = [
+        path for path in files() if PROJECT / "tests" not in path.parents and path.suffix not in (".png", ".jpg")
+    ]
+    assert len(looked_at) > 30 and PROJECT / "helpers" / "config.py" in looked_at
+    found = {}
+    for path in looked_at:
+        if match := MACHINE_PATH.search(text := texts_of(path)):
+            found[str(path.relative_to(PROJECT))] = text[match.start() : match.start() + 60]
+    assert found == {}
+
+
+@pytest.mark.parametrize("text", ["see /work/x", "'/root/.cache'", "file:/tmp/a", "(/home/me)"])
+def test_the_search_for_machine_paths_finds_them(text):
+    assert MACHINE_PATH.search(text)
+    assert not MACHINE_PATH.search("https://host/home/me and out/tmp/a and /usr/share")
+
+
+def test_there_are_as_many_notebooks_as_the_readme_lists():
+    rows = re.findall(
+        r"^\| \[(\w+)\]\((notebooks/[\w/]+\.ipynb)\) \|", (PROJECT / "README.md").read_text(), re.MULTILINE
+    )
+    assert rows
+    assert len(NOTEBOOKS) >= len(rows)
+    for name, link in rows:
+        assert Path(link).stem == name and (PROJECT / link).is_file()
+
+
+def test_links_in_the_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", (PROJECT / "README.md").read_text())
+    local = [link for link in links if "://" not in link]
+    assert local
+    assert [link for link in local if not (PROJECT / link).exists()] == []
+
+
+@each_notebook
+def test_the_kernel_is_python3_whoever_made_the_notebook(path):
+    assert notebook(path)["metadata"]["kernelspec"]["name"] == "python3"
+    assert notebook(path)["nbformat"] == 4
+
+
+@each_notebook
+def test_every_cell_was_executed_and_none_failed(path):
+    for cell in code_cells(path):
+        assert cell["execution_count"] is not None or "nbval-skip" in tags(cell), source(cell)
+        assert not [output for output in cell["outputs"] if output["output_type"] == "error"], source(cell)
+
+
+@each_notebook
+def test_a_notebook_was_executed_from_top_to_bottom(path):
+    counts = [cell["execution_count"] for cell in code_cells(path) if cell["execution_count"] is not None]
+    assert counts and counts == sorted(set(counts))
+
+
+@each_notebook
+def test_a_notebook_begins_with_its_title_and_what_it_needs_and_produces(path):
+    first = notebook(path)["cells"][0]
+    assert first["cell_type"] == "markdown" and "".join(first["source"]).startswith("# ")
+    beginning = "\n".join("".join(c["source"]) for c in notebook(path)["cells"][:3] if c["cell_type"] == "markdown")
+    assert "needs" in beginning.lower() and "produces" in beginning.lower()
+
+
+@each_notebook
+def test_the_first_code_cell_is_the_bootstrap(path):
+    first = code_cells(path)[0]
+    assert "nbval-skip" in tags(first)
+    assert len(source(first).splitlines()) <= 10
+    assert "COLAB_RELEASE_TAG" in source(first) and "DATABRICKS_RUNTIME_VERSION" in source(first)
+
+
+@each_notebook
+def test_one_cell_holds_the_parameters_each_explained(path):
+    cells = [cell for cell in code_cells(path) if "parameters" in tags(cell)]
+    assert len(cells) == 1
+    values = [line for line in source(cells[0]).splitlines() if re.match(r"[A-Z_]+ = ", line)]
+    assert values and all("  # " in line for line in values)
+
+
+@each_notebook
+def test_imports_are_in_one_place(path):
+    importing = [cell for cell in code_cells(path) if re.search(r"^(from|import) ", source(cell), re.MULTILINE)]
+    assert importing in (code_cells(path)[:1], code_cells(path)[:2])
+
+
+@each_notebook
+def test_cells_are_short_and_functions_shorter(path):
+    for cell in code_cells(path):
+        assert len("".join(cell["source"]).splitlines()) <= 15, source(cell)
+        for node in ast.walk(ast.parse(source(cell))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                assert node.end_lineno - node.lineno < 5, node.name
+            assert not (isinstance(node, ast.ImportFrom) and node.names[0].name == "*")
+
+
+@each_notebook
+def test_no_whole_frame_is_collected(path):
+    for cell in code_cells(path):
+        for node in ast.walk(ast.parse(source(cell))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("collect", "toPandas"):
+                called = {
+                    n.func.attr
+                    for n in ast.walk(node.func.value)
+                    if isinstance(n, ast.Call) and hasattr(n.func, "attr")
+                }
+                assert called & SMALLER, ast.unparse(node)
+
+
+@each_notebook
+def test_a_notebook_ends_with_assertions_that_print_nothing(path):
+    last = code_cells(path)[-1]
+    asserts = [node for node in ast.parse(source(last)).body if isinstance(node, ast.Assert)]
+    assert len(asserts) >= 3
+    assert last["outputs"] == [] and "nbval-skip" not in tags(last)
+
+
+@each_notebook
+def test_a_notebook_is_small(path):
+    assert path.stat().st_size <= 300 * 1024
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS

@@ -1,0 +1,239 @@
+import io
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from helpers.bundle import InputSpec
+from helpers.images import UnreadableImageError, decode, fit
+
+MANY = 10**9
+BLUE, GREEN, RED = (255, 0, 0), (0, 255, 0), (0, 0, 255)  # BGR
+CHANNELS = {"rgb": 3, "bgr": 3, "gray": 1}
+
+
+def spec(width: int, height: int, color: str = "bgr", resize: str = "stretch") -> InputSpec:
+    zeros, ones = (0.0,) * CHANNELS[color], (1.0,) * CHANNELS[color]
+    return InputSpec(height, width, color, zeros, ones, resize)
+
+
+def encoded(picture: Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def bilevel_png(width: int, height: int) -> bytes:
+    """A black PNG, made without its pixels ever being in memory."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    packer, row = zlib.compressobj(9), bytes(1 + (width + 7) // 8)
+    content = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    """200 x 300 smooth noise, RGB."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    return cv2.GaussianBlur(noise, (9, 9), 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [("L", "PNG"), ("1", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("RGB", "PNG"), ("RGB", "WEBP")]
+    + [
+        ("L", "JPEG"),
+        ("RGB", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("RGB", "BMP"),
+        ("P", "GIF"),
+        ("RGB", "TIFF"),
+        ("CMYK", "TIFF"),
+    ],
+)
+def test_every_kind_of_image_becomes_three_channels_with_the_right_colours(photo, mode, form):
+    content = encoded(Image.fromarray(photo).convert(mode), form, **({"lossless": True} if form == "WEBP" else {}))
+    image = decode(content, MANY)
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))[..., ::-1]
+    assert image.shape == (200, 300, 3) and image.dtype == np.uint8
+    # Two decoders of JPEG round differently.
+    assert np.abs(image.astype(int) - expected).max() <= (3 if form == "JPEG" else 1)
+
+
+def test_sixteen_bits_are_scaled_to_eight():
+    deep = np.array([[0, 255, 256, 0x7FFF, 0xFF00, 0xFFFF]], np.uint16)
+    image = decode(cv2.imencode(".png", deep)[1].tobytes(), MANY)
+    assert np.abs(image[0, :, 0] - deep[0] / 257).max() <= 1
+    assert image[0, -1].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_exif_orientation_is_applied(form, orientation):
+    from PIL import ImageOps
+
+    corners = np.zeros((32, 48, 3), np.uint8)
+    corners[:16, :24], corners[:16, 24:], corners[16:, :24] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.fromarray(corners), form, exif=exif, **({"quality": 100} if form == "JPEG" else {}))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    image = decode(content, MANY)
+    assert image.shape[:2] == ((32, 48) if orientation < 5 else (48, 32))
+    quarter_centres = image[8::16, 12::24] if orientation < 5 else image[12::24, 8::16]
+    expected = np.asarray(upright)[..., ::-1]
+    expected = expected[8::16, 12::24] if orientation < 5 else expected[12::24, 8::16]
+    assert np.abs(quarter_centres.astype(int) - expected).max() < 10
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "lime", "blue")]
+    image = decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), MANY)
+    assert image.shape == (10, 20, 3) and (image == RED).all()
+
+
+def test_a_grey_png_comes_through_exactly():
+    grey = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    grey[0, :] = np.linspace(0, 255, 28)
+    image = decode(cv2.imencode(".png", grey)[1].tobytes(), MANY)
+    np.testing.assert_array_equal(fit(image, spec(28, 28, "gray")), grey[..., None])
+
+
+def test_every_grey_value_survives_the_conversion():
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(
+        fit(decode(cv2.imencode(".png", grey)[1].tobytes(), MANY), spec(16, 16, "gray"))[..., 0], grey
+    )
+
+
+def test_a_memoryview_decodes_like_bytes(photo):
+    content = encoded(Image.fromarray(photo))
+    np.testing.assert_array_equal(decode(memoryview(content), MANY), decode(content, MANY))
+
+
+def test_stretch_changes_both_sides():
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[:, 20:] = 255
+    stretched = fit(image, spec(10, 10))
+    assert stretched.shape == (10, 10, 3)
+    assert (stretched[:, :5] == 0).all() and (stretched[:, 5:] == 255).all()
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((20, 40), 0), ((40, 20), 1)])
+def test_letterbox_keeps_the_shape_and_pads_evenly(shape, axis):
+    boxed = np.moveaxis(fit(np.full((*shape, 3), RED, np.uint8), spec(20, 20, resize="letterbox")), axis, 0)
+    assert (boxed[5:15] == RED).all()
+    assert (boxed[:5] == 114).all() and (boxed[15:] == 114).all()
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((20, 40), 1), ((40, 20), 0)])
+def test_crop_takes_the_centre(shape, axis):
+    image = np.full((*shape, 3), RED, np.uint8)
+    np.moveaxis(image, axis, 0)[10:30] = GREEN
+    cropped = fit(image, spec(20, 20, resize="crop"))
+    assert cropped.shape == (20, 20, 3) and (cropped == GREEN).all()
+
+
+def test_an_image_of_the_right_size_is_not_resampled(photo):
+    for rule in ("stretch", "letterbox", "crop"):
+        np.testing.assert_array_equal(fit(photo, spec(300, 200, resize=rule)), photo)
+
+
+def test_colour_orders():
+    image = np.full((4, 4, 3), BLUE, np.uint8)
+    assert fit(image, spec(4, 4, "bgr"))[0, 0].tolist() == [255, 0, 0]
+    assert fit(image, spec(4, 4, "rgb"))[0, 0].tolist() == [0, 0, 255]
+    assert fit(image, spec(4, 4, "gray"))[0, 0].tolist() == [29]  # 0.114 * 255
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from(sorted(CHANNELS)),
+    st.sampled_from(["stretch", "letterbox", "crop"]),
+)
+def test_the_result_has_the_manifests_shape_whatever_the_images(height, width, to_height, to_width, color, rule):
+    wanted = spec(to_width, to_height, color, rule)
+    fitted = fit(np.full((height, width, 3), 200, np.uint8), wanted)
+    assert fitted.shape == wanted.shape and fitted.dtype == np.uint8
+    assert (fitted == 200).any()
+    if rule != "letterbox":
+        assert (fitted == 200).all()
+
+
+@pytest.mark.parametrize("rule", ["stretch", "letterbox", "crop"])
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 1)])
+def test_a_thin_image_takes_no_more_memory_than_others(shape, rule):
+    image, wanted = np.full((*shape, 3), 200, np.uint8), spec(224, 224, resize=rule)
+    tracemalloc.start()
+    try:
+        assert fit(image, wanted).shape == wanted.shape
+        assert tracemalloc.get_traced_memory()[1] < 20 * wanted.nbytes
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("content", [b"", memoryview(b"")])
+def test_an_empty_file_is_called_empty(content):
+    with pytest.raises(UnreadableImageError, match="the file is empty"):
+        decode(content, MANY)
+
+
+@pytest.mark.parametrize(
+    "content", [b"a text file", b"<html></html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", bytes(1000), b"GIF89a"]
+)
+def test_what_is_no_image_is_called_so(content):
+    with pytest.raises(UnreadableImageError, match="not an image|damaged|cut short"):
+        decode(content, MANY)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_a_truncated_image_is_an_error_not_half_a_picture(photo, form, share):
+    content = encoded(Image.fromarray(photo), form)
+    assert decode(content, MANY).shape == photo.shape
+    with pytest.raises(UnreadableImageError, match="damaged|cut short|not an image"):
+        decode(content[: int(share * len(content))], MANY)
+
+
+def test_an_image_may_have_as_many_pixels_as_allowed_and_no_more(photo):
+    content = encoded(Image.fromarray(photo))
+    assert decode(content, 60_000).shape == (200, 300, 3)
+    with pytest.raises(UnreadableImageError, match="300 x 200 pixels, more than .*59999"):
+        decode(content, 59_999)
+
+
+def test_an_image_beyond_the_decoders_own_limit_is_an_error_with_words():
+    with pytest.raises(UnreadableImageError, match="pixels"):
+        decode(bilevel_png(40_000, 40_000), 178_956_970)
+
+
+def test_a_decompression_bomb_is_refused_before_its_pixels_are_in_memory():
+    script = """
+import resource, sys
+from helpers.images import UnreadableImageError, decode
+content = sys.stdin.buffer.read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    decode(content, 178_956_970)
+except UnreadableImageError:
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    bomb = bilevel_png(16_000, 12_000)  # 23 kB, 576 MB decoded
+    answer = subprocess.run([sys.executable, "-c", script], input=bomb, capture_output=True, check=True)
+    assert int(answer.stdout) < 100  # megabytes

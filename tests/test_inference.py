@@ -1,0 +1,146 @@
+import hashlib
+import logging
+
+import numpy as np
+import pytest
+
+from helpers import inference, stages
+from helpers.bundle import Bundle, load_bundle, save_bundle
+from helpers.errors import BundleError
+from helpers.inference import batch_size, compile_options, get_model
+from helpers.storage import open_storage
+
+
+@pytest.fixture
+def bundle(bundle_uri, monkeypatch) -> Bundle:
+    monkeypatch.setattr(inference, "_models", {})  # as in a new worker
+    return load_bundle(open_storage(bundle_uri))
+
+
+@pytest.fixture
+def copy(bundle, tmp_path) -> Bundle:
+    """A bundle that a test may spoil."""
+    return save_bundle(open_storage(str(tmp_path)), bundle.manifest, {n: bundle.read(n) for n in bundle.manifest.files})
+
+
+def pixels(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 28, 28, 1), np.uint8)
+
+
+def one_by_one(model, images: np.ndarray) -> np.ndarray:
+    return np.concatenate([outputs["logits"] for _, outputs in model.infer((None, image[None]) for image in images)])
+
+
+def test_a_process_loads_a_model_once_for_many_calls(bundle, bundle_uri, caplog):
+    caplog.set_level(logging.INFO, "helpers.inference")
+    first = get_model(bundle)
+    for _ in range(3):
+        again = load_bundle(open_storage(bundle_uri))  # another object, as each task unpickles its own
+        assert get_model(again) is first
+        assert list(stages.infer([], again, None, 1)) == []
+    assert sum("loaded" in record.message for record in caplog.records) == 1
+
+
+def test_other_settings_are_another_model(bundle):
+    assert get_model(bundle) is get_model(bundle, "f32", 1)
+    assert get_model(bundle, threads=2) is not get_model(bundle)
+
+
+def test_batches_of_any_size_and_empty_ones_keep_their_order(bundle):
+    model, sizes = get_model(bundle), [3, 0, 1, 7, 0, 0, 2, 64, 1, 0]
+    batches = [pixels(size, seed) for seed, size in enumerate(sizes)]
+    found = list(model.infer(enumerate(batches)))
+    assert [item for item, _ in found] == list(range(len(sizes)))
+    for (_, outputs), batch in zip(found, batches, strict=True):
+        if len(batch):
+            np.testing.assert_allclose(outputs["logits"], one_by_one(model, batch), atol=1e-5)
+        else:
+            assert outputs == {}
+
+
+def test_results_stay_as_they_were_when_later_batches_run(bundle):
+    found = list(get_model(bundle).infer((seed, pixels(4, seed)) for seed in range(6)))
+    for seed, outputs in found:
+        np.testing.assert_array_equal(
+            outputs["logits"], next(get_model(bundle).infer([(0, pixels(4, seed))]))[1]["logits"]
+        )
+    assert len({outputs["logits"].tobytes() for _, outputs in found}) == 6
+
+
+def test_no_batches_give_nothing(bundle):
+    assert list(get_model(bundle).infer([])) == []
+
+
+def test_a_failing_reader_leaves_the_model_usable(bundle):
+    def broken():
+        yield 0, pixels(2)
+        yield 1, pixels(2)
+        raise RuntimeError("reader")
+
+    model = get_model(bundle)
+    with pytest.raises(RuntimeError, match="reader"):
+        list(model.infer(broken()))
+    assert len(list(model.infer([(0, pixels(2))]))) == 1
+
+
+def test_the_compiled_model_has_the_tasks_options(bundle):
+    assert compile_options("bf16", 3) == {
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_NUM_THREADS": 3,
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
+    }
+    compiled = get_model(bundle, threads=1).compiled
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert compiled.get_property("NUM_STREAMS") == 1
+    assert compiled.get_property("ENABLE_CPU_PINNING") is False
+
+
+def test_a_batch_stays_within_its_memory_and_its_limit(bundle):
+    image = 28 * 28 + 4 * 10
+    assert batch_size(bundle, 64, 32) == 32
+    assert batch_size(bundle, 1, 10**6) == 2**20 // image
+    assert batch_size(bundle, 0, 64) == 1  # never less than one image
+
+
+def test_weights_that_are_not_the_manifests_are_refused(copy):
+    weights = copy.read("model.bin")
+    copy.storage.write("model.bin", weights[::-1])
+    with pytest.raises(BundleError, match=r"model\.bin is damaged.*export the bundle again"):
+        get_model(copy)
+
+
+def test_truncated_weights_are_refused(copy):
+    copy.storage.write("model.bin", copy.read("model.bin")[:-100])
+    with pytest.raises(BundleError, match=r"model\.bin is damaged"):
+        get_model(copy)
+
+
+@pytest.mark.parametrize("graph", [b"<net/>", b"not xml", b""])
+def test_a_graph_openvino_cannot_read_names_the_bundle(copy, graph):
+    files = dict(copy.manifest.files, **{"model.xml": hashlib.sha256(graph).hexdigest()})
+    spoilt = save_bundle(copy.storage, copy.manifest, {"model.xml": graph, "model.bin": copy.read("model.bin")})
+    assert spoilt.manifest.files == files
+    with pytest.raises(BundleError) as error:
+        get_model(spoilt)
+    assert "OpenVINO" in str(error.value) and copy.storage.root in str(error.value)
+
+
+def test_another_networks_weights_in_the_same_graph_are_another_model(bundle, tmp_path):
+    # OpenVINO keeps compiled graphs on disk; it must not hand out the first network's weights.
+    import torch
+
+    from helpers.export import export
+    from helpers.fashion_cnn import FashionCNN, compute_logits
+
+    images = pixels(3)
+    for seed in (1, 2):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = FashionCNN()
+        torch.save(network.state_dict(), tmp_path / "other.pt")
+        other = export("fashion_cnn", tmp_path / "other.pt", open_storage(str(tmp_path / str(seed))))
+        assert other.manifest.model != bundle.manifest.model
+        expected = compute_logits(network, torch.from_numpy(images[..., 0])).numpy()
+        np.testing.assert_allclose(one_by_one(get_model(other), images), expected, atol=1e-4)

@@ -1,0 +1,362 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openvino as ov
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from helpers import fashion_mnist, pipeline
+from helpers.bundle import load_bundle, save_bundle
+from helpers.config import Config, load_config
+from helpers.errors import BundleError, ConfigError, RunError, StorageError, UserError
+from helpers.ingest import list_images
+from helpers.pipeline import RunSummary
+from helpers.storage import open_storage
+
+LOCAL = {"spark.master": "local[2]", "pictures": 0}
+
+
+def settings(**overrides) -> Config:
+    return load_config("local", **{**LOCAL, **overrides})
+
+
+def rows_of(output: Path) -> list[dict]:
+    """The results as any reader of the folder sees them, by path."""
+    return pq.read_table(output / "results").sort_by("path").to_pylist()
+
+
+@dataclass
+class Finished:
+    """A run over the samples."""
+
+    source: Path
+    output: Path
+    summary: RunSummary
+
+
+@pytest.fixture(scope="module")
+def finished(spark, samples, bundle_uri, tmp_path_factory) -> Finished:
+    source = tmp_path_factory.mktemp("source") / "photos"
+    shutil.copytree(samples, source)
+    output = tmp_path_factory.mktemp("output")
+    return Finished(source, output, pipeline.run(spark, str(source), bundle_uri, str(output), settings(pictures=12)))
+
+
+@pytest.fixture
+def earlier(finished, tmp_path) -> Finished:
+    """The same with an output of its own, for a test that changes it."""
+    output = tmp_path / "output"
+    shutil.copytree(finished.output, output)
+    return Finished(finished.source, output, finished.summary)
+
+
+# A driver of its own in another folder: workers start in the driver's folder and would find this project's there.
+FRESH_WORKER = """
+import json, sys
+from helpers.config import load_config
+from helpers.ingest import list_images, manifest, plan
+from helpers.pipeline import make_task
+from helpers.session import get_spark, pack_helpers
+import pyarrow as pa
+
+config = load_config("local", **{"spark.master": "local[1]"})
+spark = get_spark(config)
+task = make_task(*sys.argv[1:], config)
+
+def look(batches):
+    import sys
+    import helpers
+    from helpers import stages
+
+    rows = sum(batch.num_rows for batch in task.results(batches))
+    files = {"helpers": [helpers.__file__], "stages": [stages.__file__]}
+    yield pa.RecordBatch.from_pydict({"rows": [rows], **files, "modules": [sorted(sys.modules)]})
+
+images = list_images(task.source, config).images
+frame = spark.createDataFrame(manifest(images, plan(images, 1, config))).coalesce(1)
+(row,) = frame.mapInArrow(look, "rows long, helpers string, stages string, modules array<string>").collect()
+print(json.dumps({**row.asDict(), "archive": pack_helpers().name}))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh_worker(samples, bundle_uri, tmp_path_factory) -> dict:
+    """What a new worker process has imported, and from where, after all stages ran in it."""
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, "-c", FRESH_WORKER, str(samples), bundle_uri, str(cwd / "out")]
+    answer = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def test_a_worker_imports_helpers_from_the_shipped_archive(fresh_worker):
+    assert fresh_worker["rows"] == 64
+    assert fresh_worker["helpers"].endswith(f"/{fresh_worker['archive']}/helpers/__init__.py")
+    assert fresh_worker["stages"].endswith(f"/{fresh_worker['archive']}/helpers/stages.py")
+
+
+def test_a_worker_runs_all_stages_without_the_drivers_heavy_packages(fresh_worker):
+    modules = set(fresh_worker["modules"])
+    assert {"helpers.inference", "openvino", "cv2"} <= modules
+    assert not modules & {"torch", "torchvision", "pydantic", "nncf", "onnx", "matplotlib", "tensorboard"}
+
+
+def test_a_run_gives_every_image_one_row(finished):
+    rows = rows_of(finished.output)
+    files = [path for path in finished.source.rglob("*") if path.is_file()]
+    assert len(rows) == 64
+    assert [row["path"] for row in rows] == sorted(str(path) for path in files)
+    assert {row["path"]: row["length"] for row in rows} == {str(path): path.stat().st_size for path in files}
+    assert {row["model"] for row in rows} == {rows[0]["model"]} and rows[0]["model"].startswith("fashion_cnn-fp32@")
+
+
+def test_damaged_files_are_rows_with_an_error_and_the_rest_are_not(finished):
+    failed = {Path(row["path"]).name: row["error"] for row in rows_of(finished.output) if row["error"] is not None}
+    assert set(failed) == {"cut short.png", "empty.jpg", "notes.jpg", "page.png"}
+    assert failed["empty.jpg"] == "the file is empty"
+    for row in rows_of(finished.output):
+        assert (row["error"] is None) == (row["predictions"] is not None) == (row["width"] is not None)
+        assert row["predictions"] is None or len(row["predictions"]) == 3  # the bundle's top_k
+
+
+def test_sizes_are_the_originals(finished):
+    row = next(row for row in rows_of(finished.output) if row["path"].endswith("sample 004.png"))
+    assert (row["width"], row["height"]) == (56, 56)
+
+
+def test_the_summary_counts_what_happened(finished):
+    summary = finished.summary
+    assert (summary.images, summary.ok, summary.failed, summary.skipped) == (64, 60, 4, 0)
+    assert summary.partitions == 2 == len(summary.records)
+    assert summary.seconds > 0
+    assert summary.images_per_second >= 64 / summary.seconds  # listing and start-up are left out of the rate
+    assert summary.results == str(finished.output / "results")
+    assert dict(summary.reasons())["the file is empty"] == 1
+    assert sum(count for _, count in summary.reasons()) == 4
+
+
+def test_records_of_the_tasks_add_up(finished):
+    records = finished.summary.records
+    assert sum(record["images"] for record in records) == 64
+    assert sum(record["failed"] for record in records) == 4
+    assert sum(record["bytes"] for record in records) == sum(row["length"] for row in rows_of(finished.output))
+    for record in records:
+        parts = [record[f"{stage}_seconds"] for stage in ("read", "preprocess", "infer", "postprocess", "write")]
+        assert sum(parts) == pytest.approx(record["seconds"]) and min(parts) >= 0
+        assert record["process"] != os.getpid() and record["peak_megabytes"] > 10
+
+
+def test_a_run_leaves_results_and_no_traces_of_work(finished):
+    assert {path.name for path in finished.output.iterdir()} == {"results", "pictures", "_lock"}
+    assert all(re.fullmatch(r"[\w-]+\.parquet", path.name) for path in (finished.output / "results").iterdir())
+
+
+def test_pictures_are_made_and_safely_named(finished):
+    pictures = list((finished.output / "pictures").iterdir())
+    assert len(pictures) == 12
+    for picture in pictures:
+        assert re.fullmatch(r"sample_\d{3}_(png|jpg|bmp|webp)-[0-9a-f]{16}\.png", picture.name)
+        assert min(cv2.imread(str(picture)).shape[:2]) >= 224
+
+
+def test_stages_one_by_one_give_what_the_fused_run_gives(spark, finished, bundle_uri):
+    config = settings()
+    images = pipeline.ingest(spark, str(finished.source), config)
+    tensors = pipeline.preprocess(images, bundle_uri, config)
+    outputs = pipeline.infer(tensors, bundle_uri, config)
+    found = pipeline.postprocess(outputs, bundle_uri, config).toArrow().sort_by("path").to_pylist()
+    assert found == rows_of(finished.output)
+
+
+def test_ingest_alone_keeps_the_plans_partitions(spark, finished):
+    from pyspark.sql.functions import spark_partition_id
+
+    images = pipeline.ingest(spark, str(finished.source), settings(**{"partitioning.partitions": 5}))
+    counts = images.groupBy(spark_partition_id().alias("partition")).count().collect()
+    assert {row.partition for row in counts} == set(range(5))
+    assert sum(row["count"] for row in counts) == 64
+
+
+def test_a_second_run_skips_everything_and_changes_nothing(spark, earlier, bundle_uri):
+    before = rows_of(earlier.output)
+    summary = pipeline.run(spark, str(earlier.source), bundle_uri, str(earlier.output), settings())
+    assert (summary.images, summary.ok, summary.failed, summary.skipped) == (64, 0, 0, 64)
+    assert (summary.partitions, summary.images_per_second) == (0, 0.0)
+    assert rows_of(earlier.output) == before
+
+
+def test_only_new_and_changed_images_are_worked_on(spark, bundle_uri, samples, tmp_path):
+    source, output = tmp_path / "photos", tmp_path / "output"
+    shutil.copytree(samples, source)
+    pipeline.run(spark, str(source), bundle_uri, str(output), settings())
+    touched, mended = source / "clothes" / "sample 001.jpg", source / "empty.jpg"
+    os.utime(touched, ns=(0, 1_700_000_000_000_001_000))
+    shutil.copyfile(source / "clothes" / "sample 002.bmp", mended)
+    shutil.copyfile(mended, source / "new.bmp")
+    summary = pipeline.run(spark, str(source), bundle_uri, str(output), settings())
+    assert (summary.images, summary.ok, summary.failed, summary.skipped) == (65, 3, 0, 62)
+    rows = {row["path"]: row for row in rows_of(output)}
+    assert len(rows_of(output)) == len(rows) == 65
+    assert rows[str(touched)]["modified"].timestamp() == pytest.approx(1_700_000_000.000001)
+    assert rows[str(mended)]["error"] is None
+    again = pipeline.run(spark, str(source), bundle_uri, str(output), settings())
+    assert (again.skipped, again.ok) == (65, 0)
+
+
+def test_starting_over_does_every_image_again(spark, earlier, bundle_uri):
+    old = {path.name for path in (earlier.output / "results").iterdir()}
+    summary = pipeline.run(spark, str(earlier.source), bundle_uri, str(earlier.output), settings(resume=False))
+    assert (summary.ok, summary.failed, summary.skipped) == (60, 4, 0)
+    assert len(rows_of(earlier.output)) == 64
+    assert not old & {path.name for path in (earlier.output / "results").iterdir()}
+
+
+@pytest.mark.parametrize("change", [{"postprocess.top_k": 1}, {"inference.precision": "bf16"}])
+def test_results_of_two_models_are_not_mixed(spark, earlier, bundle_uri, change):
+    before = rows_of(earlier.output)
+    with pytest.raises(RunError, match="results of fashion_cnn-fp32@.*another --output.*resume=false"):
+        pipeline.run(spark, str(earlier.source), bundle_uri, str(earlier.output), settings(**change))
+    assert rows_of(earlier.output) == before
+
+
+def test_post_processing_can_be_set_for_a_run(spark, finished, bundle_uri, tmp_path):
+    config = settings(**{"postprocess.top_k": 1})
+    pipeline.run(spark, str(finished.source), bundle_uri, str(tmp_path), config)
+    expected = [row["predictions"] and row["predictions"][:1] for row in rows_of(finished.output)]
+    assert [row["predictions"] for row in rows_of(tmp_path)] == expected
+
+
+def test_an_unknown_post_processing_parameter_stops_before_anything_is_written(spark, finished, bundle_uri, tmp_path):
+    with pytest.raises(ConfigError, match=r"postprocess\.topk.*top_k"):
+        pipeline.run(
+            spark, str(finished.source), bundle_uri, str(tmp_path / "out"), settings(**{"postprocess.topk": 1})
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_without_images_is_an_error(spark, bundle_uri, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    with pytest.raises(RunError, match="0 images; left out: 1 with another suffix"):
+        pipeline.run(spark, str(tmp_path / "photos"), bundle_uri, str(tmp_path / "out"), settings())
+
+
+def test_a_source_that_is_not_there_is_an_error(spark, bundle_uri, tmp_path):
+    with pytest.raises(StorageError, match="gone.*no such folder"):
+        pipeline.run(spark, str(tmp_path / "gone"), bundle_uri, str(tmp_path / "out"), settings())
+
+
+def test_a_missing_bundle_is_an_error(spark, finished, tmp_path):
+    with pytest.raises(BundleError, match="no model bundle at .*gone"):
+        pipeline.run(spark, str(finished.source), str(tmp_path / "gone"), str(tmp_path / "out"), settings())
+
+
+def test_an_output_that_is_a_file_is_an_error(spark, finished, bundle_uri, tmp_path):
+    (tmp_path / "out").write_text("the user's")
+    with pytest.raises(UserError, match=str(tmp_path / "out")):
+        pipeline.run(spark, str(finished.source), bundle_uri, str(tmp_path / "out"), settings())
+    assert (tmp_path / "out").read_text() == "the user's"
+
+
+@pytest.mark.parametrize("form", ["{}/x/../photos", "{}/photos/", "{}/./photos", "file://{}/photos"])
+def test_the_same_images_under_another_spelling_are_skipped_not_doubled(spark, samples, bundle_uri, tmp_path, form):
+    shutil.copytree(samples / "bags", tmp_path / "photos")
+    output = tmp_path / "out"
+    first = pipeline.run(spark, str(tmp_path / "photos"), bundle_uri, str(output), settings())
+    again = pipeline.run(spark, form.format(tmp_path), bundle_uri, str(output), settings())
+    assert again.skipped == again.images == first.images == len(rows_of(output))
+
+
+def test_damaged_weights_stop_the_run_with_the_bundles_own_words(spark, finished, bundle_uri, tmp_path):
+    bundle = load_bundle(open_storage(bundle_uri))
+    copy = save_bundle(
+        open_storage(str(tmp_path / "bundle")),
+        bundle.manifest,
+        {name: bundle.read(name) for name in bundle.manifest.files},
+    )
+    # Not the networks' own: a worker that has that model already would not read the file.
+    graph = copy.read("model.xml") + b"\n"
+    copy = save_bundle(copy.storage, copy.manifest, {"model.xml": graph, "model.bin": copy.read("model.bin")})
+    copy.storage.write("model.bin", b"short")
+    with pytest.raises((RunError, BundleError)) as error:
+        pipeline.run(spark, str(finished.source), copy.storage.root, str(tmp_path / "out"), settings())
+    message = str(error.value)
+    assert "model.bin is damaged or truncated (5 bytes)" in message and "\n" not in message
+    assert not (tmp_path / "out" / "results").exists()
+
+
+@pytest.mark.parametrize("form", ["plain", "with ..", "through a link", "source through a link"])
+def test_an_output_below_its_source_is_not_taken_for_images(spark, samples, bundle_uri, tmp_path, form):
+    source = tmp_path / "photos"
+    shutil.copytree(samples / "bags", source)
+    count = len(list(source.iterdir()))
+    assert count > 2
+    (tmp_path / "link").symlink_to(source)
+    sources = {"source through a link": tmp_path / "link"}
+    outputs = {"with ..": tmp_path / "x" / ".." / "photos" / "out", "through a link": tmp_path / "link" / "out"}
+    arguments = str(sources.get(form, source)), bundle_uri, str(outputs.get(form, source / "out"))
+    first = pipeline.run(spark, *arguments, settings(pictures=5))
+    assert first.images == count and len(list((source / "out" / "pictures").iterdir())) > 0
+    second = pipeline.run(spark, *arguments, settings(pictures=5))
+    assert (second.images, second.skipped) == (count, count)
+
+
+def test_results_next_to_the_images_are_possible(spark, samples, bundle_uri, tmp_path):
+    source = tmp_path / "photos"
+    shutil.copytree(samples / "bags", source)
+    count = len(list(source.iterdir()))
+    for _ in range(2):
+        assert pipeline.run(spark, str(source), bundle_uri, str(source), settings(pictures=5)).images == count
+
+
+def test_a_killed_runs_finished_tasks_are_kept(spark, earlier, bundle_uri):
+    """As if the driver had died between the tasks' end and publication."""
+    staged = earlier.output / "_staging" / "20260101T000000-00000000"
+    staged.mkdir(parents=True)
+    (first, *_) = sorted((earlier.output / "results").iterdir())
+    table = pq.read_table(first)
+    failed = table.num_rows - table["error"].null_count
+    first.rename(staged / f"000000-{table.num_rows}-{failed}.parquet")
+    summary = pipeline.run(spark, str(earlier.source), bundle_uri, str(earlier.output), settings())
+    assert (summary.skipped, summary.ok, summary.failed) == (64, 0, 0)
+    assert len({row["path"] for row in rows_of(earlier.output)}) == len(rows_of(earlier.output)) == 64
+    assert not (earlier.output / "_staging").exists()
+
+
+def test_all_ten_thousand_predictions_equal_the_bundles_without_spark(
+    spark, test_images, bundle_uri, fashion_mnist_root, tmp_path
+):
+    config = settings(**{"postprocess.top_k": 10})
+    summary = pipeline.run(spark, str(test_images), bundle_uri, str(tmp_path), config)
+    assert (summary.images, summary.ok, summary.failed, summary.skipped) == (10_000, 10_000, 0, 0)
+    rows = rows_of(tmp_path)
+    assert [Path(row["path"]).name for row in rows] == [f"{i:05d}.png" for i in range(10_000)]
+
+    # The same stages in this process: equal to the bit.
+    task = pipeline.make_task(str(test_images), bundle_uri, str(tmp_path), config)
+    alone = pa.Table.from_batches(task.results(list_images(task.source, config).images.to_batches()))
+    assert rows == alone.sort_by("path").to_pylist()
+
+    # Neither files nor stages: OpenVINO on the data set's arrays.
+    pixels = fashion_mnist.load(fashion_mnist_root, train=False)[0][..., None]
+    model = ov.Core().compile_model(Path(bundle_uri, "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    logits = np.concatenate([model(pixels[i : i + 500])["logits"] for i in range(0, 10_000, 500)])
+    scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    found = np.zeros_like(scores)
+    for i, row in enumerate(rows):
+        for prediction in row["predictions"]:
+            found[i, prediction["class_id"]] = prediction["score"]
+    np.testing.assert_allclose(found, scores, atol=1e-5)
+    best = np.array([row["predictions"][0]["class_id"] for row in rows])
+    clear = np.diff(np.sort(scores, axis=1)[:, -2:])[:, 0] > 1e-5  # else rounding decides
+    assert clear.mean() > 0.99
+    np.testing.assert_array_equal(best[clear], scores.argmax(axis=1)[clear])

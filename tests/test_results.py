@@ -1,0 +1,255 @@
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from helpers.errors import RunError
+from helpers.results import ResultStore, replaced, without
+from helpers.stages import RESULT_SCHEMA
+from helpers.storage import open_storage
+from helpers.task import staged_counts
+
+DAY = datetime(2026, 1, 1, tzinfo=UTC)
+CONTRACT = (  # DESIGN.md
+    "path string, length long, modified timestamp, width int, height int, error string, "
+    "predictions array<struct<class_id int, label string, score float, "
+    "box struct<x1 float, y1 float, x2 float, y2 float>, mask struct<size array<int>, counts string>>>, model string"
+)
+
+
+@pytest.fixture
+def store(tmp_path) -> ResultStore:
+    return ResultStore(open_storage(str(tmp_path)))
+
+
+def table(*names: str, version: int = 0, error: str | None = None, model: str = "net@1") -> pa.Table:
+    """One result an image; another version is another modification time."""
+    prediction = {"class_id": version, "label": "x", "score": 0.5, "box": None, "mask": None}
+    rows = [
+        {
+            "path": name,
+            "length": len(name),
+            "modified": DAY + timedelta(microseconds=version),
+            "error": error,
+            "predictions": None if error else [prediction],
+            "model": model,
+        }
+        for name in names
+    ]
+    return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
+
+
+def stage(store: ResultStore, run: str, partition: int, rows: pa.Table) -> str:
+    """Leave a file as a task does."""
+    failed = rows.num_rows - rows["error"].null_count
+    path = f"_staging/{run}/{partition:06d}-{rows.num_rows}-{failed}.parquet"
+    store.stage(run)
+    store._write(path, rows)
+    return path
+
+
+def keys(store: ResultStore) -> list[tuple[str, int]]:
+    """Path and version of every row, as a reader of the folder sees them."""
+    rows = pq.read_table(store.location).to_pylist()
+    return sorted((row["path"], (row["modified"] - DAY).microseconds) for row in rows)
+
+
+def test_published_files_are_what_readers_see(store):
+    published = store.publish([stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c"))])
+    assert keys(store) == [("a", 0), ("b", 0), ("c", 0)]
+    assert len(published) == 2 and all(store.storage.exists(path) for path in published)
+    assert store.read().sort_by("path").equals(table("a", "b", "c"))
+    assert not [e for e in store.storage.list("_staging") if e.path.endswith(".parquet")]
+
+
+def test_staged_rows_are_not_in_the_results(store):
+    stage(store, "run1", 0, table("a", "b"))
+    assert store.rows().num_rows == 0 and store.read().num_rows == 0
+
+
+def test_rows_have_key_model_and_file(store):
+    store.publish([stage(store, "run1", 0, table("a", model="net@7"))])
+    (row,) = store.rows().to_pylist()
+    assert (row["path"], row["length"], row["modified"], row["model"]) == ("a", 1, DAY, "net@7")
+    assert Path(row["file"]).parent == Path(store.location)
+
+
+def test_files_of_two_runs_and_partitions_never_share_a_name(store):
+    for run in ("run1", "run2"):
+        store.publish([stage(store, run, partition, table(f"{run}-{partition}")) for partition in range(3)])
+    assert len(keys(store)) == 6
+
+
+def test_images_in_the_results_are_left_out_of_a_run(store):
+    store.publish([stage(store, "run1", 0, table("a", "b", "c"))])
+    todo = without(pa.concat_tables([table("b", "d"), table("c", version=1), table("a")]), store.rows())
+    assert [(row["path"], row["modified"]) for row in todo.to_pylist()] == [
+        ("d", DAY),
+        ("c", DAY + timedelta(microseconds=1)),
+    ]
+
+
+def test_an_image_of_another_length_is_done_again(store):
+    store.publish([stage(store, "run1", 0, table("a"))])
+    longer = table("a").set_column(1, "length", pa.array([99]))
+    assert without(longer, store.rows()).num_rows == 1
+    assert replaced(longer, store.rows()).to_pylist() == ["a"]
+
+
+def test_nothing_is_left_out_where_there_are_no_results(store):
+    assert without(table("a", "b"), store.rows()).num_rows == 2
+    assert replaced(table("a", "b"), store.rows()).to_pylist() == []
+
+
+def test_failed_images_are_not_tried_again(store):
+    store.publish([stage(store, "run1", 0, table("bad", error="the file is empty"))])
+    assert without(table("bad"), store.rows()).num_rows == 0
+
+
+def test_changed_images_replace_their_rows(store):
+    store.publish([stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c"))])
+    todo = table("a", "c", version=1)
+    store.publish([stage(store, "run2", 0, todo)], replaced(todo, store.rows()))
+    assert keys(store) == [("a", 1), ("b", 0), ("c", 1)]
+
+
+def test_what_a_killed_run_left_is_recovered(store):
+    store.publish([stage(store, "run1", 0, table("a"))])
+    stage(store, "run2", 0, table("b", "c"))
+    stage(store, "run2", 1, table("d", error="bad"))
+    assert store.recover() == 3
+    assert keys(store) == [("a", 0), ("b", 0), ("c", 0), ("d", 0)]
+    assert store.recover() == 0 and not store.storage.exists("_staging")
+
+
+def test_rows_staged_twice_or_published_already_come_once(store):
+    store.publish([stage(store, "run1", 0, table("a", "b"))])
+    stage(store, "run2", 0, table("b", "c"))  # b is published
+    stage(store, "run2", 1, table("c", "d"))  # c is in another staged file, of another attempt
+    stage(store, "run3", 0, table("d", "e"))
+    assert store.recover() == 3
+    assert keys(store) == [(name, 0) for name in "abcde"]
+
+
+def test_a_recovered_newer_row_replaces_the_older(store):
+    store.publish([stage(store, "run1", 0, table("a", "b"))])
+    stage(store, "run2", 0, table("a", version=1))
+    assert store.recover() == 1
+    assert keys(store) == [("a", 1), ("b", 0)]
+
+
+def test_nothing_is_lost_or_doubled_wherever_a_publication_is_cut_off(store):
+    """Kill the driver after each change of the folder in turn; the next run's recovery must set it right."""
+
+    class Cut(BaseException):
+        pass
+
+    class Fragile(type(store.storage)):
+        changes = 0
+
+        def count(self):
+            if self.changes == 0:
+                raise Cut
+            self.changes -= 1
+
+        def rename(self, *arguments):
+            self.count()
+            super().rename(*arguments)
+
+        def delete(self, *arguments):
+            self.count()
+            super().delete(*arguments)
+
+        def write(self, *arguments):
+            self.count()
+            super().write(*arguments)
+
+    expected = [("a", 1), ("b", 0), ("c", 1), ("d", 1), ("e", 1)]
+    for changes in range(20):
+        store.clear()
+        store.publish([stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c"))])
+        staged = [
+            stage(store, "run2", 0, table("a", "d", version=1)),
+            stage(store, "run2", 1, table("c", "e", version=1)),
+        ]
+        fragile = Fragile(store.storage.root)
+        fragile.changes = changes
+        try:
+            ResultStore(fragile).publish(staged, pa.chunked_array([["a", "c"]]))
+            break
+        except Cut:
+            store.recover()
+            assert keys(store) == expected, f"cut off after {changes} changes"
+    else:
+        pytest.fail("publication never ended")
+    assert changes >= 4
+    assert keys(store) == expected
+
+
+def test_a_second_run_at_the_same_time_is_refused(store):
+    script = """
+import sys
+from helpers.results import ResultStore
+from helpers.storage import open_storage
+with ResultStore(open_storage(sys.argv[1])).exclusive():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", script, store.storage.root]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(RunError, match="another run is writing to .*another --output"), store.exclusive():
+        pytest.fail("two runs at once")
+    other.kill()
+    other.communicate()
+    with store.exclusive():
+        pass
+
+
+def test_the_lock_is_free_after_a_run_that_failed(store):
+    with pytest.raises(KeyError), store.exclusive():
+        raise KeyError
+    with store.exclusive():
+        pass
+
+
+def test_clear_removes_results_and_what_is_staged(store):
+    store.publish([stage(store, "run1", 0, table("a"))])
+    stage(store, "run2", 0, table("b"))
+    store.storage.write("notes.txt", b"the user's")
+    store.clear()
+    assert store.rows().num_rows == 0 and store.recover() == 0
+    assert store.storage.read("notes.txt") == b"the user's"
+
+
+def test_progress_counts_the_files_of_one_run(store):
+    assert store.progress("run1") == (0, 0)
+    stage(store, "run1", 0, table("a", "b"))
+    stage(store, "run1", 1, pa.concat_tables([table("c"), table("d", error="bad")]))
+    stage(store, "run2", 0, table("e"))
+    assert store.progress("run1") == (4, 1)
+
+
+def test_a_staged_files_name_tells_its_counts():
+    assert staged_counts("/x-y/_staging/20260101T000000-abc/000003-1000-12.parquet") == (1000, 12)
+
+
+def test_results_without_rows_can_be_read(store):
+    store.publish([])
+    assert pq.read_table(store.location).schema.equals(RESULT_SCHEMA)
+    assert store.read().num_rows == 0 and store.read().schema.equals(RESULT_SCHEMA)
+
+
+def test_reading_before_any_run_gives_no_rows(store):
+    assert store.read().schema.equals(RESULT_SCHEMA) and store.read().num_rows == 0
+
+
+def test_spark_reads_exactly_the_contracts_schema(store, spark):
+    store.publish([stage(store, "run1", 0, table("a", "b"))])
+    frame = spark.read.parquet(store.location)
+    assert frame.schema.simpleString() == spark.createDataFrame([], CONTRACT).schema.simpleString()
+    assert {(row.path, row.predictions[0].box) for row in frame.collect()} == {("a", None), ("b", None)}

@@ -1,0 +1,251 @@
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from helpers import session
+from helpers.config import PROJECT
+from helpers.errors import HostError
+from helpers.session import check_java, get_slots, local_slots, pack_helpers, spark_failure
+
+
+def install_java(folder: Path, answer: str) -> Path:
+    """A JAVA_HOME whose java prints a version."""
+    java = folder / "bin" / "java"
+    java.parent.mkdir(parents=True)
+    java.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{answer}\nEND\n")
+    java.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ('openjdk version "17.0.12" 2024-07-16', "17.0.12"),
+        ('java version "21" 2023-09-19 LTS', "21"),
+        ('openjdk version "25-ea" 2025-09-16', "25-ea"),
+        ('Picked up JAVA_TOOL_OPTIONS: -Xmx1g\nopenjdk version "17.0.1" 2021-10-19', "17.0.1"),
+    ],
+)
+def test_a_java_that_will_do_is_reported(monkeypatch, tmp_path, line, version):
+    monkeypatch.setenv("JAVA_HOME", str(install_java(tmp_path, line)))
+    assert check_java() == version
+
+
+def test_java_is_found_on_the_path_without_java_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    home = install_java(tmp_path, 'openjdk version "99.1"')
+    monkeypatch.setenv("PATH", f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    assert check_java() == "99.1"
+
+
+def assert_one_sentence_with_remedy(message: str) -> None:
+    assert "\n" not in message
+    assert "Java 17 or newer" in message and "apt-get install openjdk-17-jre-headless" in message
+
+
+def test_java_missing_from_the_path_has_a_remedy(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HostError, match="no java on the PATH") as error:
+        check_java()
+    assert_one_sentence_with_remedy(str(error.value))
+
+
+def test_a_java_home_that_leads_nowhere_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "gone"))
+    with pytest.raises(HostError, match=f"JAVA_HOME is {tmp_path}/gone") as error:
+        check_java()
+    assert_one_sentence_with_remedy(str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("line", "found"), [('openjdk version "11.0.24" 2024-07-16', "11.0.24"), ('java version "1.8.0_292"', "1.8.0_292")]
+)
+def test_a_java_that_is_too_old_is_named_with_its_version(monkeypatch, tmp_path, line, found):
+    monkeypatch.setenv("JAVA_HOME", str(install_java(tmp_path, line)))
+    with pytest.raises(HostError) as error:
+        check_java()
+    assert found in str(error.value) and str(tmp_path) in str(error.value)
+    assert_one_sentence_with_remedy(str(error.value))
+
+
+def test_a_java_that_prints_something_else_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAVA_HOME", str(install_java(tmp_path, "Please install a Java runtime.")))
+    with pytest.raises(HostError, match="Please install"):
+        check_java()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o755])
+def test_a_java_that_cannot_be_started_is_refused(monkeypatch, tmp_path, mode):
+    java = install_java(tmp_path, "") / "bin" / "java"
+    java.write_bytes(b"\x7fELF of another machine")
+    java.chmod(mode)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(HostError) as error:
+        check_java()
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.fixture
+def temporary(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def project(monkeypatch, tmp_path) -> Path:
+    """Another project with one module."""
+    monkeypatch.setattr(session, "PROJECT", tmp_path)
+    (tmp_path / "helpers").mkdir()
+    (tmp_path / "helpers" / "__init__.py").write_text("")
+    (tmp_path / "helpers" / "one.py").write_text("VALUE = 1\n")
+    return tmp_path / "helpers"
+
+
+def names_in(archive: Path) -> list[str]:
+    with zipfile.ZipFile(archive) as package:
+        assert package.testzip() is None
+        return sorted(package.namelist())
+
+
+def test_the_shipped_archive_has_every_module(temporary):
+    modules = sorted(str(path.relative_to(PROJECT)) for path in (PROJECT / "helpers").rglob("*.py"))
+    assert "helpers/stages.py" in modules
+    assert names_in(pack_helpers()) == modules
+
+
+def test_the_same_package_is_the_same_archive(temporary, monkeypatch, tmp_path):
+    first = pack_helpers()
+    written = first.stat().st_mtime_ns
+    assert pack_helpers() == first and first.stat().st_mtime_ns == written
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    assert pack_helpers() != first and pack_helpers().name == first.name
+    assert list(first.parent.iterdir()) == [first]
+
+
+def test_an_edited_package_is_another_archive(temporary, project):
+    first = pack_helpers()
+    (project / "one.py").write_text("VALUE = 2\n")
+    second = pack_helpers()
+    assert second.name != first.name
+    with zipfile.ZipFile(second) as package:
+        assert package.read("helpers/one.py") == b"VALUE = 2\n"
+
+
+def test_a_renamed_module_is_another_archive(temporary, project):
+    assert names_in(pack_helpers()) == ["helpers/__init__.py", "helpers/one.py"]
+    (project / "one.py").rename(project / "two.py")
+    assert names_in(pack_helpers()) == ["helpers/__init__.py", "helpers/two.py"]
+
+
+class FakeSpark:
+    """A session of which only the settings are asked; another master needs another Java process."""
+
+    def __init__(self, **settings: str):
+        self.settings = {key.replace("_", "."): value for key, value in settings.items()}
+
+    @property
+    def conf(self):
+        return self
+
+    def get(self, key: str, default: str | None = None) -> str | None:
+        return self.settings.get(key, default)
+
+
+@pytest.mark.parametrize(
+    ("master", "slots"), [("local", 1), ("local[1]", 1), ("local[2]", 2), ("local[16]", 16), ("local[3,4]", 3)]
+)
+def test_a_local_masters_slots_are_in_its_name(master, slots):
+    assert get_slots(FakeSpark(spark_master=master)) == slots
+
+
+def test_a_local_star_has_a_slot_for_each_core_this_process_may_use():
+    assert get_slots(FakeSpark(spark_master="local[*,4]")) == len(os.sched_getaffinity(0))
+
+
+def test_a_task_of_several_cores_takes_several_slots():
+    assert get_slots(FakeSpark(spark_master="local[8]", spark_task_cpus="2")) == 4
+    assert get_slots(FakeSpark(spark_master="local[1]", spark_task_cpus="2")) == 1
+
+
+@pytest.mark.parametrize("master", ["spark://host:7077", "yarn", "k8s://https://host", "", "local-cluster[2,1,1024]"])
+def test_a_clusters_slots_are_not_guessed_from_its_name(master):
+    assert local_slots(FakeSpark(spark_master=master)) is None
+
+
+def test_the_sessions_slots_are_what_spark_itself_says(spark):
+    from pyspark.sql.functions import spark_partition_id
+
+    assert get_slots(spark) == spark.range(1_000_000).select(spark_partition_id()).distinct().count() == 2
+
+
+def test_the_session_is_set_up_as_the_configuration_says(spark, config):
+    for key, value in config.spark.conf.items():
+        assert spark.conf.get(key) == value
+    assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
+    assert session._master(config) == "local[2,4]"
+    assert os.environ["PYSPARK_PYTHON"] == sys.executable
+
+
+# As Spark 4.1 words them, in classic sessions and in Connect alike.
+PYTHON_FAILURE = """
+  An exception was thrown from the Python worker. Please see the stack trace below.
+Traceback (most recent call last):
+  File "/opt/helpers/bundle.py", line 93, in read
+    content = self.storage.read(name)
+ValueError: the first of several
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "/opt/helpers/task.py", line 65, in __call__
+    raise BundleError("x")
+{error}
+"""
+WORKER_CRASH = """An error occurred while calling o84.collectToPython.
+: org.apache.spark.SparkException: Job aborted due to stage failure: Task 1 in stage 1.0 failed 1 times, most recent \
+failure: Lost task 1.0 in stage 1.0 (TID 3) (192.0.2.2 executor driver): org.apache.spark.SparkException: Python \
+worker exited unexpectedly (crashed). Consider setting 'faulthandler.enabled' for the better traceback.
+\tat org.apache.spark.api.python.BasePythonRunner$ReaderIterator$$anonfun$1.applyOrElse(PythonRunner.scala:678)
+\tat java.base/java.lang.Thread.run(Thread.java:840)
+Caused by: java.io.EOFException
+\tat java.base/java.io.DataInputStream.readInt(DataInputStream.java:386)
+\t... 21 more
+
+Driver stacktrace:
+\tat org.apache.spark.scheduler.DAGScheduler.$anonfun$abortStage$2(DAGScheduler.scala:2910)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("helpers.errors.BundleError: /models/x/model.bin is damaged", "/models/x/model.bin is damaged"),
+        ("ModuleNotFoundError: No module named 'cv2'", "ModuleNotFoundError: No module named 'cv2'"),
+        ("MemoryError: out of memory", "MemoryError: out of memory"),
+    ],
+)
+def test_the_line_that_matters_is_found_in_a_long_spark_message(error, line):
+    assert spark_failure(RuntimeError(PYTHON_FAILURE.format(error=error))) == line
+
+
+def test_the_projects_own_error_goes_before_what_it_led_to():
+    chain = (
+        "helpers.errors.BundleError: the cause\n\nDuring handling of it, another exception occurred:\n\nValueError: y"
+    )
+    assert spark_failure(RuntimeError(PYTHON_FAILURE.format(error=chain))) == "the cause"
+
+
+def test_a_worker_that_was_killed_is_said_to_have_crashed():
+    message = spark_failure(RuntimeError(WORKER_CRASH))
+    assert "Python worker exited unexpectedly" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(("text", "line"), [("just words\nmore", "just words"), ("", "RuntimeError")])
+def test_a_message_of_another_kind_gives_its_first_line(text, line):
+    assert spark_failure(RuntimeError(text)) == line

@@ -1,0 +1,278 @@
+import os
+import pickle
+import subprocess
+import sys
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from helpers.errors import StorageError
+from helpers.storage import LocalStorage, open_storage
+
+NAMES = [
+    "plain.png",
+    "with space.png",
+    "100%.png",
+    "%41 not decoded.png",
+    "hash#1.png",
+    "question?.png",
+    "semi;colon,comma.png",
+    'it\'s "quoted".png',
+    "back\\slash.png",
+    "two\nlines.png",
+    "tab\there.png",
+    "*star[1].png",
+    "grün 日本 🙂.png",
+    "cafe\u0301.png",  # decomposed: must not be normalised to é
+    " leading and trailing ",
+    "-dash",
+    "noextension",
+]
+
+# A process that holds something open until it is killed.
+HOLDER = """
+import sys
+from helpers.storage import open_storage
+with open_storage(sys.argv[1]).{what} as file:
+    {body}
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def start_holder(root: Path, what: str, body: str = "pass") -> subprocess.Popen:
+    script = HOLDER.format(what=what, body=body)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def kill(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def storage(tmp_path) -> LocalStorage:
+    return open_storage(str(tmp_path))
+
+
+def test_every_file_is_listed_with_its_exact_name(storage, tmp_path):
+    expected = {}
+    for folder in ("", "nested", "nested/deeper folder", "100% #1"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for size, name in enumerate(NAMES):
+            (tmp_path / folder / name).write_bytes(b"x" * size)
+            expected[f"{tmp_path}/{folder}/{name}".replace("//", "/")] = size
+    listed = list(storage.list())
+    assert {entry.path: entry.length for entry in listed} == expected
+    assert len(listed) == len(expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_listed_path_reads_back(storage, name):
+    storage.write(f"folder/{name}", name.encode())
+    (entry,) = storage.list("folder")
+    assert entry.path == storage.join("folder", name)
+    assert storage.read(entry.path) == storage.read(f"folder/{name}") == name.encode()
+
+
+def test_an_entry_has_length_and_modification_time_to_the_microsecond(storage, tmp_path):
+    storage.write("a.png", b"12345")
+    os.utime(tmp_path / "a.png", ns=(0, 1_700_000_000_123_456_789))
+    (entry,) = storage.list()
+    assert entry.length == 5
+    assert entry.modified == datetime.fromtimestamp(1_700_000_000, UTC).replace(microsecond=123_456)
+
+
+def test_directories_are_listed_only_when_asked_for(storage):
+    storage.write("album.jpg/a.png", b"")
+    assert [entry.path for entry in storage.list()] == [storage.join("album.jpg/a.png")]
+    assert {entry.path: entry.is_directory for entry in storage.list(directories=True)} == {
+        storage.join("album.jpg"): True,
+        storage.join("album.jpg/a.png"): False,
+    }
+
+
+def test_a_single_file_is_a_location_too(storage):
+    storage.write("a.png", b"123")
+    (entry,) = open_storage(storage.join("a.png")).list()
+    assert (entry.path, entry.length) == (storage.join("a.png"), 3)
+
+
+@pytest.mark.parametrize("prefix", ["", "absent"])
+def test_listing_what_is_not_there_names_it(storage, tmp_path, prefix):
+    gone = open_storage(str(tmp_path / "gone"))
+    with pytest.raises(StorageError, match="gone.*no such folder"):
+        list(gone.list(prefix))
+
+
+@pytest.mark.parametrize("form", ["file://{}", "file:{}", "file:///{}"])
+def test_file_uris_name_the_same_place(storage, tmp_path, form):
+    storage.write("a b.png", b"1")
+    root = str(tmp_path)
+    opened = open_storage(form.format(root.lstrip("/") if form.endswith("///{}") else root))
+    assert opened.root == storage.root and opened.read("a b.png") == b"1"
+
+
+def test_file_uris_are_percent_decoded_and_plain_paths_are_not(tmp_path):
+    for name in ("a b", "a%20b"):
+        open_storage(str(tmp_path)).write(f"{name}/which", name.encode())
+    assert open_storage((tmp_path / "a b").as_uri()).read("which") == b"a b"
+    assert open_storage((tmp_path / "a%20b").as_uri()).read("which") == b"a%20b"
+    assert open_storage(str(tmp_path / "a%20b")).read("which") == b"a%20b"
+
+
+def test_a_relative_root_is_made_absolute_at_once(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    storage = open_storage("photos")
+    storage.write("a.png", b"1")
+    monkeypatch.chdir("/")  # a worker's working directory is another
+    assert storage.root == str(tmp_path / "photos")
+    assert [entry.path for entry in storage.list()] == [str(tmp_path / "photos" / "a.png")]
+
+
+@pytest.mark.parametrize("form", ["{}/x/../photos", "{}/photos/", "{}/./photos", "{}//photos"])
+def test_one_folder_has_one_root_however_it_is_spelt(tmp_path, form):
+    # Resuming compares paths: a second spelling would put every image into the results twice.
+    (tmp_path / "photos").mkdir()
+    assert open_storage(form.format(tmp_path)).root == str(tmp_path / "photos")
+
+
+def test_a_plain_folder_with_a_colon_in_its_name_opens(tmp_path, monkeypatch):
+    (tmp_path / "run:1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert open_storage("run:1").root == str(tmp_path / "run:1")
+
+
+def test_dbfs_is_the_mount():
+    assert open_storage("dbfs:/data/photos").root == "/dbfs/data/photos"
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/photos", "ftp://host/x", "https://host/x.png"])
+def test_an_unknown_scheme_is_named_with_what_works(uri):
+    with pytest.raises(StorageError) as error:
+        open_storage(uri)
+    assert uri in str(error.value) and "file:" in str(error.value)
+
+
+def test_a_file_appears_whole_when_the_block_ends(storage):
+    storage.write("a.bin", b"old")
+    with storage.create("a.bin") as file:
+        file.write(b"new")
+        file.flush()
+        assert storage.read("a.bin") == b"old"
+    assert storage.read("a.bin") == b"new"
+
+
+def test_an_exception_leaves_nothing_behind(storage):
+    storage.write("old.bin", b"old")
+    for name in ("old.bin", "new.bin"):
+        with pytest.raises(RuntimeError, match="stop"), storage.create(name) as file:
+            file.write(b"half")
+            raise RuntimeError("stop")
+    assert [entry.path for entry in storage.list()] == [storage.join("old.bin")]
+    assert storage.read("old.bin") == b"old"
+
+
+def test_a_writer_that_is_killed_leaves_the_old_content(storage, tmp_path):
+    storage.write("a.bin", b"old")
+    kill(start_holder(tmp_path, "create('a.bin')", "file.write(b'half'); file.flush()"))
+    assert storage.read("a.bin") == b"old"
+
+
+def test_write_makes_folders_and_replaces(storage):
+    storage.write("new/folder/a.bin", b"1")
+    storage.write("new/folder/a.bin", b"22")
+    assert storage.read("new/folder/a.bin") == b"22"
+    assert len(list(storage.list())) == 1
+
+
+def test_rename_moves_and_replaces(storage):
+    storage.write("a", b"a")
+    storage.write("b", b"b")
+    storage.rename("a", "b")
+    storage.rename("b", "new folder/c")
+    assert not storage.exists("a") and not storage.exists("b")
+    assert storage.read("new folder/c") == b"a"
+
+
+def test_delete_takes_files_folders_and_what_is_not_there(storage):
+    storage.write("file", b"")
+    storage.write("folder/deep/file", b"")
+    for path in ("file", "folder", "never there"):
+        storage.delete(path)
+        assert not storage.exists(path)
+
+
+def test_deleting_a_link_keeps_what_it_leads_to(storage, tmp_path):
+    storage.write("kept/file", b"1")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    storage.delete("link")
+    assert not storage.exists("link") and storage.read("kept/file") == b"1"
+
+
+def test_a_missing_file_is_an_os_error(storage):
+    with pytest.raises(FileNotFoundError):
+        storage.read("absent")
+
+
+def test_links_that_lead_in_circles_end(storage, tmp_path):
+    storage.write("a/real.png", b"123")
+    (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "a" / "self").symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "b").symlink_to(tmp_path / "a", target_is_directory=True)
+    listed = list(islice(storage.list(), 1000))
+    assert len(listed) < 1000
+    files = [entry for entry in listed if entry.path.endswith("real.png")]
+    assert len(files) == 1 and files[0].length == 3
+
+
+def test_broken_and_looping_links_are_listed_with_no_bytes(storage, tmp_path):
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "x.png").symlink_to(tmp_path / "y.png")
+    (tmp_path / "y.png").symlink_to(tmp_path / "x.png")
+    assert {(Path(entry.path).name, entry.length) for entry in storage.list()} == {
+        ("broken.png", 0),
+        ("loop.png", 0),
+        ("x.png", 0),
+        ("y.png", 0),
+    }
+    with pytest.raises(OSError, match="symbolic links"):
+        storage.read("loop.png")
+
+
+def test_a_link_to_a_file_has_the_files_length(storage, tmp_path):
+    storage.write("real.png", b"123")
+    (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
+    assert {entry.length for entry in storage.list()} == {3}
+
+
+def test_a_storage_travels_to_another_process(storage):
+    storage.write("a", b"1")
+    copy = pickle.loads(pickle.dumps(storage))
+    assert copy.root == storage.root and copy.read("a") == b"1"
+
+
+def test_a_lock_keeps_another_process_out_until_it_is_killed(storage, tmp_path):
+    holder = start_holder(tmp_path, "lock('below/_lock')")
+    try:
+        with pytest.raises(BlockingIOError), storage.lock("below/_lock"):
+            pytest.fail("two processes hold the lock")
+    finally:
+        kill(holder)  # SIGKILL: no clean-up runs
+    with storage.lock("below/_lock"):
+        pass
+
+
+def test_a_lock_is_free_after_its_block(storage):
+    with storage.lock("_lock"), pytest.raises(BlockingIOError), storage.lock("_lock"):
+        pytest.fail("locked twice")
+    with storage.lock("_lock"):
+        pass
