@@ -1,0 +1,143 @@
+"""Both readers give the same images, and a run's dashboard holds what happened."""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from pyspark import cloudpickle
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from helpers import pipeline
+from helpers.bundle import InputSpec
+from helpers.config import load_config
+from helpers.images import decode, load
+from helpers.ingest import list_images, manifest, plan
+from helpers.readers import choose_reader
+from helpers.storage import LocalStorage, open_storage
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers know nothing of this file
+
+RGB = {"color": "rgb", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+class DriverOnly(LocalStorage):
+    """A storage that tasks cannot read, as a Volume on serverless compute."""
+
+    def __reduce__(self):
+        return OutOfReach, (self.root,)
+
+
+class OutOfReach(LocalStorage):
+    """What such a storage is in a task."""
+
+    def read(self, path: str) -> bytes:
+        raise PermissionError(13, "no access from tasks")
+
+
+@pytest.fixture
+def photos(samples, tmp_path) -> Path:
+    source = tmp_path / "photos {1} [a] *"
+    shutil.copytree(samples, source)
+    shutil.copy(source / "clothes" / "sample 000.png", source / "odd b%20#'é\nname.png")
+    return source
+
+
+def run(spark, source: Path, bundle_uri: str, output: Path, **overrides) -> list[dict]:
+    config = load_config("local", **overrides)
+    pipeline.run(spark, str(source), bundle_uri, str(output), config)
+    return pq.read_table(output / "results").sort_by("path").to_pylist()
+
+
+def test_both_readers_give_the_same_results_empty_files_and_odd_names_included(spark, photos, bundle_uri, tmp_path):
+    by_tasks = run(spark, photos, bundle_uri, tmp_path / "files", reader="files")
+    by_spark = run(spark, photos, bundle_uri, tmp_path / "spark", reader="spark")
+    assert len(by_tasks) == 65 and sum(row["error"] is not None for row in by_tasks) == 4
+    assert by_spark == by_tasks
+
+
+def test_both_readers_give_the_same_frame(spark, photos):
+    frames = [pipeline.ingest(spark, str(photos), load_config("local", reader=reader)) for reader in ("files", "spark")]
+    by_tasks, by_spark = (frame.orderBy("path").toArrow() for frame in frames)
+    assert by_tasks.schema == by_spark.schema and by_tasks.num_rows == 65
+    assert by_tasks.to_pylist() == by_spark.to_pylist()
+
+
+def test_spark_divides_what_it_reads(spark, photos):
+    config = load_config("local", **{"reader": "spark", "partitioning.target_bytes": 100_000})
+    assert pipeline.ingest(spark, str(photos), config).where("length > 0").toArrow().num_rows == 64
+    assert spark.conf.get("spark.sql.files.maxPartitionBytes") == "100000"
+
+
+def test_an_image_changed_under_a_run_by_spark_is_not_lost(spark, photos, bundle_uri, tmp_path):
+    first = run(spark, photos, bundle_uri, tmp_path / "out", reader="spark")
+    changed = photos / "clothes" / "sample 001.jpg"
+    changed.write_bytes((photos / "bags" / "sample 018.bmp").read_bytes())
+    second = run(spark, photos, bundle_uri, tmp_path / "out", reader="spark")
+    assert [row["path"] for row in first] == [row["path"] for row in second]
+    assert [a["path"] for a, b in zip(first, second, strict=True) if a != b] == [str(changed)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "expected"), [("local", DriverOnly, "files"), ("cluster", DriverOnly, "spark")]
+)
+def test_auto_asks_a_task_where_tasks_run_elsewhere(spark, photos, mode, kind, expected, caplog, monkeypatch):
+    if mode == "cluster":
+        monkeypatch.setattr("helpers.readers.local_slots", lambda spark: None)
+    config, storage = load_config("local"), kind(str(photos))
+    images = list_images(storage, config).images
+    with caplog.at_level(logging.INFO, "helpers"):
+        assert choose_reader(spark, storage, manifest(images, plan(images, 2, config)), config) == expected
+    assert f"reader {expected}: " in caplog.text
+
+
+def test_auto_takes_the_tasks_where_they_can_read(spark, photos, monkeypatch):
+    monkeypatch.setattr("helpers.readers.local_slots", lambda spark: None)
+    config, storage = load_config("local"), open_storage(str(photos))
+    images = list_images(storage, config).images
+    assert choose_reader(spark, storage, manifest(images, plan(images, 2, config)), config) == "files"
+
+
+def test_heavy_models_get_fewer_images_a_task(samples):
+    config = load_config("local", **{"partitioning.target_seconds": 10})
+    images = list_images(open_storage(str(samples)), config).images
+    assert plan(images, 2, config, image_seconds=0.003).partitions == 2
+    assert plan(images, 2, config, image_seconds=1.0).files.max() <= 12
+
+
+def photograph(side: int) -> bytes:
+    rng = np.random.default_rng(0)
+    image = cv2.resize(rng.integers(0, 256, (24, 24, 3), np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
+    return cv2.imencode(".jpg", image)[1].tobytes()
+
+
+@pytest.mark.parametrize(("side", "reduced"), [(400, False), (900, True), (4000, True)])
+def test_scaled_decoding_stays_within_a_grey_level_and_keeps_the_original_size(side, reduced):
+    content = photograph(side)
+    exact, size = load(content, InputSpec(224, 224, **RGB), 2**28)
+    scaled, scaled_size = load(content, InputSpec(224, 224, **RGB, scaled_decoding=2), 2**28)
+    assert size == scaled_size == (side, side)
+    assert np.array_equal(exact, scaled) != reduced
+    assert np.abs(exact.astype(int) - scaled).mean() < 1
+
+
+def test_scaled_decoding_is_for_jpeg_files_alone():
+    content = cv2.imencode(".png", decode(photograph(900), 2**28))[1].tobytes()
+    exact, scaled = (load(content, InputSpec(64, 64, **RGB, scaled_decoding=m), 2**28)[0] for m in (0, 1))
+    assert np.array_equal(exact, scaled)
+
+
+def test_a_run_shows_in_tensorboard(spark, photos, bundle_uri, tmp_path):
+    overrides = {"paths.runs": str(tmp_path / "runs"), "pictures": 5, "partitioning.partitions": 4}
+    run(spark, photos, bundle_uri, tmp_path / "out", **overrides)
+    (folder,) = (tmp_path / "runs" / "pipeline").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    assert [event.value for event in events.Scalars("run/images")][-1] == 65
+    assert [event.value for event in events.Scalars("run/failed")][-1] == 4
+    stages = {tag for tag in events.Tags()["scalars"] if tag.startswith("stage/")}
+    assert len(stages) == 5 and all(len(events.Scalars(tag)) == 4 for tag in stages)
+    assert len(events.Tags()["images"]) == 5 == len(list((tmp_path / "out" / "pictures").iterdir()))
