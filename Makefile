@@ -19,7 +19,7 @@ setup: .venv/.ready java $(DATA)
 .venv/.ready: requirements.txt requirements-test.txt pyproject.toml
 	@echo "== packages (several minutes the first time) =="
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-test.txt --editable .
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt -r requirements-test.txt --editable .
 	@touch $@
 
 java: .venv/.ready

@@ -65,9 +65,13 @@ class ResultStore:
             stack.push(lock.__exit__)
             yield
 
-    def rows(self) -> pa.Table:
-        """Path, length, modification time, model and file of every row in the results."""
-        return self._rows(self._files(RESULTS))
+    def rows(self, files: list[str] | None = None) -> pa.Table:
+        """Path, length, modification time, model and file of every row in some files, by default all results."""
+        tables = []
+        for file in self._files(RESULTS) if files is None else files:
+            table = read_table(self.storage, file, columns=[*KEY_NAMES, "model"])
+            tables.append(table.append_column("file", pa.array([file] * table.num_rows, pa.string())))
+        return pa.concat_tables(tables or [ROWS_SCHEMA.empty_table()])
 
     def read(self) -> pa.Table:
         """All results in this process's memory; with millions of images, read the location with Spark instead."""
@@ -136,13 +140,6 @@ class ResultStore:
         if not self.storage.exists(folder):
             return []
         return [entry.path for entry in self.storage.list(folder) if entry.path.endswith(".parquet")]
-
-    def _rows(self, files: list[str]) -> pa.Table:
-        tables = []
-        for file in files:
-            table = read_table(self.storage, file, columns=[*KEY_NAMES, "model"])
-            tables.append(table.append_column("file", pa.array([file] * table.num_rows, pa.string())))
-        return pa.concat_tables(tables or [ROWS_SCHEMA.empty_table()])
 
     def _write(self, path: str, table: pa.Table) -> None:
         buffer = pa.BufferOutputStream()

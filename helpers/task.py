@@ -29,6 +29,7 @@ from helpers.storage import Storage
 STAGING = "_staging"
 ROW_GROUP_BYTES = 8 * 2**20
 SPOOL_BYTES = 16 * 2**20
+ON_DRIVER = 999_999  # the partition of what the driver does itself
 REASONS = 20  # distinct errors a task reports; the results have them all
 
 REASON = pa.struct([pa.field("error", pa.string()), pa.field("count", pa.int64())])
@@ -73,7 +74,7 @@ class Task:
         from pyspark import TaskContext
 
         context = TaskContext.get()
-        partition, attempt = (context.partitionId(), context.attemptNumber()) if context else (0, 0)
+        partition, attempt = (context.partitionId(), context.attemptNumber()) if context else (ON_DRIVER, 0)
         started, clock = datetime.now(UTC), Clock()
         counts = _write(self, partition, self.results(batches, clock))
         if not counts:

@@ -17,7 +17,7 @@ from helpers.bundle import InputSpec
 from helpers.config import load_config
 from helpers.images import decode, load
 from helpers.ingest import list_images, manifest, plan
-from helpers.readers import choose_reader
+from helpers.readers import choose_reader, read_by_spark
 from helpers.storage import LocalStorage, open_storage
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers know nothing of this file
@@ -141,3 +141,15 @@ def test_a_run_shows_in_tensorboard(spark, photos, bundle_uri, tmp_path):
     stages = {tag for tag in events.Tags()["scalars"] if tag.startswith("stage/")}
     assert len(stages) == 5 and all(len(events.Scalars(tag)) == 4 for tag in stages)
     assert len(events.Tags()["images"]) == 5 == len(list((tmp_path / "out" / "pictures").iterdir()))
+
+
+def test_a_file_that_goes_while_spark_reads_is_a_row(spark, photos, bundle_uri, tmp_path, monkeypatch):
+    def remove_then_read(*arguments):
+        (photos / "clothes" / "sample 002.bmp").unlink()
+        return read_by_spark(*arguments)
+
+    monkeypatch.setattr("helpers.pipeline.read_by_spark", remove_then_read)
+    rows = run(spark, photos, bundle_uri, tmp_path / "out", reader="spark")
+    assert len(rows) == 65
+    gone = next(row for row in rows if row["path"].endswith("sample 002.bmp"))
+    assert gone["error"].startswith("the file is gone") and gone["predictions"] is None
