@@ -49,6 +49,9 @@ def load_network(architecture: Architecture, checkpoint: Path) -> "torch.nn.Modu
         raise BundleError(f"{checkpoint}: no such checkpoint; notebook 01 makes one, or name your own") from None
     except Exception as error:  # for bytes that are no checkpoint, torch raises whatever its parsers come across
         raise BundleError(f"{checkpoint} is no PyTorch checkpoint or is damaged: {_first(error)}") from None
+    if not isinstance(weights, dict):
+        raise BundleError(f"{checkpoint} holds a {type(weights).__name__}, not a state dictionary")
+    weights = architecture.mend(weights)
     network = architecture.build()
     _check_weights(network.state_dict(), weights, checkpoint, architecture.name)
     network.load_state_dict(weights)
@@ -63,7 +66,7 @@ def to_onnx(network: "torch.nn.Module", architecture: Architecture, opset: int =
     batch = {0: torch.export.Dim("batch", min=1, max=4096)}
     with _quiet():
         program = torch.onnx.export(
-            network,
+            architecture.heads(network).eval(),
             (torch.zeros(2, channels, height, width),),
             dynamo=True,
             opset_version=opset,
@@ -182,7 +185,8 @@ def make_bundle(
         flops=count_flops(model),
         checkpoint={"file": checkpoint.name, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
     )
-    return save_bundle(target, manifest, _serialize(ov, model, precision == "fp16"))
+    arrays = {name: _npy(array) for name, array in architecture.arrays().items()}
+    return save_bundle(target, manifest, {**_serialize(ov, model, precision == "fp16"), **arrays})
 
 
 def count_flops(model: "ov.Model") -> int:
@@ -225,13 +229,17 @@ def _serialize(ov: Any, model: "ov.Model", compress_to_fp16: bool) -> dict[str, 
         return {name: Path(folder, name).read_bytes() for name in ("model.xml", "model.bin")}
 
 
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
 def _shape(value: Any) -> str:
     return str(tuple(value.shape)) if hasattr(value, "shape") else f"a {type(value).__name__}"
 
 
-def _check_weights(expected: dict, found: Any, checkpoint: Path, name: str) -> None:
-    if not isinstance(found, dict):
-        raise BundleError(f"{checkpoint} holds a {type(found).__name__}, not a state dictionary")
+def _check_weights(expected: dict, found: dict, checkpoint: Path, name: str) -> None:
     for key in [*expected, *found]:
         have = _shape(found[key]) if key in found else "missing"
         want = _shape(expected[key]) if key in expected else "unknown"

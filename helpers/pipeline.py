@@ -120,6 +120,7 @@ def postprocess(outputs: "DataFrame", model: str, config: Config) -> "DataFrame"
         manifest=bundle.manifest,
         parameters=parameters,
         model=model_identity(bundle, parameters, config),
+        read=bundle.read,
     )
     return outputs.mapInArrow(stage, spark_schema(stages.RESULT_SCHEMA))
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TRIED = 8  # images that a task tries to read, to choose the reader
+
 
 def choose_reader(spark: "SparkSession", storage: Storage, manifest: pa.Table, config: Config) -> str:
     """Return `files` or `spark` as the `reader` setting says; `auto` tries in a task, and the log says why."""
@@ -33,9 +35,9 @@ def choose_reader(spark: "SparkSession", storage: Storage, manifest: pa.Table, c
     elif local_slots(spark) is not None:
         reader, why = "files", "tasks run on this machine"
     elif _tasks_can_read(spark, storage, manifest):
-        reader, why = "files", "a task could read the first image"
+        reader, why = "files", "a task could read an image"
     else:
-        reader, why = "spark", "a task could not read the first image"
+        reader, why = "spark", "a task could read none of the images tried"
     log.info("reader %s: %s", reader, why)
     return reader
 
@@ -73,9 +75,11 @@ def _literal(path: str) -> str:
 
 
 def _tasks_can_read(spark: "SparkSession", storage: Storage, manifest: pa.Table) -> bool:
-    first = manifest.filter(pc.greater(manifest["length"], 0)).slice(0, 1)
-    if not first.num_rows:
+    images = manifest.filter(pc.greater(manifest["length"], 0))
+    if not images.num_rows:
         return True
+    # Several, from all over the listing: one file may have gone, or have other permissions.
+    sample = images.take(sorted({i * (images.num_rows - 1) // (TRIED - 1) for i in range(TRIED)}))
     read = partial(stages.read_images, storage=storage, most_images=1, most_bytes=1)
-    rows = spark.createDataFrame(first).mapInArrow(read, spark_schema(stages.IMAGE_SCHEMA))
-    return rows.where("error is null").count() == 1
+    rows = spark.createDataFrame(sample).mapInArrow(read, spark_schema(stages.IMAGE_SCHEMA))
+    return rows.where("error is null").count() > 0

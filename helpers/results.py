@@ -102,8 +102,11 @@ class ResultStore:
         for path in sorted(self._files(STAGING)):
             staged = read_table(self.storage, path)
             fresh = staged.filter(pc.invert(_is_among(staged, rows)))
+            # A task that outlived its driver may have ended after a later run, which saw the image as it is now.
+            fresh = fresh.filter(pc.invert(_is_in(fresh["path"], _of_later_runs(rows, path.split("/")[-2])["path"])))
             if fresh.num_rows:
-                self._write(path, fresh)
+                if fresh.num_rows < staged.num_rows:
+                    self._write(path, fresh)
                 self.publish([path], replacing=fresh["path"])
                 rows, recovered = self.rows(), recovered + fresh.num_rows
         self.storage.delete(STAGING)
@@ -161,6 +164,12 @@ def without(images: pa.Table, rows: pa.Table) -> pa.Table:
 def replaced(images: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
     """Paths of the images that have a row, of an earlier length or modification time."""
     return images.filter(_is_in(images["path"], rows["path"]))["path"]
+
+
+def _of_later_runs(rows: pa.Table, run: str) -> pa.Table:
+    """The rows in files of runs that began after one; names begin with that time."""
+    names = [file.rpartition("/")[2][: len(run)] for file in rows["file"].to_pylist()]
+    return rows.filter(pa.array([name > run for name in names], pa.bool_()))
 
 
 def _is_among(table: pa.Table, rows: pa.Table) -> pa.ChunkedArray:

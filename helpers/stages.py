@@ -6,7 +6,7 @@ the worker. Executors import this module.
 """
 
 import errno
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 from helpers.bundle import Bundle, InputSpec, Manifest
 from helpers.images import UnreadableImageError, load
 from helpers.inference import get_model
-from helpers.postprocessing import POSTPROCESSORS
+from helpers.postprocessing import POSTPROCESSORS, get_arrays
 from helpers.storage import Storage
 
 Batches = Iterable[pa.RecordBatch]
@@ -126,7 +126,11 @@ def infer(batches: Batches, bundle: Bundle, precision: str | None, threads: int)
 
 
 def postprocess(
-    batches: Batches, manifest: Manifest, parameters: Mapping[str, Any], model: str
+    batches: Batches,
+    manifest: Manifest,
+    parameters: Mapping[str, Any],
+    model: str,
+    read: Callable[[str], bytes] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Stage 4: raw outputs to predictions.
 
@@ -135,16 +139,20 @@ def postprocess(
         manifest: task, outputs and labels.
         parameters: of the task's post-processing.
         model: what the results' `model` column says.
+        read: reads a file of the bundle, for tasks that need more than the graph's outputs (`Bundle.read`).
 
     Yields:
         `RESULT_SCHEMA`; `predictions` is null where `error` is set.
     """
+    function, arrays = POSTPROCESSORS[manifest.task], get_arrays(manifest, read)
     for batch in batches:
-        good = batch.filter(batch["error"].is_null())
+        # Filtering copies, and raw outputs can be large.
+        failed = batch["error"].null_count < batch.num_rows
+        good = batch.filter(batch["error"].is_null()) if failed else batch
         outputs = {o.name: _array(good[o.name], o.shape) for o in manifest.outputs}
         sizes = list(zip(good["width"].to_pylist(), good["height"].to_pylist(), strict=True))
-        found = iter(POSTPROCESSORS[manifest.task](outputs, sizes, manifest, parameters) if good.num_rows else [])
-        predictions = [None if failed else next(found) for failed in batch["error"].is_valid().to_pylist()]
+        found = iter(function(outputs, sizes, manifest, parameters, arrays) if good.num_rows else [])
+        predictions = [None if error else next(found) for error in batch["error"].is_valid().to_pylist()]
         yield _extend(batch, RESULT_SCHEMA, predictions=predictions, model=[model] * batch.num_rows)
 
 
@@ -173,7 +181,7 @@ def _preprocess(batch: pa.RecordBatch, spec: InputSpec, max_pixels: int) -> pa.R
         size = None
         if errors[row] is None:
             try:
-                pixels[count], size = load(memoryview(content.as_buffer()), spec, max_pixels)
+                pixels[count], size = load(memoryview(content.as_buffer()).cast("B"), spec, max_pixels)
                 count += 1
             except UnreadableImageError as error:
                 errors[row] = str(error)

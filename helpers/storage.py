@@ -135,16 +135,17 @@ class LocalStorage:
         pending, seen = [str(start)], {_identity(folder) for folder in skip if Path(folder).is_dir()}
         while pending:
             folder = pending.pop()
-            if _identity(folder) in seen:
-                continue
-            seen.add(_identity(folder))
-            for item in _scan(folder):
-                if _is_directory(item):
-                    pending.append(item.path)
-                    if directories:
-                        yield _entry(item.path, is_directory=True)
-                else:
-                    yield _entry(item.path)
+            with contextlib.suppress(FileNotFoundError):  # gone since its parent was listed
+                if _identity(folder) in seen:
+                    continue
+                seen.add(_identity(folder))
+                for item in _scan(folder):
+                    is_directory = _is_directory(item)
+                    if is_directory:
+                        pending.append(item.path)
+                    if directories or not is_directory:
+                        with contextlib.suppress(FileNotFoundError):
+                            yield _entry(item.path, is_directory)
 
     def read(self, path: str) -> bytes:  # noqa: D102
         with open(_to_name(self.join(path)), "rb") as file:  # noqa: PTH123 - half the cost of Path.read_bytes
@@ -155,7 +156,7 @@ class LocalStorage:
         target = Path(self.join(path))
         temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
-            with temporary.open("xb") as file:
+            with self._space(), temporary.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -165,19 +166,24 @@ class LocalStorage:
             raise
 
     def write(self, path: str, data: bytes) -> None:  # noqa: D102
-        Path(self.join(path)).parent.mkdir(parents=True, exist_ok=True)
+        with self._space():
+            Path(self.join(path)).parent.mkdir(parents=True, exist_ok=True)
         with self.create(path) as file:
             file.write(data)
 
     def rename(self, source: str, target: str) -> None:  # noqa: D102
         destination = Path(self.join(target))
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        Path(self.join(source)).replace(destination)
+        with self._space():
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            Path(self.join(source)).replace(destination)
 
     def delete(self, path: str) -> None:  # noqa: D102
         target = Path(self.join(path))
         if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
+            # An executor that has lost its driver may be writing there: what has another name it cannot reach.
+            doomed = target.with_name(f".{uuid.uuid4().hex}.deleted")
+            target.replace(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
         else:
             target.unlink(missing_ok=True)
 
@@ -191,10 +197,23 @@ class LocalStorage:
         target = Path(self.join(path))
         if Path(self.root).is_file():
             raise StorageError(f"{self.root} is a file, and results need a folder; name another location")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("ab") as file:
+        with self._space():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = target.open("ab")
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
+
+    @contextlib.contextmanager
+    def _space(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StorageError(
+                f"{self.root}: the disk is full; make space and run again, what is finished is kept"
+            ) from None
 
 
 def _scan(folder: str) -> Iterator[os.DirEntry[str]]:
@@ -225,9 +244,7 @@ def _to_name(text: str) -> str | bytes:
 def _is_directory(item: os.DirEntry[str]) -> bool:
     try:
         return item.is_dir()
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
+    except OSError:  # a link that leads to itself, or where nobody may look: reading it gives the error row
         return False
 
 

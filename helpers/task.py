@@ -105,7 +105,9 @@ class Task:
         read = stages.read_images(batches, self.source, images, self.batch_megabytes * 2**20)
         tensors = stages.preprocess(clock.timed("read", read), spec, images, self.max_pixels)
         outputs = stages.infer(clock.timed("preprocess", tensors), self.bundle, self.precision, self.threads)
-        results = stages.postprocess(clock.timed("infer", outputs), self.bundle.manifest, self.parameters, self.model)
+        results = stages.postprocess(
+            clock.timed("infer", outputs), self.bundle.manifest, self.parameters, self.model, self.bundle.read
+        )
         return clock.timed("postprocess", results)
 
 
@@ -162,7 +164,7 @@ def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
                 writer.write_table(table)
                 errors = table["error"].drop_null()
                 totals.update(images=table.num_rows, failed=len(errors), bytes=pc.sum(table["length"]).as_py())
-                reasons.update(errors.to_pylist())
+                reasons.update(error.partition(";")[0] for error in errors.to_pylist())  # without details
         if not totals["images"]:
             return {}
         path = f"{staging(task.run)}/{partition:06d}-{totals['images']}-{totals['failed']}.parquet"

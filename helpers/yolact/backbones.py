@@ -1,0 +1,117 @@
+"""ResNet and DarkNet, with the official checkpoints' names of weights.
+
+A backbone maps normalised images float32 `[B, 3, H, W]` to its last three stages' features C3, C4 and C5, at 1/8, 1/16
+and 1/32 of the size (rounded up); `channels` says how many each has.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+USED_STAGES = 3
+
+
+class ResNet(nn.Module):
+    """Residual network of bottleneck blocks (He et al., 2016, section 4.1 and table 1), without its classifier."""
+
+    def __init__(self, blocks: tuple[int, ...]):
+        super().__init__()
+        widths = [64 * 2**stage for stage in range(len(blocks))]
+        inputs = [64, *(4 * width for width in widths)]
+        self.layers = nn.ModuleList(
+            _resnet_stage(inputs[stage], width, blocks[stage], stride=1 if stage == 0 else 2)
+            for stage, width in enumerate(widths)
+        )
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.channels = inputs[-USED_STAGES:]
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Return C3, C4 and C5."""
+        features = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), kernel_size=3, stride=2, padding=1)
+        return _last_stages(self.layers, features)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions with a shortcut; the 3x3 one carries the stride."""
+
+    def __init__(self, inputs: int, width: int, stride: int):
+        super().__init__()
+        outputs = 4 * width
+        self.conv1 = nn.Conv2d(inputs, width, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            projection = nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map `[B, inputs, H, W]` to `[B, 4 width, H / stride, W / stride]`."""
+        inner = F.relu(self.bn1(self.conv1(features)))
+        inner = F.relu(self.bn2(self.conv2(inner)))
+        return F.relu(self.bn3(self.conv3(inner)) + self.downsample(features))
+
+
+class DarkNet(nn.Module):
+    """Residual network of YOLOv3 (Redmon and Farhadi, 2018, table 1), without its classifier."""
+
+    def __init__(self, blocks: tuple[int, ...]):
+        super().__init__()
+        widths = [32 * 2**stage for stage in range(len(blocks))]
+        self.layers = nn.ModuleList(_darknet_stage(width, count) for width, count in zip(widths, blocks, strict=True))
+        self._preconv = _darknet_unit(3, 32, kernel=3)
+        self.channels = [2 * width for width in widths[-USED_STAGES:]]
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Return C3, C4 and C5."""
+        return _last_stages(self.layers, self._preconv(images))
+
+
+class DarkNetBlock(nn.Module):
+    """1x1 and 3x3 convolution with a shortcut; nothing follows the sum."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = _darknet_unit(2 * width, width, kernel=1)
+        self.conv2 = _darknet_unit(width, 2 * width, kernel=3)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map `[B, 2 width, H, W]` to the same shape."""
+        return features + self.conv2(self.conv1(features))
+
+
+BACKBONES: dict[str, Callable[[], ResNet | DarkNet]] = {
+    "resnet50": lambda: ResNet((3, 4, 6, 3)),
+    "resnet101": lambda: ResNet((3, 4, 23, 3)),
+    "darknet53": lambda: DarkNet((1, 2, 8, 8, 4)),
+}
+
+
+def _resnet_stage(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    following = (Bottleneck(4 * width, width, stride=1) for _ in range(blocks - 1))
+    return nn.Sequential(Bottleneck(inputs, width, stride), *following)
+
+
+def _darknet_stage(width: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(
+        _darknet_unit(width, 2 * width, kernel=3, stride=2), *(DarkNetBlock(width) for _ in range(blocks))
+    )
+
+
+def _darknet_unit(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.LeakyReLU(0.1))
+
+
+def _last_stages(stages: nn.ModuleList, features: torch.Tensor) -> list[torch.Tensor]:
+    found = []
+    for stage in stages:
+        features = stage(features)
+        found.append(features)
+    return found[-USED_STAGES:]

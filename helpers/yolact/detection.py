@@ -1,0 +1,220 @@
+"""From raw heads to detections: box decoding and non-maximum suppression, of one image. numpy only.
+
+Boxes are corners x1, y1, x2, y2, float32, relative to the image, and may reach beyond it. The order of operations and
+every comparison is that of the official implementation's evaluation, so that its thresholds mean the same here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from helpers.errors import ConfigError
+
+CENTRE_VARIANCE, SIZE_VARIANCE = np.float32(0.1), np.float32(0.2)  # the scale that offsets were trained at
+EVALUATION_THRESHOLD = 0.05
+BLOCK = 256  # candidates that fast NMS looks at together
+
+Pairs = tuple[np.ndarray, np.ndarray]  # classes and anchors, of as many detections, the best first
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How detections are chosen; the defaults are those of the official evaluation.
+
+    Attributes:
+        score_threshold: an anchor takes part if its best class has more. Up to 0.05 it is then a candidate for every
+            class, however improbable, because average precision counts those too; with a higher threshold, which asks
+            for what is probable, each detection must have more.
+        nms: `fast` (section 5), `cross_class` (the same, over all classes at once) or `traditional` (greedy).
+        nms_threshold: intersection over union above which a box is suppressed.
+        top_k: candidates of each class, for `fast`, or of all together, for `cross_class`.
+        max_detections: of an image. The official `cross_class` does not apply it, and gives up to `top_k`.
+        mask_threshold: a pixel belongs to a mask if its probability is above.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    score_threshold: float = EVALUATION_THRESHOLD
+    nms: str = "fast"
+    nms_threshold: float = 0.5
+    top_k: int = 200
+    max_detections: int = 100
+    mask_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.nms not in NMS:
+            raise ConfigError(f"postprocess.nms is {self.nms!r}, not one of {', '.join(NMS)}")
+        for name in ("score_threshold", "nms_threshold", "mask_threshold"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ConfigError(f"postprocess.{name} is {value!r}, not a number from 0 to 1")
+        for name in ("top_k", "max_detections"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"postprocess.{name} is {value!r}, not a whole number of 1 or more")
+
+    @property
+    def lowest_score(self) -> float:
+        """Detections have more."""
+        return self.score_threshold if self.score_threshold > EVALUATION_THRESHOLD else 0.0
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Those of one image, the best first: boxes `[n, 4]`, classes `[n]` without the background, scores, coefficients.
+
+    `boxes`, `scores [n]` and the mask `coefficients [n, prototypes]` are float32; `classes` counts the first
+    foreground class as 0.
+    """
+
+    boxes: np.ndarray
+    classes: np.ndarray
+    scores: np.ndarray
+    coefficients: np.ndarray
+
+
+def detect(
+    loc: np.ndarray, conf: np.ndarray, mask: np.ndarray, priors: np.ndarray, parameters: Parameters, size: int
+) -> Detections:
+    """Decode and select the detections of one image.
+
+    Args:
+        loc: float32 `[A, 4]`, offsets.
+        conf: float32 `[A, classes]`, probabilities, the background first.
+        mask: float32 `[A, prototypes]`, mask coefficients.
+        priors: float32 `[A, 4]`, anchors.
+        parameters: thresholds and method.
+        size: side of the network's input in pixels, the unit of boxes in traditional NMS.
+    """
+    kept = np.flatnonzero(conf[:, 1:].max(axis=1) > parameters.score_threshold)
+    with np.errstate(over="ignore", invalid="ignore"):
+        boxes = decode(loc[kept], priors[kept])
+    usable = np.isfinite(boxes).all(axis=1)  # a damaged or badly quantised network's sizes can be beyond all numbers
+    kept, boxes = kept[usable], boxes[usable]
+    probabilities = np.ascontiguousarray(conf[kept, 1:].T)
+    classes, anchors = NMS[parameters.nms](probabilities, boxes, parameters, size)
+    scores = probabilities[classes, anchors]
+    count = int(np.count_nonzero(scores > parameters.lowest_score))  # they are in order
+    classes, anchors = classes[:count], anchors[:count]
+    return Detections(boxes[anchors], classes, scores[:count], mask[kept[anchors]])
+
+
+def decode(loc: np.ndarray, priors: np.ndarray) -> np.ndarray:
+    """Turn offsets and anchors (centre, size), float32 `[n, 4]` each, into boxes (corners), float32 `[n, 4]`."""
+    centres = priors[:, :2] + loc[:, :2] * CENTRE_VARIANCE * priors[:, 2:]
+    sizes = priors[:, 2:] * np.exp(loc[:, 2:] * SIZE_VARIANCE)
+    low = centres - sizes / 2
+    return np.concatenate([low, low + sizes], axis=1)
+
+
+def to_pixels(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Relative boxes to whole pixels of an image, float32 `[n, 4]`, their fractions cut off.
+
+    The low side is at least 0 and the high side at most the image's; a box that lies wholly outside has a high side
+    below its low one.
+    """
+    scaled = boxes * np.array([width, height, width, height], np.float32)
+    low, high = np.minimum(scaled[:, :2], scaled[:, 2:]), np.maximum(scaled[:, :2], scaled[:, 2:])
+    high = np.minimum(high, np.array([width, height], np.float32))
+    return np.trunc(np.concatenate([np.maximum(low, 0), high], axis=1))
+
+
+def overlaps(one: np.ndarray, other: np.ndarray, border: float = 0.0) -> np.ndarray:
+    """Intersection over union of boxes `[..., 4]`, broadcast; two boxes without area give not-a-number.
+
+    Args:
+        one: boxes.
+        other: boxes.
+        border: added to every side: 1 where boxes are pixels, both ends included.
+    """
+    low, high = np.maximum(one[..., :2], other[..., :2]), np.minimum(one[..., 2:], other[..., 2:])
+    both = np.maximum(high - low + np.float32(border), 0).prod(axis=-1)
+    areas = [(b[..., 2:] - b[..., :2] + np.float32(border)).prod(axis=-1) for b in (one, other)]
+    with np.errstate(invalid="ignore"):
+        return both / (areas[0] + areas[1] - both)
+
+
+def fast_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Parameters, size: int = 0) -> Pairs:
+    """Suppress within each class what overlaps anything more probable, be that suppressed or not (section 5).
+
+    The definition compares all candidates of all classes; few of them can be among the best `max_detections`, so
+    candidates are looked at from the best down, a block at a time, until there are enough.
+
+    Args:
+        probabilities: float32 `[classes, n]`.
+        boxes: float32 `[n, 4]`.
+        parameters: thresholds.
+        size: not used.
+    """
+    order = _best_of_each(probabilities, parameters.top_k)  # [classes, top_k]
+    scores = np.take_along_axis(probabilities, order, axis=1).ravel()
+    found: list[np.ndarray] = []
+    total, ranking = 0, np.argsort(-scores, kind="stable")
+    for start in range(0, len(ranking), BLOCK):
+        candidates = ranking[start : start + BLOCK]
+        classes, ranks = np.divmod(candidates, order.shape[1])
+        better = np.arange(ranks.max()) < ranks[:, None]
+        overlap = overlaps(boxes[order[classes, ranks], None], boxes[order[classes, : ranks.max()]])
+        # Not-a-number, of boxes without area, suppresses too.
+        found.append(candidates[~(better & ~(overlap <= parameters.nms_threshold)).any(axis=1)])
+        total += len(found[-1])
+        if total >= parameters.max_detections:
+            break
+    kept = np.concatenate([*found, ranking[:0]])[: parameters.max_detections]
+    return kept // max(order.shape[1], 1), order.ravel()[kept]
+
+
+def cross_class_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Parameters, size: int = 0) -> Pairs:
+    """Fast NMS over all classes at once, each anchor with its best class only; arguments as for `fast_nms`."""
+    _, anchors = fast_nms(probabilities.max(axis=0, keepdims=True), boxes, parameters)
+    return probabilities[:, anchors].argmax(axis=0), anchors
+
+
+def traditional_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Parameters, size: int) -> Pairs:
+    """Suppress within each class what overlaps anything more probable that is kept itself.
+
+    As the official implementation does, boxes are in pixels of the network's input with both ends included, only
+    probabilities above `score_threshold` count, and a box is suppressed at the threshold itself.
+
+    Args:
+        probabilities: float32 `[classes, n]`.
+        boxes: float32 `[n, 4]`.
+        parameters: thresholds.
+        size: side of the network's input.
+    """
+    found = []
+    for row in probabilities:
+        candidates = np.flatnonzero(row > parameters.score_threshold)
+        candidates = candidates[np.argsort(-row[candidates], kind="stable")]
+        found.append(_greedy(boxes * np.float32(size), candidates, parameters.nms_threshold))
+    classes = np.repeat(np.arange(len(found)), [len(kept) for kept in found])
+    anchors = np.concatenate([*found, np.zeros(0, int)]).astype(int)
+    best = np.argsort(-probabilities[classes, anchors], kind="stable")[: parameters.max_detections]
+    return classes[best], anchors[best]
+
+
+NMS: dict[str, Callable[[np.ndarray, np.ndarray, Parameters, int], Pairs]] = {
+    "fast": fast_nms,
+    "cross_class": cross_class_nms,
+    "traditional": traditional_nms,
+}
+
+
+def _greedy(boxes: np.ndarray, candidates: np.ndarray, threshold: float) -> np.ndarray:
+    kept = []
+    while len(candidates):
+        kept.append(candidates[0])
+        overlap = overlaps(boxes[candidates[0]], boxes[candidates[1:]], border=1)
+        candidates = candidates[1:][~(overlap >= threshold)]
+    return np.array(kept, int)
+
+
+def _best_of_each(probabilities: np.ndarray, count: int) -> np.ndarray:
+    """Columns of the `count` largest values of each row, in descending order; of equal ones the first comes first."""
+    if probabilities.shape[1] > 4 * count > 0:  # choosing before sorting takes less than sorting all
+        chosen = np.sort(np.argpartition(-probabilities, count - 1, axis=1)[:, :count], axis=1)
+        order = np.argsort(-np.take_along_axis(probabilities, chosen, axis=1), axis=1, kind="stable")
+        return np.take_along_axis(chosen, order, axis=1)
+    return np.argsort(-probabilities, axis=1, kind="stable")[:, :count]

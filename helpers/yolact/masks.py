@@ -1,0 +1,188 @@
+"""From prototypes and coefficients to masks in COCO's run-length encoding, at the size of the image. numpy only.
+
+The definition: combine the prototypes, crop at the box, enlarge bilinearly to the image's size, keep what is above
+the threshold. A mask so made is never held here. Down a column of the image an enlarged mask is a line from prototype
+cell to prototype cell, so it crosses the threshold at most once between two cells, at a row that follows from their
+values; and the crossings are the ends of the runs that COCO's encoding counts. The work is that of the cells within
+the box, for each of its columns, instead of that of the image's pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+CHARACTER = 48  # the first of the 64 that COCO's encoding uses
+MORE, SIGN = 32, 16  # bits of a character: another follows; the number is negative
+MOST_CHARACTERS = 7  # of a number of 32 bits
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How the pixels of one side of the image lie among the cells of the prototypes.
+
+    Attributes:
+        cells, pixels: of this side.
+        cell: int `[pixels]`, the cell whose centre is at or before each pixel's centre, from -1.
+        weight: float32 `[pixels]`, of the cell after it, in linear interpolation.
+        first: int `[cells + 2]`, the first pixel of each cell from -1 to `cells`.
+    """
+
+    cells: int
+    pixels: int
+    cell: np.ndarray
+    weight: np.ndarray
+    first: np.ndarray
+
+    @classmethod
+    def of(cls, cells: int, pixels: int) -> "Axis":
+        """Sides match at their ends, not at the centres of their outer pixels."""
+        position = (np.arange(pixels) + 0.5) * (cells / pixels) - 0.5
+        cell = np.floor(position).astype(int)
+        return cls(
+            cells, pixels, cell, (position - cell).astype(np.float32), np.searchsorted(cell, np.arange(-1, cells + 1))
+        )
+
+
+def encode_masks(
+    prototypes: np.ndarray,
+    coefficients: np.ndarray,
+    boxes: np.ndarray,
+    width: int,
+    height: int,
+    threshold: float = 0.5,
+) -> list[dict[str, Any]]:
+    """Assemble the masks of one image's detections (section 3.3).
+
+    Args:
+        prototypes: float32 `[rows, columns, prototypes]`.
+        coefficients: float32 `[n, prototypes]`.
+        boxes: float32 `[n, 4]`, corners relative to the image.
+        width: of the original image, in pixels.
+        height: likewise.
+        threshold: a pixel belongs to the mask if its probability is above; at least 0.
+
+    Returns:
+        For each detection `{"size": [height, width], "counts": str}`, as pycocotools reads it.
+    """
+    rows, columns, depth = prototypes.shape
+    # Equation 1, without its sigmoid, which only the cells within the boxes need.
+    combined = (coefficients @ prototypes.reshape(-1, depth).T).reshape(-1, rows, columns)
+    windows = zip(_cells(boxes[:, 1::2], rows), _cells(boxes[:, ::2], columns), strict=True)
+    axes = Axis.of(rows, height), Axis.of(columns, width)
+    runs = [_runs(mask, window, axes, threshold) for mask, window in zip(combined, windows, strict=True)]
+    return [{"size": [height, width], "counts": counts} for counts in compress(runs)]
+
+
+def compress(runs: list[np.ndarray]) -> list[str]:
+    """Write run lengths, one integer array a mask, as COCO's strings.
+
+    From the fourth on, a run is written as its difference to the one before last; a number is written in groups of
+    five bits, the lowest first.
+    """
+    if not runs:
+        return []
+    rest = np.concatenate([_differences(run) for run in runs]).astype(np.int32)
+    characters = np.empty((len(rest), MOST_CHARACTERS), np.uint8)
+    written = np.zeros(characters.shape, bool)
+    open_ = np.ones(len(rest), bool)
+    for position in range(MOST_CHARACTERS):
+        written[:, position] = open_
+        bits = rest & (MORE - 1)
+        rest >>= 5
+        open_ &= rest != -((bits & SIGN) >> 4)
+        characters[:, position] = bits + (open_ * np.int32(MORE) + CHARACTER)
+        if not open_.any():
+            break
+    text, lengths = characters[written].tobytes().decode("ascii"), written.sum(axis=1)
+    ends = np.cumsum(lengths)[np.cumsum([len(run) for run in runs]) - 1]
+    return [text[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def decode_mask(mask: dict[str, Any]) -> np.ndarray:
+    """Read a mask in COCO's compressed encoding: bool `[height, width]`."""
+    height, width = mask["size"]
+    runs: list[int] = []
+    value, shift = 0, 0
+    for character in mask["counts"].encode("ascii"):
+        bits = character - CHARACTER
+        value, shift = value | (bits & (MORE - 1)) << shift, shift + 5
+        if not bits & MORE:
+            value -= (1 << shift) if bits & SIGN else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, shift = 0, 0
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _cells(sides: np.ndarray, cells: int) -> list[tuple[int, int]]:
+    """First cell and the one past the last that each box covers, from its relative ends float32 `[n, 2]`."""
+    # One cell is left around the box, because the boxes of training were so rounded.
+    low = np.maximum(sides.min(axis=1) * np.float32(cells) - 1, 0)
+    high = np.minimum(sides.max(axis=1) * np.float32(cells) + 1, cells)
+    start = np.minimum(np.ceil(low), cells).astype(int)
+    stop = np.maximum(np.ceil(high).astype(int), start)
+    return list(zip(start.tolist(), stop.tolist(), strict=True))
+
+
+def _runs(
+    combined: np.ndarray, window: tuple[tuple[int, int], tuple[int, int]], axes: tuple[Axis, Axis], threshold: float
+) -> np.ndarray:
+    """Run lengths of one mask down the image's columns, those of the background first."""
+    (top, bottom), (left, right) = window
+    vertical, horizontal = axes
+    pixels = vertical.pixels * horizontal.pixels
+    if top == bottom or left == right:
+        return np.array([pixels])
+    with np.errstate(over="ignore"):  # far below 0 the exponential is infinite, and the probability 0
+        inner = 1 / (1 + np.exp(-combined[top:bottom, left:right].T))
+    cells = _surround(inner, (left == 0, right == horizontal.cells), (top == 0, bottom == vertical.cells))
+    start, stop = horizontal.first[left], horizontal.first[right + 1]
+    before = horizontal.cell[start:stop] - (left - 1)
+    lines = np.diff(cells, axis=0)[before]  # [image columns, cells from top - 1 to bottom]
+    lines *= horizontal.weight[start:stop, None]
+    lines += cells[before]
+    ends = _crossings(lines, top, vertical, threshold) + start * vertical.pixels
+    return np.diff(ends[ends < pixels], prepend=0, append=pixels)
+
+
+def _surround(inner: np.ndarray, columns: tuple[bool, bool], rows: tuple[bool, bool]) -> np.ndarray:
+    """Add a cell on each side: what is outside of the crop is 0, and outside of the image as at its edge."""
+    cells = np.zeros((inner.shape[0] + 2, inner.shape[1] + 2), np.float32)
+    cells[1:-1, 1:-1] = inner
+    for side, at_edge in zip((0, -1), rows, strict=True):
+        if at_edge:
+            cells[:, side] = cells[:, 1 if side == 0 else -2]
+    for side, at_edge in zip((0, -1), columns, strict=True):
+        if at_edge:
+            cells[side] = cells[1 if side == 0 else -2]
+    return cells
+
+
+def _crossings(lines: np.ndarray, top: int, axis: Axis, threshold: float) -> np.ndarray:
+    """Where the mask begins or ends, as pixels counted down one column after the other.
+
+    Args:
+        lines: float32 `[columns, cells]`, probabilities at the cells from `top - 1` on.
+        top: the first cell that is not surrounding.
+        axis: the image's rows.
+        threshold: of the mask.
+    """
+    inside = lines > threshold
+    # By position, because numpy finds those of a flat array many times faster than those of a table.
+    column, cell = np.divmod(np.flatnonzero(inside[:, 1:] != inside[:, :-1]), lines.shape[1] - 1)
+    before, after = lines[column, cell].astype(float), lines[column, cell + 1].astype(float)
+    place = cell + (top - 1) + (threshold - before) / (after - before)  # in cells
+    row = (place + 0.5) * (axis.pixels / axis.cells) - 0.5
+    row = np.where(after > before, np.floor(row) + 1, np.ceil(row)).astype(int)  # the first that is as `after` is
+    row = np.clip(row, axis.first[cell + top], axis.first[cell + top + 1])
+    edges = [column * axis.pixels + row]
+    edges += [np.flatnonzero(inside[:, 0]) * axis.pixels, np.flatnonzero(inside[:, -1]) * axis.pixels + axis.pixels]
+    # Two ends at one place are none: a column's last run and the next one's first are the same run.
+    ends, count = np.unique(np.concatenate(edges), return_counts=True)
+    return ends[count % 2 == 1]
+
+
+def _differences(run: np.ndarray) -> np.ndarray:
+    changes = run.copy()
+    changes[3:] -= run[1:-2]
+    return changes

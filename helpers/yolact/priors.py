@@ -1,0 +1,48 @@
+"""The anchors that boxes are predicted relative to (section 4). numpy only."""
+
+from collections.abc import Iterable
+from itertools import product
+from math import sqrt
+
+import numpy as np
+
+from helpers.yolact.configurations import Configuration
+
+STRIDE_3 = 3  # halvings from the input to P3
+
+
+def level_sizes(size: int) -> list[int]:
+    """Sides of the pyramid's maps P3 to P7, in cells, for an input of `size` pixels: each half the last, rounded up."""
+    sizes = []
+    for halvings in range(1, STRIDE_3 + 5):
+        size = (size + 1) // 2
+        if halvings >= STRIDE_3:
+            sizes.append(size)
+    return sizes
+
+
+def make_priors(configuration: Configuration, sizes: Iterable[tuple[int, int]] | None = None) -> np.ndarray:
+    """Return the anchors of all levels, one after the other.
+
+    Args:
+        configuration: scales, ratios, and the size that both are relative to.
+        sizes: height and width of each level's map in cells; by default those of the configured input size.
+
+    Returns:
+        float32 `[anchors, 4]`, centre x, centre y, width and height, relative to the input. They go by level, row,
+        column and ratio, the last fastest, as the head's outputs do.
+    """
+    sizes = sizes or [(side, side) for side in level_sizes(configuration.size)]
+    levels = zip(sizes, configuration.scales, strict=True)
+    return np.concatenate([_level(height, width, scale, configuration) for (height, width), scale in levels])
+
+
+def _level(height: int, width: int, scale: int, configuration: Configuration) -> np.ndarray:
+    shapes = []
+    for ratio in configuration.ratios:
+        anchor_width = scale * sqrt(ratio) / configuration.size
+        square = anchor_width if configuration.square_anchors else scale / sqrt(ratio) / configuration.size
+        shapes.append((anchor_width, square))
+    # Computed in double precision and rounded once, as the checkpoints' own anchors were.
+    centres = product((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width)
+    return np.array([(x, y, *shape) for y, x in centres for shape in shapes], np.float32)

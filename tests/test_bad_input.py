@@ -1,0 +1,303 @@
+"""One folder with everything that users' folders hold, through the command line: one row each, in words."""
+
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+from cluster import Finished, python_workers, start_run, wait_for
+from PIL import Image
+
+from helpers import readers
+from helpers.cli import main
+from helpers.ingest import list_images, manifest, plan
+from helpers.pictures import draw_sample
+from helpers.pipeline import make_task
+
+WIDTH, HEIGHT = 60, 40
+WORKER_MEGABYTES = 900  # decoding 20,000 x 20,000 pixels alone takes 1,144
+ORIENTATION, QUARTER_TURN = 0x0112, 6  # EXIF
+
+
+def picture(mode: str = "RGB", form: str = "PNG", size: tuple[int, int] = (WIDTH, HEIGHT), **options) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1] // 8 + 1, size[0] // 8 + 1, 3), np.uint8)
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.convert(mode).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def sixteen_bits() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 20).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = QUARTER_TURN
+    return picture(form="JPEG", exif=exif)
+
+
+def film(form: str) -> bytes:
+    frames = [Image.new("RGB", (WIDTH, HEIGHT), (shade, 0, 0)) for shade in (0, 120, 240)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, form, save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def large_png(side: int) -> bytes:
+    """A black PNG of few bytes, made without its pixels ever being in memory."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    packer, row = zlib.compressobj(1), bytes(1 + (side + 7) // 8)
+    content = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+
+def large_jpeg(side: int) -> bytes:
+    """A small picture whose header says that it is large."""
+    content = picture(form="JPEG")
+    return content.replace(struct.pack(">HH", HEIGHT, WIDTH), struct.pack(">HH", side, side), 1)
+
+
+GOOD = {
+    "plain.png": picture(),
+    "PNG NAMED.JPG": picture(),
+    "a b.png": picture(),
+    "a%20b.png": picture(),
+    "100 %.png": picture(),
+    "#1?.png": picture(),
+    'it\'s "quoted" \\.png': picture(),
+    "new\nline.png": picture(),
+    "Öl и фото 写真 🙂.png": picture(),
+    "Ol\N{COMBINING DIAERESIS}.png": picture(),
+    "glob[1]*{a,b}.png": picture(),
+    "deep/er/down.webp": picture(form="WEBP"),
+    "folder.jpg/inside.png": picture(),
+    "single.png": picture(size=(1, 1)),
+    "turned.jpg": turned(),
+    "grey.png": picture("L"),
+    "palette.png": picture("P"),
+    "transparent.png": picture("RGBA"),
+    "print.jpg": picture("CMYK", "JPEG"),
+    "sixteen.png": sixteen_bits(),
+    "film.gif": film("GIF"),
+    "film.webp": film("WEBP"),
+}
+SIZES = {"single.png": (1, 1), "turned.jpg": (HEIGHT, WIDTH)}  # where not WIDTH x HEIGHT
+
+BAD = {  # content, and what the row's error must say
+    "cut.jpg": (picture(form="JPEG", size=(300, 200))[:2000], "damaged or cut short"),
+    "cut.png": (picture(size=(300, 200))[:5000], "damaged or cut short"),
+    "empty.jpg": (b"", "the file is empty"),
+    "text.jpg": (b"shopping list: milk, eggs", "not an image"),
+    "page.jpg": (b"<!DOCTYPE html><html><body>404 not found</body></html>", "not an image"),
+    "large.png": (large_png(20_000), "20000 x 20000 pixels"),
+    "large.jpg": (large_jpeg(20_000), "20000 x 20000 pixels"),
+    "secret.png": (picture(), "permission denied"),
+}
+LINKS = {  # the link's target, and what the row's error must say
+    "loop.png": ("loop.png", "the link leads back to itself"),
+    "nowhere.png": ("no such file.png", "leads nowhere"),
+    "elsewhere.png": ("../locked/photo.png", "permission denied"),
+}
+NO_TEXT = b"bad\xff.png"  # a name that is no text in any encoding but an old one
+LEFT_OUT = {"photo.txt": picture(), ".hidden.png": picture(), "noextension": picture()}
+
+
+def write_all(folder: Path) -> Path:
+    for name, content in {**GOOD, **{name: content for name, (content, _) in BAD.items()}, **LEFT_OUT}.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    for name, (target, _) in LINKS.items():
+        (folder / name).symlink_to(folder / target)
+    (folder / "linked.png").symlink_to(folder / "plain.png")
+    (folder / "deep" / "circle").symlink_to(folder)  # a folder that holds itself
+    (folder / "secret.png").chmod(0)
+    (folder / "../locked").mkdir(mode=0)
+    (folder / os.fsdecode(NO_TEXT)).write_bytes(picture())
+    return folder
+
+
+@dataclass
+class Outcome:
+    """The rows by name, and what the processes of the run took."""
+
+    finished: Finished
+    rows: dict[str, dict]
+    worker_megabytes: float = 0.0
+    watched: int = field(default=0)
+
+
+def without_privileges() -> list[str]:
+    """Root reads everything; a command before the command takes that away, so that permissions count."""
+    if os.geteuid():
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("root reads every file, and there is no setpriv here to give that up")
+    less = "-dac_override,-dac_read_search"
+    return ["setpriv", f"--bounding-set={less}", f"--inh-caps={less}", "--"]
+
+
+@pytest.fixture(scope="module")
+def outcome(bundle_uri, tmp_path_factory) -> Outcome:
+    folder = write_all(tmp_path_factory.mktemp("bad") / "photos 100%")
+    place = tmp_path_factory.mktemp("bad_output")
+    settings = ("spark.master=local[2]", f"paths.runs={place / 'runs'}", "partitioning.partitions=4")
+    run = start_run(folder, bundle_uri, place / "out", place / "run.log", *settings, before=without_privileges())
+    driver, peaks = psutil.Process(run.process.popen.pid), [0]
+
+    def ended() -> bool:
+        for worker in python_workers(driver):
+            try:
+                peaks.append(worker.memory_info().rss)
+            except psutil.NoSuchProcess:
+                continue
+        return run.process.popen.poll() is not None
+
+    wait_for("the run", ended)
+    finished = run.finish()
+    assert finished.code in (0, 1), finished.errors
+    rows = {row["path"].removeprefix(f"{folder}/"): row for row in finished.rows()}
+    return Outcome(finished, rows, max(peaks) / 2**20, len(peaks) - 1)
+
+
+def test_every_image_is_one_row_and_nothing_else_is(outcome):
+    names = {*GOOD, *BAD, *LINKS, "linked.png", "folder.jpg"}
+    others = set(outcome.rows) - names
+    assert names <= set(outcome.rows)
+    assert len(others) == 1 and others.pop().startswith("bad")
+    counts = {name: outcome.finished.summary[name] for name in ("images", "ok", "failed")}
+    assert counts["images"] == counts["ok"] + counts["failed"] == len(names) + 1
+
+
+def test_some_bad_images_are_no_reason_to_fail_the_run(outcome):
+    assert outcome.finished.code == 0, outcome.finished.errors
+    assert "Traceback" not in outcome.finished.errors
+
+
+@pytest.mark.parametrize("name", [*GOOD, "linked.png"])
+def test_an_unusual_but_good_image_has_predictions(outcome, name):
+    row = outcome.rows[name]
+    assert row["error"] is None
+    assert len(row["predictions"]) == 3 and all(0 <= p["score"] <= 1 for p in row["predictions"])
+    assert (row["width"], row["height"]) == SIZES.get(name, (WIDTH, HEIGHT))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [*((name, words) for name, (_, words) in {**BAD, **LINKS}.items()), ("folder.jpg", "this is a directory")],
+)
+def test_a_bad_image_is_a_row_that_says_what_is_wrong(outcome, name, words):
+    row = outcome.rows[name]
+    assert words in row["error"]
+    assert row["predictions"] is None and row["width"] is None
+    assert not re.search(r"errno|traceback|exception|\berror\b|cv2|None", row["error"], re.IGNORECASE)
+
+
+def test_a_name_that_is_no_text_is_one_row_that_says_so_or_has_predictions(outcome):
+    (name,) = [name for name in outcome.rows if name.startswith("bad")]
+    row = outcome.rows[name]
+    name.encode()  # any reader can have it
+    assert (row["predictions"] is not None) != ("name" in (row["error"] or ""))
+
+
+def test_a_large_image_of_few_bytes_takes_no_memory(outcome):
+    assert outcome.watched > 0
+    assert outcome.worker_megabytes < WORKER_MEGABYTES
+
+
+def test_the_reasons_and_their_counts_are_told(outcome):
+    assert "2 images: the image is damaged or cut short" in outcome.finished.errors
+    assert "2 images: the image has 20000 x 20000 pixels" in outcome.finished.errors
+
+
+def test_more_than_half_failed_completes_and_exits_1_with_the_commonest_reasons_first(
+    spark, bundle_uri, tmp_path, capsys
+):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for number, content in enumerate([GOOD["plain.png"], b"", b"", b"some", b"different", b"words"]):
+        (photos / f"{number}.png").write_bytes(content)
+    settings = [f"paths.runs={tmp_path / 'runs'}", "spark.master=local[2]"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    arguments = ["--source", str(photos), "--model", bundle_uri, "--output", str(output), "--profile", "local"]
+    assert main(["run", *arguments, *options]) == 1
+    answer = capsys.readouterr()
+    assert json.loads(answer.out.splitlines()[-1])["failed"] == 5
+    assert "error: 5 of 6 images failed" in answer.err
+    assert answer.err.index("3 images: the file is not an image") < answer.err.index("2 images: the file is empty")
+    assert len(Finished(output, 1, answer.out, answer.err).rows()) == 6
+
+
+@pytest.fixture
+def deletable(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(GOOD["plain.png"])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("remove", "words"),
+    [
+        (Path.unlink, "the file is gone"),
+        (lambda path: path.write_bytes(b""), "the file is empty"),
+        (lambda path: (path.unlink(), path.mkdir()), "this is a directory"),
+    ],
+    ids=["deleted", "emptied", "replaced by a folder"],
+)
+def test_a_file_that_changes_between_listing_and_reading_is_an_error_row(
+    deletable, bundle_uri, tmp_path, config, remove: Callable, words
+):
+    task = make_task(str(deletable), bundle_uri, str(tmp_path / "out"), config)
+    images = list_images(task.source, config).images
+    remove(deletable / "2.png")
+    batches = manifest(images, plan(images, 1, config)).to_batches()
+    rows = pa.Table.from_batches(task.results(batches)).to_pylist()
+    errors = {Path(row["path"]).name: row["error"] for row in rows}
+    assert len(rows) == 4 and words in errors.pop("2.png")
+    assert set(errors.values()) == {None}
+
+
+def test_a_file_deleted_before_its_picture_is_drawn_costs_its_picture_only(deletable, bundle_uri, tmp_path, config):
+    """The results are published by then; a run must not fail for a picture."""
+    task = make_task(str(deletable), bundle_uri, str(tmp_path / "out"), config)
+    images = list_images(task.source, config).images
+    (tmp_path / "out" / "_staging" / task.run).mkdir(parents=True)
+    (record,) = list(task(manifest(images, plan(images, 1, config)).to_batches()))
+    (deletable / "2.png").unlink()
+    (deletable / "3.png").write_bytes(b"no image any more")
+    pictures = draw_sample(
+        task.output, record["file"].to_pylist(), task.source, config.model_copy(update={"pictures": 4})
+    )
+    assert len(pictures) == 2
+
+
+def test_one_file_that_cannot_be_read_does_not_change_the_reader_of_all(
+    spark, deletable, bundle_uri, tmp_path, config, monkeypatch
+):
+    """Spark's own reader is for storage that tasks do not reach, and stops at a file that it may not read."""
+    monkeypatch.setattr(readers, "local_slots", lambda spark: None)  # as on a cluster
+    task = make_task(str(deletable), bundle_uri, str(tmp_path / "out"), config)
+    images = list_images(task.source, config).images
+    listed = manifest(images, plan(images, 1, config))
+    assert readers.choose_reader(spark, task.source, listed, config) == "files"
+    Path(listed["path"][0].as_py()).unlink()
+    assert readers.choose_reader(spark, task.source, listed, config) == "files"

@@ -1,0 +1,468 @@
+"""Every image has one row, whoever reads, writes or dies at the same time."""
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from cluster import Finished, start_run, stopped, wait_for
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helpers import pipeline
+from helpers.config import load_config
+from helpers.ingest import list_images, manifest, plan
+from helpers.results import ResultStore, replaced, without
+from helpers.stages import RESULT_SCHEMA
+from helpers.storage import LocalStorage, open_storage
+
+DAY = datetime(2026, 1, 1, tzinfo=UTC)
+EARLIER, NEW = 12, 48  # images of a first run, and those that come later
+SIDE = 900
+LONGER, TOUCHED = "005.jpg", "007.jpg"  # images of the first run that change before the second
+
+
+# ---------------------------------------------------------------- two runs, a reader and changed images, for real
+
+
+def write_photo(path: Path, seed: int) -> None:
+    colours = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), np.uint8)
+    cv2.imwrite(str(path), cv2.resize(colours, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC))
+
+
+class Reader(threading.Thread):
+    """Reads the results over and over, as a dashboard does."""
+
+    def __init__(self, results: Path):
+        super().__init__(daemon=True)
+        self.results, self.ended = results, threading.Event()
+        self.seen: list[list[str]] = []
+        self.broken: list[str] = []
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            try:
+                self.seen.append(pq.read_table(self.results, schema=RESULT_SCHEMA)["path"].to_pylist())
+            except Exception as error:  # noqa: BLE001 - whatever a reader meets is the finding
+                self.broken.append(repr(error))
+
+
+@dataclass
+class Story:
+    """A second run onto earlier results, with a reader watching and a third run that wants in."""
+
+    photos: Path
+    before: list[dict]
+    refused: Finished
+    finished: Finished
+    reader: Reader
+
+    def row(self, name: str, rows: list[dict] | None = None) -> dict:
+        (found,) = (row for row in rows or self.finished.rows() if row["path"] == str(self.photos / name))
+        return found
+
+
+@pytest.fixture(scope="module")
+def story(spark, bundle_uri, tmp_path_factory) -> Story:
+    photos, place = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("once")
+    output, runs = place / "out", f"paths.runs={place / 'runs'}"
+    for i in range(EARLIER):
+        write_photo(photos / f"{i:03d}.jpg", i)
+    config = load_config("local", **{"pictures": 0, "paths.runs": str(place / "runs")})
+    pipeline.run(spark, str(photos), bundle_uri, str(output), config)
+    before = Finished(output, 0, "", "").rows()
+
+    write_photo(photos / LONGER, 1000)
+    shutil.copy(photos / "001.jpg", photos / TOUCHED)
+    os.utime(photos / TOUCHED, ns=(0, 10**18))
+    for i in range(EARLIER, EARLIER + NEW):
+        write_photo(photos / f"{i:03d}.jpg", i)
+    reader = Reader(output / "results")
+    reader.start()
+    run = start_run(
+        photos, bundle_uri, output, place / "first.log", runs, "pictures=0", "spark.master=local[1]",
+        "partitioning.partitions=24",
+    )  # fmt: skip
+    run.wait_until_staged(1)
+    with stopped(run.process.popen):  # so that it surely has not ended when the other one comes
+        refused = start_run(photos, bundle_uri, output, place / "second.log", runs, "spark.master=local[1]").finish()
+    finished = run.finish()
+    reader.ended.set()
+    reader.join()
+    return Story(photos, before, refused, finished, reader)
+
+
+def test_a_second_run_at_the_same_time_refuses_with_one_line(story):
+    story.refused.assert_one_clear_error("another run is writing to", str(story.finished.output), "--output")
+
+
+def test_the_run_that_was_first_is_not_disturbed(story):
+    assert story.finished.code == 0, story.finished.errors
+    names = [f"{i:03d}.jpg" for i in range(EARLIER + NEW)]
+    assert [row["path"] for row in story.finished.rows()] == [str(story.photos / name) for name in names]
+    assert all(row["error"] is None for row in story.finished.rows())
+    assert story.finished.summary["skipped"] == EARLIER - 2
+    assert {path.name for path in story.finished.output.iterdir()} <= {"results", "_lock"}
+
+
+def test_a_reader_never_sees_a_broken_file_or_an_image_twice(story):
+    assert len(story.reader.seen) > 20
+    assert story.reader.broken == []
+    assert all(len(paths) == len(set(paths)) for paths in story.reader.seen)
+    assert len(story.reader.seen[0]) == EARLIER
+
+
+def test_a_reader_never_misses_an_image_that_has_not_changed(story):
+    unchanged = {row["path"] for row in story.before} - {str(story.photos / name) for name in (LONGER, TOUCHED)}
+    assert len(unchanged) == EARLIER - 2
+    assert all(unchanged <= set(paths) for paths in story.reader.seen)
+
+
+def test_a_longer_image_replaces_its_row(story):
+    old, new = story.row(LONGER, story.before), story.row(LONGER)
+    assert new["length"] == (story.photos / LONGER).stat().st_size != old["length"]
+    assert new["predictions"] != old["predictions"]
+
+
+def test_an_image_with_another_modification_time_replaces_its_row(story):
+    old, new = story.row(TOUCHED, story.before), story.row(TOUCHED)
+    assert new["modified"] == datetime.fromtimestamp(10**9, UTC) != old["modified"]
+    assert new["predictions"] == story.row("001.jpg")["predictions"]
+
+
+def test_an_image_that_has_not_changed_keeps_its_row(story):
+    changed = {str(story.photos / name) for name in (LONGER, TOUCHED)}
+    kept = [row for row in story.before if row["path"] not in changed]
+    assert [row for row in story.finished.rows() if row["path"] in {r["path"] for r in kept}] == kept
+
+
+# ---------------------------------------------------------------- death at every step
+
+
+class Death(BaseException):
+    """The driver is no more."""
+
+
+class Mortal(LocalStorage):
+    """Dies in the middle of its nth change, and calls a witness in and after every one before."""
+
+    def __init__(self, root: str, changes: int = 10**9, witness: Callable[[], None] = lambda: None):
+        super().__init__(root)
+        self.left, self.witness = changes, witness
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[bool]:
+        """Says whether this is the last."""
+        self.left -= 1
+        yield self.left < 0
+        if self.left < 0:
+            raise Death
+        self.witness()
+
+    @contextlib.contextmanager
+    def create(self, path: str) -> Iterator[Any]:
+        with self._change() as last, super().create(path) as file:
+            yield Halves(self, file, last)
+
+    def rename(self, source: str, target: str) -> None:
+        with self._change() as last:
+            if not last:
+                super().rename(source, target)
+
+    def delete(self, path: str) -> None:
+        with self._change() as last:
+            target = Path(self.join(path))
+            if not last:
+                super().delete(path)
+            elif target.is_dir():  # half a folder is gone
+                files = sorted(file for file in target.rglob("*") if file.is_file())
+                for file in files[: len(files) // 2]:
+                    file.unlink()
+
+
+@dataclass
+class Halves:
+    """A file that is written in two steps, with a look in between."""
+
+    storage: Mortal
+    file: Any
+    last: bool
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        self.storage.witness()
+        if self.last:
+            # What a killed writer leaves: `create` itself would still tidy up.
+            name = Path(self.file.name)
+            (name.parent / ".0123456789.tmp").write_bytes(name.read_bytes())
+            raise Death
+        self.file.write(data[len(data) // 2 :])
+
+
+Images = dict[str, int]  # path -> version
+
+
+def table_of(images: Images) -> pa.Table:
+    """Results of images; another version is another modification time and another prediction."""
+    rows = [
+        {
+            "path": path,
+            "length": 1,
+            "modified": DAY + timedelta(seconds=version),
+            "predictions": [{"class_id": version}],
+            "model": "net@1",
+        }
+        for path, version in images.items()
+    ]
+    return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
+
+
+def results_of(root: Path) -> Images:
+    """What a reader has; fails where an image is twice or its prediction is of another version."""
+    if not (root / "results").exists():
+        return {}
+    rows = pq.read_table(root / "results").to_pylist()
+    images = {row["path"]: (row["modified"] - DAY).seconds for row in rows}
+    assert len(images) == len(rows), "an image is twice"
+    assert all(row["predictions"][0]["class_id"] == images[row["path"]] for row in rows)
+    return images
+
+
+def stage(store: ResultStore, run: str, partition: int, rows: pa.Table) -> str:
+    """Leave a file as a task does, in a process of its own: a driver's death is not its."""
+    path = f"_staging/{run}/{partition:06d}-{rows.num_rows}-0.parquet"
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink)
+    LocalStorage(store.storage.root).write(path, sink.getvalue().to_pybytes())
+    return path
+
+
+def drive(storage: LocalStorage, run: str, images: Images, tasks: int) -> None:
+    """What `pipeline.run` does with its store, with tasks that end at once."""
+    store, listed = ResultStore(storage), table_of(images)
+    with store.exclusive():
+        store.recover()
+        done = store.rows()
+        todo = without(listed, done)
+        store.stage(run)
+        files = [todo.take(pa.array(range(task, todo.num_rows, tasks), pa.int64())) for task in range(tasks)]
+        staged = [stage(store, run, task, rows) for task, rows in enumerate(files) if rows.num_rows]
+        if files[0].num_rows:  # an attempt that Spark gave up on had written all the same
+            stage(store, run, 99, files[0])
+        store.publish(staged, replaced(todo, done))
+        store.unstage()
+
+
+def count_changes(root: Path, run: str, images: Images, tasks: int) -> int:
+    storage = Mortal(str(root))
+    drive(storage, run, images, tasks)
+    return 10**9 - storage.left
+
+
+FIRST = {"a": 0, "b": 0, "c": 0, "d": 0, "e": 0}
+SECOND = {"a": 1, "b": 0, "c": 1, "d": 0, "e": 0, "f": 1, "g": 1}
+
+
+def test_a_death_at_any_step_of_a_run_loses_and_doubles_nothing(tmp_path):
+    """The next run, which may die at any step too, sets it right."""
+    drive(LocalStorage(str(tmp_path / "start")), "run1", FIRST, tasks=2)
+    shutil.copytree(tmp_path / "start", tmp_path / "whole")
+    steps = count_changes(tmp_path / "whole", "run2", SECOND, tasks=2)
+    assert steps >= 6 and results_of(tmp_path / "whole") == SECOND
+    for step in range(steps):
+        root = tmp_path / f"died{step}"
+        shutil.copytree(tmp_path / "start", root)
+        with pytest.raises(Death):
+            drive(Mortal(str(root), step), "run2", SECOND, tasks=2)
+        assert results_of(root).keys() >= {"b", "d", "e"}, f"lost at step {step}"
+        for again in range(100):
+            copy = tmp_path / f"died{step}again{again}"
+            shutil.copytree(root, copy)
+            storage = Mortal(str(copy), again)
+            try:
+                drive(storage, "run3", SECOND, tasks=1)
+                assert results_of(copy) == SECOND, f"died at step {step}"
+                break
+            except Death:
+                drive(LocalStorage(str(copy)), "run4", SECOND, tasks=1)
+                assert results_of(copy) == SECOND, f"died at step {step}, then at {again}"
+        else:
+            pytest.fail("the run after the death never ended")
+
+
+def test_what_was_staged_at_a_death_is_kept_and_not_done_again(tmp_path):
+    store = ResultStore(LocalStorage(str(tmp_path)))
+    store.publish([stage(store, "run1", 0, table_of({"a": 0}))])
+    stage(store, "run2", 0, table_of({"b": 0, "c": 0}))
+    assert store.recover() == 2
+    assert results_of(tmp_path) == {"a": 0, "b": 0, "c": 0}
+
+
+def test_a_reader_never_sees_a_broken_file_or_an_image_twice_at_any_step(tmp_path):
+    drive(LocalStorage(str(tmp_path)), "run1", FIRST, tasks=2)
+    witnessed = []
+    storage = Mortal(str(tmp_path), witness=lambda: witnessed.append(results_of(tmp_path)))
+    drive(storage, "run2", SECOND, tasks=2)
+    assert len(witnessed) >= 6 and witnessed[0] == FIRST and witnessed[-1] == SECOND
+    assert all(images.items() <= {**FIRST, **SECOND}.items() | FIRST.items() for images in witnessed)
+    assert all({"b", "d", "e"} <= images.keys() for images in witnessed)
+
+
+IMAGES = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 2), min_size=1)
+RUNS = st.lists(st.tuples(IMAGES, st.integers(1, 3), st.integers(0, 12)), min_size=1, max_size=5)
+
+
+@given(RUNS, IMAGES)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_history_of_runs_and_deaths_ends_with_each_image_once(tmp_path_factory, history, last):
+    root = tmp_path_factory.mktemp("history")
+    for number, (images, tasks, changes) in enumerate(history):
+        with contextlib.suppress(Death):
+            drive(Mortal(str(root), changes), f"run{number}", images, tasks)
+        results_of(root)
+    drive(LocalStorage(str(root)), "run9", last, tasks=2)
+    assert last.items() <= results_of(root).items()
+    assert not (root / "_staging").exists()
+
+
+# ---------------------------------------------------------------- tasks that outlive their driver
+
+
+@dataclass
+class Orphan:
+    """A real task of a run that is dead, which can end at any time."""
+
+    folder: Path
+    bundle: str
+    config: Any
+    photos: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.photos = self.folder / "photos"
+        self.photos.mkdir()
+        for i in range(3):
+            write_photo(self.photos / f"{i}.jpg", i)
+        self.output = self.folder / "out"
+        self.task, self.images = self._prepare()
+        self.store = ResultStore(self.task.output)
+        self.store.stage(self.task.run)
+
+    def _prepare(self):
+        task = pipeline.make_task(str(self.photos), self.bundle, str(self.output), self.config)
+        images = list_images(task.source, self.config).images
+        return task, manifest(images, plan(images, 1, self.config))
+
+    def end(self) -> None:
+        """Finish after all; no folder to write to is as good."""
+        with contextlib.suppress(FileNotFoundError):
+            list(self.task(self.images.to_batches()))
+
+    def rerun(self, at: Callable[[str], None] = lambda step: None) -> None:
+        """The run that comes after the dead one."""
+        task, images = self._prepare()
+        store = ResultStore(task.output)
+        with store.exclusive():
+            at("before recovery")
+            store.recover()
+            at("after recovery")
+            done = store.rows()
+            todo = without(images, done)
+            store.stage(task.run)
+            files = [row["file"] for batch in task(todo.to_batches()) for row in batch.to_pylist()]
+            at("before publication")
+            store.publish(files, replaced(todo, done))
+            at("after publication")
+            store.unstage()
+        at("after the end")
+
+    def names(self) -> list[str]:
+        rows = pq.read_table(self.output / "results").sort_by("path").to_pylist()
+        return [Path(row["path"]).name for row in rows]
+
+
+@pytest.fixture
+def orphan(tmp_path, bundle_uri, config) -> Orphan:
+    return Orphan(tmp_path, bundle_uri, config)
+
+
+STEPS = ["before recovery", "after recovery", "before publication", "after publication", "after the end"]
+
+
+@pytest.mark.parametrize("moment", STEPS)
+def test_a_task_that_ends_after_its_driver_died_doubles_nothing(orphan, moment):
+    orphan.rerun(lambda step: orphan.end() if step == moment else None)
+    assert orphan.names() == ["0.jpg", "1.jpg", "2.jpg"]
+    orphan.rerun()
+    assert orphan.names() == ["0.jpg", "1.jpg", "2.jpg"]
+
+
+class ObjectStore(LocalStorage):
+    """Has no folders to be missing, so that a late write always succeeds."""
+
+    @contextlib.contextmanager
+    def create(self, path: str) -> Iterator[Any]:
+        Path(self.join(path)).parent.mkdir(parents=True, exist_ok=True)
+        with super().create(path) as file:
+            yield file
+
+
+def test_what_a_dead_run_wrote_late_never_replaces_newer_results(tmp_path):
+    storage = ObjectStore(str(tmp_path))
+    drive(storage, "20260101T000000-dead", {"a": 0}, tasks=1)
+    drive(storage, "20260102T000000-live", {"a": 1}, tasks=1)
+    late = ResultStore(storage)
+    stage(late, "20260101T000000-dead", 7, table_of({"a": 0, "b": 0}))
+    late.recover()
+    assert results_of(tmp_path) == {"a": 1, "b": 0}
+
+
+def test_looking_for_files_bears_tasks_that_rename_theirs_meanwhile(tmp_path):
+    """Progress is counted twice a second in the folder that tasks write to."""
+    storage = open_storage(str(tmp_path))
+    for name in ("0.tmp", "1.tmp", "2.tmp", "folder/3.tmp"):
+        storage.write(name, b"")
+    entries = storage.list()
+    first = next(entries)
+    for path in tmp_path.iterdir():
+        if str(path) != first.path:
+            storage.delete(str(path))
+    assert list(entries) == []
+
+
+def test_recovery_and_tidying_up_bear_tasks_that_write_meanwhile(tmp_path):
+    """An executor sees only after a while that its driver is gone."""
+    store = ResultStore(open_storage(str(tmp_path)))
+    rows = table_of({"a": 0})
+
+    def write_until_the_folder_is_gone(run: str) -> None:
+        with contextlib.suppress(OSError):
+            for partition in range(10_000):
+                with store.storage.create(f"_staging/{run}/{partition:06d}-1-0.parquet") as file:
+                    pq.write_table(rows, file)
+
+    for attempt in range(20):
+        store.stage(f"run{attempt}")
+        orphans = [
+            threading.Thread(target=write_until_the_folder_is_gone, args=[f"run{attempt}"], daemon=True)
+            for _ in range(2)
+        ]
+        for thread in orphans:
+            thread.start()
+        wait_for("a task's file", lambda folder=tmp_path / "_staging": any(folder.glob("*/*.parquet")))
+        store.recover()
+        store.unstage()
+        for thread in orphans:
+            thread.join(60)
+    assert results_of(tmp_path) == {"a": 0}
+    assert not (tmp_path / "_staging").exists()
