@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.5  # looking costs processor time too
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ prints two tables; every ratio comes from this one run. Use a machine that does 
 """
 
 import argparse
+import json
 import platform
 import sys
 import tempfile
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "spark-vision-bench"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="few images, once: tries the script, measures nothing")
+    parser.add_argument("--fresh", action="store_true", help="forget the repeats of earlier calls")
     options = parser.parse_args()
     light, heavy, fewer = (60, 8, 30) if options.quick else (LIGHT, HEAVY, FEWER)
     work, repeats = options.work, 1 if options.quick else options.repeats
@@ -38,15 +40,22 @@ def main() -> None:
     for name in ("light", "heavy"):
         if not (work / name / "manifest.json").exists():
             make_bundle(name, work)
-    rows = []
+    kept = work / "rows.jsonl"  # of every complete repeat, so that a run can be continued another time
+    if options.quick or options.fresh:
+        kept.unlink(missing_ok=True)
     for _ in range(repeats):
-        rows += [limit(work, "light", photos[light]), fused(work, "light", photos[light])]
+        rows = [limit(work, "light", photos[light]), fused(work, "light", photos[light])]
         check_equal(work, "light")
         rows += [naive(work, "light", photos[light]), warm(work, "light", photos[light], "--tasks")]
         rows += [limit(work, "heavy", photos[heavy]), fused(work, "heavy", photos[heavy])]
         check_equal(work, "heavy")
-        rows += [warm(work, "heavy", photos[heavy]), fused(work, "light", photos[fewer], f"fused, {fewer} images")]
-    report(pd.DataFrame(rows), fewer, repeats)
+        rows += [
+            warm(work, "heavy", photos[heavy], "--repeats", "1"),
+            fused(work, "light", photos[fewer], f"fused, {fewer} images"),
+        ]
+        with kept.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    report(pd.read_json(kept, lines=True), fewer)
 
 
 def limit(work: Path, name: str, images: Path) -> dict:
@@ -106,8 +115,9 @@ def predicted(location: Path) -> list[tuple[str, list[dict]]]:
     return [(Path(row["path"]).name, row["predictions"]) for row in pq.read_table(location).to_pylist()]
 
 
-def report(rows: pd.DataFrame, fewer: int, repeats: int) -> None:
-    table = rows.groupby(["model", "way"], sort=False).median()
+def report(rows: pd.DataFrame, fewer: int) -> None:
+    groups = rows.groupby(["model", "way"], sort=False)
+    table, repeats = groups.median(), groups.size().min()
     machine = f"{platform.machine()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
     print(f"{date.today()}, {machine}, medians of {repeats}\n\n{table.round(1).to_string(na_rep='')}\n")
     rate, light, heavy = table["images/s"], table.loc["light"], table.loc["heavy"]
