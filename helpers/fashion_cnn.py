@@ -1,4 +1,4 @@
-"""The small convolutional network of the seed paper, for 28x28 grey images."""
+"""The small convolutional network that notebook 01 trains, for 28x28 grey images."""
 
 import numpy as np
 import torch

@@ -11,7 +11,7 @@ import pytest
 from helpers.bundle import load_bundle
 from helpers.storage import open_storage
 
-KEYS = ["images", "ok", "failed", "skipped", "partitions", "seconds", "images_per_second", "results"]  # DESIGN.md
+KEYS = ["images", "ok", "failed", "skipped", "partitions", "seconds", "images_per_second", "results"]  # the contract
 
 
 def helpers(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:

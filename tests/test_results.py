@@ -14,7 +14,7 @@ from helpers.storage import open_storage
 from helpers.task import staged_counts
 
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
-CONTRACT = (  # DESIGN.md
+CONTRACT = (  # the contract
     "path string, length long, modified timestamp, width int, height int, error string, "
     "predictions array<struct<class_id int, label string, score float, "
     "box struct<x1 float, y1 float, x2 float, y2 float>, mask struct<size array<int>, counts string>>>, model string"
