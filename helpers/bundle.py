@@ -29,7 +29,7 @@ class InputSpec:
     The graph itself subtracts `mean` and divides by `std`, both a channel, in units of 0..255. `resize` is
     `stretch` (both sides to size), `letterbox` (fit inside, pad) or `crop` (shorter side to size, centre cut).
     `scaled_decoding` above 0 allows a JPEG to be decoded at 1/2, 1/4 or 1/8 while that leaves it so many times larger
-    than the input; 2 changes a photograph's input by about a grey level, 0 not at all.
+    than the input; 2 changes a photograph's input by less than a grey level on average, 0 not at all.
     """
 
     height: int
@@ -100,6 +100,11 @@ class Bundle:
     storage: Storage
     manifest: Manifest
 
+    def check(self) -> None:
+        """Read every file once; raises BundleError as `read` does."""
+        for name in self.manifest.files:
+            self.read(name)
+
     def read(self, name: str) -> bytes:
         """Return one of the bundle's files, checked against the manifest.
 
@@ -124,6 +129,7 @@ def save_bundle(storage: Storage, manifest: Manifest, files: dict[str, bytes]) -
     """Write a bundle; the manifest last, so that a folder with a manifest is complete."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     manifest = Manifest(**{**vars(manifest), "files": digests})
+    storage.delete(MANIFEST)
     for name, content in files.items():
         storage.write(name, content)
     storage.write(MANIFEST, manifest.to_json().encode())

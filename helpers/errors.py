@@ -5,6 +5,11 @@ class UserError(Exception):
     """Base of every error that is shown as one message, without a stack trace."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first; its type where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class ConfigError(UserError):
     """A setting is unknown, of the wrong type or impossible."""
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from helpers.architectures import Architecture, get_architecture
 from helpers.bundle import Bundle, Manifest, OutputSpec, save_bundle
 from helpers.config import Config
-from helpers.errors import BundleError
+from helpers.errors import BundleError, first_line
 from helpers.storage import Storage
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def load_network(architecture: Architecture, checkpoint: Path) -> "torch.nn.Modu
     except FileNotFoundError:
         raise BundleError(f"{checkpoint}: no such checkpoint; notebook 01 makes one, or name your own") from None
     except Exception as error:  # for bytes that are no checkpoint, torch raises whatever its parsers come across
-        raise BundleError(f"{checkpoint} is no PyTorch checkpoint or is damaged: {_first(error)}") from None
+        raise BundleError(f"{checkpoint} is no PyTorch checkpoint or is damaged: {first_line(error)}") from None
     if not isinstance(weights, dict):
         raise BundleError(f"{checkpoint} holds a {type(weights).__name__}, not a state dictionary")
     weights = architecture.mend(weights)
@@ -163,8 +164,6 @@ def make_bundle(
     calibration: Iterable[np.ndarray] = (),
 ) -> Bundle:
     """Save a converted model as a bundle of one precision; arguments as for `export`."""
-    import openvino as ov
-
     if precision not in PRECISIONS:
         raise BundleError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
     if precision == "int8":
@@ -186,7 +185,7 @@ def make_bundle(
         checkpoint={"file": checkpoint.name, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
     )
     arrays = {name: _npy(array) for name, array in architecture.arrays().items()}
-    return save_bundle(target, manifest, {**_serialize(ov, model, precision == "fp16"), **arrays})
+    return save_bundle(target, manifest, {**_serialize(model, precision == "fp16"), **arrays})
 
 
 def count_flops(model: "ov.Model") -> int:
@@ -216,8 +215,8 @@ def calibration_images(storage: Storage, architecture: Architecture, config: Con
             log.warning("%s is not used for calibration: %s", path, error)
 
 
-def _serialize(ov: Any, model: "ov.Model", compress_to_fp16: bool) -> dict[str, bytes]:
-    import tempfile
+def _serialize(model: "ov.Model", compress_to_fp16: bool) -> dict[str, bytes]:
+    import openvino as ov
 
     # Names that OpenVINO made up count on through a process; by position they are the same in each export.
     for position, node in enumerate(model.get_ordered_ops()):
@@ -253,7 +252,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
-
-
-def _first(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

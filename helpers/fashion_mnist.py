@@ -49,7 +49,7 @@ def download(root: str) -> Path:
         DataError: neither Debian's package nor the network gave it whole; the message has both remedies.
     """
     raw = Path(root, "FashionMNIST", "raw")
-    if _damaged_files(raw):
+    if not is_whole(root):
         raw.mkdir(parents=True, exist_ok=True)
         # Checked files are moved into place one by one, so no reader ever meets half a file.
         with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".download-") as staging:
@@ -57,6 +57,11 @@ def download(root: str) -> Path:
             for name in CHECKSUMS:
                 (source / name).replace(raw / name)
     return raw
+
+
+def is_whole(root: str) -> bool:
+    """Whether all files are there and are what they should be; fetches nothing."""
+    return not _damaged_files(Path(root, "FashionMNIST", "raw"))
 
 
 def load(root: str, train: bool) -> tuple[np.ndarray, np.ndarray]:

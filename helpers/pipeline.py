@@ -141,6 +141,7 @@ def run(spark: "SparkSession", source: str, model: str, output: str, config: Con
     store = ResultStore(task.output)
     with store.exclusive():
         if not config.resume:
+            task.bundle.check()  # before anything is thrown away for it
             store.clear()
         store.recover()
         done = store.rows()

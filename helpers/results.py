@@ -98,8 +98,9 @@ class ResultStore:
 
     def recover(self) -> int:
         """Publish what earlier, killed runs left staged, and return how many rows that were."""
-        rows, recovered = self.rows(), 0
-        for path in sorted(self._files(STAGING)):
+        files, recovered = sorted(self._files(STAGING)), 0
+        rows = self.rows() if files else ROWS_SCHEMA.empty_table()
+        for path in files:
             staged = read_table(self.storage, path)
             fresh = staged.filter(pc.invert(_is_among(staged, rows)))
             # A task that outlived its driver may have ended after a later run, which saw the image as it is now.
@@ -107,8 +108,9 @@ class ResultStore:
             if fresh.num_rows:
                 if fresh.num_rows < staged.num_rows:
                     self._write(path, fresh)
-                self.publish([path], replacing=fresh["path"])
-                rows, recovered = self.rows(), recovered + fresh.num_rows
+                published = self.publish([path], replaced(fresh, rows))
+                kept = rows.filter(pc.invert(_is_in(rows["path"], fresh["path"])))
+                rows, recovered = pa.concat_tables([kept, self.rows(published)]), recovered + fresh.num_rows
         self.storage.delete(STAGING)
         if recovered:
             log.info("kept %d results of an earlier run that did not end", recovered)

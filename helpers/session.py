@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.config import PROJECT, Config
-from helpers.errors import HostError
+from helpers.errors import HostError, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,7 +57,7 @@ def get_spark(config: Config) -> "SparkSession":
     try:
         spark = builder.getOrCreate()
     except Exception as error:
-        raise HostError(f"no Spark session from {config.spark.master}: {_first_line(error)}") from error
+        raise HostError(f"no Spark session from {config.spark.master}: {first_line(error)}") from error
     ship_helpers(spark)
     return spark
 
@@ -167,10 +167,6 @@ def _classic_settings(config: Config) -> dict[str, str]:
         "spark.sql.execution.arrow.maxBytesPerBatch": str(16 * 2**20),
         "spark.sql.session.timeZone": "UTC",
     }
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 if __name__ == "__main__":  # the set-up's question: will Spark start here?

@@ -148,7 +148,7 @@ class LocalStorage:
                             yield _entry(item.path, is_directory)
 
     def read(self, path: str) -> bytes:  # noqa: D102
-        with open(_to_name(self.join(path)), "rb") as file:  # noqa: PTH123 - half the cost of Path.read_bytes
+        with open(_to_name(self.join(path)), "rb", opener=_open_file) as file:  # noqa: PTH123 - it has no opener
             return file.read()
 
     @contextlib.contextmanager
@@ -222,6 +222,16 @@ def _scan(folder: str) -> Iterator[os.DirEntry[str]]:
             yield from items
     except PermissionError as error:
         raise StorageError(f"{folder}: this folder cannot be listed ({error.strerror}); grant read access") from None
+
+
+def _open_file(path: str | bytes, flags: int) -> int:
+    """Open without waiting for the other end of a pipe, and refuse what has no end, such as a device."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # of a directory, `open` itself says so
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
 
 
 def _identity(folder: str) -> tuple[int, int]:

@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+from bombs import bilevel_png
 from cluster import Finished, python_workers, start_run, wait_for
 from PIL import Image
 
@@ -73,18 +73,6 @@ def film(form: str) -> bytes:
     return buffer.getvalue()
 
 
-def large_png(side: int) -> bytes:
-    """A black PNG of few bytes, made without its pixels ever being in memory."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    packer, row = zlib.compressobj(1), bytes(1 + (side + 7) // 8)
-    content = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
-
-
 def large_jpeg(side: int) -> bytes:
     """A small picture whose header says that it is large."""
     content = picture(form="JPEG")
@@ -123,7 +111,7 @@ BAD = {  # content, and what the row's error must say
     "empty.jpg": (b"", "the file is empty"),
     "text.jpg": (b"shopping list: milk, eggs", "not an image"),
     "page.jpg": (b"<!DOCTYPE html><html><body>404 not found</body></html>", "not an image"),
-    "large.png": (large_png(20_000), "20000 x 20000 pixels"),
+    "large.png": (bilevel_png(20_000, 20_000), "20000 x 20000 pixels"),
     "large.jpg": (large_jpeg(20_000), "20000 x 20000 pixels"),
     "secret.png": (picture(), "permission denied"),
 }

@@ -192,3 +192,19 @@ def test_a_bundle_whose_writing_is_cut_off_has_no_manifest(tmp_path):
         save_bundle(storage, MANIFEST, FILES)
     with pytest.raises(BundleError, match="no model bundle"):
         load_bundle(storage)
+
+
+def test_a_bundle_that_is_being_written_again_is_not_taken_for_whole(bundle_uri, tmp_path, monkeypatch):
+    copy = open_storage(str(shutil.copytree(bundle_uri, tmp_path / "copy")))
+    manifest, write = load_bundle(copy).manifest, type(copy).write
+
+    def fail_at_weights(self, path, data):
+        if path == "model.bin":
+            raise OSError(5, "the machine stopped here")
+        write(self, path, data)
+
+    monkeypatch.setattr(type(copy), "write", fail_at_weights)
+    with pytest.raises(OSError, match="stopped here"):
+        save_bundle(copy, manifest, {"model.xml": b"new", "model.bin": b"new"})
+    with pytest.raises(BundleError, match="no model bundle"):
+        load_bundle(copy)

@@ -163,3 +163,9 @@ def test_run_without_java_is_one_line_and_exit_2(samples, bundle_uri, tmp_path):
     options = ("--source", samples, "--model", bundle_uri, "--output", "out")
     answer = helpers("run", *options, cwd=tmp_path, JAVA_HOME=str(tmp_path / "nowhere"))
     assert_mistake(answer, "Java 17", "apt-get install openjdk-17")
+
+
+def test_doctor_looks_for_the_data_and_fetches_nothing(tmp_path):
+    answer = helpers("doctor", "--set", f"paths.data={tmp_path / 'data'}", cwd=tmp_path)
+    assert answer.returncode == 1 and "make setup" in answer.stdout
+    assert not (tmp_path / "data").exists()

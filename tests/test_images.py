@@ -1,13 +1,12 @@
 import io
-import struct
 import subprocess
 import sys
 import tracemalloc
-import zlib
 
 import cv2
 import numpy as np
 import pytest
+from bombs import bilevel_png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,18 +28,6 @@ def encoded(picture: Image.Image, form: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, form, **options)
     return buffer.getvalue()
-
-
-def bilevel_png(width: int, height: int) -> bytes:
-    """A black PNG, made without its pixels ever being in memory."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    packer, row = zlib.compressobj(9), bytes(1 + (width + 7) // 8)
-    content = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
 
 
 @pytest.fixture(scope="module")

@@ -360,3 +360,13 @@ def test_all_ten_thousand_predictions_equal_the_bundles_without_spark(
     clear = np.diff(np.sort(scores, axis=1)[:, -2:])[:, 0] > 1e-5  # else rounding decides
     assert clear.mean() > 0.99
     np.testing.assert_array_equal(best[clear], scores.argmax(axis=1)[clear])
+
+
+def test_starting_over_with_a_damaged_model_keeps_the_earlier_results(spark, earlier, bundle_uri, tmp_path):
+    before = rows_of(earlier.output)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(bundle_uri, damaged)
+    os.truncate(damaged / "model.bin", 100)
+    with pytest.raises(BundleError, match="model.bin"):
+        pipeline.run(spark, str(earlier.source), str(damaged), str(earlier.output), settings(resume=False))
+    assert rows_of(earlier.output) == before

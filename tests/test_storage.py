@@ -276,3 +276,15 @@ def test_a_lock_is_free_after_its_block(storage):
         pytest.fail("locked twice")
     with storage.lock("_lock"):
         pass
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(OSError, match="not a file"):
+        open_storage(str(tmp_path)).read("pipe.jpg")
+
+
+def test_a_device_is_refused_instead_of_read_for_ever(tmp_path):
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match="not a file"):
+        open_storage(str(tmp_path)).read("zero.jpg")
