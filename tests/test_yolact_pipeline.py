@@ -276,3 +276,15 @@ def test_a_damaged_networks_outputs_give_no_detections(bundle, heads):
     outputs["proto"] = np.full_like(heads[4][:1], np.nan)
     arrays = get_arrays(bundle.manifest, bundle.read)
     assert instance_segmentation(outputs, SIZES[:1], bundle.manifest, bundle.manifest.postprocess, arrays) == [[]]
+
+
+def test_a_class_has_its_own_colour_in_every_picture():
+    colors = [pictures.color_of(c) for c in range(80)]
+    assert len(set(colors)) > 70 and all(max(color) == 255 for color in colors)
+    image = np.zeros((300, 300, 3), np.uint8)
+    one = {"class_id": 3, "label": "x", "score": 0.5, "mask": None, "box": {"x1": 50, "y1": 60, "x2": 250, "y2": 260}}
+    drawn = pictures.draw(image, [one])
+    assert drawn[160, 50].tolist() == list(pictures.color_of(3)) and not drawn[:40].any()
+    assert not pictures.draw(image, [one], threshold=0.6).any()
+    outside = {**one, "box": {"x1": 310, "y1": -20, "x2": 300, "y2": 5}}
+    assert pictures.draw(image, [outside]).shape == image.shape
