@@ -68,7 +68,7 @@ def segment(
 
 
 def to_coco_results(predictions: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Predictions by image id as COCO's list of results; category ids are class indices, as `scenes.to_coco` has them."""
+    """Predictions by image id as COCO's list of results; category ids are those of `scenes.to_coco`."""
     return [
         {
             "image_id": image_id,

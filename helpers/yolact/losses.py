@@ -77,10 +77,10 @@ def box_loss(loc: torch.Tensor, matched: torch.Tensor, target: Target, priors: t
 
 
 def mask_loss(proto: torch.Tensor, coefficients: torch.Tensor, matched: torch.Tensor, target: Target) -> torch.Tensor:
-    """Binary cross-entropy of the assembled masks (equation 1), cropped at the objects' boxes and divided by their area.
+    """Binary cross-entropy of the assembled masks (equation 1), cropped at the objects' boxes, divided by their area.
 
-    The division keeps small objects from counting less (section 3.3, "Cropping Masks"). Where an object covers a part of
-    a cell, that share is what is to be predicted, because masks are enlarged before they are cut off at one half.
+    The division keeps small objects from counting less (section 3.3, "Cropping Masks"). Where an object covers a part
+    of a cell, that share is what is to be predicted, because masks are enlarged before they are cut off at one half.
 
     Args:
         proto: prototypes of one image, float32 `[H, W, k]`.
