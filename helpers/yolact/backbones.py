@@ -136,7 +136,7 @@ class DarkNetBlock(nn.Module):
 BACKBONES: dict[str, Callable[[], ResNet | SmallResNet | DarkNet]] = {
     "resnet50": lambda: ResNet((3, 4, 6, 3)),
     "resnet101": lambda: ResNet((3, 4, 23, 3)),
-    "resnet_small": lambda: SmallResNet((32, 64, 128, 128), (1, 2, 2, 1)),
+    "resnet_small": lambda: SmallResNet((32, 64, 128, 128), (2, 3, 2, 1)),
     "darknet53": lambda: DarkNet((1, 2, 8, 8, 4)),
 }
 
