@@ -134,7 +134,7 @@ class SegmentationDashboard(Dashboard):
     }
 
     def log_pictures(
-        self, step: int, images: Sequence[np.ndarray], predictions: Sequence[Sequence[Mapping[str, Any]]]
+        self, step: int, images: Sequence[np.ndarray], predictions: Sequence[list[dict[str, Any]]]
     ) -> None:
         """Write images with what was found in them drawn on; the arguments are those of `plot_instances`."""
         self.writer.add_figure("predictions/validation", plot_instances(images, predictions), step)
@@ -231,7 +231,7 @@ def plot_predictions(
 
 
 def plot_instances(
-    images: Sequence[np.ndarray], predictions: Sequence[Sequence[Mapping[str, Any]]], columns: int = 4
+    images: Sequence[np.ndarray], predictions: Sequence[list[dict[str, Any]]], columns: int = 4
 ) -> Figure:
     """Draw images with masks, boxes, classes and scores, in colours that stay with the class.
 
@@ -246,5 +246,5 @@ def plot_instances(
     for panel in panels:
         panel.set_axis_off()
     for panel, image, found in zip(panels, images, predictions, strict=False):
-        panel.imshow(draw(image[..., ::-1], list(found))[..., ::-1])
+        panel.imshow(draw(image[..., ::-1], found)[..., ::-1])
     return figure

@@ -7,8 +7,7 @@ item. The splits share no item. It also makes clips of moving items. It does not
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from itertools import count as numbers_from
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,15 @@ import numpy as np
 
 from helpers import fashion_mnist
 from helpers.errors import ConfigError, DataError
+from helpers.sprites import Sprite, add_grain, make_background
 from helpers.storage import open_storage
 from helpers.yolact.masks import compress
 
 SIZE = 160  # pixels of a side, that item sizes are relative to
-SIDE = 28  # pixels of an item as it comes
 ITEMS = (3, 6)  # of a scene: at least and at most, though some may find no place
-SCALES = (1.4, 2.6)  # enlargement of an item
-ANGLE = 30  # degrees, either way
 MARGIN = 0.12  # of the image's side: an item's centre keeps off the edge
-MOST_HIDDEN = 0.4  # of an item's area, behind later ones and beyond the edge
+LEAST_VISIBLE = 0.6  # of an item's area, the rest being behind later ones or beyond the edge
 ATTEMPTS = 12  # to find a place for an item
-EDGE = 16  # brightness, of 255, from which a pixel is the item's; the background of the data set is 0
 VALIDATION_FROM = 55_000  # training images from here on are for validation alone
 SPLITS = {"train": (True, slice(None, VALIDATION_FROM)), "val": (True, slice(VALIDATION_FROM, None))}
 SPLITS["test"] = (False, slice(None))
@@ -80,27 +76,28 @@ class Scenes:
         self.images, self.labels = fashion_mnist.load(root, train)
         self.candidates = np.arange(len(self.images))[self.part]
         self.seed, self.split, self.height, self.width = seed, split, height, width
+        self.zoom = min(height, width) / SIZE
 
     def __getitem__(self, number: int) -> Scene:
         """Make a scene."""
         rng = self._generator(number)
-        image = _background(rng, self.height, self.width)
+        image = make_background(rng, self.height, self.width)
         masks: list[np.ndarray] = []
         items: list[int] = []
         areas: list[int] = []
         for item in rng.choice(self.candidates, rng.integers(ITEMS[0], ITEMS[1] + 1), replace=False):
-            sprite = Sprite.of(self.images[item], rng, min(self.height, self.width) / SIZE)
+            sprite = Sprite.of(self.images[item], rng, self.zoom)
             for _ in range(ATTEMPTS):
                 cover = sprite.cover(*_place(rng, self.height, self.width), self.height, self.width)
-                visible = [mask & ~cover.mask for mask in masks] + [cover.mask]
-                shares = [np.count_nonzero(mask) / area for mask, area in zip(visible, [*areas, cover.area], strict=True)]
-                if min(shares) >= 1 - MOST_HIDDEN:
+                left = [mask & ~cover.mask for mask in masks] + [cover.mask]
+                whole = [*areas, cover.area]
+                if all(np.count_nonzero(m) / area >= LEAST_VISIBLE for m, area in zip(left, whole, strict=True)):
                     cover.paint(image)
-                    masks, areas = visible, [*areas, cover.area]
+                    masks, areas = left, whole
                     items.append(int(item))
                     break
         found = np.array(items, np.int64)
-        return Scene(_grain(rng, image), np.stack(masks), self.labels[found], found)
+        return Scene(add_grain(rng, image), np.stack(masks), self.labels[found], found)
 
     def frames(self, number: int, count: int) -> Iterator[np.ndarray]:
         """Frames of one clip, uint8 `[height, width, 3]`: items drift, turn and breathe over a still background.
@@ -108,89 +105,27 @@ class Scenes:
         The path of an item is a sum of slow waves, so that it is smooth, stays within the image and never ends.
         """
         rng = self._generator(number)
-        background = _background(rng, self.height, self.width)
+        background = make_background(rng, self.height, self.width)
         chosen = rng.choice(self.candidates, ITEMS[1], replace=False)
-        sprites = [Sprite.of(self.images[item], rng, min(self.height, self.width) / SIZE) for item in chosen]
+        sprites = [Sprite.of(self.images[item], rng, self.zoom) for item in chosen]
         phases = rng.uniform(0, 2 * np.pi, (len(sprites), 4))
         speeds = rng.uniform(0.02, 0.06, (len(sprites), 4))  # radians a frame
         for moment in range(count):
             image = background.copy()
             waves = np.sin(phases + speeds * moment)
             for sprite, (across, down, turn, breath) in zip(sprites, waves, strict=True):
-                moved = sprite.changed(angle=sprite.angle + 20 * turn, scale=sprite.scale * (1 + 0.15 * breath))
+                moved = replace(sprite, angle=sprite.angle + 20 * turn, scale=sprite.scale * (1 + 0.15 * breath))
                 x, y = self.width * (0.5 + 0.38 * across), self.height * (0.5 + 0.38 * down)
                 moved.cover(x, y, self.height, self.width).paint(image)
-            yield image
+            yield image.astype(np.uint8)
 
     def _generator(self, number: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, list(SPLITS).index(self.split), number])
 
 
-@dataclass(frozen=True)
-class Cover:
-    """An item at its place: what it covers and with which colours; `area` counts what lies beyond the image too."""
-
-    mask: np.ndarray  # bool [height, width]
-    area: int
-    top: int
-    left: int
-    opacity: np.ndarray  # float32 [rows, columns, 1], of the part within the image
-    colours: np.ndarray  # float32 [rows, columns, 3]
-
-    def paint(self, image: np.ndarray) -> None:
-        """Lay the item over an image, in place; edges are blended over about a pixel."""
-        rows, columns = self.opacity.shape[:2]
-        part = image[self.top : self.top + rows, self.left : self.left + columns]
-        part[:] = part * (1 - self.opacity) + self.colours * self.opacity
-
-
-@dataclass(frozen=True)
-class Sprite:
-    """An item, its colours and its size and angle."""
-
-    layers: np.ndarray  # uint8 [28, 28, 2]: brightness and opacity
-    dark: np.ndarray  # float32 [3]: the colour of the item's black
-    bright: np.ndarray  # float32 [3]: and of its white
-    scale: float
-    angle: float  # degrees
-
-    @classmethod
-    def of(cls, item: np.ndarray, rng: np.random.Generator, zoom: float) -> "Sprite":
-        """Choose how an item, uint8 `[28, 28]`, looks; half of them are turned over."""
-        # Closed, because what is dark within an item belongs to it.
-        solid = cv2.morphologyEx((item >= EDGE).astype(np.uint8) * 255, cv2.MORPH_CLOSE, np.ones((3, 3)))
-        layers = np.dstack([item, solid])
-        if rng.random() < 0.5:
-            layers = layers[:, ::-1]
-        bright = rng.uniform(110, 255, 3).astype(np.float32)
-        dark = bright * np.float32(rng.uniform(0.05, 0.3))
-        scale = np.exp(rng.uniform(*np.log(SCALES))) * zoom
-        return cls(np.ascontiguousarray(layers), dark, bright, scale, rng.uniform(-ANGLE, ANGLE))
-
-    def changed(self, angle: float, scale: float) -> "Sprite":
-        """Return the same item with another angle and size."""
-        return Sprite(self.layers, self.dark, self.bright, scale, angle)
-
-    def cover(self, x: float, y: float, height: int, width: int) -> Cover:
-        """Put the item's centre at a place of an image of that size."""
-        turn = cv2.getRotationMatrix2D((SIDE / 2 - 0.5, SIDE / 2 - 0.5), self.angle, self.scale)
-        reach = int(np.ceil(SIDE / 2 * np.abs(turn[0, :2]).sum())) + 1
-        column, row = int(x), int(y)
-        turn[:, 2] += (reach + x - column - SIDE / 2, reach + y - row - SIDE / 2)
-        warped = cv2.warpAffine(self.layers, turn, (2 * reach, 2 * reach), flags=cv2.INTER_LINEAR)
-        top, left = row - reach, column - reach
-        inside = (slice(max(-top, 0), height - top), slice(max(-left, 0), width - left))
-        brightness, opacity = (warped[inside][..., layer, None].astype(np.float32) / 255 for layer in (0, 1))
-        mask = np.zeros((height, width), bool)
-        top, left = max(top, 0), max(left, 0)
-        mask[top : top + opacity.shape[0], left : left + opacity.shape[1]] = opacity[..., 0] >= 0.5
-        colours = self.dark + (self.bright - self.dark) * brightness
-        return Cover(mask, int((warped[..., 1] >= 128).sum()), top, left, opacity, colours)
-
-
 def boxes_of(masks: np.ndarray) -> np.ndarray:
     """Boxes float32 `[n, 4]` around masks bool `[n, height, width]` that are not empty, the high sides exclusive."""
-    columns, rows = masks.any(axis=1), masks.any(axis=2)
+    columns, rows = np.any(masks, axis=1), np.any(masks, axis=2)
     low = [columns.argmax(axis=1), rows.argmax(axis=1)]
     high = [side.shape[1] - side[:, ::-1].argmax(axis=1) for side in (columns, rows)]
     return np.stack([*low, *high], axis=1).astype(np.float32)
@@ -284,31 +219,3 @@ def write_video(path: Path, frames: Iterable[np.ndarray], rate: float = 25) -> P
 def _place(rng: np.random.Generator, height: int, width: int) -> tuple[float, float]:
     margin = MARGIN * min(height, width)
     return rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
-
-
-def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Blotches and waves in two colours that are not far apart, as of cloth, wood or stone: float32."""
-    blotches = np.zeros((height, width), np.float32)
-    for cells in (3, 8, 24):
-        noise = rng.normal(0, 1, (cells, cells)).astype(np.float32)
-        blotches += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC) / 3
-    angle, length = rng.uniform(0, np.pi), rng.uniform(4, 40)
-    across = np.cos(angle) * np.arange(width, dtype=np.float32)
-    down = np.sin(angle) * np.arange(height, dtype=np.float32)[:, None]
-    waves = np.sin((across + down) * np.float32(2 * np.pi / length)) * np.float32(rng.uniform(0, 1))
-    colour, towards = rng.uniform(30, 225, 3), rng.uniform(-45, 45, 3)
-    channels = [(blotches + waves) * np.float32(towards[c]) + np.float32(colour[c]) for c in range(3)]
-    return np.clip(cv2.merge(channels), 0, 255)
-
-
-@cache
-def _noise(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(0, 1, (2 * height, 2 * width, 3)).astype(np.float32)
-
-
-def _grain(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Add what a sensor adds; a random window of one field of noise, because drawing each anew takes longest of all."""
-    height, width = image.shape[:2]
-    top, left = rng.integers(0, height), rng.integers(0, width)
-    noise = _noise(height, width)[top : top + height, left : left + width]
-    return np.clip(image + noise * np.float32(rng.uniform(2, 7)), 0, 255).astype(np.uint8)

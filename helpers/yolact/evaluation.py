@@ -43,9 +43,9 @@ def segment(
         with torch.inference_mode():
             outputs = network(normalise(network, inputs.to(network.priors.device)))
         loc, conf, mask, priors, proto = (output.float().cpu().numpy() for output in outputs)
-        for image, *heads, prototypes in zip(batch, loc, conf, mask, proto, strict=True):
+        for image, offsets, probabilities, coefficients, prototypes in zip(batch, loc, conf, mask, proto, strict=True):
             height, width = image.shape[:2]
-            detections = detect(*heads, priors, parameters, size)
+            detections = detect(offsets, probabilities, coefficients, priors, parameters, size)
             masks = encode_masks(
                 prototypes, detections.coefficients, detections.boxes, width, height, parameters.mask_threshold
             )

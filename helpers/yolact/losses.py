@@ -43,11 +43,14 @@ def compute_losses(outputs: tuple[torch.Tensor, ...], targets: Sequence[Target])
     loc, conf, coefficients, priors, proto, semantic = (output.float() for output in outputs)
     matched = torch.stack([match(priors, target.boxes) for target in targets])
     positives = max(int((matched >= 0).sum()), 1)
+    boxes = [box_loss(*one, priors) for one in zip(loc, matched, targets, strict=True)]
+    masks = [mask_loss(*one) for one in zip(proto, coefficients, matched, targets, strict=True)]
+    maps = [semantic_loss(*one) for one in zip(semantic, targets, strict=True)]
     terms = {
         "class": class_loss(conf, _classes(matched, targets)) / positives,
-        "box": sum(box_loss(*one) for one in zip(loc, matched, targets, [priors] * len(loc), strict=True)) / positives,
-        "mask": sum(mask_loss(*one) for one in zip(proto, coefficients, matched, targets, strict=True)) / positives,
-        "semantic": sum(semantic_loss(*one) for one in zip(semantic, targets, strict=True)) / len(targets),
+        "box": torch.stack(boxes).sum() / positives,
+        "mask": torch.stack(masks).sum() / positives,
+        "semantic": torch.stack(maps).mean(),
     }
     return {name: WEIGHTS[name] * value for name, value in terms.items()}
 

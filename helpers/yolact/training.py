@@ -101,7 +101,6 @@ class _Run:
             settings, worker, self.network, settings.epochs * (settings.train_scenes // settings.batch_size)
         )
         self.dashboard = SegmentationDashboard(run_dir) if worker.rank == 0 else None
-        self.cpu_seconds = 0.0
 
     def train(self) -> dict[str, Any]:
         epochs: list[dict[str, float]] = []
@@ -120,7 +119,7 @@ class _Run:
                 "settings": dataclasses.asdict(self.settings),
             }
             if self.dashboard:
-                save(self.step.average.module, result, self.run_dir)
+                save(self.step.averaged, result, self.run_dir)
                 _print_progress(epoch + 1, self.settings.epochs, epochs[-1])
         if self.dashboard:
             self.dashboard.close()
@@ -148,9 +147,9 @@ class _Run:
             yield images, [target.to(device) for _, target in made]
 
     def _validate(self) -> dict[str, float]:
-        average_buffers(self.worker, self.step.average.module)
+        network = self.step.averaged
+        average_buffers(self.worker, network)
         share = range(self.worker.rank, len(self.val_set), self.worker.processes)
-        network = self.step.average.module.eval()
         found = dict(zip(share, segment(network, [self.val_set[n].image for n in share]), strict=True))
         if self.worker.processes > 1:
             parts: list[Any] = [None] * self.worker.processes
@@ -207,6 +206,13 @@ class _Step:
             "learning_rate": learning_rate,
             "scenes_per_second": self.settings.batch_size / (time.perf_counter() - started),
         }
+
+    @property
+    def averaged(self) -> Yolact:
+        """The network with the moving average of the weights, in evaluation mode."""
+        network = self.average.module.eval()
+        assert isinstance(network, Yolact)
+        return network
 
     def _average(self, average: Any, current: Any, updates: Any) -> None:
         # At the start the mean of the few there are, or the first, random weights would stay in it for long.
