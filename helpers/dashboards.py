@@ -184,6 +184,36 @@ def plot_training(runs: Mapping[str, str]) -> Figure:
     return figure
 
 
+def plot_losses(run_dir: str) -> Figure:
+    """Draw each term of the loss, and the learning rate, against the training step."""
+    scalars = read_scalars(run_dir)
+    figure = Figure(figsize=(12, 2.8), dpi=DPI, layout="constrained")
+    measures = [*(f"{name}_loss" for name in ("class", "box", "mask", "semantic")), "learning_rate"]
+    for panel, measure in zip(figure.subplots(1, len(measures)), measures, strict=True):
+        steps = scalars[f"train/{measure}"]
+        panel.plot(steps["step"], steps["value"], linewidth=1)
+        panel.set(title=measure.replace("_", " "), xlabel="step")
+        panel.grid(alpha=0.3)
+    return figure
+
+
+def plot_epochs(epochs: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw the loss's terms and the average precision on the validation scenes of each epoch of a `result.json`."""
+    table = pd.DataFrame(epochs, index=range(1, len(epochs) + 1))
+    figure = Figure(figsize=(12, 3.2), dpi=DPI, layout="constrained")
+    losses, precision = figure.subplots(1, 2)
+    for name in (column for column in table if column.endswith("_loss") and column != "train_loss"):
+        losses.plot(table.index, table[name], label=name.removeprefix("train_").replace("_", " "))
+    losses.set(title="training loss, its weighted terms", xlabel="epoch", ylim=(0, None))
+    for name in ("AP50", "AP75", "AP"):
+        precision.plot(table.index, table[f"val_{name}"], label=name)
+    precision.set(title="mask average precision on validation scenes", xlabel="epoch", ylim=(0, 1))
+    for panel in (losses, precision):
+        panel.legend(fontsize="small")
+        panel.grid(alpha=0.3)
+    return figure
+
+
 def plot_confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str] = CLASSES) -> Figure:
     """Draw how often each true class (row) was taken for each class (column).
 

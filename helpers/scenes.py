@@ -52,6 +52,19 @@ class Scene:
         """Float32 `[n, 4]`: corners in pixels around the visible parts, the high sides exclusive."""
         return boxes_of(self.masks)
 
+    def as_predictions(self) -> list[dict[str, Any]]:
+        """The truth in the form of the pipeline's results, so that it can be drawn as they are."""
+        return [
+            {
+                "class_id": label,
+                "label": fashion_mnist.CLASSES[label],
+                "score": 1.0,
+                "box": dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)),
+                "mask": encode_mask(mask),
+            }
+            for label, box, mask in zip(self.labels.tolist(), self.boxes.tolist(), self.masks, strict=True)
+        ]
+
 
 class Scenes:
     """The scenes of a split by their number: any number from 0 on gives one, and always the same."""

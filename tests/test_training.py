@@ -13,7 +13,8 @@ from helpers.distributed import train_on_spark
 from helpers.errors import HostError, TrainingError
 from helpers.export import load_network
 from helpers.fashion_cnn import MEAN, STD, FashionCNN, normalise, predict
-from helpers.training import TrainingSettings, Worker, batches_of, train
+from helpers.training import TrainingSettings, train
+from helpers.workers import Worker, batches_of
 
 SMALL = TrainingSettings(epochs=2, batch_size=64, train_images=1280, test_images=500, precision="fp32")
 

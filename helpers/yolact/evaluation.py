@@ -5,8 +5,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 
+from helpers.metrics import average_precision
 from helpers.yolact.detection import Parameters, detect, to_pixels
 from helpers.yolact.masks import encode_masks
 from helpers.yolact.network import Yolact
@@ -79,3 +81,14 @@ def to_coco_results(predictions: Mapping[int, Sequence[Mapping[str, Any]]]) -> l
         for image_id, of_image in predictions.items()
         for prediction in of_image
     ]
+
+
+def by_class(truth: dict[str, Any], results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Mask average precision of each class and how many instances it has; arguments as for `average_precision`."""
+    rows = {}
+    for category in truth["categories"]:
+        annotations = [a for a in truth["annotations"] if a["category_id"] == category["id"]]
+        found = [dict(r) for r in results if r["category_id"] == category["id"]]
+        alone = {**truth, "annotations": annotations, "categories": [category]}
+        rows[category["name"]] = {"instances": len(annotations), **average_precision(alone, found)}
+    return pd.DataFrame(rows).T.astype({"instances": int})
