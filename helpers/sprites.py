@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 
 SIDE = 28  # pixels of an item as it comes
-SCALES = (1.4, 2.6)  # enlargement of an item
-ANGLE = 30  # degrees, either way
+SCALES = (1.7, 2.6)  # enlargement of an item
+ANGLE = 20  # degrees, either way
 EDGE = 16  # brightness, of 255, from which a pixel is the item's; the background of the data set is 0
 
 

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,6 +25,8 @@ from helpers.storage import open_storage
 
 PROGRESS = "epoch "  # how each line of progress begins
 
+WARM_UP_STEPS, DECAY = 200, 0.4  # of the trapezoid; the second is a share of all steps
+
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -34,7 +37,7 @@ class RunSettings:
     epochs: Positive = 5
     batch_size: Positive = 128  # images a step, over all processes together
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3  # the highest of the schedule
-    schedule: Literal["one-cycle", "constant"] = "one-cycle"
+    schedule: Literal["one-cycle", "trapezoid", "constant"] = "one-cycle"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor computes in it
@@ -110,6 +113,9 @@ def make_schedule(settings: RunSettings, optimizer: torch.optim.Optimizer, total
     """Make the learning rate's schedule, for one call of `step` after each optimisation step."""
     if settings.schedule == "constant":
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    if settings.schedule == "trapezoid":
+        slopes = partial(_trapezoid, total_steps=total_steps)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, slopes)
     # Warm up over a fifth, then decay to nothing: a constant rate wanders about the minimum at the end.
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=0.2)
 
@@ -129,6 +135,14 @@ def save(model: nn.Module, result: Mapping[str, Any], run_dir: str) -> None:
     torch.save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, content)
     storage.write("checkpoint.pt", content.getvalue())
     storage.write("result.json", json.dumps(result, indent=2).encode())
+
+
+def _trapezoid(step: int, total_steps: int) -> float:
+    """Share of the highest rate: up in a few steps, level, and down to nothing over the last part.
+
+    Until that part nothing depends on the number of steps, so it can still be chosen.
+    """
+    return min((step + 1) / WARM_UP_STEPS, 1.0, (total_steps - step) / (DECAY * total_steps))
 
 
 def _device(settings: RunSettings) -> torch.device:

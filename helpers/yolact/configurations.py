@@ -64,7 +64,7 @@ CONFIGURATIONS = {
         Configuration("yolact_darknet53", "darknet53", mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0)),
         # The scales for 550, times 700 / 550, their fractions cut off.
         Configuration("yolact_im700", "resnet101", size=700, scales=(30, 61, 122, 244, 488)),
-        # For Fashion-MNIST scenes, whose items are 27 to 71 pixels large: P6 and P7 would find nothing.
+        # For Fashion-MNIST scenes, whose items are about 30 to 70 pixels large: P6 and P7 would find nothing.
         Configuration(
             "yolact_scenes",
             "resnet_small",

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -49,6 +49,7 @@ class SceneSettings(RunSettings):
     epochs: Positive = 30
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    schedule: Literal["one-cycle", "trapezoid", "constant"] = "trapezoid"
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     train_scenes: Positive = 8000  # an epoch; each epoch has scenes of its own, of the same items
     val_scenes: Positive = 200
