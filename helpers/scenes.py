@@ -5,6 +5,7 @@ lie at random places, sizes and angles, and later ones cover parts of earlier on
 item. The splits share no item. It also makes clips of moving items. It does not augment: see `yolact.augmentation`.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -186,14 +187,17 @@ def write_scenes(scenes: Scenes, folder: str, count: int) -> str:
     """Write the first scenes as files: `FOLDER/images/00000.png` and on, and `FOLDER/annotations.json`.
 
     The annotations are apart, so that the image folder is a source of images as users have them, and come last: where
-    they are there and describe as many scenes of this size and seed, nothing is written.
+    they are there and describe these scenes, nothing is written.
 
     Returns:
         Where the images are.
     """
     storage = open_storage(folder)
-    info = {"split": scenes.split, "seed": scenes.seed, "size": [scenes.height, scenes.width], "scenes": count}
+    # The first scene shows the split, the seed, the size, and any change to how scenes are made.
+    info = {"scenes": count, "first": hashlib.sha256(scenes[0].image.tobytes()).hexdigest()}
     if not (storage.exists("annotations.json") and json.loads(storage.read("annotations.json")).get("info") == info):
+        storage.delete("annotations.json")
+        storage.delete("images")
         made = [scenes[number] for number in range(count)]
         for number, scene in enumerate(made):
             _, png = cv2.imencode(".png", cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR))
