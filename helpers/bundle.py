@@ -11,6 +11,7 @@ Executors import this module, so it needs the standard library only.
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from helpers.errors import BundleError
@@ -78,7 +79,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     format: int = FORMAT
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Twelve hexadecimal digits that change when anything in the bundle does."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
