@@ -10,7 +10,7 @@ Executors import this module, so it needs the standard library only.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -129,7 +129,7 @@ class Bundle:
 def save_bundle(storage: Storage, manifest: Manifest, files: dict[str, bytes]) -> Bundle:
     """Write a bundle; the manifest last, so that a folder with a manifest is complete."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    manifest = Manifest(**{**vars(manifest), "files": digests})
+    manifest = replace(manifest, files=digests)
     storage.delete(MANIFEST)
     for name, content in files.items():
         storage.write(name, content)
