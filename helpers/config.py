@@ -90,6 +90,7 @@ class InferenceSettings(_Section):
     threads: Positive
     batch_megabytes: Positive
     max_batch: Positive
+    memory_megabytes: Positive
 
 
 class Config(_Section):

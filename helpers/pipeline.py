@@ -100,6 +100,7 @@ def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
         spec=bundle.manifest.input,
         most_images=_batch(bundle, config),
         max_pixels=config.ingest.max_pixels,
+        memory_megabytes=config.inference.memory_megabytes,
     )
     return images.mapInArrow(stage, spark_schema(stages.TENSOR_SCHEMA))
 
@@ -107,7 +108,13 @@ def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
 def infer(tensors: "DataFrame", model: str, config: Config) -> "DataFrame":
     """Stage 3: OpenVINO on every executor; a DataFrame of `stages.output_schema(manifest)`."""
     bundle = load_bundle(open_storage(model, config))
-    stage = partial(stages.infer, bundle=bundle, precision=config.inference.precision, threads=config.inference.threads)
+    stage = partial(
+        stages.infer,
+        bundle=bundle,
+        precision=config.inference.precision,
+        threads=config.inference.threads,
+        memory_megabytes=config.inference.memory_megabytes,
+    )
     return tensors.mapInArrow(stage, spark_schema(stages.output_schema(bundle.manifest)))
 
 
@@ -179,6 +186,7 @@ def make_task(source: str, model: str, output: str, config: Config) -> Task:
         threads=config.inference.threads,
         batch_megabytes=config.inference.batch_megabytes,
         max_batch=config.inference.max_batch,
+        memory_megabytes=config.inference.memory_megabytes,
     )
 
 
@@ -208,6 +216,9 @@ def _run_tasks(
         # Spark's reader leaves out files that have gone meanwhile: here they get their error rows.
         left = without(manifest, store.rows([record["file"] for record in records]))
         records += [record for batch in task(left.to_batches()) for record in batch.to_pylist()]
+    peak = max((record["peak_megabytes"] for record in records), default=0)
+    if peak > config.inference.memory_megabytes:
+        log.warning("a task took %.0f MB, more than inference.memory_megabytes: set it higher", peak)
     processed = sum(record["images"] for record in records)
     if processed != manifest.num_rows:
         raise RunError(f"{manifest.num_rows} images went in and {processed} came out; nothing was published")

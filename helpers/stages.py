@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from helpers.bundle import Bundle, InputSpec, Manifest
 from helpers.images import UnreadableImageError, load
-from helpers.inference import get_model
+from helpers.inference import get_model, pixels_within
 from helpers.postprocessing import POSTPROCESSORS, get_arrays
 from helpers.storage import Storage
 
@@ -85,7 +85,9 @@ def read_images(batches: Batches, storage: Storage, most_images: int, most_bytes
             yield _extend(part, IMAGE_SCHEMA, error=errors, content=contents)
 
 
-def preprocess(batches: Batches, spec: InputSpec, most_images: int, max_pixels: int) -> Iterator[pa.RecordBatch]:
+def preprocess(
+    batches: Batches, spec: InputSpec, most_images: int, max_pixels: int, memory_megabytes: int | None = None
+) -> Iterator[pa.RecordBatch]:
     """Stage 2: bytes to the model's input.
 
     Args:
@@ -93,16 +95,21 @@ def preprocess(batches: Batches, spec: InputSpec, most_images: int, max_pixels: 
         spec: size, colour order and resize rule, from the bundle's manifest.
         most_images: images an output batch.
         max_pixels: larger images are not decoded.
+        memory_megabytes: what this process may take; images that would take it beyond are not decoded either.
 
     Yields:
         `TENSOR_SCHEMA`; `tensor` holds uint8 `[height, width, channels]` row by row, and the size is the original's.
     """
+    # In a fused run the model is in memory by now: the stages run inside one another, the last one's start first.
+    max_pixels = pixels_within(memory_megabytes, max_pixels)
     for batch in batches:
         for start in range(0, batch.num_rows, most_images):
             yield _preprocess(batch.slice(start, most_images), spec, max_pixels)
 
 
-def infer(batches: Batches, bundle: Bundle, precision: str | None, threads: int) -> Iterator[pa.RecordBatch]:
+def infer(
+    batches: Batches, bundle: Bundle, precision: str | None, threads: int, memory_megabytes: int | None = None
+) -> Iterator[pa.RecordBatch]:
     """Stage 3: the model's input to its raw outputs, in the process's one compiled model.
 
     Args:
@@ -110,12 +117,13 @@ def infer(batches: Batches, bundle: Bundle, precision: str | None, threads: int)
         bundle: which model.
         precision: arithmetic; None for the bundle's own.
         threads: OpenVINO threads.
+        memory_megabytes: what this process may take.
 
     Yields:
         `output_schema(manifest)`; the outputs are null where `error` is set.
     """
     schema = output_schema(bundle.manifest)
-    model = get_model(bundle, precision, threads)
+    model = get_model(bundle, precision, threads, memory_megabytes)
     for batch, outputs in model.infer((batch, _pixels(batch, bundle.manifest.input)) for batch in batches):
         failed = np.asarray(batch["error"].is_valid())
         columns = {

@@ -70,6 +70,7 @@ class Task:
     threads: int
     batch_megabytes: int
     max_batch: int
+    memory_megabytes: int
 
     def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]:
         """Run one partition: the input of `results` in, one row of `RECORD_SCHEMA` out (no images, no row)."""
@@ -78,7 +79,9 @@ class Task:
         context = TaskContext.get()
         partition, attempt = (context.partitionId(), context.attemptNumber()) if context else (ON_DRIVER, 0)
         started, clock = datetime.now(UTC), Clock()
-        counts = _write(self, partition, self.results(batches, clock))
+        # The budget is of Spark's workers; the driver has much else in memory.
+        memory_megabytes = self.memory_megabytes if context else None
+        counts = _write(self, partition, self.results(batches, clock, memory_megabytes))
         if not counts:
             return
         clock.finish()
@@ -97,18 +100,27 @@ class Task:
         yield pa.RecordBatch.from_pylist([record], schema=RECORD_SCHEMA)
         forget_archives()
 
-    def results(self, batches: Batches, clock: "Clock | None" = None) -> Iterator[pa.RecordBatch]:
+    def results(
+        self, batches: Batches, clock: "Clock | None" = None, memory_megabytes: int | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """The fused stages: `MANIFEST_SCHEMA` in, or `IMAGE_SCHEMA` if Spark has read; works without Spark too."""
         clock = clock or Clock()
         images = batch_size(self.bundle, self.batch_megabytes, self.max_batch)
         spec = self.bundle.manifest.input
         read = stages.read_images(batches, self.source, images, self.batch_megabytes * 2**20)
-        tensors = stages.preprocess(clock.timed("read", read), spec, images, self.max_pixels)
-        outputs = stages.infer(clock.timed("preprocess", tensors), self.bundle, self.precision, self.threads)
+        tensors = stages.preprocess(clock.timed("read", read), spec, images, self.max_pixels, memory_megabytes)
+        outputs = stages.infer(
+            clock.timed("preprocess", tensors), self.bundle, self.precision, self.threads, memory_megabytes
+        )
         results = stages.postprocess(
             clock.timed("infer", outputs), self.bundle.manifest, self.parameters, self.model, self.bundle.read
         )
         return clock.timed("postprocess", results)
+
+
+def pass_through(batches: Batches) -> Iterator[pa.RecordBatch]:
+    """Do nothing with them: a worker that is given this has imported all that a run needs."""
+    yield from batches
 
 
 def forget_archives() -> None:
