@@ -37,6 +37,7 @@ from helpers.yolact.augmentation import augment
 from helpers.yolact.evaluation import normalise, segment, to_coco_results
 from helpers.yolact.losses import Target, compute_losses
 from helpers.yolact.network import Yolact
+from helpers.yolact.priors import level_sizes
 
 PICTURES = 12  # validation scenes that TensorBoard shows
 
@@ -46,12 +47,12 @@ class SceneSettings(RunSettings):
     """Everything that decides the outcome of a training run."""
 
     architecture: str = "yolact_scenes"
-    epochs: Positive = 30
+    epochs: Positive = 20
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     schedule: Literal["one-cycle", "trapezoid", "constant"] = "trapezoid"
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    train_scenes: Positive = 8000  # an epoch; each epoch has scenes of its own, of the same items
+    train_scenes: Positive = 6000  # an epoch; each epoch has scenes of its own, of the same items
     val_scenes: Positive = 200
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998  # of the weights' moving average, which is what is kept
     largest_gradient: Annotated[float, Field(gt=0)] = 10.0  # norm; a step whose gradient is longer is shortened
@@ -89,13 +90,13 @@ class _Run:
     def __init__(self, settings: SceneSettings, worker: Worker, data_root: str, run_dir: str):
         self.settings, self.worker, self.run_dir = settings, worker, run_dir
         cv2.setNumThreads(settings.threads)
-        self.train_set = Scenes(data_root, "train", settings.seed)
-        validation = Scenes(data_root, "val", settings.seed)
-        self.val_set = [validation[number] for number in range(settings.val_scenes)]
-        self.truth = to_coco(self.val_set)
         torch.manual_seed(settings.seed)
         self.network = build(settings.architecture)
-        assert isinstance(self.network, Yolact)
+        size = self.network.configuration.size
+        self.train_set = Scenes(data_root, "train", settings.seed, size, size)
+        validation = Scenes(data_root, "val", settings.seed, size, size)
+        self.val_set = [validation[number] for number in range(settings.val_scenes)]
+        self.truth = to_coco(self.val_set)
         _initialise(self.network)
         self.network.to(worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.step = _Step(
@@ -127,18 +128,20 @@ class _Run:
         return result
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
-        started, measured = time.perf_counter(), []
+        times, measured = [time.perf_counter()], []
         for images, targets in self._batches(epoch):
-            measured.append(self.step(images, targets))
+            measures = self.step(images, targets)
+            times.append(time.perf_counter())
+            measures["scenes_per_second"] = self.settings.batch_size / (times[-1] - times[-2])
+            measured.append(measures)
             if self.dashboard:
-                self.dashboard.log_step(self.step.steps_done, measured[-1])
-        scenes = len(measured) * self.settings.batch_size
+                self.dashboard.log_step(self.step.steps_done, measures)
         means = {f"train_{name}": float(np.mean([m[name] for m in measured])) for name in measured[0] if "loss" in name}
-        return {**means, "scenes_per_second": scenes / (time.perf_counter() - started)}
+        return {**means, "scenes_per_second": len(measured) * self.settings.batch_size / (times[-1] - times[0])}
 
     def _batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, list[Target]]]:
         settings, device = self.settings, self.worker.device
-        cells = 2 * -(-self.network.configuration.size // 8)  # the prototypes have twice the side of P3
+        cells = 2 * level_sizes(self.network.configuration.size)[0]  # the prototypes have twice the side of P3
         for numbers in batches_of(settings, self.worker, settings.train_scenes, epoch):
             made = []
             for number in numbers.tolist():
@@ -187,7 +190,6 @@ class _Step:
         self.average = AveragedModel(network, multi_avg_fn=self._average, use_buffers=True)
 
     def __call__(self, images: torch.Tensor, targets: list[Target]) -> dict[str, float]:
-        started = time.perf_counter()
         learning_rate = self.schedule.get_last_lr()[0]
         self.model.train()
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
@@ -205,7 +207,6 @@ class _Step:
             "loss": loss.item(),
             **{f"{name}_loss": term.item() for name, term in terms.items()},
             "learning_rate": learning_rate,
-            "scenes_per_second": self.settings.batch_size / (time.perf_counter() - started),
         }
 
     @property
