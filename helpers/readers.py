@@ -25,7 +25,7 @@ from helpers.ingest import plan as make_plan
 from helpers.partitioning import PartitionPlan
 from helpers.session import get_slots, local_slots, spark_schema
 from helpers.storage import Storage
-from helpers.video import split_paths
+from helpers.video import BYTES_A_PIXEL, split_paths
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -102,7 +102,8 @@ def find_frames(spark: "SparkSession", storage: Storage, listed: Listing, config
     if not listed.videos.num_rows:
         return listed.images
     plan = make_plan(listed.videos, get_slots(spark), config)
-    find = partial(list_frames, storage=storage, every=config.video.every, max_pixels=config.ingest.max_pixels)
+    max_pixels = min(config.ingest.max_pixels, config.inference.memory_megabytes * 2**20 // BYTES_A_PIXEL)
+    find = partial(list_frames, storage=storage, every=config.video.every, max_pixels=max_pixels)
     paths = planned_paths(spark, make_manifest(listed.videos, plan), plan)
     videos = paths.mapInArrow(find, spark_schema(FRAMES_SCHEMA)).toArrow()
     images = with_frames(listed.images, videos.cast(FRAMES_SCHEMA), config.video.every)

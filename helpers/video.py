@@ -31,6 +31,7 @@ MARK = "#frame="
 FORMATS = "mov,avi,matroska,mpeg,mpegts,flv,asf,ogg"
 PROBED = 16  # frames decoded to see whether the file's packets are its frames
 JUMP = 8  # frames; over fewer, going on is cheaper than seeking
+BYTES_A_PIXEL = 40  # of a frame while it is decoded: up to 16 that others refer to, and three copies of its own
 VP8_SHOWN = 0x10  # of a packet's first byte (RFC 6386, 9.1)
 
 Decoded = Iterator[tuple[int | None, "VideoFrame | None"]]
@@ -107,7 +108,8 @@ def find_frames(file: BinaryIO, max_pixels: int | None = None) -> Frames:
         width, height = stream.codec_context.width, stream.codec_context.height
         if max_pixels and width * height > max_pixels:
             raise UnreadableImageError(
-                f"the video has {width} x {height} pixels, more than the {max_pixels} that ingest.max_pixels allows"
+                f"the video has {width} x {height} pixels, more than the {max_pixels} that ingest.max_pixels and "
+                "inference.memory_megabytes allow"
             )
         announced = stream.frames
         listed = _list_packets(container, stream)
