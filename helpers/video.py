@@ -289,5 +289,5 @@ def _pick(decoded: Iterable[tuple[int | None, "VideoFrame | None"]], wanted: np.
 
 
 def _to_image(frame: "VideoFrame") -> Image:
-    image = frame.to_ndarray(format="bgr24", interpolation="BICUBIC")  # as OpenCV converts
+    image = frame.to_ndarray(format="bgr24")
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))

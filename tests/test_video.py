@@ -157,11 +157,15 @@ def test_a_range_is_reached_by_seeking(clips, kind, most, monkeypatch):
             list(read_frames(file, np.array([49]), frames.pts[49:], frames.seek[49:])), clips(kind).expected[49:]
         )
         assert 0 < len(decoded) <= most
-        # The same between frames that are far apart.
+        # The same between frames that are far apart, and only there.
         decoded.clear()
         wanted = np.array([0, 48])
         list(read_frames(file, wanted, frames.pts[wanted], frames.seek[wanted]))
         assert 0 < len(decoded) <= most + 1
+        decoded.clear()
+        wanted = np.array([25, 35])
+        list(read_frames(file, wanted, frames.pts[wanted], frames.seek[wanted]))
+        assert len(decoded) == (2 if kind == "motion jpeg" else 36 - frames.pts.tolist().index(frames.seek[25]))
 
 
 @each_clip
@@ -208,6 +212,29 @@ def test_a_file_that_is_cut_short_has_the_frames_before_the_cut(clips, kind):
     images = read(file, np.arange(count))
     assert equal(images[: count - 3], clips(kind).expected[: count - 3])
     assert equal(read(file, np.arange(count // 2, count)), images[count // 2 :])
+
+
+def test_packets_that_are_no_frames_get_no_numbers(clips, tmp_path):
+    """An MPEG-4 encoder that drops a frame writes a packet which says so (ISO 14496-2, vop_coded)."""
+    dropped = tmp_path / "dropped.mkv"
+    with av.open(str(clips("mpeg-4").path)) as original, av.open(str(dropped), "w") as copy:
+        stream = copy.add_stream_from_template(original.streams.video[0])
+        for number, packet in enumerate(packet for packet in original.demux(video=0) if packet.size):
+            written = packet
+            if number in (5, 6, 30):
+                # The header as it was up to its 11th bit, which becomes 0.
+                head = bytearray(bytes(packet)[:6])
+                head[5] &= 0b11000000
+                written = av.Packet(bytes(head))
+                written.pts, written.dts, written.time_base = packet.pts, packet.dts, packet.time_base
+            written.stream = stream
+            copy.mux(written)
+    expected = in_sequence(dropped)
+    assert len(expected) == 47
+    with dropped.open("rb") as file:
+        assert find_frames(file).count == 47
+        assert equal(read(file, np.arange(47)), expected)
+        assert equal(read(file, np.arange(20, 40, 3)), expected[20:40:3])
 
 
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile://{}\n#EXT-X-ENDLIST\n"
