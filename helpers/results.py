@@ -177,6 +177,8 @@ def outdated(rows: pa.Table, images: pa.Table, videos: pa.Table) -> pa.ChunkedAr
         images: what is listed now, the videos' frames among it.
         videos: the video files listed now.
     """
+    if not videos.num_rows:
+        return rows["path"].slice(0, 0)
     files, numbers = split_paths(rows["path"])
     now = rows.select(KEY_NAMES).set_column(0, "path", files)
     changed = pc.and_(_is_in(files, videos["path"]), pc.invert(_is_among(now, videos)))
