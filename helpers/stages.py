@@ -7,6 +7,7 @@ the worker. Executors import this module.
 
 import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +18,7 @@ from helpers.bundle import Bundle, InputSpec, Manifest
 from helpers.images import UnreadableImageError, load
 from helpers.inference import get_model
 from helpers.postprocessing import POSTPROCESSORS, get_arrays
+from helpers.prefetch import map_groups
 from helpers.storage import Storage
 
 Batches = Iterable[pa.RecordBatch]
@@ -76,12 +78,11 @@ def read_images(batches: Batches, storage: Storage, most_images: int, most_bytes
         if "content" in batch.schema.names:
             yield batch
             continue
-        for part in _split(batch, most_images, most_bytes):
-            contents, errors = [], []
-            for path in part["path"].to_pylist():
-                content, error = _read(storage, path)
-                contents.append(content)
-                errors.append(error)
+        parts = list(_split(batch, most_images, most_bytes))
+        paths = (part["path"].to_pylist() for part in parts)
+        read = map_groups(partial(_read, storage), paths, storage.concurrent_reads)
+        for part, found in zip(parts, read, strict=True):
+            contents, errors = zip(*found, strict=True)
             yield _extend(part, IMAGE_SCHEMA, error=errors, content=contents)
 
 
