@@ -10,7 +10,6 @@ Executors import this module.
 """
 
 import base64
-import binascii
 import logging
 import os
 import re
@@ -48,7 +47,7 @@ def resolve(reference: str, account: str) -> Any:
 
     try:
         base64.b64decode(secret, validate=True)
-    except binascii.Error:
+    except ValueError:
         raise StorageError(
             f"{reference} holds neither an account key (it is not base64) nor a SAS token (it has no sig=); set it anew"
         ) from None

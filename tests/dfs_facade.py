@@ -207,7 +207,7 @@ class DfsFacade(ThreadingHTTPServer):
             except Refusal as refusal:
                 return refusal.answer
         answer = self.send(request)
-        if request.method == "HEAD" and answer.status == 404 and self._children(request):
+        if request.method == "HEAD" and answer.status == 404 and self._is_folder(request, request.name):
             return Answer(200, {"x-ms-blob-type": "BlockBlob", "Last-Modified": formatdate(usegmt=True), **FOLDER})
         return answer
 
