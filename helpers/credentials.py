@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, quote
 from helpers.errors import StorageError, first_line
 
 HIDDEN = "***"
+STORAGE_SCOPE = "https://storage.azure.com/.default"
 IN_A_URL = re.compile(r"(?<=\bsig=)[^&\s'\"<>)]+")
 
 _resolved: set[str] = set()  # every secret that this process has seen, in each form in which it could be shown
@@ -38,7 +39,7 @@ def resolve(reference: str, account: str) -> Any:
     """
     kind, _, name = reference.partition(":")
     if kind == "default":
-        return _identity()
+        return _checked(_identity())
     secret = _FETCH[kind](name).strip()
     _remember(secret)
     if secret.startswith("?") or "sig=" in secret:
@@ -80,6 +81,20 @@ def _identity() -> Any:
     from azure.identity import DefaultAzureCredential
 
     return DefaultAzureCredential()
+
+
+def _checked(identity: Any) -> Any:
+    """Fetch a token, which is kept: without an identity the storage SDK would go on trying for a minute."""
+    from azure.core.exceptions import ClientAuthenticationError
+
+    try:
+        identity.get_token(STORAGE_SCOPE)
+    except ClientAuthenticationError as error:
+        raise StorageError(
+            f"default: this process has no identity in Azure ({redact(first_line(error))}); give the host a managed "
+            "identity, log in with `az login`, set AZURE_CLIENT_ID and its like, or name another storage.credential"
+        ) from None
+    return identity
 
 
 def _from_environment(name: str) -> str:

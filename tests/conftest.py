@@ -92,8 +92,7 @@ def dfs(tmp_path_factory) -> Iterator[DfsFacade]:
         environment.setenv("ADLS_KEY", dfs_facade.KEY)
         facade = DfsFacade(upstream)
         yield facade
-        facade.shutdown()
-        facade.server_close()
+        facade.stop()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ service do.
     python tests/dfs_facade.py          starts both, and prints the endpoint
 """
 
+import argparse
 import base64
 import contextlib
 import hashlib
@@ -16,7 +17,10 @@ import http.client
 import json
 import re
 import shutil
+import ssl
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -121,7 +125,7 @@ class DfsFacade(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, upstream: tuple[str, int]):
+    def __init__(self, upstream: tuple[str, int], tls: ssl.SSLContext | None = None):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream, self.local = upstream, threading.local()
         self.lock = threading.RLock()
@@ -129,7 +133,11 @@ class DfsFacade(ThreadingHTTPServer):
         self.folders: set[tuple[str, str]] = set()
         self.synthetic: dict[str, int] = {}  # containers that exist in listings only -> files
         self.requests: list[Request] = []
+        self.keep = True
         self.rules: list[Rule] = []
+        self.tokens: set[str] = set()  # of Entra ID
+        if tls:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True, name="dfs").start()
 
     @property
@@ -151,14 +159,18 @@ class DfsFacade(ThreadingHTTPServer):
         assert answer.status == 201, answer
         return name
 
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # a client that is gone, on purpose in most tests
 
     # ------------------------------------------------------------ Azurite
 
     def send(self, request: Request) -> Answer:
-        """Pass a request on; one without any authorization gets the account key's."""
-        headers = dict(request.headers)
+        """Pass a request on; one without any authorization, which is the facade's own, gets the account key's."""
+        headers = {key: value for key, value in request.headers.items() if key != "host"}
         if "authorization" not in headers and "sig" not in request.query:
             headers |= {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-12-02"}
             if request.body:
@@ -196,16 +208,28 @@ class DfsFacade(ThreadingHTTPServer):
         path = f"/{ACCOUNT}/{of.container}" + (f"/{quote(name)}" if name else "")
         return self.send(Request(method, path, {**(query or {}), **sas}, {**kept, **(headers or {})}, body))
 
+    def _authorize(self, request: Request) -> None:
+        """Judge tokens and, for what is translated, keys; Azurite judges the rest, SAS tokens among it."""
+        given = request.headers.get("authorization", "")
+        if given.startswith("Bearer "):
+            if given.removeprefix("Bearer ") not in self.tokens:
+                raise Refusal(401, "InvalidAuthenticationInfo")
+            del request.headers["authorization"]  # Azurite gets the key's instead
+        elif not given and "sig" not in request.query:
+            raise Refusal(401, "NoAuthenticationInformation")
+        elif request.is_dfs and given and given != _signature(request, request.headers):
+            raise Refusal(403, "AuthenticationFailed")
+
     # ------------------------------------------------------------ the DFS API
 
     def answer(self, request: Request) -> Answer:
-        if request.is_dfs:
-            try:
-                _authorize(request)
+        try:
+            self._authorize(request)
+            if request.is_dfs:
                 with self.lock:
                     return self._dfs(request)
-            except Refusal as refusal:
-                return refusal.answer
+        except Refusal as refusal:
+            return refusal.answer
         answer = self.send(request)
         if request.method == "HEAD" and answer.status == 404 and self._is_folder(request, request.name):
             return Answer(200, {"x-ms-blob-type": "BlockBlob", "Last-Modified": formatdate(usegmt=True), **FOLDER})
@@ -389,13 +413,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         path, _, query = self.path.partition("?")
+        if self.headers.get("Host", "").startswith(f"{ACCOUNT}."):  # as in Azure; Azurite has the account in the path
+            path = f"/{ACCOUNT}{path}"
         length = int(self.headers.get("Content-Length") or 0)
         headers = {name.lower(): value for name, value in self.headers.items()}
         headers.pop("connection", None)
         request = Request(
             self.command, path, dict(parse_qsl(query, keep_blank_values=True)), headers, self.rfile.read(length)
         )
-        self.server.requests.append(request)
+        if self.server.keep:
+            self.server.requests.append(request)
         effect = next((found for rule in self.server.rules if (found := rule(request)) is not None), None)
         if effect == DROP:
             self.close_connection = True
@@ -403,6 +430,7 @@ class _Handler(BaseHTTPRequestHandler):
         if effect == EXPIRE and "sig" in request.query:
             request.query["se"] = "2020-01-01T00:00:00Z"
         answer = effect if isinstance(effect, Answer) else self.server.answer(request)
+        request.body = b""  # nobody looks at it again, and all requests are kept
         if effect == DROP_AFTERWARDS:
             self.close_connection = True
             return
@@ -427,15 +455,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
         pass
-
-
-def _authorize(request: Request) -> None:
-    """Refuse a wrong key; a SAS token is judged by Azurite, which every translated request reaches with it."""
-    if "sig" in request.query:
-        return
-    given = request.headers.get("authorization", "")
-    if not hmac.compare_digest(given.encode(), _signature(request, request.headers).encode()):
-        raise Refusal(403, "AuthenticationFailed")
 
 
 def _signature(request: Request, headers: dict[str, str]) -> str:
@@ -507,11 +526,16 @@ def start_azurite(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def main() -> None:
-    import tempfile
-
+    parser = argparse.ArgumentParser(description="ADLS Gen2 on a free loopback port, until standard input ends")
+    parser.add_argument("--latency", type=float, default=0.0, help="milliseconds to wait in each request")
+    latency = parser.parse_args().latency / 1000
     with tempfile.TemporaryDirectory() as folder, start_azurite(Path(folder)) as upstream:
-        print(DfsFacade(upstream).endpoint, flush=True)
-        threading.Event().wait()
+        facade = DfsFacade(upstream)
+        facade.keep = False
+        if latency:
+            facade.rules.append(lambda request: time.sleep(latency))
+        print(facade.endpoint, flush=True)
+        sys.stdin.read()
 
 
 if __name__ == "__main__":
