@@ -23,7 +23,7 @@ from helpers.ingest import Listing
 from helpers.ingest import manifest as make_manifest
 from helpers.ingest import plan as make_plan
 from helpers.partitioning import PartitionPlan
-from helpers.session import get_slots, local_slots, spark_schema
+from helpers.session import get_slots, local_slots, spark_failure, spark_schema
 from helpers.storage import Storage
 from helpers.video import BYTES_A_PIXEL, split_paths
 
@@ -41,6 +41,8 @@ def choose_reader(spark: "SparkSession", storage: Storage, manifest: pa.Table, c
         reader, why = config.reader, "it is set"
     elif local_slots(spark) is not None:
         reader, why = "files", "tasks run on this machine"
+    elif storage.root.startswith("abfss:") and config.spark.mode != "databricks":
+        reader, why = "files", "only Databricks' Spark surely has the connector for abfss:"
     elif _tasks_can_read(spark, storage, manifest):
         reader, why = "files", "a task could read an image"
     else:
@@ -124,4 +126,8 @@ def _tasks_can_read(spark: "SparkSession", storage: Storage, manifest: pa.Table)
     sample = images.take(sorted({i * (images.num_rows - 1) // (TRIED - 1) for i in range(TRIED)}))
     read = partial(stages.read_images, storage=storage, most_images=1, most_bytes=1)
     rows = spark.createDataFrame(sample).mapInArrow(read, spark_schema(stages.IMAGE_SCHEMA))
-    return rows.where("error is null").count() > 0
+    try:
+        return rows.where("error is null").count() > 0
+    except Exception as error:  # such as a credential that only the driver has
+        log.info("%s", spark_failure(error))
+        return False

@@ -13,12 +13,15 @@ that outlives its driver writes to a staging folder that is gone, or that nobody
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from helpers.errors import RunError
+from helpers.prefetch import map_groups
 from helpers.stages import KEY, RESULT_SCHEMA
 from helpers.storage import Storage
 from helpers.task import STAGING, staged_counts, staging
@@ -68,10 +71,14 @@ class ResultStore:
 
     def rows(self, files: list[str] | None = None) -> pa.Table:
         """Path, length, modification time, model and file of every row in some files, by default all results."""
-        tables = []
-        for file in self._files(RESULTS) if files is None else files:
-            table = read_table(self.storage, file, columns=[*KEY_NAMES, "model"])
-            tables.append(table.append_column("file", pa.array([file] * table.num_rows, pa.string())))
+        files = self._files(RESULTS) if files is None else files
+        width = self.storage.concurrent_reads
+        groups = (files[start : start + width] for start in range(0, len(files), width))
+        read = map_groups(partial(read_table, self.storage, columns=[*KEY_NAMES, "model"]), groups, width)
+        tables = [
+            table.append_column("file", pa.array([file] * table.num_rows, pa.string()))
+            for file, table in zip(files, chain.from_iterable(read), strict=True)
+        ]
         return pa.concat_tables(tables or [ROWS_SCHEMA.empty_table()])
 
     def read(self) -> pa.Table:

@@ -7,6 +7,7 @@ the worker. Executors import this module.
 
 import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import accumulate
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ from helpers.bundle import Bundle, InputSpec, Manifest
 from helpers.images import UnreadableImageError, load
 from helpers.inference import get_model, pixels_within
 from helpers.postprocessing import POSTPROCESSORS, get_arrays
+from helpers.prefetch import map_groups
 from helpers.storage import Storage
 from helpers.video import find_frames, open_file, read_frames, split_paths
 
@@ -88,10 +90,10 @@ def read_images(batches: Batches, storage: Storage, most_images: int, most_bytes
             yield batch
             continue
         is_frame = split_paths(batch["path"])[1].is_valid()
-        for part in _split(batch.filter(pc.invert(is_frame)), most_images, most_bytes):
-            known = part["error"].to_pylist() if "error" in part.schema.names else [None] * part.num_rows
-            read = [(None, e) if e else _read(storage, p) for p, e in zip(part["path"].to_pylist(), known, strict=True)]
-            contents, errors = zip(*read, strict=True)
+        parts = list(_split(batch.filter(pc.invert(is_frame)), most_images, most_bytes))
+        read = map_groups(partial(_read, storage), map(_known, parts), storage.concurrent_reads)
+        for part, found in zip(parts, read, strict=True):
+            contents, errors = zip(*found, strict=True)
             yield _extend(part, IMAGE_SCHEMA, error=errors, content=contents)
         if is_frame.true_count:
             yield from _read_frames(batch.filter(is_frame), storage, most_images)
@@ -187,11 +189,20 @@ def _split(batch: pa.RecordBatch, most_images: int, most_bytes: int) -> Iterator
         yield batch.slice(start)
 
 
-def _read(storage: Storage, path: str) -> tuple[bytes | None, str | None]:
+def _known(part: pa.RecordBatch) -> list[tuple[str, str | None]]:
+    """Path of each image, and why it cannot be read where the listing has found that out."""
+    errors = part["error"].to_pylist() if "error" in part.schema.names else [None] * part.num_rows
+    return list(zip(part["path"].to_pylist(), errors, strict=True))
+
+
+def _read(storage: Storage, listed: tuple[str, str | None]) -> tuple[bytes | None, str | None]:
+    path, error = listed
+    if error:
+        return None, error
     try:
         return storage.read(path), None
-    except OSError as error:
-        return None, reason(error)
+    except OSError as failure:
+        return None, reason(failure)
 
 
 def reason(error: Exception) -> str:
