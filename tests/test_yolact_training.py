@@ -25,7 +25,9 @@ from helpers.yolact.matching import BACKGROUND, IGNORED, encode, match
 from helpers.yolact.training import SceneSettings, train
 
 WEIGHTS = PROJECT / "notebooks" / "weights" / "yolact_scenes.pt"
-QUICK = SceneSettings(epochs=2, batch_size=16, train_scenes=96, val_scenes=8, learning_rate=1e-3, precision="fp32")
+QUICK = SceneSettings(
+    epochs=2, batch_size=16, train_scenes=96, val_scenes=8, learning_rate=1e-3, schedule="one-cycle", precision="fp32"
+)
 
 
 @pytest.fixture(scope="module")
