@@ -7,6 +7,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=out/notebooks/%)
 SOURCES := $(wildcard helpers/*.py helpers/*/*.py conf/*)
+CLASSES := .venv/spark-classes.jsa
 AZURITE := .venv/node/node_modules/azurite
 DATA := out/data/FashionMNIST/.ready
 # apt-get as root or through sudo without a password; empty where there is neither
@@ -15,7 +16,7 @@ APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo ap
 .PHONY: setup run test lint notebooks clean java azurite
 .DELETE_ON_ERROR:
 
-setup: .venv/.ready java $(DATA)
+setup: .venv/.ready java $(CLASSES) $(DATA)
 
 .venv/.ready: requirements.txt requirements-test.txt pyproject.toml
 	@echo "== packages (several minutes the first time) =="
@@ -24,9 +25,14 @@ setup: .venv/.ready java $(DATA)
 	@touch $@
 
 java: .venv/.ready
-	@$(BIN)/python -m helpers.session >/dev/null 2>&1 \
+	@$(BIN)/python -m helpers.java >/dev/null 2>&1 \
 	  || { [ -n "$(APT)" ] && echo "== Java ==" && $(APT) update -qq && $(APT) install -y -qq openjdk-17-jre-headless; } \
-	  || { $(BIN)/python -m helpers.session; exit 1; }
+	  || { $(BIN)/python -m helpers.java; exit 1; }
+
+# Spark starts without it too, only later; so a JVM that cannot make it stops nothing.
+$(CLASSES): .venv/.ready | java
+	@echo "== Spark's classes, archived =="
+	-@$(BIN)/python -m helpers.java archive
 
 # 3.35.0 is the newest for node 20, and any node that runs it will do.
 azurite: .venv/.ready

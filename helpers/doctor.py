@@ -10,7 +10,7 @@ from pathlib import Path
 
 from helpers.config import PROJECT, Config
 from helpers.errors import UserError
-from helpers.session import check_java
+from helpers.java import check_java
 from helpers.storage import open_storage
 
 MINIMUM_PYTHON = (3, 11)

@@ -98,7 +98,8 @@ def _checked_size(content: bytes | memoryview, max_pixels: int) -> Size | None:
     size = read_size(content)
     if size and size[0] * size[1] > max_pixels:
         raise UnreadableImageError(
-            f"the image has {size[0]} x {size[1]} pixels, more than the {max_pixels} that ingest.max_pixels allows"
+            f"the image has {size[0]} x {size[1]} pixels, more than the {max_pixels} that ingest.max_pixels and "
+            "inference.memory_megabytes allow"
         )
     return size
 

@@ -6,11 +6,12 @@ Executors import this module; it needs numpy and OpenVINO only.
 import gc
 import logging
 import os
+import resource
 import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from helpers.errors import BundleError
 
 log = logging.getLogger(__name__)
 
+BYTES_A_PIXEL = 8  # of an image while it is decoded: three channels, once more to turn it upright, and some air
 REQUESTS = 2  # one batch is inferred while the next is read and decoded
 
 _models: dict[tuple[str, str, int], "Model"] = {}
@@ -29,11 +31,12 @@ _models: dict[tuple[str, str, int], "Model"] = {}
 
 @dataclass(frozen=True)
 class Model:
-    """A compiled model: how long loading took, and the names of its outputs."""
+    """A compiled model: how long loading took, the names of its outputs, and requests that wait to be used again."""
 
     compiled: ov.CompiledModel
     outputs: tuple[str, ...]
     load_seconds: float
+    idle: list[ov.InferRequest] = field(default_factory=list)  # making one takes milliseconds, and each task needs two
 
     def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
         """Run batches through the model, in order; the next is prepared while one is computed.
@@ -44,37 +47,40 @@ class Model:
         Yields:
             The same anything, and the outputs by name, each float32 `[B, ...]`.
         """
-        idle = [self.compiled.create_infer_request() for _ in range(REQUESTS)]
         pending: deque[tuple[Any, np.ndarray, ov.InferRequest | None]] = deque()
         for item, pixels in batches:
-            request = idle.pop() if len(pixels) else None
-            if request:
-                request.start_async({0: pixels}, share_inputs=True)
-            pending.append((item, pixels, request))
+            pending.append((item, pixels, self._start(pixels) if len(pixels) else None))
             if len(pending) == REQUESTS:
-                yield self._finish(pending.popleft(), idle)
+                yield self._finish(*pending.popleft())
         while pending:
-            yield self._finish(pending.popleft(), idle)
+            yield self._finish(*pending.popleft())
 
-    def _finish(self, started: tuple[Any, np.ndarray, Any], idle: list[ov.InferRequest]) -> tuple[Any, dict]:
-        item, _, request = started
+    def _start(self, pixels: np.ndarray) -> ov.InferRequest:
+        request = self.idle.pop() if self.idle else self.compiled.create_infer_request()
+        request.start_async({0: pixels}, share_inputs=True)
+        return request
+
+    def _finish(self, item: Any, _: np.ndarray, request: ov.InferRequest | None) -> tuple[Any, dict[str, np.ndarray]]:
         if request is None:
             return item, {}
         request.wait()
-        idle.append(request)
+        self.idle.append(request)
         return item, {name: request.get_tensor(name).data.copy() for name in self.outputs}
 
 
-def get_model(bundle: Bundle, precision: str | None = None, threads: int = 1) -> Model:
+def get_model(
+    bundle: Bundle, precision: str | None = None, threads: int = 1, memory_megabytes: int | None = None
+) -> Model:
     """Return this process's compiled model of a bundle, loading it the first time only.
 
     Args:
         bundle: what to load.
         precision: arithmetic, `f32`, `bf16` or `f16`; by default the manifest's.
         threads: OpenVINO threads; a Spark task has one core.
+        memory_megabytes: what this process may take; None for no limit.
 
     Raises:
-        BundleError: a file is missing or damaged, or OpenVINO cannot read it.
+        BundleError: a file is missing or damaged, OpenVINO cannot read it, or it takes too much memory.
     """
     precision = precision or bundle.manifest.arithmetic
     key = (bundle.manifest.model, precision, threads)
@@ -84,7 +90,23 @@ def get_model(bundle: Bundle, precision: str | None = None, threads: int = 1) ->
         # set apart: 70 ms a task.
         gc.collect()
         gc.freeze()
+    _check_memory(bundle, memory_megabytes)
     return _models[key]
+
+
+def pixels_within(memory_megabytes: int | None, most: int) -> int:
+    """How many pixels an image may have, so that decoding it keeps this process within its memory; at most `most`."""
+    if memory_megabytes is None:
+        return most
+    return min(most, max(0, int((memory_megabytes - resident_megabytes()) * 2**20 / BYTES_A_PIXEL)))
+
+
+def resident_megabytes() -> float:
+    """The memory of this process now; where the system does not tell (macOS), the most it ever was."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def batch_size(bundle: Bundle, megabytes: int, most: int) -> int:
@@ -104,6 +126,15 @@ def compile_options(precision: str, threads: int) -> dict[str, Any]:
         # With pinning, every worker process of one thread sits on the first core.
         "ENABLE_CPU_PINNING": False,
     }
+
+
+def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
+    taken = resident_megabytes()
+    if memory_megabytes is not None and taken > memory_megabytes:
+        raise BundleError(
+            f"a task takes {taken:.0f} MB with {bundle.manifest.model} loaded, more than inference.memory_megabytes="
+            f"{memory_megabytes}: set it higher, with fewer tasks at a time (spark.master=local[1]) if memory is short"
+        )
 
 
 def _load(bundle: Bundle, precision: str, threads: int) -> Model:

@@ -28,11 +28,11 @@ from helpers.partitioning import PartitionPlan
 from helpers.pictures import draw_sample
 from helpers.postprocessing import parameters_for
 from helpers.progress import Progress
-from helpers.readers import choose_reader, planned_paths, read_by_spark
-from helpers.results import PICTURES, ResultStore, replaced, without
+from helpers.readers import choose_reader, find_frames, planned_paths, read_by_spark, reading
+from helpers.results import PICTURES, ResultStore, outdated, replaced, without
 from helpers.run_dashboard import log_run
 from helpers.session import get_slots, spark_failure, spark_schema
-from helpers.storage import open_storage
+from helpers.storage import Storage, open_storage
 from helpers.task import RECORD_SCHEMA, Task
 
 if TYPE_CHECKING:
@@ -72,24 +72,18 @@ class RunSummary:
 
 
 def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
-    """Stage 1: the images below a location with their bytes, one row each, in planned partitions.
+    """Stage 1: the images below a location, every k-th frame of videos among them, with their bytes, one row each.
 
     Returns:
         A DataFrame of `stages.IMAGE_SCHEMA`; nothing is read until an action.
     """
     storage = open_storage(source, config)
-    images = listing.list_images(storage, config).images
+    images = _find_frames(spark, storage, listing.list_images(storage, config), config)
     plan = listing.plan(images, get_slots(spark), config)
     manifest = listing.manifest(images, plan)
     if choose_reader(spark, storage, manifest, config) == "spark":
         return read_by_spark(spark, storage, manifest, config)
-    read = partial(
-        stages.read_images,
-        storage=storage,
-        most_images=config.inference.max_batch,
-        most_bytes=config.inference.batch_megabytes * 2**20,
-    )
-    return planned_paths(spark, manifest, plan).mapInArrow(read, spark_schema(stages.IMAGE_SCHEMA))
+    return planned_paths(spark, manifest, plan).mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
 
 
 def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
@@ -100,6 +94,7 @@ def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
         spec=bundle.manifest.input,
         most_images=_batch(bundle, config),
         max_pixels=config.ingest.max_pixels,
+        memory_megabytes=config.inference.memory_megabytes,
     )
     return images.mapInArrow(stage, spark_schema(stages.TENSOR_SCHEMA))
 
@@ -107,7 +102,13 @@ def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
 def infer(tensors: "DataFrame", model: str, config: Config) -> "DataFrame":
     """Stage 3: OpenVINO on every executor; a DataFrame of `stages.output_schema(manifest)`."""
     bundle = load_bundle(open_storage(model, config))
-    stage = partial(stages.infer, bundle=bundle, precision=config.inference.precision, threads=config.inference.threads)
+    stage = partial(
+        stages.infer,
+        bundle=bundle,
+        precision=config.inference.precision,
+        threads=config.inference.threads,
+        memory_megabytes=config.inference.memory_megabytes,
+    )
     return tensors.mapInArrow(stage, spark_schema(stages.output_schema(bundle.manifest)))
 
 
@@ -128,8 +129,9 @@ def postprocess(outputs: "DataFrame", model: str, config: Config) -> "DataFrame"
 def run(spark: "SparkSession", source: str, model: str, output: str, config: Config) -> RunSummary:
     """Run the four stages, fused, over every image below a location, and publish the results once.
 
-    Images whose path, length and modification time are already in the results are skipped, unless `config.resume` is
-    false. A damaged image is a row with an `error`.
+    Every k-th frame of a video (`video.every`) is an image too, with the path `FILE#frame=N`. Images whose path, length
+    and modification time are already in the results are skipped, unless `config.resume` is false. A damaged image is a
+    row with an `error`.
 
     Raises:
         RunError: no image, results of another model in the output, another run at work there, or a failed job.
@@ -146,14 +148,16 @@ def run(spark: "SparkSession", source: str, model: str, output: str, config: Con
         store.recover()
         done = store.rows()
         _check_model(done, task.model, store)
-        images = listing.list_images(task.source, config, skip=store.folders).images
+        listed = listing.list_images(task.source, config, skip=store.folders)
+        images = _find_frames(spark, task.source, listed, config)
         todo = without(images, done)
         plan = listing.plan(todo, get_slots(spark), config, _image_seconds(task.bundle, config))
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
         before = time.perf_counter()
         records = _run_tasks(spark, task, listing.manifest(todo, plan), plan, store, config)
         seconds = time.perf_counter() - before
-        published = store.publish([r["file"] for r in records], replaced(todo, done))
+        old = [*replaced(todo, done).chunks, *outdated(done, images, listed.videos).chunks]
+        published = store.publish([r["file"] for r in records], pa.chunked_array(old, pa.string()))
         store.unstage()
         _show(task, published, records, config)
     return _summarise(images.num_rows, records, seconds, time.perf_counter() - start, store)
@@ -179,6 +183,7 @@ def make_task(source: str, model: str, output: str, config: Config) -> Task:
         threads=config.inference.threads,
         batch_megabytes=config.inference.batch_megabytes,
         max_batch=config.inference.max_batch,
+        memory_megabytes=config.inference.memory_megabytes,
     )
 
 
@@ -186,6 +191,13 @@ def model_identity(bundle: Bundle, parameters: dict[str, Any], config: Config) -
     """Name a model in the results so that whatever changes its predictions changes its name."""
     settings = json.dumps([bundle.manifest.digest, parameters, config.inference.precision], sort_keys=True)
     return f"{bundle.manifest.name}@{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+
+def _find_frames(spark: "SparkSession", storage: Storage, listed: listing.Listing, config: Config) -> pa.Table:
+    try:
+        return find_frames(spark, storage, listed, config)
+    except Exception as error:
+        raise RunError(f"the frames of the videos could not be found: {spark_failure(error)}") from error
 
 
 def _run_tasks(
@@ -208,6 +220,9 @@ def _run_tasks(
         # Spark's reader leaves out files that have gone meanwhile: here they get their error rows.
         left = without(manifest, store.rows([record["file"] for record in records]))
         records += [record for batch in task(left.to_batches()) for record in batch.to_pylist()]
+    peak = max((record["peak_megabytes"] for record in records), default=0)
+    if peak > config.inference.memory_megabytes:
+        log.warning("a task took %.0f MB, more than inference.memory_megabytes: set it higher", peak)
     processed = sum(record["images"] for record in records)
     if processed != manifest.num_rows:
         raise RunError(f"{manifest.num_rows} images went in and {processed} came out; nothing was published")

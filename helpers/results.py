@@ -25,6 +25,7 @@ from helpers.prefetch import map_groups
 from helpers.stages import KEY, RESULT_SCHEMA
 from helpers.storage import Storage
 from helpers.task import STAGING, staged_counts, staging
+from helpers.video import split_paths
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +174,24 @@ def without(images: pa.Table, rows: pa.Table) -> pa.Table:
 def replaced(images: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
     """Paths of the images that have a row, of an earlier length or modification time."""
     return images.filter(_is_in(images["path"], rows["path"]))["path"]
+
+
+def outdated(rows: pa.Table, images: pa.Table, videos: pa.Table) -> pa.ChunkedArray:
+    """Paths of results of videos that have changed: the new version may have fewer frames, or none.
+
+    Args:
+        rows: the results.
+        images: what is listed now, the videos' frames among it.
+        videos: the video files listed now.
+    """
+    if not videos.num_rows:
+        return rows["path"].slice(0, 0)
+    files, numbers = split_paths(rows["path"])
+    now = rows.select(KEY_NAMES).set_column(0, "path", files)
+    changed = pc.and_(_is_in(files, videos["path"]), pc.invert(_is_among(now, videos)))
+    # The other way round, a video without any frame that can be read now.
+    mended = pc.and_(pc.and_(pc.is_null(numbers), _is_among(now, videos)), pc.invert(_is_among(now, images)))
+    return rows.filter(pc.or_(changed, mended))["path"]
 
 
 def _of_later_runs(rows: pa.Table, run: str) -> pa.Table:

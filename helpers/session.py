@@ -6,8 +6,6 @@ Differences between hosts live in `conf/` and here. Only DataFrame calls that Sp
 import hashlib
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import weakref
@@ -17,19 +15,12 @@ from typing import TYPE_CHECKING
 
 from helpers.config import PROJECT, Config
 from helpers.errors import HostError, first_line
+from helpers.java import check_java, local_options
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import SparkSession
     from pyspark.sql.types import StructType
-
-MINIMUM_JAVA = 17
-JAVA_REMEDY = "install it with `apt-get install openjdk-17-jre-headless` (Debian), `brew install openjdk@17` (macOS) \
-or from adoptium.net, and set JAVA_HOME if it is not on the PATH"
-
-# Short jobs on few cores: the optimising compiler and the parallel collector start threads that cost more
-# processor time than they save, because the images are worked on in Python, not in the JVM.
-LOCAL_JVM_OPTIONS = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 
 _shipped: "weakref.WeakKeyDictionary[SparkSession, str]" = weakref.WeakKeyDictionary()
 
@@ -58,7 +49,10 @@ def get_spark(config: Config) -> "SparkSession":
         spark = builder.getOrCreate()
     except Exception as error:
         raise HostError(f"no Spark session from {config.spark.master}: {first_line(error)}") from error
+    new = spark not in _shipped
     ship_helpers(spark)
+    if new and config.spark.mode == "local":
+        _start_workers(spark)
     return spark
 
 
@@ -125,26 +119,19 @@ def pack_helpers() -> Path:
     return archive
 
 
-def check_java() -> str:
-    """Return the version of the Java that Spark will start.
+def _start_workers(spark: "SparkSession") -> None:
+    """Have a Python worker in each slot import what a run needs, and the JVM load the classes of a run's plan.
 
-    Raises:
-        HostError: there is none, or it is older than Spark needs.
+    All of it is start-up, which the first run of a fresh session would else wait for with every core idle.
     """
-    home = os.environ.get("JAVA_HOME")
-    java = str(Path(home, "bin", "java")) if home else shutil.which("java")
-    if not java or not Path(java).exists():
-        where = f"JAVA_HOME is {home}, which has no bin/java" if home else "there is no java on the PATH"
-        raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {where}: {JAVA_REMEDY}.")
-    try:
-        answer = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
-    except OSError as error:
-        raise HostError(f"Spark needs Java, and {java} cannot be started ({error.strerror}): {JAVA_REMEDY}.") from None
-    version = re.search(r'version "((\d+)[^"]*)"', answer)
-    if version is None or int(version[2]) < MINIMUM_JAVA:
-        found = version[1] if version else answer.strip()
-        raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {java} is {found}: {JAVA_REMEDY}.")
-    return version[1]
+    import pyarrow as pa
+
+    from helpers.task import pass_through
+
+    slots = local_slots(spark) or 1
+    table = pa.table({"partition": pa.array(range(slots), pa.int32())})
+    frame = spark.createDataFrame(table).repartitionById(slots, "partition")
+    frame.mapInArrow(pass_through, frame.schema).collect()
 
 
 def _master(config: Config) -> str:
@@ -155,7 +142,7 @@ def _master(config: Config) -> str:
 
 def _classic_settings(config: Config) -> dict[str, str]:
     log4j = f"-Dlog4j2.configurationFile={(PROJECT / 'conf' / 'log4j2.properties').as_uri()}"
-    options = f"{log4j} {LOCAL_JVM_OPTIONS}" if config.spark.mode == "local" else log4j
+    options = f"{log4j} {local_options()}" if config.spark.mode == "local" else log4j
     return {
         "spark.driver.memory": config.spark.driver_memory,
         "spark.driver.extraJavaOptions": options,
@@ -167,10 +154,3 @@ def _classic_settings(config: Config) -> dict[str, str]:
         "spark.sql.execution.arrow.maxBytesPerBatch": str(16 * 2**20),
         "spark.sql.session.timeZone": "UTC",
     }
-
-
-if __name__ == "__main__":  # the set-up's question: will Spark start here?
-    try:
-        print(check_java())
-    except HostError as error:
-        sys.exit(str(error))

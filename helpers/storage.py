@@ -165,8 +165,12 @@ class LocalStorage:
                         with contextlib.suppress(FileNotFoundError):
                             yield _entry(item.path, is_directory)
 
+    def open(self, path: str) -> BinaryIO:
+        """One file, to read from any position; raises OSError."""
+        return open(_to_name(self.join(path)), "rb", opener=_open_file)  # noqa: PTH123, SIM115 - the caller closes it
+
     def read(self, path: str) -> bytes:  # noqa: D102
-        with open(_to_name(self.join(path)), "rb", opener=_open_file) as file:  # noqa: PTH123 - it has no opener
+        with self.open(path) as file:
             return file.read()
 
     @contextlib.contextmanager

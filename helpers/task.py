@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from helpers import stages
@@ -27,6 +26,7 @@ from helpers.bundle import Bundle
 from helpers.inference import batch_size
 from helpers.stages import Batches
 from helpers.storage import Storage
+from helpers.video import split_paths
 
 STAGING = "_staging"
 ROW_GROUP_BYTES = 8 * 2**20
@@ -70,6 +70,7 @@ class Task:
     threads: int
     batch_megabytes: int
     max_batch: int
+    memory_megabytes: int
 
     def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]:
         """Run one partition: the input of `results` in, one row of `RECORD_SCHEMA` out (no images, no row)."""
@@ -78,7 +79,9 @@ class Task:
         context = TaskContext.get()
         partition, attempt = (context.partitionId(), context.attemptNumber()) if context else (ON_DRIVER, 0)
         started, clock = datetime.now(UTC), Clock()
-        counts = _write(self, partition, self.results(batches, clock))
+        # The budget is of Spark's workers; the driver has much else in memory.
+        memory_megabytes = self.memory_megabytes if context else None
+        counts = _write(self, partition, self.results(batches, clock, memory_megabytes))
         if not counts:
             return
         clock.finish()
@@ -97,18 +100,27 @@ class Task:
         yield pa.RecordBatch.from_pylist([record], schema=RECORD_SCHEMA)
         forget_archives()
 
-    def results(self, batches: Batches, clock: "Clock | None" = None) -> Iterator[pa.RecordBatch]:
+    def results(
+        self, batches: Batches, clock: "Clock | None" = None, memory_megabytes: int | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """The fused stages: `MANIFEST_SCHEMA` in, or `IMAGE_SCHEMA` if Spark has read; works without Spark too."""
         clock = clock or Clock()
         images = batch_size(self.bundle, self.batch_megabytes, self.max_batch)
         spec = self.bundle.manifest.input
         read = stages.read_images(batches, self.source, images, self.batch_megabytes * 2**20)
-        tensors = stages.preprocess(clock.timed("read", read), spec, images, self.max_pixels)
-        outputs = stages.infer(clock.timed("preprocess", tensors), self.bundle, self.precision, self.threads)
+        tensors = stages.preprocess(clock.timed("read", read), spec, images, self.max_pixels, memory_megabytes)
+        outputs = stages.infer(
+            clock.timed("preprocess", tensors), self.bundle, self.precision, self.threads, memory_megabytes
+        )
         results = stages.postprocess(
             clock.timed("infer", outputs), self.bundle.manifest, self.parameters, self.model, self.bundle.read
         )
         return clock.timed("postprocess", results)
+
+
+def pass_through(batches: Batches) -> Iterator[pa.RecordBatch]:
+    """Do nothing with them: a worker that is given this has imported all that a run needs."""
+    yield from batches
 
 
 def forget_archives() -> None:
@@ -156,14 +168,15 @@ class Clock:
 
 def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
     """Write a partition's results as one Parquet file, under a name that tells the driver how many there are."""
-    totals, reasons = Counter[str](), Counter[str]()
+    totals, reasons, files = Counter[str](), Counter[str](), dict[str, int]()
     # On disk only where a partition's results are large; the storage then gets the file whole.
     with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
         with pq.ParquetWriter(spool, stages.RESULT_SCHEMA, compression="zstd") as writer:
             for table in _row_groups(batches):
                 writer.write_table(table)
                 errors = table["error"].drop_null()
-                totals.update(images=table.num_rows, failed=len(errors), bytes=pc.sum(table["length"]).as_py())
+                totals.update(images=table.num_rows, failed=len(errors))
+                files.update(zip(split_paths(table["path"])[0].to_pylist(), table["length"].to_pylist(), strict=True))
                 reasons.update(error.partition(";")[0] for error in errors.to_pylist())  # without details
         if not totals["images"]:
             return {}
@@ -176,7 +189,7 @@ def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
         "file": path,
         "images": totals["images"],
         "failed": totals["failed"],
-        "bytes": totals["bytes"],
+        "bytes": sum(files.values()),
         "reasons": top,
     }
 

@@ -13,6 +13,7 @@ import openvino as ov
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bombs import bilevel_png
 
 from helpers import fashion_mnist, pipeline
 from helpers.bundle import load_bundle, save_bundle
@@ -210,6 +211,26 @@ def test_only_new_and_changed_images_are_worked_on(spark, bundle_uri, samples, t
     assert rows[str(mended)]["error"] is None
     again = pipeline.run(spark, str(source), bundle_uri, str(output), settings())
     assert (again.skipped, again.ok) == (65, 0)
+
+
+def test_an_image_that_would_take_a_task_over_its_memory_is_an_error_row(spark, earlier, bundle_uri):
+    large = earlier.source.parent / "large.png"  # within ingest.max_pixels, and 1,152 MB while it is decoded
+    large.write_bytes(bilevel_png(12_000, 12_000))
+    summary = pipeline.run(
+        spark, str(large.parent), bundle_uri, str(earlier.output), settings(**{"inference.memory_megabytes": 900})
+    )
+    large.unlink()
+    assert (summary.ok, summary.failed, summary.skipped) == (0, 1, 64)
+    (row,) = [row for row in rows_of(earlier.output) if row["path"] == str(large)]
+    assert "12000 x 12000 pixels" in row["error"] and "inference.memory_megabytes" in row["error"]
+    assert max(record["peak_megabytes"] for record in summary.records) < 900
+
+
+def test_a_model_that_takes_more_memory_than_a_task_may_have_stops_the_run(spark, finished, bundle_uri, tmp_path):
+    with pytest.raises(RunError, match="a task takes .* MB with .* loaded, more than inference.memory_megabytes=50"):
+        pipeline.run(
+            spark, str(finished.source), bundle_uri, str(tmp_path), settings(**{"inference.memory_megabytes": 50})
+        )
 
 
 def test_starting_over_does_every_image_again(spark, earlier, bundle_uri):

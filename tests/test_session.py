@@ -1,14 +1,18 @@
 import os
+import shlex
+import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from helpers import session
+from helpers import java, session
 from helpers.config import PROJECT
 from helpers.errors import HostError
-from helpers.session import check_java, get_slots, local_slots, pack_helpers, spark_failure
+from helpers.java import check_java
+from helpers.session import get_slots, local_slots, pack_helpers, spark_failure
 
 
 def install_java(folder: Path, answer: str) -> Path:
@@ -249,3 +253,29 @@ def test_a_worker_that_was_killed_is_said_to_have_crashed():
 @pytest.mark.parametrize(("text", "line"), [("just words\nmore", "just words"), ("", "RuntimeError")])
 def test_a_message_of_another_kind_gives_its_first_line(text, line):
     assert spark_failure(RuntimeError(text)) == line
+
+
+def test_a_local_jvm_takes_its_classes_from_the_archive_that_the_set_up_made(tmp_path):
+    assert java.ARCHIVE.exists(), "run `make setup`"
+    loaded = tmp_path / "classes.log"
+    options = f'{java.local_options()} "-Xlog:class+load:file={loaded}"'
+    program = "import sys; from helpers.config import load_config; from helpers.session import get_spark; \
+get_spark(load_config('local', spark={'conf': {'spark.driver.extraJavaOptions': sys.argv[1]}})).stop()"
+    subprocess.run([sys.executable, "-c", program, options], check=True, capture_output=True)
+    classes = [line for line in loaded.read_text().splitlines() if " org.apache.spark.sql." in line]
+    archived = [line for line in classes if "shared objects file (top)" in line]
+    assert len(archived) > 0.5 * len(classes) > 500  # what Spark generates as it runs is in no archive
+
+
+def test_without_an_archive_a_jvm_starts_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(java, "ARCHIVE", tmp_path / "none.jsa")
+    assert "SharedArchiveFile" not in java.local_options()
+
+
+def test_a_damaged_archive_of_classes_stops_nothing(monkeypatch, tmp_path):
+    damaged = tmp_path / "damaged.jsa"
+    damaged.write_bytes(b"no archive")
+    monkeypatch.setattr(java, "ARCHIVE", damaged)
+    command = [shutil.which("java"), *shlex.split(java.local_options()), "-version"]
+    assert f"-XX:SharedArchiveFile={damaged}" in command
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
