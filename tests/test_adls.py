@@ -236,12 +236,12 @@ def test_a_file_that_its_access_rights_forbid_is_an_error_row_and_a_refused_cred
     with dfs.disturb(lambda request: forbidden if request.is_read else None):
         with pytest.raises(PermissionError):
             storage.read("a.png")
-        assert stages._read(storage, "a.png") == (None, images.READ_ERRORS[errno.EACCES])
+        assert stages._read(storage, ("a.png", None)) == (None, images.READ_ERRORS[errno.EACCES])
     with dfs.disturb(lambda request: forbidden), pytest.raises(StorageError, match="refused"):
         list(storage.list())
     refused = Refusal(403, "AuthenticationFailed").answer
     with dfs.disturb(lambda request: refused), pytest.raises(StorageError, match="refused.*run again"):
-        stages._read(storage, "a.png")
+        stages._read(storage, ("a.png", None))
 
 
 def test_a_sas_token_that_has_expired_is_told_and_a_new_one_taken(by_sas, dfs, monkeypatch):
