@@ -11,12 +11,14 @@ service do.
 import argparse
 import base64
 import contextlib
+import ctypes
 import hashlib
 import hmac
 import http.client
 import json
 import re
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -27,6 +29,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlencode
@@ -511,7 +514,11 @@ def start_azurite(folder: Path) -> Iterator[tuple[str, int]]:
     # The SDK speaks a newer version of the API than Azurite knows of.
     command = ["node", str(AZURITE), *options, "--skipApiVersionCheck"]
     with (folder / "azurite.log").open("wb") as errors:
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True)
+        # It would otherwise outlive a test session that is killed.
+        end_too = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=end_too
+        )
     try:
         assert process.stdout is not None
         for line in process.stdout:

@@ -251,7 +251,8 @@ def cluster(tmp_path_factory, secret) -> Iterator[Cluster]:
 def test_on_a_cluster_a_killed_executor_loses_nothing_and_the_token_is_shown_nowhere(place, expected, secret, cluster):
     events = place.logs / "events"
     events.mkdir()
-    listened = ("spark.conf.spark.eventLog.enabled=true", f"spark.conf.spark.eventLog.dir=file:{events}")
+    told = {"enabled": "true", "compress": "false", "dir": f"file:{events}"}
+    listened = [f"spark.conf.spark.eventLog.{name}={value}" for name, value in told.items()]
     run = place.start(*cluster.settings(), *listened, profile="cluster")
     place.wait_until_staged(run, 2)
     launched = cluster.launched()
