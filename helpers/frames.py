@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from helpers.images import UnreadableImageError
-from helpers.stages import ERROR, KEY, PLACE, Batches, reason
+from helpers.images import UnreadableImageError, reason
+from helpers.stages import ERROR, KEY, PLACE, Batches
 from helpers.storage import Storage
 from helpers.video import find_frames, frame_paths, open_file
 

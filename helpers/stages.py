@@ -5,7 +5,6 @@ row's `error`. A notebook runs one stage alone; `helpers.task` fuses all four, s
 the worker. Executors import this module.
 """
 
-import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import accumulate
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from helpers.bundle import Bundle, InputSpec, Manifest
-from helpers.images import UnreadableImageError, load
+from helpers.images import UnreadableImageError, load, reason
 from helpers.inference import get_model, pixels_within
 from helpers.postprocessing import POSTPROCESSORS, get_arrays
 from helpers.prefetch import map_groups
@@ -52,14 +51,6 @@ PREDICTION = pa.struct(
 RESULT_SCHEMA = pa.schema(
     [*KEY, *SIZE, ERROR, pa.field("predictions", pa.list_(PREDICTION)), pa.field("model", pa.string())]
 )
-
-READ_ERRORS = {
-    errno.ENOENT: "the file is gone: it was moved or deleted after it was listed, or its link leads nowhere",
-    errno.EACCES: "the file cannot be read: permission denied",
-    errno.EPERM: "the file cannot be read: permission denied",
-    errno.EISDIR: "this is a directory, not an image file",
-    errno.ELOOP: "the link leads back to itself",
-}
 
 FRAME_ERROR = "the frame cannot be decoded: the video is damaged here, or cut short"
 FRAMES_BYTES = 16 * 2**20  # of decoded frames at once, which are large against their files
@@ -203,13 +194,6 @@ def _read(storage: Storage, listed: tuple[str, str | None]) -> tuple[bytes | Non
         return storage.read(path), None
     except OSError as failure:
         return None, reason(failure)
-
-
-def reason(error: Exception) -> str:
-    """Why a file could not be read, for the row's `error`."""
-    if not isinstance(error, OSError):
-        return str(error)
-    return READ_ERRORS.get(error.errno or 0, f"the file cannot be read: {error.strerror or error}")
 
 
 def _read_frames(batch: pa.RecordBatch, storage: Storage, most_images: int) -> Iterator[pa.RecordBatch]:

@@ -41,7 +41,7 @@ from cluster import wait_for
 from dfs_facade import ACCOUNT, BUSY, CUT, DROP, DROP_AFTERWARDS, EXPIRE, KEY, Refusal, Request
 from pyspark import cloudpickle
 
-from helpers import adls, credentials, lease, stages
+from helpers import adls, credentials, images, lease, stages
 from helpers.adls import AdlsStorage
 from helpers.config import load_config
 from helpers.credentials import redact, resolve
@@ -255,7 +255,7 @@ def test_a_file_that_its_access_rights_forbid_is_an_error_row_and_a_refused_cred
     with dfs.disturb(lambda request: forbidden if request.is_read else None):
         with pytest.raises(PermissionError):
             storage.read("a.png")
-        assert stages._read(storage, ("a.png", None)) == (None, stages.READ_ERRORS[errno.EACCES])
+        assert stages._read(storage, ("a.png", None)) == (None, images.READ_ERRORS[errno.EACCES])
     with dfs.disturb(lambda request: forbidden), pytest.raises(StorageError, match="refused"):
         list(storage.list())
     refused = Refusal(403, "AuthenticationFailed").answer

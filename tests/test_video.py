@@ -562,6 +562,8 @@ def test_a_video_that_could_not_be_read_is_tried_again(spark, clips, bundle_uri,
 class Remote:
     """Storage that is no file system: a whole file is all that one gets."""
 
+    concurrent_reads = 4
+
     def __init__(self, root: Path):
         self._local = LocalStorage(str(root))
 
