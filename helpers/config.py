@@ -39,6 +39,7 @@ class SparkSettings(_Section):
     app_name: str
     driver_memory: Annotated[str, Field(pattern=r"^\d+[kmgt]$")]
     task_attempts: Positive
+    environment: str | None
     conf: dict[str, str]
 
     @field_validator("conf", mode="before")
