@@ -1,0 +1,113 @@
+"""The packed environment, on workers whose interpreter has none of our packages."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from cluster import Cluster, start_run
+
+from helpers import ingest, pack, pipeline
+from helpers.config import load_config
+from helpers.errors import HostError
+from helpers.session import find_environment
+
+MEGABYTES = 400  # the most that the archive may have
+MODULES = ["numpy", "pyarrow", "cv2", "openvino", "azure.storage.filedatalake"]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    return pack.pack(tmp_path_factory.mktemp("pack") / "executors.tar.gz")
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory) -> str:
+    """An interpreter with the standard library and nothing else."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    return str(folder / "bin" / "python")
+
+
+@pytest.fixture(scope="module")
+def cluster(bare_python, tmp_path_factory) -> Iterator[Cluster]:
+    """A cluster whose processes know Java, a bare Python, and nothing of this project."""
+    java = Path(shutil.which("java") or "")
+    environment = {"PATH": f"{java.parent}{os.pathsep}{os.defpath}", "PYSPARK_PYTHON": bare_python}
+    environment |= {name: os.environ[name] for name in ("JAVA_HOME",) if name in os.environ}
+    started = Cluster(tmp_path_factory.mktemp("cluster"), environment)
+    started.complete()
+    yield started
+    started.stop()
+
+
+def names_in(archive: Path) -> list[str]:
+    with tarfile.open(archive) as tar:
+        return tar.getnames()
+
+
+def test_the_archive_is_slim_and_has_no_training_framework(archive):
+    assert archive.stat().st_size <= MEGABYTES * 2**20
+    folders = {name.split("/")[2] for name in names_in(archive) if name.startswith("./packages/")}
+    assert {"numpy", "pyarrow", "cv2", "openvino", "azure"} <= folders
+    assert not folders & {"torch", "torchvision", "onnx", "nncf", "pyspark", "helpers", "matplotlib"}
+
+
+def test_unpacked_anywhere_it_needs_no_python_and_takes_nothing_from_this_one(archive, tmp_path):
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="tar")
+    script = f"""
+import importlib, sys
+for name in {MODULES}:
+    print(importlib.import_module(name).__file__)
+print(*sys.path, sys.prefix, sep="\\n")
+"""
+    command = [str(tmp_path / "bin" / "python"), "-c", script]
+    answer = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, check=True)
+    places = [line for line in answer.stdout.splitlines() if line]
+    assert len(places) > len(MODULES)
+    assert [place for place in places if not place.startswith(str(tmp_path))] == []
+
+
+def test_workers_without_our_packages_cannot_run_a_task(
+    cluster, samples, bundle_uri, bare_python, tmp_path, monkeypatch
+):
+    """Which is what makes the next test one of the archive."""
+    monkeypatch.setenv("PYSPARK_PYTHON", bare_python)
+    run = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *cluster.settings(), profile="cluster")
+    run.finish().assert_one_clear_error("PyArrow")
+
+
+def test_workers_without_our_packages_run_from_the_archive(
+    cluster, samples, bundle_uri, archive, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("PYSPARK_PYTHON", raising=False)
+    settings = [*cluster.settings(), f"spark.environment={archive}"]
+    run = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *settings, profile="cluster").finish()
+    assert (run.summary["ok"], run.summary["failed"]) == (60, 4), run.errors
+    task = pipeline.make_task(str(samples), bundle_uri, str(tmp_path / "unused"), load_config("local"))
+    listed = ingest.list_images(task.source, load_config("local")).images
+    alone = pa.Table.from_batches(task.results(listed.to_batches())).sort_by("path").to_pylist()
+    assert run.rows() == alone
+    assert list(cluster.folder.glob("work*/app-*/*/environment/bin/python"))
+
+
+def test_an_archive_that_is_not_there_has_a_remedy():
+    with pytest.raises(HostError, match=r"nowhere\.tar\.gz.*make pack"):
+        find_environment(load_config("cluster", **{"spark.environment": "out/nowhere.tar.gz"}))
+
+
+def test_an_archive_in_a_store_is_left_to_spark():
+    config = load_config("cluster", **{"spark.environment": "hdfs://name/executors.tar.gz"})
+    assert find_environment(config) == "hdfs://name/executors.tar.gz"
+
+
+def test_a_package_that_is_not_installed_is_named():
+    assert "numpy" in pack.closure(("pyarrow", "numpy"))
+    with pytest.raises(HostError, match=r"no-such-package.*make setup"):
+        pack.closure(("numpy", "no-such-package"))
