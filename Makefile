@@ -14,7 +14,7 @@ DATA := out/data/FashionMNIST/.ready
 # apt-get as root or through sudo without a password; empty where there is neither
 APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo apt-get || { sudo -n true 2>/dev/null && echo sudo apt-get; }; })
 
-.PHONY: setup run test lint notebooks clean java azurite pack
+.PHONY: setup run test lint notebooks clean java azurite pack badges
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready java $(CLASSES) $(DATA)
@@ -80,6 +80,10 @@ lint: .venv/.ready
 # Execute the committed notebooks in place, for a commit that changes what they show.
 notebooks: setup
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS)
+
+# Once the repository has an address: what opens the notebooks in Colab.
+badges: .venv/.ready
+	$(BIN)/python -m helpers.badges $(REPOSITORY)
 
 clean:
 	rm -rf out .venv *.egg-info
