@@ -35,6 +35,8 @@ SESSION_SETTINGS = {
     "spark.sql.execution.arrow.maxBytesPerBatch": str(16 * 2**20),
     "spark.sql.session.timeZone": "UTC",
 }
+PACKAGES_REMEDY = "the workers lack packages of requirements.txt; install them on every worker, or send them along: \
+`make pack`, then --set spark.environment=out/pack/executors.tar.gz"
 UNPACKED = "environment"  # the folder of a packed environment in an executor's working directory
 
 _shipped: "weakref.WeakKeyDictionary[SparkSession, str]" = weakref.WeakKeyDictionary()
@@ -125,7 +127,8 @@ def spark_failure(error: Exception) -> str:
     python = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Expired|Exit): ", line)]
     crashed = [text[0] for text in re.finditer(r"Python\s+worker exited unexpectedly[^.\n]*", str(error))]
     found = (ours or python or crashed or lines or [type(error).__name__])[-1 if ours or python else 0]
-    return re.sub(r"^helpers\.errors\.\w+: ", "", found)
+    remedy = f": {PACKAGES_REMEDY}" if re.match(r"ModuleNotFoundError|PySparkImportError", found) else ""
+    return re.sub(r"^helpers\.errors\.\w+: ", "", found) + remedy
 
 
 def find_environment(config: Config) -> str:

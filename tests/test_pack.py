@@ -1,19 +1,21 @@
 """The packed environment, on workers whose interpreter has none of our packages."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from cluster import Cluster, start_run
+from cluster import LOOPBACK, Cluster, Process, Run, start_run
 
 from helpers import ingest, pack, pipeline
-from helpers.config import load_config
+from helpers.config import PROJECT, load_config
 from helpers.errors import HostError
 from helpers.session import find_environment
 
@@ -80,7 +82,7 @@ def test_workers_without_our_packages_cannot_run_a_task(
     """Which is what makes the next test one of the archive."""
     monkeypatch.setenv("PYSPARK_PYTHON", bare_python)
     run = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *cluster.settings(), profile="cluster")
-    run.finish().assert_one_clear_error("PyArrow")
+    run.finish().assert_one_clear_error("numpy", "make pack", "spark.environment")
 
 
 def test_workers_without_our_packages_run_from_the_archive(
@@ -95,6 +97,43 @@ def test_workers_without_our_packages_run_from_the_archive(
     alone = pa.Table.from_batches(task.results(listed.to_batches())).sort_by("path").to_pylist()
     assert run.rows() == alone
     assert list(cluster.folder.glob("work*/app-*/*/environment/bin/python"))
+
+
+def test_the_recipe_for_yarn_runs_on_such_a_cluster(cluster, samples, bundle_uri, archive, tmp_path, monkeypatch):
+    """The script as it is: another master, executors as small as the cluster's workers."""
+    monkeypatch.delenv("PYSPARK_PYTHON", raising=False)
+    small = {"MASTER": cluster.url, "ARCHIVE": str(archive), "CORES": "1", "EXECUTORS": "2", "HEAP": "512m"}
+    for name, value in {**small, "SPARK_LOCAL_IP": LOOPBACK}.items():
+        monkeypatch.setenv(name, value)
+    process = Process(
+        ["sh", "conf/yarn.sh", str(samples), bundle_uri, str(tmp_path / "out"), "--set", "pictures=3"],
+        tmp_path / "run.log",
+    )
+    run = Run(tmp_path / "out", process).finish()
+    assert (run.summary["ok"], run.summary["failed"]) == (60, 4), run.errors
+    assert len(run.rows()) == 64 and len(list((tmp_path / "out" / "pictures").iterdir())) == 3
+
+
+@pytest.mark.parametrize("recipe", ["yarn.sh", "kubernetes.sh"])
+def test_a_recipe_without_its_arguments_says_how_it_is_used(recipe):
+    answer = subprocess.run(["sh", PROJECT / "conf" / recipe], capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert f"conf/{recipe} SOURCE MODEL OUTPUT" in answer.stdout
+
+
+def test_the_image_for_kubernetes_takes_what_there_is_and_no_torch():
+    text = (PROJECT / "conf" / "Dockerfile").read_text()
+    copied = [line.split()[1] for line in text.splitlines() if line.startswith("COPY ") and "--from" not in line]
+    assert copied and all((PROJECT / name).exists() for name in copied)
+    wanted = re.search(r"grep -E '(.+)'", text)[1]
+    pins = [
+        line.split()[0] for line in (PROJECT / "requirements.txt").read_text().splitlines() if re.match(wanted, line)
+    ]
+    names = {pin.partition("==")[0] for pin in pins}
+    alternatives = re.search(r"\^\((.+)\)==", wanted)[1].split("|")
+    assert len(names) >= len(alternatives)
+    assert not names & {"torch", "torchvision", "onnx", "nncf", "pyspark"}
+    assert f"apache/spark:{version('pyspark')}-" in text
 
 
 def test_an_archive_that_is_not_there_has_a_remedy():

@@ -1,0 +1,26 @@
+#!/bin/sh
+# The four stages on YARN, from a machine that has this project and the cluster's configuration in HADOOP_CONF_DIR:
+#   conf/yarn.sh SOURCE MODEL OUTPUT [--set KEY=VALUE ...]
+# The nodes need nothing of ours and no Python: `make pack` made what they get. Locations must be reached by all nodes,
+# abfss:// for example, or a mount. MASTER=spark://HOST:7077 runs the same on a standalone cluster.
+set -eu
+[ $# -ge 3 ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
+cd "$(dirname "$0")/.."
+source=$1 model=$2 output=$3
+shift 3
+# Images are decoded and inferred in Python workers, outside of the JVM: an executor's overhead holds a worker a core,
+# each of at most inference.memory_megabytes (2048), and its heap (executor.memory) may stay small.
+# Client mode: the driver runs here, in .venv, and lists, plans and publishes.
+exec .venv/bin/spark-submit \
+  --master "${MASTER:-yarn}" \
+  --deploy-mode client \
+  --archives "${ARCHIVE:-out/pack/executors.tar.gz}#environment" \
+  --conf spark.pyspark.python=./environment/bin/python \
+  --conf spark.pyspark.driver.python=.venv/bin/python \
+  --conf spark.executor.instances="${EXECUTORS:-4}" \
+  --conf spark.executor.cores="${CORES:-2}" \
+  --conf spark.executor.memory="${HEAP:-1g}" \
+  --conf spark.executor.memoryOverhead="${OVERHEAD:-4g}" \
+  --conf spark.yarn.maxAppAttempts=1 \
+  conf/submit.py run --profile cluster --set spark.master="${MASTER:-yarn}" \
+  --source "$source" --model "$model" --output "$output" "$@"
