@@ -52,7 +52,7 @@ def get_spark(config: Config) -> "SparkSession":
 
     builder = SparkSession.builder.appName(config.spark.app_name)
     if config.spark.mode == "connect":
-        _check_answers(config.spark.master)
+        check_answers(config.spark.master)
         builder = builder.remote(_master(config))
     elif config.spark.mode in ("local", "cluster"):
         builder = builder.master(_master(config))
@@ -131,6 +131,22 @@ def spark_failure(error: Exception) -> str:
     return re.sub(r"^helpers\.errors\.\w+: ", "", found) + remedy
 
 
+def check_answers(remote: str) -> None:
+    """Fail at once where no Connect server listens: pyspark would try again for ten minutes.
+
+    Raises:
+        HostError: nothing listens at an `sc://` address.
+    """
+    url = urlsplit(remote)
+    if url.scheme != "sc":
+        return
+    try:
+        socket.create_connection((url.hostname or "", url.port or 15002), timeout=10).close()
+    except OSError as error:
+        where = f"no Spark Connect server answers at {url.hostname}:{url.port or 15002} ({error.strerror or error})"
+        raise HostError(f"{where}: start one with sbin/start-connect-server.sh, or correct spark.master") from None
+
+
 def find_environment(config: Config) -> str:
     """Where the packed environment of `spark.environment` is.
 
@@ -190,18 +206,6 @@ def _start_workers(spark: "SparkSession") -> None:
 def _is_local_connect(config: Config) -> bool:
     """Whether this process starts the Connect server itself, as pyspark does for `remote("local[2]")`."""
     return config.spark.mode == "connect" and config.spark.master.startswith("local")
-
-
-def _check_answers(remote: str) -> None:
-    """Fail at once where nothing listens: pyspark would try again for ten minutes."""
-    url = urlsplit(remote)
-    if url.scheme != "sc":
-        return
-    try:
-        socket.create_connection((url.hostname or "", url.port or 15002), timeout=10).close()
-    except OSError as error:
-        where = f"no Spark Connect server answers at {url.hostname}:{url.port or 15002} ({error.strerror or error})"
-        raise HostError(f"{where}: start one with sbin/start-connect-server.sh, or correct spark.master") from None
 
 
 def _master(config: Config) -> str:
