@@ -10,6 +10,7 @@ set -eu
 cd "$(dirname "$0")/.."
 source=$1 model=$2 output=$3
 shift 3
+export PYSPARK_DRIVER_PYTHON="$PWD/.venv/bin/python" # spark-submit finds Spark by it
 # A pod's memory is heap and overhead, and Python workers live in the overhead: one a core, of at most
 # inference.memory_megabytes (2048) each. The answer, with the JSON summary, is the log of the driver's pod.
 exec .venv/bin/spark-submit \

@@ -8,6 +8,7 @@ set -eu
 cd "$(dirname "$0")/.."
 source=$1 model=$2 output=$3
 shift 3
+export PYSPARK_DRIVER_PYTHON="$PWD/.venv/bin/python" # spark-submit finds Spark by it
 # Images are decoded and inferred in Python workers, outside of the JVM: an executor's overhead holds a worker a core,
 # each of at most inference.memory_megabytes (2048), and its heap (executor.memory) may stay small.
 # Client mode: the driver runs here, in .venv, and lists, plans and publishes.

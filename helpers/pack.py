@@ -60,7 +60,7 @@ def pack(archive: Path = ARCHIVE) -> Path:
         _copy_interpreter(folder)
         for name in sorted(closure(PACKAGES)):
             _copy_package(name, folder / "packages")
-        command = [folder / "bin" / "python", "-c", IMPORTS]
+        command = [str(folder / "bin" / "python"), "-c", IMPORTS]
         tried = subprocess.run(command, env={}, capture_output=True, text=True, check=False)
         if tried.returncode:
             raise HostError(f"the packed environment does not start:\n{tried.stderr}")
