@@ -22,16 +22,10 @@ from helpers.config import PROJECT
 from helpers.errors import HostError
 
 ARCHIVE = PROJECT / "out" / "pack" / "executors.tar.gz"
-PACKAGES = (
-    "numpy",
-    "pyarrow",
-    "opencv-python-headless",
-    "openvino",
-    "azure-storage-file-datalake",
-    "azure-identity",
-    "azure-keyvault-secrets",
-)
-IMPORTS = "import numpy, pyarrow.parquet, cv2, openvino, azure.storage.filedatalake; openvino.Core().available_devices"
+# Of the pins in requirements.txt, those that tasks import, some of them late.
+PACKAGES = re.compile(r"^(numpy|pyarrow|opencv-python-headless|openvino|av|azure-[\w-]+)==", re.MULTILINE)
+IMPORTS = "import helpers.task, av, cv2, azure.identity, azure.storage.filedatalake, openvino as ov; \
+ov.Core().available_devices"
 # Tests and sources; other devices than the CPU and other formats than OpenVINO's own; Arrow's network services.
 LEFT_OUT = re.compile(
     r"/tests?/|/include/|/cmake/|\.(pyx|pxi|pxd|pyi|h|hpp|lib|a)$|^\.\./|"
@@ -58,10 +52,10 @@ def pack(archive: Path = ARCHIVE) -> Path:
     with tempfile.TemporaryDirectory(dir=archive.parent) as temporary:
         folder = Path(temporary, "environment")
         _copy_interpreter(folder)
-        for name in sorted(closure(PACKAGES)):
+        for name in sorted(closure(executor_packages())):
             _copy_package(name, folder / "packages")
         command = [str(folder / "bin" / "python"), "-c", IMPORTS]
-        tried = subprocess.run(command, env={}, capture_output=True, text=True, check=False)
+        tried = subprocess.run(command, env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True, check=False)
         if tried.returncode:
             raise HostError(f"the packed environment does not start:\n{tried.stderr}")
         unfinished = Path(temporary, archive.name)
@@ -72,14 +66,19 @@ def pack(archive: Path = ARCHIVE) -> Path:
     return archive
 
 
-def closure(names: tuple[str, ...]) -> set[str]:
+def executor_packages() -> list[str]:
+    """The packages of `requirements.txt` that tasks import."""
+    return PACKAGES.findall((PROJECT / "requirements.txt").read_text(encoding="utf-8"))
+
+
+def closure(names: list[str]) -> set[str]:
     """The packages and all that they require here.
 
     Raises:
         HostError: one of them is not installed.
     """
     found: set[str] = set()
-    pending = list(names)
+    pending = [*names]
     while pending:
         name = re.sub(r"[-_.]+", "-", pending.pop()).lower()
         if name in found:
