@@ -12,9 +12,11 @@ export PYSPARK_DRIVER_PYTHON="$PWD/.venv/bin/python" # spark-submit finds Spark 
 # Images are decoded and inferred in Python workers, outside of the JVM: an executor's overhead holds a worker a core,
 # each of at most inference.memory_megabytes (2048), and its heap (executor.memory) may stay small.
 # Client mode: the driver runs here, in .venv, and lists, plans and publishes.
+# A credential that is an environment variable reaches executors with --conf spark.executorEnv.NAME="$NAME".
 exec .venv/bin/spark-submit \
   --master "${MASTER:-yarn}" \
   --deploy-mode client \
+  --driver-java-options "-Dlog4j2.configurationFile=file://$PWD/conf/log4j2.properties" \
   --archives "${ARCHIVE:-out/pack/executors.tar.gz}#environment" \
   --conf spark.pyspark.python=./environment/bin/python \
   --conf spark.pyspark.driver.python=.venv/bin/python \

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from helpers.config import PROJECT, Config, detect_profile
 from helpers.errors import HostError, UserError
 from helpers.java import check_java
-from helpers.session import check_answers, find_environment
+from helpers.session import check_answers, find_environment, shown_master
 from helpers.storage import open_storage
 
 MINIMUM_PYTHON = (3, 11)
@@ -42,6 +42,7 @@ def examine(config: Config, names: Collection[str] = ()) -> list[Finding]:
         "openvino": _openvino,
         "data": _data,
         "models": _models,
+        "secret": _secret,
         "storage": _storage,
         "machine": _machine,
     }
@@ -100,7 +101,7 @@ def _spark(config: Config) -> str:
         check_answers(master)
     if config.spark.mode == "cluster":
         _check_master(master)
-    where = "the session of this host" if config.spark.mode == "databricks" else master
+    where = "the session of this host" if config.spark.mode == "databricks" else shown_master(config)
     return f"pyspark {_version('pyspark')}, mode {config.spark.mode}, {where} (profile {config.profile})"
 
 
@@ -157,6 +158,16 @@ def _models(config: Config) -> str:
     if not names:
         return f"none yet in {storage.root}: notebooks 01 and 03 make them (`make run`), and `python -m helpers export`"
     return f"{', '.join(names)} in {storage.root}"
+
+
+def _secret(config: Config) -> str:
+    from helpers.credentials import resolve
+
+    reference = config.storage.credential
+    if reference == "default":
+        return "default: looked for when an abfss:// location is opened"
+    resolve(reference, account="doctor")
+    return f"{reference} is there"
 
 
 def _storage(config: Config) -> str:

@@ -67,7 +67,8 @@ def get_spark(config: Config) -> "SparkSession":
                 warnings.filterwarnings("ignore", "Failed to set", UserWarning)
             spark = builder.getOrCreate()
     except Exception as error:
-        raise HostError(f"no Spark session from {config.spark.master}: {first_line(error)}") from error
+        said = first_line(error).replace(config.spark.master, shown_master(config))
+        raise HostError(f"no Spark session from {shown_master(config)}: {said}") from None
     if not own_jvm:
         set_where_allowed(spark, SESSION_SETTINGS)
     new = spark not in _shipped
@@ -129,6 +130,11 @@ def spark_failure(error: Exception) -> str:
     found = (ours or python or crashed or lines or [type(error).__name__])[-1 if ours or python else 0]
     remedy = f": {PACKAGES_REMEDY}" if re.match(r"ModuleNotFoundError|PySparkImportError", found) else ""
     return re.sub(r"^helpers\.errors\.\w+: ", "", found) + remedy
+
+
+def shown_master(config: Config) -> str:
+    """The master or remote, without the parameters of a remote: a token may be among them."""
+    return config.spark.master.partition("/;")[0]
 
 
 def check_answers(remote: str) -> None:

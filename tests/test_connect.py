@@ -134,9 +134,10 @@ def test_a_model_that_the_server_cannot_read_is_one_clear_error(server, samples,
 def test_where_no_server_answers_there_is_one_clear_error_at_once(samples, bundle_uri, tmp_path):
     with contextlib.closing(socket.create_server((LOOPBACK, 0))) as free:
         port = free.getsockname()[1]
-    settings = ["spark.mode=connect", f"spark.master=sc://{LOOPBACK}:{port}/;user_id=me"]
+    settings = ["spark.mode=connect", f"spark.master=sc://{LOOPBACK}:{port}/;token=planted"]
     run = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *settings).finish()
     run.assert_one_clear_error(f"{LOOPBACK}:{port}", "start-connect-server.sh", "spark.master")
+    assert "planted" not in run.errors
 
 
 def test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs(models, tmp_path):

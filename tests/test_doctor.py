@@ -1,5 +1,6 @@
 """For every host, what is missing is named with the one step that mends it."""
 
+import base64
 import contextlib
 import socket
 
@@ -87,3 +88,19 @@ def test_bundles_are_listed_and_their_absence_stops_nothing(bundle_uri, tmp_path
     assert "one in " in look("models", "local", **{"paths.models": str(tmp_path)}).detail
     none = look("models", "local", **{"paths.models": str(tmp_path / "none")})
     assert none.ok and "make run" in none.detail
+
+
+def test_a_credential_is_looked_for_and_never_shown(monkeypatch):
+    secret = base64.b64encode(b"planted").decode()
+    monkeypatch.setenv("A_KEY", secret)
+    found = look("secret", "local", **{"storage.credential": "env:A_KEY"})
+    assert found.ok and secret not in str(found)
+    monkeypatch.delenv("A_KEY")
+    missing = look("secret", "local", **{"storage.credential": "env:A_KEY"})
+    assert not missing.ok and "A_KEY" in missing.detail
+
+
+def test_a_remotes_token_is_not_shown(listening):
+    master = f"sc://{listening}/;token=planted"
+    finding = look("spark", "cluster", **{"spark.mode": "connect", "spark.master": master})
+    assert finding.ok and listening in finding.detail and "planted" not in str(finding)
