@@ -173,7 +173,12 @@ def test_the_python_task_reads_parameters_that_there_are(job):
 def test_the_python_task_is_the_command(samples, bundle_uri, tmp_path):
     """As Databricks executes it: compiled from its path, without `__file__`, by a process in another folder."""
     (task,) = [task for task in tasks("notebooks") if "spark_python_task" in task]
-    values = {"source": str(samples), "paths.models": str(tmp_path), "paths.results": str(tmp_path), "paths.runs": "r"}
+    values = {
+        "source": str(samples),
+        "paths.models": str(tmp_path),
+        "paths.results": str(tmp_path),
+        "paths.runs": str(tmp_path / "runs"),
+    }
     arguments = [
         re.sub(r"\{\{job\.parameters\.\[?([\w.]+)\]?\}\}", lambda m: values[m[1]], a)
         for a in task["spark_python_task"]["parameters"]
