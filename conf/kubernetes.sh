@@ -7,14 +7,14 @@
 # Locations: abfss:// (workload identity, or a secret as an environment variable), or a volume that all pods mount.
 set -eu
 [ $# -ge 3 ] || { sed -n '2,7s/^# //p' "$0"; exit 2; }
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
 source=$1 model=$2 output=$3
 shift 3
-export PYSPARK_DRIVER_PYTHON="$PWD/.venv/bin/python" # spark-submit finds Spark by it
+export PYSPARK_DRIVER_PYTHON="$root/.venv/bin/python" # spark-submit finds Spark by it
 # A pod's memory is heap and overhead, and Python workers live in the overhead: one a core, of at most
 # inference.memory_megabytes (2048) each. The answer, with the JSON summary, is the log of the driver's pod.
 # A credential that is an environment variable: spark.kubernetes.{driver,executor}.secretKeyRef.NAME=SECRET:KEY.
-exec .venv/bin/spark-submit \
+exec "$root/.venv/bin/spark-submit" \
   --master "k8s://${API:?the address of the cluster, https://HOST:6443}" \
   --deploy-mode cluster \
   --name spark-vision \

@@ -106,7 +106,14 @@ def test_workers_without_our_packages_run_from_the_archive(
 def test_the_recipe_for_yarn_runs_on_such_a_cluster(cluster, samples, bundle_uri, archive, tmp_path, monkeypatch):
     """The script as it is: another master, executors as small as the cluster's workers."""
     monkeypatch.delenv("PYSPARK_PYTHON", raising=False)
-    small = {"MASTER": cluster.url, "ARCHIVE": str(archive), "CORES": "1", "EXECUTORS": "2", "HEAP": "512m"}
+    small = {
+        "MASTER": cluster.url,
+        "ARCHIVE": str(archive),
+        "CORES": "1",
+        "EXECUTORS": "2",
+        "HEAP": "512m",
+        "OVERHEAD": "384m",
+    }
     for name, value in {**small, "SPARK_LOCAL_IP": LOOPBACK}.items():
         monkeypatch.setenv(name, value)
     process = Process(
