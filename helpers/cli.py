@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--executors", required=True, type=int, metavar="K", help="how many executors")
     command.add_argument("--cores", type=int, default=1, metavar="C", help="tasks at once of each executor")
     command.add_argument(
-        "--speed", type=_speeds, default=[1.0], metavar="S[,S...]", help="of the executors in turn; 1: as the records'"
+        "--speed", type=speeds, default=[1.0], metavar="S[,S...]", help="of the executors in turn; 1: as the records'"
     )
     command.add_argument(
         "--executors-a-machine", type=int, default=1, metavar="M", help="executors that share a machine"
@@ -157,5 +157,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _speeds(text: str) -> list[float]:
+def speeds(text: str) -> list[float]:
+    """The value of `--speed`; a ValueError is argparse's to explain."""
     return [float(part) for part in text.split(",")]

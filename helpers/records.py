@@ -133,12 +133,15 @@ def read_runs(locations: str | Iterable[str], config: Config | None = None) -> p
         config: says how object storage is reached.
 
     Raises:
-        DataError: there is no record.
+        DataError: there is no record, or one is damaged.
         StorageError: a location cannot be used.
     """
     rows = []
     for storage, path in _find(locations, config):
-        values = json.loads(storage.read(path))
+        try:
+            values = json.loads(storage.read(path))
+        except ValueError as error:
+            raise DataError(f"{path} is not the record of a run ({error}); remove it, or copy it again") from None
         rows.append({**values, "master": values["config"]["spark"]["master"], "file": path})
     if not rows:
         shown = locations if isinstance(locations, str) else ", ".join(locations)

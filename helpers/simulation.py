@@ -103,8 +103,9 @@ def _without_trouble(work: np.ndarray, pace: np.ndarray, begin: np.ndarray) -> S
         starts.append(start)
         ends.append(end)
     order = np.argsort(ends, kind="stable")
-    columns = (np.arange(work.size), np.array(slots, int), np.array(starts, float), np.array(ends, float))
-    return Schedule(*(column[order] for column in columns), np.full(work.size, "ended"))
+    tasks, begins = np.arange(work.size)[order], np.array(starts, float)[order]
+    outcome = np.full(work.size, "ended")
+    return Schedule(tasks, np.array(slots, int)[order], begins, np.array(ends, float)[order], outcome)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Several runs in one Spark session, in a process of its own: sessions of different masters cannot share one.
 
-Each run leaves its records beside its results (`helpers.records`). Before them one run warms the session up, so that
-they can be compared with each other.
+Each run leaves its record beside its results (`helpers.records`), in place of those of earlier sweeps. The first run is
+made twice and its second record kept, so that all are of a session that is warm, and can be compared.
 """
 
 import json
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from helpers.errors import RunError
-
-WARM_UP = "warm-up"
+from helpers.records import RUNS
+from helpers.storage import open_storage
 
 
 def sweep(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> None:
@@ -45,11 +45,11 @@ def main() -> None:
     job = json.load(sys.stdin)
     shared = {**job["settings"], "resume": False}
     spark = get_spark(load_config(**shared))
-    first = job["runs"][0]
-    for run in [{**first, "output": f"{first['output']}-{WARM_UP}"}, *job["runs"]]:
-        places = [run[name] for name in ("source", "model", "output")]
+    for run in [*job["runs"][:1], *job["runs"]]:
         own = {name: value for name, value in run.items() if name not in ("source", "model", "output")}
-        pipeline.run(spark, *places, load_config(**{**shared, **own}))
+        config = load_config(**{**shared, **own})
+        open_storage(run["output"], config).delete(RUNS)
+        pipeline.run(spark, run["source"], run["model"], run["output"], config)
     spark.stop()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from helpers.bundle import Bundle, InputSpec, load_bundle
 from helpers.storage import open_storage
 
-IMAGENET = {"color": "rgb", "mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 NETWORKS = {"light": ("mobilenet_v3_large", 224), "heavy": ("resnet50", 550)}  # of torchvision, and the input's side
 
 
@@ -56,7 +56,7 @@ def make_bundle(name: str, folder: Path) -> Bundle:
         name=name,
         task="classification",
         build=build,
-        input=InputSpec(height=side, width=side, **IMAGENET),
+        input=InputSpec(height=side, width=side, color="rgb", mean=IMAGENET_MEAN, std=IMAGENET_STD),
         outputs=("logits",),
         labels=tuple(f"class {i}" for i in range(1000)),
         postprocess={"top_k": 3},
@@ -73,10 +73,10 @@ def _jpeg(rng: np.random.Generator, sides: tuple[int, int]) -> bytes:
     # Smooth colours, edges and grain: what a photograph's compressed size and decoding time come from.
     image = cv2.resize(rng.integers(0, 256, (12, 12, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
     for _ in range(12):
-        centre, axes = rng.integers(0, (width, height)), rng.integers(10, 160, 2)
+        centre, axes = rng.integers(0, (width, height)).tolist(), rng.integers(10, 160, 2).tolist()
         colour = tuple(int(c) for c in rng.integers(0, 256, 3))
         cv2.ellipse(image, centre, axes, int(rng.integers(0, 180)), 0, 360, colour, -1)
-    noise = rng.normal(0, 9, image.shape).astype(np.float32)
+    noise = np.asarray(rng.normal(0, 9, image.shape), np.float32)
     image = np.clip(image + cv2.GaussianBlur(noise, (0, 0), 0.8), 0, 255).astype(np.uint8)
     return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
 

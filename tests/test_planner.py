@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 
 from helpers.cost_model import CostModel, fit
 from helpers.errors import DataError
+from helpers.makespan import equal_makespan, expected_makespan
 from helpers.planner import (
     PARTS,
     Cluster,
     best_partitions,
     curve,
-    equal_makespan,
-    expected_makespan,
     play,
     predict,
 )
