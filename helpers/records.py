@@ -84,7 +84,8 @@ def describe(
         "model": task.model,
         "bundle": manifest.digest,
         "flops": manifest.flops,
-        "slots": slots,
+        "slots": slots,  # as planned for; Spark counts a cluster of one core as two
+        "workers": len({(record["host"], record["process"]) for record in records}),
         "partitions": len(records),
         **{name: sum(record[name] for record in records) for name in ("images", "failed", "bytes")},
         "retries": sum(record["attempt"] for record in records),

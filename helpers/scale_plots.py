@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from helpers.task import STAGES
 
@@ -118,7 +118,7 @@ def plot_partitions(table: pd.DataFrame, predicted: pd.DataFrame | None = None) 
     axis.set_xscale("log", base=2)
     ticks = rows["partitions"].to_numpy()
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.set(xlabel="partitions", ylabel="images/s", ylim=(0, None))
+    axis.set(xlabel="partitions", ylabel="images/s", ylim=(0, 1.1 * rows["images_per_second"].max()))
     above = axis.secondary_xaxis("top")
     above.set_xticks(ticks, [f"{images:.0f}" for images in rows["images"] / ticks])
     above.set_xlabel("images a partition")
@@ -217,18 +217,18 @@ def plot_curve(table: pd.DataFrame, executors: int, price: float = 0.0) -> Figur
     axis.axvline(executors, color="grey", linestyle=":")
     axis.set(xlabel="executors", ylabel=f"time, {unit}", xscale="log", yscale="log")
     chosen = table.set_index("executors").loc[executors]
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.set_xticks(table["executors"], [str(n) for n in table["executors"]])
     axis.minorticks_off()
-    title = f"{executors} executors: {chosen['seconds'] / scale:.1f} {unit}"
+    title = f"{executors} executors take {chosen['seconds'] / scale:.1f} {unit}"
     if price:
         right = axis.twinx()
         right.plot(table["executors"], table["cost"], marker="s", color="C1", label="cost")
         right.set(ylabel="cost", ylim=(0, 1.2 * table["cost"].max()))
         title += f" for {chosen['cost']:,.2f}"
         axis.legend(handles=[axis.get_lines()[0], right.get_lines()[0]], loc="upper center")
-    axis.set_title(f"{title}, {chosen['efficiency']:.0%} of what as many single ones do")
+    axis.set_title(f"{title}, at an efficiency of {chosen['efficiency']:.0%}")
     return figure
 
 

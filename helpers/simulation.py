@@ -192,6 +192,8 @@ class _Stage:
                 end - start for (_, _, start, end), o in zip(self.rows, self.outcomes, strict=True) if o == "ended"
             ]
             self.times = sorted(ended)
+        if not self.times:
+            return
         most = multiplier * self.times[len(self.times) // 2]
         alone = [(next(iter(a.values()))[1], task) for task, a in self.running.items() if len(a) == 1]
         for start, task in sorted(alone):

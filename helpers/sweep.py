@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from helpers.config import PROJECT
 from helpers.errors import RunError
 from helpers.records import RUNS
 from helpers.storage import open_storage
@@ -28,7 +29,7 @@ def sweep(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> Non
     """
     job = json.dumps({"settings": dict(settings), "runs": [dict(run) for run in runs]})
     command = [sys.executable, "-m", "helpers.sweep"]
-    found = subprocess.run(command, input=job, capture_output=True, text=True, check=False)
+    found = subprocess.run(command, cwd=PROJECT, input=job, capture_output=True, text=True, check=False)
     if found.returncode:
         raise RunError(
             f"the runs on {settings.get('spark.master', 'the default master')} failed:\n{found.stderr[-2000:]}"

@@ -20,7 +20,7 @@ def test_a_sweep_on_a_cluster_leaves_records_and_no_process(samples, bundle_uri,
         sweep({**cluster.settings, "paths.runs": str(tmp_path / "runs")}, [run])
     assert not any(process.is_running() for process in processes)
     (made,) = read_runs(str(tmp_path / "out")).to_dict("records")
-    assert made["master"] == cluster.url and (made["images"], made["slots"]) == (64, 1)
+    assert made["master"] == cluster.url and (made["images"], made["workers"]) == (64, 1)
     tasks = read_tasks(str(tmp_path / "out"))
     assert len(tasks) == 3 and tasks["process"].nunique() == tasks["executor"].nunique() == 1
     assert (tasks["load_seconds"] == 0).all()  # of the run that warms up, which is not among these

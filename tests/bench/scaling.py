@@ -2,8 +2,8 @@
 
     .venv/bin/python tests/bench/scaling.py [--work FOLDER] [--repeats 3] [--quick]
 
-Makes its own photographs and models, runs both in warm sessions of `local[1]`, `local[2]` and of a standalone cluster of
-one and of two one-core workers, and prints a table of medians, their ratios, and predictions beside what they predict.
+Makes its own photographs and models, runs both in warm sessions of `local[1]`, `local[2]` and of a standalone cluster
+of one and of two one-core workers, and prints medians, their ratios, and predictions beside what was measured.
 About five minutes; use a machine that does nothing else meanwhile.
 """
 
@@ -87,7 +87,8 @@ def predictions(runs: pd.DataFrame, tasks: pd.DataFrame) -> pd.DataFrame:
     """Medians of runs that are alike, and what a model fitted on one configuration says of them."""
     model = fit(runs[(runs["where"] == FITTED) & runs["name"].str.isdigit()], tasks)
     runs = runs.assign(name=runs["name"].where(~runs["name"].str.isdigit(), "repeats"))
-    keys = ["where", "name", "slots", "partitions", "images", "bytes"]
+    runs["cores"] = runs.groupby("where")["workers"].transform("max")
+    keys = ["where", "name", "cores", "partitions", "images", "bytes"]
     table = runs.groupby(keys, as_index=False)["seconds"].median()
     table["predicted"] = [_predict(model, row) for row in table.itertuples()]
     table["error"] = table["predicted"] / table["seconds"] - 1
@@ -99,7 +100,7 @@ def predictions(runs: pd.DataFrame, tasks: pd.DataFrame) -> pd.DataFrame:
 
 
 def _predict(model, row) -> float:
-    cluster = Cluster(row.slots, speeds=(1.0, SLOW) if row.where == "slow" else (1.0,), executors_a_machine=row.slots)
+    cluster = Cluster(row.cores, speeds=(1.0, SLOW) if row.where == "slow" else (1.0,), executors_a_machine=row.cores)
     return predict(model, row.images, cluster, row.partitions, image_bytes=row.bytes / row.images).seconds
 
 
