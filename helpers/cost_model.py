@@ -132,4 +132,4 @@ def _known(value: float) -> float:
 
 
 def _median(values: pd.Series) -> float:
-    return _known(values.median())
+    return _known(values.dropna().median()) if values.notna().any() else 0.0

@@ -1,9 +1,12 @@
 """Every figure has units on its axes and one message, which is what its numbers say."""
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from helpers import scale_plots as plots
 from helpers.planner import Cluster, curve
@@ -87,3 +90,13 @@ def test_a_timeline_has_a_bar_for_each_task(figures, tasks):
     assert [len(panel) for panel in bars] == [8, 8]
     widths = sorted(bar.get_width() for bar in bars[1])
     np.testing.assert_allclose(widths, sorted(tasks[tasks["output"] == "slow"]["seconds"]))
+
+
+def test_a_compact_figure_is_smaller_and_looks_the_same(figures):
+    picture = plots.compact(figures["stages"])
+    buffer, whole = io.BytesIO(), io.BytesIO()
+    picture.save(buffer, "png")
+    figures["stages"].savefig(whole, dpi=100)
+    assert len(buffer.getvalue()) < 0.5 * len(whole.getvalue())
+    difference = np.asarray(picture.convert("RGB"), int) - np.asarray(Image.open(whole).convert("RGB"), int)
+    assert np.abs(difference).mean() < 1
