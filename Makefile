@@ -8,11 +8,12 @@ NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=out/notebooks/%)
 SOURCES := $(wildcard helpers/*.py helpers/*/*.py conf/*)
 CLASSES := .venv/spark-classes.jsa
+AZURITE := .venv/node/node_modules/azurite
 DATA := out/data/FashionMNIST/.ready
 # apt-get as root or through sudo without a password; empty where there is neither
 APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo apt-get || { sudo -n true 2>/dev/null && echo sudo apt-get; }; })
 
-.PHONY: setup run test lint notebooks clean java
+.PHONY: setup run test lint notebooks clean java azurite
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready java $(CLASSES) $(DATA)
@@ -32,6 +33,13 @@ java: .venv/.ready
 $(CLASSES): .venv/.ready | java
 	@echo "== Spark's classes, archived =="
 	-@$(BIN)/python -m helpers.java archive
+
+# 3.35.0 is the newest for node 20, and any node that runs it will do.
+azurite: .venv/.ready
+	@[ -f $(AZURITE)/package.json ] \
+	  || { echo "== Azurite =="; command -v npm >/dev/null || { [ -n "$(APT)" ] && $(APT) update -qq && $(APT) install -y -qq npm; } \
+	       && npm install --prefix .venv/node --no-audit --no-fund --loglevel=error azurite@3.35.0; } \
+	  || echo "Azurite cannot be installed here (it needs npm): the tests of ADLS are skipped, in CI they fail"
 
 $(DATA): | .venv/.ready
 	@echo "== Fashion-MNIST =="
@@ -54,7 +62,7 @@ out/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | setup
 	@echo "== $* =="
 	@$(BIN)/papermill $< $@ --cwd notebooks --log-output --no-progress-bar
 
-test: setup
+test: setup azurite
 	$(BIN)/pytest
 	$(BIN)/pytest --nbval notebooks --nbval-sanitize-with conf/nbval.cfg
 

@@ -10,7 +10,8 @@ Executors import this module, so it needs the standard library only.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from helpers.errors import BundleError
@@ -78,7 +79,7 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     format: int = FORMAT
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Twelve hexadecimal digits that change when anything in the bundle does."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
@@ -128,7 +129,7 @@ class Bundle:
 def save_bundle(storage: Storage, manifest: Manifest, files: dict[str, bytes]) -> Bundle:
     """Write a bundle; the manifest last, so that a folder with a manifest is complete."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    manifest = Manifest(**{**vars(manifest), "files": digests})
+    manifest = replace(manifest, files=digests)
     storage.delete(MANIFEST)
     for name, content in files.items():
         storage.write(name, content)

@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("run", parents=[shared], help="the four stages over every image below a location")
-    command.add_argument("--source", required=True, metavar="URI", help="folder or container of images")
+    command.add_argument("--source", required=True, metavar="URI", help="folder or container of images and videos")
     command.add_argument("--model", required=True, metavar="URI", help="model bundle")
     command.add_argument("--output", required=True, metavar="URI", help="where results go, as Parquet in results/")
     command.set_defaults(command=run)

@@ -72,6 +72,13 @@ class IngestSettings(_Section):
     max_pixels: Positive
 
 
+class VideoSettings(_Section):
+    """Which files are videos, and which of their frames are images."""
+
+    suffixes: tuple[str, ...]
+    every: Positive
+
+
 class PartitionSettings(_Section):
     """How images are divided into tasks."""
 
@@ -105,6 +112,7 @@ class Config(_Section):
     pictures: Annotated[int, Field(ge=0)]
     max_failed_share: Fraction
     ingest: IngestSettings
+    video: VideoSettings
     partitioning: PartitionSettings
     inference: InferenceSettings
     postprocess: dict[str, float | int | str | bool]

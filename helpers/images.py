@@ -4,6 +4,8 @@ Training pictures, calibration, evaluation and the pipeline all come through her
 differ enough to change predictions. Executors import this module.
 """
 
+import errno
+
 import cv2
 import numpy as np
 
@@ -19,8 +21,24 @@ REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.
 SHOWN_BYTES = 12  # of a file that is no image, in its error
 
 
+READ_ERRORS = {
+    errno.ENOENT: "the file is gone: it was moved or deleted after it was listed, or its link leads nowhere",
+    errno.EACCES: "the file cannot be read: permission denied",
+    errno.EPERM: "the file cannot be read: permission denied",
+    errno.EISDIR: "this is a directory, not an image file",
+    errno.ELOOP: "the link leads back to itself",
+}
+
+
 class UnreadableImageError(ValueError):
     """The bytes are no image that can be used; the message says why, for the row's `error`."""
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, for the row's `error`."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return READ_ERRORS.get(error.errno or 0, f"the file cannot be read: {error.strerror or error}")
 
 
 def decode(content: bytes | memoryview, max_pixels: int) -> Image:

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ _models: dict[tuple[str, str, int], "Model"] = {}
 
 @dataclass(frozen=True)
 class Model:
-    """A compiled model: how long loading took, and the names of its outputs."""
+    """A compiled model: how long loading took, the names of its outputs, and requests that wait to be used again."""
 
     compiled: ov.CompiledModel
     outputs: tuple[str, ...]
     load_seconds: float
+    idle: list[ov.InferRequest] = field(default_factory=list)  # making one takes milliseconds, and each task needs two
 
     def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
         """Run batches through the model, in order; the next is prepared while one is computed.
@@ -46,24 +47,24 @@ class Model:
         Yields:
             The same anything, and the outputs by name, each float32 `[B, ...]`.
         """
-        idle = [self.compiled.create_infer_request() for _ in range(REQUESTS)]
         pending: deque[tuple[Any, np.ndarray, ov.InferRequest | None]] = deque()
         for item, pixels in batches:
-            request = idle.pop() if len(pixels) else None
-            if request:
-                request.start_async({0: pixels}, share_inputs=True)
-            pending.append((item, pixels, request))
+            pending.append((item, pixels, self._start(pixels) if len(pixels) else None))
             if len(pending) == REQUESTS:
-                yield self._finish(pending.popleft(), idle)
+                yield self._finish(*pending.popleft())
         while pending:
-            yield self._finish(pending.popleft(), idle)
+            yield self._finish(*pending.popleft())
 
-    def _finish(self, started: tuple[Any, np.ndarray, Any], idle: list[ov.InferRequest]) -> tuple[Any, dict]:
-        item, _, request = started
+    def _start(self, pixels: np.ndarray) -> ov.InferRequest:
+        request = self.idle.pop() if self.idle else self.compiled.create_infer_request()
+        request.start_async({0: pixels}, share_inputs=True)
+        return request
+
+    def _finish(self, item: Any, _: np.ndarray, request: ov.InferRequest | None) -> tuple[Any, dict[str, np.ndarray]]:
         if request is None:
             return item, {}
         request.wait()
-        idle.append(request)
+        self.idle.append(request)
         return item, {name: request.get_tensor(name).data.copy() for name in self.outputs}
 
 

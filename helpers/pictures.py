@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from helpers.config import Config
 from helpers.images import Image, UnreadableImageError, decode
 from helpers.results import read_table
+from helpers.stages import read_images
 from helpers.storage import Storage
 from helpers.yolact.masks import decode_mask
 
@@ -42,14 +43,19 @@ def draw_sample(output: Storage, files: list[str], source: Storage, config: Conf
             break
         table = read_table(output, file)
         table = table.filter(pc.is_null(table["error"])).slice(0, math.ceil(config.pictures / len(files)))
-        for row in table.slice(0, config.pictures - len(pictures)).to_pylist():
+        table = table.slice(0, config.pictures - len(pictures))
+        predictions = dict(zip(table["path"].to_pylist(), table["predictions"].to_pylist(), strict=True))
+        for batch in read_images(table.to_batches(), source, most_images=1, most_bytes=1):
+            path, error, content = (batch[name][0].as_py() for name in ("path", "error", "content"))
             try:
-                image = decode(source.read(row["path"]), config.ingest.max_pixels)
-            except (OSError, UnreadableImageError) as error:
-                log.warning("no picture of %s: %s", row["path"], error)  # it was there when the task read it
+                if error is not None:
+                    raise UnreadableImageError(error)
+                image = decode(content, config.ingest.max_pixels)
+            except UnreadableImageError as why:
+                log.warning("no picture of %s: %s", path, why)  # it was there when the task read it
                 continue
-            png = cv2.imencode(".png", draw(image, row["predictions"]))[1]
-            pictures[picture_name(row["path"])] = png.tobytes()
+            png = cv2.imencode(".png", draw(image, predictions[path]))[1]
+            pictures[picture_name(path)] = png.tobytes()
     return pictures
 
 

@@ -28,12 +28,12 @@ from helpers.partitioning import PartitionPlan
 from helpers.pictures import draw_sample
 from helpers.postprocessing import parameters_for
 from helpers.progress import Progress
-from helpers.readers import choose_reader, planned_paths, read_by_spark
+from helpers.readers import choose_reader, find_frames, planned_paths, read_by_spark, reading
 from helpers.records import Stopwatch, describe, write_record
-from helpers.results import PICTURES, ResultStore, replaced, without
+from helpers.results import PICTURES, ResultStore, outdated, replaced, without
 from helpers.run_dashboard import log_run
 from helpers.session import get_slots, spark_failure, spark_schema
-from helpers.storage import open_storage
+from helpers.storage import Storage, open_storage
 from helpers.task import RECORD_SCHEMA, Task
 
 if TYPE_CHECKING:
@@ -73,24 +73,18 @@ class RunSummary:
 
 
 def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
-    """Stage 1: the images below a location with their bytes, one row each, in planned partitions.
+    """Stage 1: the images below a location, every k-th frame of videos among them, with their bytes, one row each.
 
     Returns:
         A DataFrame of `stages.IMAGE_SCHEMA`; nothing is read until an action.
     """
     storage = open_storage(source, config)
-    images = listing.list_images(storage, config).images
+    images = _find_frames(spark, storage, listing.list_images(storage, config), config)
     plan = listing.plan(images, get_slots(spark), config)
     manifest = listing.manifest(images, plan)
     if choose_reader(spark, storage, manifest, config) == "spark":
         return read_by_spark(spark, storage, manifest, config)
-    read = partial(
-        stages.read_images,
-        storage=storage,
-        most_images=config.inference.max_batch,
-        most_bytes=config.inference.batch_megabytes * 2**20,
-    )
-    return planned_paths(spark, manifest, plan).mapInArrow(read, spark_schema(stages.IMAGE_SCHEMA))
+    return planned_paths(spark, manifest, plan).mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
 
 
 def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
@@ -143,8 +137,9 @@ def run(
 ) -> RunSummary:
     """Run the four stages, fused, over every image below a location, and publish the results once.
 
-    Images whose path, length and modification time are already in the results are skipped, unless `config.resume` is
-    false. A damaged image is a row with an `error`. `session_seconds`, what the session took to start, is recorded.
+    Every k-th frame of a video (`video.every`) is an image too, with the path `FILE#frame=N`. Images whose path, length
+    and modification time are already in the results are skipped, unless `config.resume` is false. A damaged image is a
+    row with an `error`. `session_seconds`, what the session took to start, is recorded.
 
     Raises:
         RunError: no image, results of another model in the output, another run at work there, or a failed job.
@@ -163,7 +158,8 @@ def run(
         _check_model(done, task.model, store)
         slots = get_slots(spark)
         watch.lap("open")
-        images = listing.list_images(task.source, config, skip=store.folders).images
+        listed = listing.list_images(task.source, config, skip=store.folders)
+        images = _find_frames(spark, task.source, listed, config)
         todo = without(images, done)
         plan = listing.plan(todo, slots, config, _image_seconds(task.bundle, config))
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
@@ -174,7 +170,8 @@ def run(
         if records:
             write_record(task.output, about, records)
         watch.lap("log")
-        published = store.publish([r["file"] for r in records], replaced(todo, done))
+        old = [*replaced(todo, done).chunks, *outdated(done, images, listed.videos).chunks]
+        published = store.publish([r["file"] for r in records], pa.chunked_array(old, pa.string()))
         store.unstage()
         watch.lap("publish")
         pictures = _draw(task, published, config)
@@ -214,6 +211,13 @@ def model_identity(bundle: Bundle, parameters: dict[str, Any], config: Config) -
     """Name a model in the results so that whatever changes its predictions changes its name."""
     settings = json.dumps([bundle.manifest.digest, parameters, config.inference.precision], sort_keys=True)
     return f"{bundle.manifest.name}@{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+
+def _find_frames(spark: "SparkSession", storage: Storage, listed: listing.Listing, config: Config) -> pa.Table:
+    try:
+        return find_frames(spark, storage, listed, config)
+    except Exception as error:
+        raise RunError(f"the frames of the videos could not be found: {spark_failure(error)}") from error
 
 
 def _run_tasks(

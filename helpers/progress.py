@@ -4,6 +4,7 @@ On a terminal and in a notebook there is a bar; in a log a line every few second
 """
 
 import builtins
+import contextlib
 import logging
 import sys
 import threading
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 from tqdm import tqdm
+
+from helpers.errors import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +46,12 @@ class Progress:
 
     def _watch(self) -> None:
         show = sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
-        logged = self._start
+        logged, images, failed = self._start, 0, 0
         with tqdm(total=self._total, unit=" images", smoothing=0, disable=not show, file=sys.stderr) as bar:
             while True:
                 ended = self._ended.wait(POLL_SECONDS)
-                images, failed = self._count()
+                with contextlib.suppress(StorageError):  # of no matter here: the run itself tells what stops it
+                    images, failed = self._count()
                 bar.n = images
                 bar.set_postfix_str(f"{failed} failed" if failed else "")
                 if not show and time.monotonic() - logged >= LOG_SECONDS:

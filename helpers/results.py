@@ -14,16 +14,20 @@ that outlives its driver writes to a staging folder that is gone, or that nobody
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from helpers.errors import RunError
+from helpers.prefetch import map_groups
 from helpers.records import RUNS
 from helpers.stages import KEY, RESULT_SCHEMA
 from helpers.storage import Storage
 from helpers.task import STAGING, staged_counts, staging
+from helpers.video import split_paths
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +73,14 @@ class ResultStore:
 
     def rows(self, files: list[str] | None = None) -> pa.Table:
         """Path, length, modification time, model and file of every row in some files, by default all results."""
-        tables = []
-        for file in self._files(RESULTS) if files is None else files:
-            table = read_table(self.storage, file, columns=[*KEY_NAMES, "model"])
-            tables.append(table.append_column("file", pa.array([file] * table.num_rows, pa.string())))
+        files = self._files(RESULTS) if files is None else files
+        width = self.storage.concurrent_reads
+        groups = (files[start : start + width] for start in range(0, len(files), width))
+        read = map_groups(partial(read_table, self.storage, columns=[*KEY_NAMES, "model"]), groups, width)
+        tables = [
+            table.append_column("file", pa.array([file] * table.num_rows, pa.string()))
+            for file, table in zip(files, chain.from_iterable(read), strict=True)
+        ]
         return pa.concat_tables(tables or [ROWS_SCHEMA.empty_table()])
 
     def read(self) -> pa.Table:
@@ -168,6 +176,24 @@ def without(images: pa.Table, rows: pa.Table) -> pa.Table:
 def replaced(images: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
     """Paths of the images that have a row, of an earlier length or modification time."""
     return images.filter(_is_in(images["path"], rows["path"]))["path"]
+
+
+def outdated(rows: pa.Table, images: pa.Table, videos: pa.Table) -> pa.ChunkedArray:
+    """Paths of results of videos that have changed: the new version may have fewer frames, or none.
+
+    Args:
+        rows: the results.
+        images: what is listed now, the videos' frames among it.
+        videos: the video files listed now.
+    """
+    if not videos.num_rows:
+        return rows["path"].slice(0, 0)
+    files, numbers = split_paths(rows["path"])
+    now = rows.select(KEY_NAMES).set_column(0, "path", files)
+    changed = pc.and_(_is_in(files, videos["path"]), pc.invert(_is_among(now, videos)))
+    # The other way round, a video without any frame that can be read now.
+    mended = pc.and_(pc.and_(pc.is_null(numbers), _is_among(now, videos)), pc.invert(_is_among(now, images)))
+    return rows.filter(pc.or_(changed, mended))["path"]
 
 
 def _of_later_runs(rows: pa.Table, run: str) -> pa.Table:

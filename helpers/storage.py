@@ -1,7 +1,8 @@
 """One interface to where images, models and results lie. A storage object pickles: tasks use it too.
 
-Today: local paths and mounts (`/data/photos`, `file:///data/photos`, `/Volumes/...` and `dbfs:/...` on Databricks).
-A new kind of location is one class with the methods of `Storage` and a line in `open_storage`.
+Local paths and mounts (`/data/photos`, `file:///data/photos`, `/Volumes/...` and `dbfs:/...` on Databricks) are here,
+ADLS Gen2 (`abfss://...`) in `helpers.adls`. A new kind of location is one class with the methods of `Storage` and a
+line in `open_storage`.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +37,8 @@ class StorageOptions:
         if not CREDENTIAL_REFERENCE.fullmatch(self.credential):
             # The value may be a secret set here by mistake, so it is not repeated.
             raise ValueError("not a reference: use default, env:NAME, secret:SCOPE/KEY or keyvault:VAULT/NAME")
+        if self.endpoint and re.search(r"[?@]", self.endpoint):
+            raise ValueError("an endpoint is an address, without a SAS token: name that with storage.credential")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Storage(Protocol):
     """What the pipeline needs of a location. Paths are as `list` gives them, or relative to the root."""
 
     root: str
+    concurrent_reads: int  # how many are worth having under way at once; 1 where reading does not mean waiting
 
     def list(self, prefix: str = "", directories: bool = False, skip: Collection[str] = ()) -> Iterator[Entry]:
         """Every file below the prefix, nested folders included but for those to skip, in no particular order."""
@@ -65,8 +69,11 @@ class Storage(Protocol):
     def create(self, path: str) -> contextlib.AbstractContextManager[BinaryIO]:
         """A file to write to, which appears under its name, whole, when the block ends without an exception."""
 
-    def write(self, path: str, data: bytes) -> None:
-        """Write one file whole: readers see the old content or the new, never a part."""
+    def write(self, path: str, data: bytes, overwrite: bool = True) -> None:
+        """Write one file whole: readers see the old content or the new, never a part.
+
+        Raises FileExistsError where there is one that is not to be overwritten.
+        """
 
     def rename(self, source: str, target: str) -> None:
         """Move one file, replacing the target if it exists."""
@@ -91,7 +98,8 @@ def open_storage(uri: str, config: Any = None) -> Storage:
     """Return the storage that holds a location.
 
     Args:
-        uri: a plain path, `file:` URI, `dbfs:/` URI or `/Volumes/...` path.
+        uri: a plain path, `file:` URI, `dbfs:/` URI, `/Volumes/...` path, or
+            `abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH`.
         config: a `Config`, whose `storage` section says how object storage is reached.
 
     Raises:
@@ -99,16 +107,26 @@ def open_storage(uri: str, config: Any = None) -> Storage:
     """
     if uri.startswith("dbfs:/"):
         return LocalStorage("/dbfs/" + uri.removeprefix("dbfs:").lstrip("/"))
+    if uri.startswith("abfss:"):
+        from helpers.adls import AdlsStorage  # most runs need no Azure SDK
+
+        return AdlsStorage(uri, config.storage if config else None)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", uri)
     if scheme is None or Path(uri).exists():
         return LocalStorage(uri)
     if scheme[1] == "file":
         return LocalStorage(unquote(urlsplit(uri).path) if uri.startswith("file:/") else uri.removeprefix("file:"))
-    raise StorageError(f"{uri}: {scheme[1]}: locations cannot be opened; use a path, file: or dbfs:/ URI")
+    from helpers.credentials import redact
+
+    raise StorageError(
+        f"{redact(uri)}: {scheme[1]}: locations cannot be opened; use a path, or a file:, dbfs:/ or abfss:// URI"
+    )
 
 
 class LocalStorage:
     """A folder of a file system that this process sees, mounts such as `/Volumes` included."""
+
+    concurrent_reads = 1
 
     def __init__(self, root: str):
         # Absolute, because workers have another working directory; without `..`, so that a file has one path.
@@ -147,28 +165,23 @@ class LocalStorage:
                         with contextlib.suppress(FileNotFoundError):
                             yield _entry(item.path, is_directory)
 
+    def open(self, path: str) -> BinaryIO:
+        """One file, to read from any position; raises OSError."""
+        return open(_to_name(self.join(path)), "rb", opener=_open_file)  # noqa: PTH123, SIM115 - the caller closes it
+
     def read(self, path: str) -> bytes:  # noqa: D102
-        with open(_to_name(self.join(path)), "rb", opener=_open_file) as file:  # noqa: PTH123 - it has no opener
+        with self.open(path) as file:
             return file.read()
 
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:  # noqa: D102
-        target = Path(self.join(path))
-        temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            with self._space(), temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with self._create(path, os.replace) as file:
+            yield file
 
-    def write(self, path: str, data: bytes) -> None:  # noqa: D102
+    def write(self, path: str, data: bytes, overwrite: bool = True) -> None:  # noqa: D102
         with self._space():
             Path(self.join(path)).parent.mkdir(parents=True, exist_ok=True)
-        with self.create(path) as file:
+        with self.create(path) if overwrite else self._create(path, os.link) as file:
             file.write(data)
 
     def rename(self, source: str, target: str) -> None:  # noqa: D102
@@ -203,6 +216,19 @@ class LocalStorage:
         with file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
+
+    @contextlib.contextmanager
+    def _create(self, path: str, publish: Callable[[Path, Path], None]) -> Iterator[BinaryIO]:
+        target = Path(self.join(path))
+        temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            with self._space(), temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _space(self) -> Iterator[None]:

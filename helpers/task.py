@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from helpers import stages
@@ -27,6 +26,7 @@ from helpers.bundle import Bundle
 from helpers.inference import batch_size, loading_seconds
 from helpers.stages import Batches
 from helpers.storage import Storage
+from helpers.video import split_paths
 
 STAGING = "_staging"
 ROW_GROUP_BYTES = 8 * 2**20
@@ -176,14 +176,15 @@ class Clock:
 
 def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
     """Write a partition's results as one Parquet file, under a name that tells the driver how many there are."""
-    totals, reasons = Counter[str](), Counter[str]()
+    totals, reasons, files = Counter[str](), Counter[str](), dict[str, int]()
     # On disk only where a partition's results are large; the storage then gets the file whole.
     with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
         with pq.ParquetWriter(spool, stages.RESULT_SCHEMA, compression="zstd") as writer:
             for table in _row_groups(batches):
                 writer.write_table(table)
                 errors = table["error"].drop_null()
-                totals.update(images=table.num_rows, failed=len(errors), bytes=pc.sum(table["length"]).as_py())
+                totals.update(images=table.num_rows, failed=len(errors))
+                files.update(zip(split_paths(table["path"])[0].to_pylist(), table["length"].to_pylist(), strict=True))
                 reasons.update(error.partition(";")[0] for error in errors.to_pylist())  # without details
         if not totals["images"]:
             return {}
@@ -196,7 +197,7 @@ def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
         "file": path,
         "images": totals["images"],
         "failed": totals["failed"],
-        "bytes": totals["bytes"],
+        "bytes": sum(files.values()),
         "reasons": top,
     }
 

@@ -1,8 +1,12 @@
 """What tests share: one Spark session, the data set, pictures as users have them, and a model bundle."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import dfs_facade
 import pytest
+from dfs_facade import DfsFacade
 
 from helpers import fashion_mnist
 from helpers.config import Config, load_config
@@ -72,3 +76,32 @@ def runs_apart(tmp_path_factory):
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("HELPERS_PATHS__RUNS", str(tmp_path_factory.mktemp("runs")))
         yield
+
+
+@pytest.fixture(scope="session")
+def dfs(tmp_path_factory) -> Iterator[DfsFacade]:
+    """ADLS Gen2 on loopback; its key is in the environment of this process and of its children, as `ADLS_KEY`."""
+    why = dfs_facade.missing()
+    if why and not (os.environ.get("CI") or os.environ.get("REQUIRE_AZURITE")):
+        pytest.skip(why)
+    assert not why, why
+    with (
+        pytest.MonkeyPatch.context() as environment,
+        dfs_facade.start_azurite(tmp_path_factory.mktemp("azurite")) as upstream,
+    ):
+        environment.setenv("ADLS_KEY", dfs_facade.KEY)
+        facade = DfsFacade(upstream)
+        yield facade
+        facade.stop()
+
+
+@pytest.fixture(scope="session")
+def adls_settings(dfs) -> dict[str, str]:
+    """What a configuration needs to reach it."""
+    return {"storage.endpoint": dfs.endpoint, "storage.credential": "env:ADLS_KEY"}
+
+
+@pytest.fixture
+def adls_root(dfs) -> str:
+    """A folder, which is not there yet, in a container of its own."""
+    return f"abfss://{dfs.make_container()}@{dfs_facade.ACCOUNT}.dfs.core.windows.net/a folder"

@@ -12,7 +12,8 @@ import pytest
 
 from helpers.config import PROJECT
 
-EXECUTOR_MODULES = ["stages", "task", "inference", "images", "postprocessing", "bundle", "storage"]
+EXECUTOR_MODULES = ["stages", "task", "inference", "images", "postprocessing", "bundle", "storage", "video", "frames"]
+EXECUTOR_MODULES += ["adls", "credentials", "lease", "prefetch"]
 HEAVY = {"torch", "torchvision", "pydantic", "onnx", "nncf", "matplotlib", "tensorboard"}
 NOT_IN_CONNECT = {"sparkContext", "rdd", "_jvm", "_jsc", "_jsparkSession"}
 MACHINE_PATH = re.compile(r"(?<![\w.\-/])/(?:root|work|home|tmp)/[\w.]")

@@ -1,5 +1,6 @@
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from helpers import stages
-from helpers.bundle import Manifest, OutputSpec, load_bundle
+from helpers.bundle import OutputSpec, load_bundle
 from helpers.errors import ConfigError
 from helpers.images import decode, fit
 from helpers.ingest import list_images, manifest, plan
@@ -242,7 +243,7 @@ def test_large_logits_give_probabilities_not_infinities(bundle):
 
 def test_outputs_of_more_dimensions_keep_their_shape(bundle):
     shapes = {"proto": (4, 3, 2), "loc": (5, 4)}
-    manifest = Manifest(**{**vars(bundle.manifest), "outputs": tuple(OutputSpec(*item) for item in shapes.items())})
+    manifest = replace(bundle.manifest, outputs=tuple(OutputSpec(*item) for item in shapes.items()))
     values = {name: np.random.default_rng(0).random((2, *shape), np.float32) for name, shape in shapes.items()}
     failed = np.array([False, True, False])
     for name, shape in shapes.items():
@@ -259,7 +260,7 @@ def test_unknown_post_processing_parameters_are_named_with_the_known(bundle):
 
 
 def test_a_task_without_post_processing_is_named_with_the_known(bundle):
-    manifest = Manifest(**{**vars(bundle.manifest), "task": "telepathy"})
+    manifest = replace(bundle.manifest, task="telepathy")
     with pytest.raises(ConfigError, match="telepathy.*classification"):
         parameters_for(manifest, {})
 

@@ -1,6 +1,7 @@
 """From an official kind of checkpoint to results, with a ResNet-50 network of arbitrary weights."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,7 +17,7 @@ from torch import nn
 
 from helpers import export, pictures, stages
 from helpers.architectures import get_architecture
-from helpers.bundle import Manifest, load_bundle
+from helpers.bundle import load_bundle
 from helpers.cli import main
 from helpers.config import load_config
 from helpers.errors import BundleError, ConfigError
@@ -249,7 +250,7 @@ def test_damaged_anchors_are_found_by_their_hash(bundle, tmp_path):
     changed = np.load(io.BytesIO(storage.read("priors.npy")))
     np.save(tmp_path / "priors.npy", changed + 1)
     damaged = load_bundle(storage)
-    other = Manifest(**{**vars(damaged.manifest), "name": "other"})  # of which nothing has been read yet
+    other = replace(damaged.manifest, name="other")  # of which nothing has been read yet
     with pytest.raises(BundleError, match="priors.npy is damaged"):
         get_arrays(other, damaged.read)
 

@@ -1,0 +1,34 @@
+"""Waiting for a distant storage while other work goes on. Executors import this module."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def map_groups(function: Callable[[T], R], groups: Iterable[Sequence[T]], threads: int) -> Iterator[list[R]]:
+    """Apply a function that waits to every item, group by group.
+
+    Args:
+        function: what to apply; an exception of it is raised when its group is asked for.
+        groups: the items; one group is worked on ahead of the one that the caller has.
+        threads: how many items wait at once; with 1 nothing is done ahead and there is no thread.
+    """
+    if threads == 1:
+        for group in groups:
+            yield [function(item) for item in group]
+        return
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
+    try:
+        coming: list | None = None
+        for group in groups:
+            following = [pool.submit(function, item) for item in group]
+            if coming is not None:
+                yield [future.result() for future in coming]
+            coming = following
+        if coming is not None:
+            yield [future.result() for future in coming]
+    finally:
+        pool.shutdown(cancel_futures=True)
