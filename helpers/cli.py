@@ -1,4 +1,4 @@
-"""The command line: `run`, `export` and `doctor`, each thin over the functions that the notebooks call.
+"""The command line: `run`, `export`, `plan` and `doctor`, each thin over the functions that the notebooks call.
 
 Standard output is for the answer (the last line is the JSON summary of a run); everything else goes to standard error.
 Exit codes: 0 done, 1 done but too many images failed or the host lacks something, 2 a mistake the message explains.
@@ -8,13 +8,14 @@ import argparse
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from helpers.config import Config, load_config, parse_assignments
-from helpers.errors import UserError
+from helpers.errors import ConfigError, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,11 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, config: Config) -> int:
     """The four stages over every image below `--source`."""
+    import psutil
+
     from helpers import pipeline
     from helpers.session import get_spark
 
     pipeline.make_task(options.source, options.model, options.output, config)  # mistakes are told before Spark starts
-    summary = pipeline.run(get_spark(config), options.source, options.model, options.output, config)
+    spark = get_spark(config)
+    started = time.time() - psutil.Process().create_time()
+    summary = pipeline.run(spark, options.source, options.model, options.output, config, started)
     too_many = summary.failed > config.max_failed_share * (summary.ok + summary.failed)
     if too_many:
         print(
@@ -63,6 +68,34 @@ def export(options: argparse.Namespace, config: Config) -> int:
     target = open_storage(options.output, config)
     bundle = conversion.export(options.architecture, Path(options.checkpoint), target, options.precision, calibration)
     print(json.dumps({"bundle": target.root, "model": bundle.manifest.model}))
+    return 0
+
+
+def plan(options: argparse.Namespace, config: Config) -> int:
+    """What a run would take elsewhere, from the records of runs that were made."""
+    from helpers.cost_model import fit
+    from helpers.planner import PARTS, Cluster, curve, predict
+    from helpers.records import read_runs, read_tasks
+
+    try:
+        cluster = Cluster(
+            options.executors, options.cores, tuple(options.speed), options.executors_a_machine, options.price
+        )
+    except ValueError as error:
+        raise ConfigError(f"no such cluster: {error}") from None
+    if options.images < 1 or not 0 <= options.failure_rate < 1:
+        raise ConfigError("--images must be at least 1, and --failure-rate at least 0 and below 1")
+    model = fit(read_runs(options.records, config), read_tasks(options.records, config))
+    others = {"image_bytes": options.image_bytes, "failure_rate": options.failure_rate}
+    found = predict(model, options.images, cluster, options.partitions, **others)
+    table = curve(model, options.images, cluster, **others)
+    if options.plot:
+        from helpers.scale_plots import plot_curve
+
+        plot_curve(table, cluster.executors, cluster.price).savefig(options.plot, dpi=120)
+    print(found.report())
+    print(table.drop(columns=list(PARTS)).round(3).to_string(index=False))
+    print(json.dumps(found.summary()))
     return 0
 
 
@@ -97,6 +130,33 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--calibration", metavar="URI", help="folder of images, for int8")
     command.set_defaults(command=export)
 
+    command = commands.add_parser("plan", parents=[shared], help="what a run would take on other machines")
+    command.add_argument(
+        "--records", required=True, action="append", metavar="URI", help="--output of a run; may repeat"
+    )
+    command.add_argument("--images", required=True, type=int, metavar="N", help="how many images")
+    command.add_argument("--executors", required=True, type=int, metavar="K", help="how many executors")
+    command.add_argument("--cores", type=int, default=1, metavar="C", help="tasks at once of each executor")
+    command.add_argument(
+        "--speed", type=speeds, default=[1.0], metavar="S[,S...]", help="of the executors in turn; 1: as the records'"
+    )
+    command.add_argument(
+        "--executors-a-machine", type=int, default=1, metavar="M", help="executors that share a machine"
+    )
+    command.add_argument("--price", type=float, default=0.0, metavar="P", help="of one executor for an hour")
+    command.add_argument("--partitions", type=int, metavar="N", help="tasks; by default the best number")
+    command.add_argument("--image-bytes", type=float, metavar="B", help="of a mean image; by default the records'")
+    command.add_argument(
+        "--failure-rate", type=float, default=0.0, metavar="F", help="share of tasks' attempts that fail"
+    )
+    command.add_argument("--plot", metavar="FILE", help="draw time and cost against executors, as PNG or SVG")
+    command.set_defaults(command=plan)
+
     command = commands.add_parser("doctor", parents=[shared], help="what this host has and lacks")
     command.set_defaults(command=doctor)
     return parser
+
+
+def speeds(text: str) -> list[float]:
+    """The value of `--speed`; a ValueError is argparse's to explain."""
+    return [float(part) for part in text.split(",")]

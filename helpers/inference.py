@@ -94,6 +94,11 @@ def get_model(
     return _models[key]
 
 
+def loading_seconds() -> float:
+    """What loading models has taken this process so far."""
+    return sum(model.load_seconds for model in _models.values())
+
+
 def pixels_within(memory_megabytes: int | None, most: int) -> int:
     """How many pixels an image may have, so that decoding it keeps this process within its memory; at most `most`."""
     if memory_megabytes is None:

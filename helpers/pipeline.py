@@ -29,6 +29,7 @@ from helpers.pictures import draw_sample
 from helpers.postprocessing import parameters_for
 from helpers.progress import Progress
 from helpers.readers import choose_reader, find_frames, planned_paths, read_by_spark, reading
+from helpers.records import Stopwatch, describe, write_record
 from helpers.results import PICTURES, ResultStore, outdated, replaced, without
 from helpers.run_dashboard import log_run
 from helpers.session import get_slots, spark_failure, spark_schema
@@ -126,19 +127,26 @@ def postprocess(outputs: "DataFrame", model: str, config: Config) -> "DataFrame"
     return outputs.mapInArrow(stage, spark_schema(stages.RESULT_SCHEMA))
 
 
-def run(spark: "SparkSession", source: str, model: str, output: str, config: Config) -> RunSummary:
+def run(
+    spark: "SparkSession",
+    source: str,
+    model: str,
+    output: str,
+    config: Config,
+    session_seconds: float | None = None,
+) -> RunSummary:
     """Run the four stages, fused, over every image below a location, and publish the results once.
 
     Every k-th frame of a video (`video.every`) is an image too, with the path `FILE#frame=N`. Images whose path, length
     and modification time are already in the results are skipped, unless `config.resume` is false. A damaged image is a
-    row with an `error`.
+    row with an `error`. `session_seconds`, what the session took to start, is recorded.
 
     Raises:
         RunError: no image, results of another model in the output, another run at work there, or a failed job.
         BundleError: the model cannot be used.
         StorageError: a location cannot be used.
     """
-    start = time.perf_counter()
+    watch = Stopwatch()
     task = make_task(source, model, output, config)
     store = ResultStore(task.output)
     with store.exclusive():
@@ -148,19 +156,31 @@ def run(spark: "SparkSession", source: str, model: str, output: str, config: Con
         store.recover()
         done = store.rows()
         _check_model(done, task.model, store)
+        slots = get_slots(spark)
+        watch.lap("open")
         listed = listing.list_images(task.source, config, skip=store.folders)
         images = _find_frames(spark, task.source, listed, config)
         todo = without(images, done)
-        plan = listing.plan(todo, get_slots(spark), config, _image_seconds(task.bundle, config))
+        plan = listing.plan(todo, slots, config, _image_seconds(task.bundle, config))
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
-        before = time.perf_counter()
+        watch.lap("list")
         records = _run_tasks(spark, task, listing.manifest(todo, plan), plan, store, config)
-        seconds = time.perf_counter() - before
+        seconds = watch.lap("pass")
+        about = describe(task, spark, config, slots, watch, records, session_seconds)
+        if records:
+            write_record(task.output, about, records)
+        watch.lap("log")
         old = [*replaced(todo, done).chunks, *outdated(done, images, listed.videos).chunks]
         published = store.publish([r["file"] for r in records], pa.chunked_array(old, pa.string()))
         store.unstage()
-        _show(task, published, records, config)
-    return _summarise(images.num_rows, records, seconds, time.perf_counter() - start, store)
+        watch.lap("publish")
+        pictures = _draw(task, published, config)
+        if records:
+            log_run(f"{config.paths.runs}/pipeline/{task.run}", {**about, **watch.laps}, records, pictures)
+        watch.lap("log")
+        if records:
+            write_record(task.output, {**about, **watch.laps})
+    return _summarise(images.num_rows, records, seconds, watch.laps["seconds"], store)
 
 
 def make_task(source: str, model: str, output: str, config: Config) -> Task:
@@ -229,12 +249,11 @@ def _run_tasks(
     return records
 
 
-def _show(task: Task, published: list[str], records: list[dict[str, Any]], config: Config) -> None:
+def _draw(task: Task, published: list[str], config: Config) -> dict[str, bytes]:
     pictures = draw_sample(task.output, published, task.source, config)
     for name, png in pictures.items():
         task.output.write(f"{PICTURES}/{name}", png)
-    if records:
-        log_run(f"{config.paths.runs}/pipeline/{task.run}", records, pictures)
+    return pictures
 
 
 def _summarise(

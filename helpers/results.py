@@ -2,6 +2,7 @@
 
     OUTPUT/results/           what readers see: whole files, one row an image
     OUTPUT/_staging/RUN/      files of tasks that have ended, not yet published
+    OUTPUT/runs/              what each run took (`helpers.records`)
     OUTPUT/_lock              held by the one run that may write
 
 A task writes its file to its run's staging folder in one step. The driver publishes by renaming the files of the tasks
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 
 from helpers.errors import RunError
 from helpers.prefetch import map_groups
+from helpers.records import RUNS
 from helpers.stages import KEY, RESULT_SCHEMA
 from helpers.storage import Storage
 from helpers.task import STAGING, staged_counts, staging
@@ -49,7 +51,7 @@ class ResultStore:
     @property
     def folders(self) -> list[str]:
         """What is below the output of ours, and is no source of images."""
-        return [self.storage.join(name) for name in (RESULTS, PICTURES, STAGING)]
+        return [self.storage.join(name) for name in (RESULTS, PICTURES, RUNS, STAGING)]
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -10,11 +10,12 @@ from helpers.images import decode
 from helpers.task import STAGES
 
 
-def log_run(folder: str, records: list[dict[str, Any]], pictures: dict[str, bytes]) -> None:
+def log_run(folder: str, run: dict[str, Any], records: list[dict[str, Any]], pictures: dict[str, bytes]) -> None:
     """Write one run's events.
 
     Args:
         folder: the run's own directory.
+        run: its description (`records.describe`); what took seconds, at the step after the last task.
         records: of its tasks, `task.RECORD_SCHEMA`.
         pictures: PNG files by name.
     """
@@ -23,19 +24,25 @@ def log_run(folder: str, records: list[dict[str, Any]], pictures: dict[str, byte
     Path(folder).mkdir(parents=True, exist_ok=True)
     writer = EventFileWriter(folder)
     start = min((record["started"].timestamp() for record in records), default=0.0)
-    done = failed = 0
+    done, failed, megabytes = 0, 0, 0.0
     # A task ends when it began plus what it took; the clocks of hosts may differ by little.
     for step, record in enumerate(sorted(records, key=_end), start=1):
         done, failed = done + record["images"], failed + record["failed"]
+        megabytes += record["bytes"] / 2**20
         values = {
             "run/images_per_second": done / max(_end(record) - start, 1e-9),
             "run/images": done,
             "run/failed": failed,
+            "run/megabytes": megabytes,
             "task/images_per_second": record["images"] / max(record["seconds"], 1e-9),
             "task/peak_megabytes": record["peak_megabytes"],
+            "task/seconds": record["seconds"],
+            "task/attempt": record["attempt"],
             **{f"stage/{stage}_seconds": record[f"{stage}_seconds"] for stage in STAGES},
         }
         writer.add_event(_scalars(step, _end(record), values))
+    phases = {f"run/{name}": value for name, value in run.items() if name.endswith("seconds") and value is not None}
+    writer.add_event(_scalars(len(records) + 1, max(map(_end, records), default=0.0), phases))
     for step, (name, png) in enumerate(pictures.items()):
         writer.add_event(_picture(step, f"pictures/{name}", png))
     writer.close()

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from helpers import stages
 from helpers.bundle import Bundle
-from helpers.inference import batch_size
+from helpers.inference import batch_size, loading_seconds
 from helpers.stages import Batches
 from helpers.storage import Storage
 from helpers.video import split_paths
@@ -35,12 +35,13 @@ ON_DRIVER = 999_999  # the partition of what the driver does itself
 REASONS = 20  # distinct errors a task reports; the results have them all
 
 REASON = pa.struct([pa.field("error", pa.string()), pa.field("count", pa.int64())])
-STAGES = ("read", "preprocess", "infer", "postprocess", "write")
+STAGES = ("load", "read", "preprocess", "infer", "postprocess", "write")  # load: of the model, once a process
 RECORD_SCHEMA = pa.schema(
     [
         pa.field("partition", pa.int32()),
         pa.field("attempt", pa.int32()),
         pa.field("host", pa.string()),
+        pa.field("executor", pa.int32()),  # the process that its workers are children of; one on a host and executor
         pa.field("process", pa.int32()),
         pa.field("file", pa.string()),
         pa.field("images", pa.int64()),
@@ -78,17 +79,18 @@ class Task:
 
         context = TaskContext.get()
         partition, attempt = (context.partitionId(), context.attemptNumber()) if context else (ON_DRIVER, 0)
-        started, clock = datetime.now(UTC), Clock()
+        started, clock, loaded = datetime.now(UTC), Clock(), loading_seconds()
         # The budget is of Spark's workers; the driver has much else in memory.
         memory_megabytes = self.memory_megabytes if context else None
         counts = _write(self, partition, self.results(batches, clock, memory_megabytes))
         if not counts:
             return
-        clock.finish()
+        clock.finish(loading_seconds() - loaded)
         record = {
             "partition": partition,
             "attempt": attempt,
             "host": socket.gethostname(),
+            "executor": os.getppid(),
             "process": os.getpid(),
             "started": started,
             "seconds": clock.seconds,
@@ -156,14 +158,20 @@ class Clock:
                 return
             yield batch
 
-    def finish(self) -> None:
-        """Take the upstream stages' time out of each; what is left of the whole is writing."""
+    def finish(self, load_seconds: float = 0.0) -> None:
+        """Take the upstream stages' time out of each; what is left of the whole is writing.
+
+        Args:
+            load_seconds: what of the inference was loading the model.
+        """
         self.seconds = time.perf_counter() - self.start
         upstream = 0.0
-        for stage in STAGES[:-1]:
+        for stage in STAGES[1:-1]:
             self.exclusive[stage] = self.inclusive[stage] - upstream
             upstream = self.inclusive[stage]
         self.exclusive["write"] = self.seconds - upstream
+        self.exclusive["load"] = load_seconds
+        self.exclusive["infer"] -= load_seconds
 
 
 def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:

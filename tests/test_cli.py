@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pyarrow.parquet as pq
 import pytest
 
@@ -169,3 +170,41 @@ def test_doctor_looks_for_the_data_and_fetches_nothing(tmp_path):
     answer = helpers("doctor", "--set", f"paths.data={tmp_path / 'data'}", cwd=tmp_path)
     assert answer.returncode == 1 and "make setup" in answer.stdout
     assert not (tmp_path / "data").exists()
+
+
+def plan(records: Path, cwd: Path, *options: str) -> subprocess.CompletedProcess:
+    return helpers("plan", "--records", records, "--images", "1000000", *options, cwd=cwd)
+
+
+def test_plan_says_what_a_run_elsewhere_takes_and_draws_it(first, tmp_path):
+    _, cwd = first
+    options = ["--executors", "8", "--cores", "4", "--speed", "1,0.5", "--price", "0.5", "--plot", "curve.png"]
+    answer = plan(cwd / "found" / "here", tmp_path, *options)
+    assert answer.returncode == 0, answer.stderr
+    lines = answer.stdout.splitlines()
+    assert lines[0].startswith("1,000,000 images on 8 executors of 4 cores: ")
+    summary = json.loads(lines[-1])
+    assert f"--set partitioning.partitions={summary['partitions']}" in answer.stdout
+    assert summary["cost"] == pytest.approx(0.5 * 8 * summary["seconds"] / 3600, abs=1e-3)
+    parts = [value for name, value in summary.items() if name.endswith("_seconds") and name != "pass_seconds"]
+    assert sum(parts) == pytest.approx(summary["seconds"], abs=0.01)
+    table = [line.split() for line in lines if re.match(r" *\d+ +\d+ ", line)]
+    assert [int(row[0]) for row in table] == [1, 2, 3, 4, 6, 8, 11, 16]
+    assert cv2.imread(str(tmp_path / "curve.png")) is not None
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        (["--executors", "0"], ["no such cluster", "at least 1"]),
+        (["--executors", "2", "--speed", "0"], ["speeds must be positive"]),
+        (["--executors", "2", "--failure-rate", "1"], ["--failure-rate"]),
+    ],
+)
+def test_plan_explains_what_cannot_be(first, tmp_path, options, parts):
+    _, cwd = first
+    assert_mistake(plan(cwd / "found" / "here", tmp_path, *options), *parts)
+
+
+def test_plan_without_records_says_where_they_come_from(tmp_path):
+    assert_mistake(plan(tmp_path, tmp_path, "--executors", "2"), "no records of runs", "--output of a run")

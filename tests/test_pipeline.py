@@ -22,6 +22,7 @@ from helpers.errors import BundleError, ConfigError, RunError, StorageError, Use
 from helpers.ingest import list_images
 from helpers.pipeline import RunSummary
 from helpers.storage import open_storage
+from helpers.task import STAGES
 
 LOCAL = {"spark.master": "local[2]", "pictures": 0}
 
@@ -151,13 +152,13 @@ def test_records_of_the_tasks_add_up(finished):
     assert sum(record["failed"] for record in records) == 4
     assert sum(record["bytes"] for record in records) == sum(row["length"] for row in rows_of(finished.output))
     for record in records:
-        parts = [record[f"{stage}_seconds"] for stage in ("read", "preprocess", "infer", "postprocess", "write")]
+        parts = [record[f"{stage}_seconds"] for stage in STAGES]
         assert sum(parts) == pytest.approx(record["seconds"]) and min(parts) >= 0
         assert record["process"] != os.getpid() and record["peak_megabytes"] > 10
 
 
 def test_a_run_leaves_results_and_no_traces_of_work(finished):
-    assert {path.name for path in finished.output.iterdir()} == {"results", "pictures", "_lock"}
+    assert {path.name for path in finished.output.iterdir()} == {"results", "pictures", "runs", "_lock"}
     assert all(re.fullmatch(r"[\w-]+\.parquet", path.name) for path in (finished.output / "results").iterdir())
 
 

@@ -19,7 +19,8 @@ import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 from measure import measure
-from models import make_bundle, make_images
+
+from helpers.workloads import make_bundle, make_photographs
 
 HERE = Path(__file__).parent
 LIGHT, HEAVY, FEWER = 2000, 200, 500  # images: of each model, and to see whether memory grows with their number
@@ -36,10 +37,9 @@ def main() -> None:
     light, heavy, fewer = (60, 8, 30) if options.quick else (LIGHT, HEAVY, FEWER)
     work, repeats = options.work, 1 if options.quick else options.repeats
     work.mkdir(parents=True, exist_ok=True)
-    photos = {count: make_images(work / f"photos-{count}", count) for count in (light, heavy, fewer)}
+    photos = {count: make_photographs(work / f"photos-{count}", count) for count in (light, heavy, fewer)}
     for name in ("light", "heavy"):
-        if not (work / name / "manifest.json").exists():
-            make_bundle(name, work)
+        make_bundle(name, work)
     kept = work / "rows.jsonl"  # of every complete repeat, so that a run can be continued another time
     if options.quick or options.fresh:
         kept.unlink(missing_ok=True)

@@ -1,0 +1,108 @@
+"""Strong scaling from one to two cores and executors, and how well other runs are predicted from one of them.
+
+    .venv/bin/python tests/bench/scaling.py [--work FOLDER] [--repeats 3] [--quick]
+
+Makes its own photographs and models, runs both in warm sessions of `local[1]`, `local[2]` and of a standalone cluster
+of one and of two one-core workers, and prints medians, their ratios, and predictions beside what was measured.
+About five minutes; use a machine that does nothing else meanwhile.
+"""
+
+import argparse
+import platform
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import pandas as pd
+import psutil
+
+from helpers.cost_model import fit
+from helpers.planner import Cluster, predict
+from helpers.records import read_runs, read_tasks
+from helpers.standalone import standalone
+from helpers.sweep import sweep
+from helpers.workloads import make_bundle, make_photographs
+
+IMAGES = {"light": 480, "heavy": 24}
+TASKS = 8
+SLOW = 0.5  # of the slowed worker
+FITTED = "local-2"  # the one configuration that the model sees
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "spark-vision-bench"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="few images, once: tries the script, measures nothing")
+    parser.add_argument("--report", action="store_true", help="only print what the last call has measured")
+    options = parser.parse_args()
+    place = options.work / "scaling"
+    if not options.report:
+        measure(options.work, place, 1 if options.quick else options.repeats, 20 if options.quick else 1)
+    report(place)
+
+
+def measure(work: Path, place: Path, repeats: int, fewer: int) -> None:
+    images = {model: max(8, count // fewer) for model, count in IMAGES.items()}
+    for model, count in images.items():
+        make_bundle(model, work)
+        make_photographs(work / f"photos-{count}", count)
+        make_photographs(work / f"photos-{4 * count}", 4 * count)
+
+    def job(where: str, model: str, name: str, tasks: int = TASKS, times: int = 1) -> dict:
+        places = {"source": f"{work}/photos-{times * images[model]}", "model": f"{work}/{model}"}
+        return {**places, "output": f"{place}/{model}/{where}/{name}", "partitioning.partitions": tasks}
+
+    def same(where: str) -> list[dict]:
+        return [job(where, model, f"{i}") for model in images for i in range(repeats)]
+
+    others = [job("local-2", "light", f"{tasks} tasks", tasks) for tasks in (1, 2, 3, 32, 64)]
+    others += [job("local-2", "light", "4 times the images", 16, 4), job("local-2", "heavy", "3 tasks", 3)]
+    sweep({"spark.master": "local[1]"}, same("local-1"))
+    sweep({"spark.master": "local[2]"}, same("local-2") + others)
+    for workers in (1, 2):
+        with standalone(place / f"cluster-{workers}", workers) as cluster:
+            sweep(cluster.settings, same(f"cluster-{workers}"))
+    with standalone(place / "cluster-slow", 2) as cluster, cluster.slowed(1, SLOW):
+        sweep(cluster.settings, [job("slow", "light", f"{tasks} tasks", tasks) for tasks in (2, 24)])
+
+
+def report(place: Path) -> None:
+    machine = f"{platform.machine()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+    print(f"{date.today()}, {machine}\n")
+    for model in IMAGES:
+        runs, tasks = read_runs(str(place / model)), read_tasks(str(place / model))
+        runs[["where", "name"]] = runs["output"].str.split("/").str[-2:].tolist()
+        runs["rate"] = runs["images"] / runs["pass_seconds"]
+        repeated = runs[runs["name"].str.isdigit()]
+        rates = repeated.groupby("where")["rate"].agg(["median", "min", "max"])
+        print(f"{model}, images/s of the pass, {repeated['where'].value_counts().min()} repeats\n{rates.round(2)}\n")
+        for kind in ("local", "cluster"):
+            times = rates["median"][f"{kind}-2"] / rates["median"][f"{kind}-1"]
+            print(f"{times:8.2f}  {model}, {kind}: from 1 to 2")
+        print(f"\n{predictions(runs, tasks).to_string(index=False)}\n")
+
+
+def predictions(runs: pd.DataFrame, tasks: pd.DataFrame) -> pd.DataFrame:
+    """Medians of runs that are alike, and what a model fitted on one configuration says of them."""
+    model = fit(runs[(runs["where"] == FITTED) & runs["name"].str.isdigit()], tasks)
+    runs = runs.assign(name=runs["name"].where(~runs["name"].str.isdigit(), "repeats"))
+    runs["cores"] = runs.groupby("where")["workers"].transform("max")
+    keys = ["where", "name", "cores", "partitions", "images", "bytes"]
+    table = runs.groupby(keys, as_index=False)["seconds"].median()
+    table["predicted"] = [_predict(model, row) for row in table.itertuples()]
+    table["error"] = table["predicted"] / table["seconds"] - 1
+    unseen = table[(table["where"] != FITTED) | (table["name"] != "repeats")]["error"].abs()
+    print(
+        f"\n{len(unseen)} predictions of total time: off by {unseen.median():.1%} (median), {unseen.max():.1%} (worst)"
+    )
+    return table.drop(columns="bytes").round(3)
+
+
+def _predict(model, row) -> float:
+    cluster = Cluster(row.cores, speeds=(1.0, SLOW) if row.where == "slow" else (1.0,), executors_a_machine=row.cores)
+    return predict(model, row.images, cluster, row.partitions, image_bytes=row.bytes / row.images).seconds
+
+
+if __name__ == "__main__":
+    main()
