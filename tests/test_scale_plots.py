@@ -93,10 +93,10 @@ def test_a_timeline_has_a_bar_for_each_task(figures, tasks):
 
 
 def test_a_compact_figure_is_smaller_and_looks_the_same(figures):
-    picture = plots.compact(figures["stages"])
+    picture = plots.compact(figures["scaling"])
     buffer, whole = io.BytesIO(), io.BytesIO()
     picture.save(buffer, "png")
-    figures["stages"].savefig(whole, dpi=100)
+    figures["scaling"].savefig(whole, dpi=100)
     assert len(buffer.getvalue()) < 0.5 * len(whole.getvalue())
     difference = np.asarray(picture.convert("RGB"), int) - np.asarray(Image.open(whole).convert("RGB"), int)
     assert np.abs(difference).mean() < 1
