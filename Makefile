@@ -1,5 +1,6 @@
 # make run      the notebooks in order on this machine; pictures, tables and TensorBoard logs end up in out/
 # make test     unit, Spark and notebook tests
+# make pack     one archive with all that Spark's executors need, for a cluster without our packages
 # Both do their own set-up; a second call finds it done. `make -B run` runs the notebooks again.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ DATA := out/data/FashionMNIST/.ready
 # apt-get as root or through sudo without a password; empty where there is neither
 APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo apt-get || { sudo -n true 2>/dev/null && echo sudo apt-get; }; })
 
-.PHONY: setup run test lint notebooks clean java azurite
+.PHONY: setup run test lint notebooks clean java azurite pack badges
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready java $(CLASSES) $(DATA)
@@ -66,6 +67,11 @@ test: setup azurite
 	$(BIN)/pytest
 	$(BIN)/pytest --nbval notebooks --nbval-sanitize-with conf/nbval.cfg
 
+pack: out/pack/executors.tar.gz
+
+out/pack/executors.tar.gz: .venv/.ready helpers/pack.py
+	$(BIN)/python -m helpers.pack
+
 lint: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -74,6 +80,10 @@ lint: .venv/.ready
 # Execute the committed notebooks in place, for a commit that changes what they show.
 notebooks: setup
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS)
+
+# Once the repository has an address: what opens the notebooks in Colab.
+badges: .venv/.ready
+	$(BIN)/python -m helpers.badges $(REPOSITORY)
 
 clean:
 	rm -rf out .venv *.egg-info

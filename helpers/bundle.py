@@ -72,10 +72,11 @@ class Manifest:
     outputs: tuple[OutputSpec, ...]
     labels: tuple[str, ...]
     postprocess: dict[str, Any]
-    precision: str  # of the weights in the file: fp32, fp16 or int8
+    precision: str  # of the weights in the file: fp32, fp16 or int8; bf16 is fp16 for bf16 arithmetic
     arithmetic: str  # of the multiplications, as accuracy was checked with: f32, bf16 or f16
     flops: int  # floating-point operations for one image: two for each multiplication with its addition
     checkpoint: dict[str, str]  # file name and sha256 of what was exported
+    quantization: dict[str, Any] = field(default_factory=dict)  # of int8: what it lost, as `quantization.Record` says
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     format: int = FORMAT
 

@@ -66,7 +66,15 @@ def export(options: argparse.Namespace, config: Config) -> int:
         architecture = get_architecture(options.architecture)
         calibration = conversion.calibration_images(open_storage(options.calibration, config), architecture, config)
     target = open_storage(options.output, config)
-    bundle = conversion.export(options.architecture, Path(options.checkpoint), target, options.precision, calibration)
+    bundle = conversion.export(
+        options.architecture,
+        Path(options.checkpoint),
+        target,
+        options.precision,
+        calibration,
+        options.opset,
+        options.onnx,
+    )
     print(json.dumps({"bundle": target.root, "model": bundle.manifest.model}))
     return 0
 
@@ -126,8 +134,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--architecture", required=True, metavar="NAME", help="for example fashion_cnn")
     command.add_argument("--checkpoint", required=True, metavar="FILE", help="a PyTorch state dictionary")
     command.add_argument("--output", required=True, metavar="URI", help="where the bundle goes")
-    command.add_argument("--precision", default="fp32", choices=("fp32", "fp16", "int8"), help="of the weights")
+    command.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "fp16", "bf16", "int8"),
+        help="of the weights; bf16 is fp16 weights and bfloat16 arithmetic",
+    )
     command.add_argument("--calibration", metavar="URI", help="folder of images, for int8")
+    command.add_argument("--opset", type=int, default=18, help="of the ONNX graph in between, from 11; default 18")
+    command.add_argument("--onnx", type=Path, metavar="FILE", help="leave the ONNX graph there too")
     command.set_defaults(command=export)
 
     command = commands.add_parser("plan", parents=[shared], help="what a run would take on other machines")

@@ -1,8 +1,8 @@
 """Settings: a YAML profile a host over a common base, overridden by the environment and by arguments.
 
-Later layers win: `conf/base.yaml`, `conf/PROFILE.yaml`, `HELPERS_SECTION__KEY` environment variables, arguments
-(`--set section.key=value` or `load_config(**overrides)`). The result is frozen. Executors never see it: what a
-stage needs travels as plain values.
+Later layers win: `conf/base.yaml`, `conf/PROFILE.yaml`, `HELPERS_SECTION__KEY` environment variables, the widgets of a
+Databricks notebook (which a job's parameters fill), arguments (`--set section.key=value` or
+`load_config(**overrides)`). The result is frozen. Executors never see it: what a stage needs travels as plain values.
 """
 
 import difflib
@@ -39,6 +39,7 @@ class SparkSettings(_Section):
     app_name: str
     driver_memory: Annotated[str, Field(pattern=r"^\d+[kmgt]$")]
     task_attempts: Positive
+    environment: str | None
     conf: dict[str, str]
 
     @field_validator("conf", mode="before")
@@ -134,6 +135,7 @@ def load_config(profile: str | None = None, **overrides: Any) -> Config:
         "conf/base.yaml": _read_profile("base"),
         f"conf/{profile}.yaml": _read_profile(profile),
         "the environment": _from_environment(),
+        "the widgets": _from_widgets(),
         "the arguments": overrides,
     }
     values: dict[str, Any] = {"profile": profile}
@@ -191,6 +193,15 @@ def _from_environment() -> dict[str, Any]:
             key = name.removeprefix(prefix).lower().replace("__", ".")
             settings[key] = _value(key, value)
     return settings
+
+
+def _from_widgets() -> dict[str, Any]:
+    """The widgets of a Databricks notebook that are named like settings, such as `paths.data`; filled ones only."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    dbutils = shell.user_ns.get("dbutils") if shell else None
+    widgets = dbutils.widgets.getAll() if dbutils else {}
+    names = set(Config.model_fields) - {"profile"}
+    return {key: _value(key, text) for key, text in widgets.items() if text and key.partition(".")[0] in names}
 
 
 def _value(key: str, text: str) -> Any:

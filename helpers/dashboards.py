@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from helpers.errors import DataError
 from helpers.fashion_mnist import CLASSES
+from helpers.pictures import draw
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,16 +28,11 @@ DPI = 80  # keeps executed notebooks small
 GRID = 32  # images in a grid of predictions
 SMOOTHING_STEPS = 25  # of a moving mean, for curves measured at every step
 
-CHARTS = {
-    "Training": {
-        "loss": ["Multiline", ["train/loss", "test/loss"]],
-        "accuracy": ["Multiline", ["train/accuracy", "test/accuracy"]],
-    }
-}
 
-
-class TrainingDashboard:
+class Dashboard:
     """The TensorBoard events of one run: one directory, one run, tags named group/name."""
+
+    charts: dict[str, dict[str, list]] = {}
 
     def __init__(self, run_dir: str):
         """Start the run; events that an earlier run left in the directory are deleted, or curves would mix."""
@@ -47,7 +43,7 @@ class TrainingDashboard:
         self.run_dir = Path(run_dir)
         self.staging = tempfile.TemporaryDirectory() if run_dir.startswith(WHOLE_FILES_ONLY) else None
         self.writer = SummaryWriter(self.staging.name if self.staging else run_dir)
-        self.writer.add_custom_scalars(CHARTS)
+        self.writer.add_custom_scalars(self.charts)
 
     def log_step(self, step: int, measures: Mapping[str, float]) -> None:
         """Write what one iteration gave, as `train/NAME`."""
@@ -55,10 +51,34 @@ class TrainingDashboard:
             self.writer.add_scalar(f"train/{name}", value, step)
 
     def log_epoch(self, step: int, measures: Mapping[str, float]) -> None:
-        """Write an evaluation, at the step it followed: `test_NAME` becomes `test/NAME`."""
+        """Write an evaluation, at the step it followed: `test_NAME` becomes `test/NAME`, `val_NAME` `val/NAME`."""
         for name, value in measures.items():
             self.writer.add_scalar(name.replace("_", "/", 1), value, step)
         self._publish()
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        self.writer.close()
+        self._publish()
+
+    def _publish(self) -> None:
+        if self.staging is None:
+            return
+        self.writer.flush()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        for events in Path(self.staging.name).glob(EVENT_FILES):
+            shutil.copyfile(events, self.run_dir / events.name)
+
+
+class TrainingDashboard(Dashboard):
+    """What the training of a classifier shows."""
+
+    charts = {
+        "Training": {
+            "loss": ["Multiline", ["train/loss", "test/loss"]],
+            "accuracy": ["Multiline", ["train/accuracy", "test/accuracy"]],
+        }
+    }
 
     def log_final(
         self,
@@ -89,19 +109,6 @@ class TrainingDashboard:
         self._log_graph(model)
         self._log_hyperparameters(hyperparameters, float((predictions == labels).mean()))
 
-    def close(self) -> None:
-        """Write what is still in memory."""
-        self.writer.close()
-        self._publish()
-
-    def _publish(self) -> None:
-        if self.staging is None:
-            return
-        self.writer.flush()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        for events in Path(self.staging.name).glob(EVENT_FILES):
-            shutil.copyfile(events, self.run_dir / events.name)
-
     def _log_graph(self, model: "nn.Module") -> None:
         import torch
 
@@ -114,6 +121,23 @@ class TrainingDashboard:
     def _log_hyperparameters(self, hyperparameters: Mapping[str, float | str], accuracy: float) -> None:
         # Without a run_name this would make a second run, named after the clock.
         self.writer.add_hparams(dict(hyperparameters), {"final/test_accuracy": accuracy}, run_name=".")
+
+
+class SegmentationDashboard(Dashboard):
+    """What the training of an instance segmentation shows."""
+
+    charts = {
+        "Training": {
+            "losses": ["Multiline", [f"train/{name}loss" for name in ("", "class_", "box_", "mask_", "semantic_")]],
+            "average precision": ["Multiline", ["val/AP", "val/AP50", "val/AP75"]],
+        }
+    }
+
+    def log_pictures(
+        self, step: int, images: Sequence[np.ndarray], predictions: Sequence[list[dict[str, Any]]]
+    ) -> None:
+        """Write images with what was found in them drawn on; the arguments are those of `plot_instances`."""
+        self.writer.add_figure("predictions/validation", plot_instances(images, predictions), step)
 
 
 def read_scalars(run_dir: str) -> dict[str, pd.DataFrame]:
@@ -160,6 +184,36 @@ def plot_training(runs: Mapping[str, str]) -> Figure:
     return figure
 
 
+def plot_losses(run_dir: str) -> Figure:
+    """Draw each term of the loss, and the learning rate, against the training step."""
+    scalars = read_scalars(run_dir)
+    figure = Figure(figsize=(12, 2.8), dpi=DPI, layout="constrained")
+    measures = [*(f"{name}_loss" for name in ("class", "box", "mask", "semantic")), "learning_rate"]
+    for panel, measure in zip(figure.subplots(1, len(measures)), measures, strict=True):
+        steps = scalars[f"train/{measure}"]
+        panel.plot(steps["step"], steps["value"], linewidth=1)
+        panel.set(title=measure.replace("_", " "), xlabel="step")
+        panel.grid(alpha=0.3)
+    return figure
+
+
+def plot_epochs(epochs: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw the loss's terms and the average precision on the validation scenes of each epoch of a `result.json`."""
+    table = pd.DataFrame(epochs, index=range(1, len(epochs) + 1))
+    figure = Figure(figsize=(12, 3.2), dpi=DPI, layout="constrained")
+    losses, precision = figure.subplots(1, 2)
+    for name in (column for column in table if column.endswith("_loss") and column != "train_loss"):
+        losses.plot(table.index, table[name], label=name.removeprefix("train_").replace("_", " "))
+    losses.set(title="training loss, its weighted terms", xlabel="epoch", ylim=(0, None))
+    for name in ("AP50", "AP75", "AP"):
+        precision.plot(table.index, table[f"val_{name}"], label=name)
+    precision.set(title="mask average precision on validation scenes", xlabel="epoch", ylim=(0, 1))
+    for panel in (losses, precision):
+        panel.legend(fontsize="small")
+        panel.grid(alpha=0.3)
+    return figure
+
+
 def plot_confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str] = CLASSES) -> Figure:
     """Draw how often each true class (row) was taken for each class (column).
 
@@ -203,4 +257,24 @@ def plot_predictions(
         panel.imshow(image, cmap="gray")
         title = classes[prediction] if prediction == label else f"{classes[prediction]}\nis {classes[label]}"
         panel.set_title(title, fontsize=7, color="black" if prediction == label else "crimson")
+    return figure
+
+
+def plot_instances(
+    images: Sequence[np.ndarray], predictions: Sequence[list[dict[str, Any]]], columns: int = 4
+) -> Figure:
+    """Draw images with masks, boxes, classes and scores, in colours that stay with the class.
+
+    Args:
+        images: uint8 `[height, width, 3]`, red, green, blue.
+        predictions: of each image, as the pipeline's results hold them.
+        columns: images beside each other.
+    """
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(columns * 2.6, rows * 2.6), dpi=DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in panels:
+        panel.set_axis_off()
+    for panel, image, found in zip(panels, images, predictions, strict=False):
+        panel.imshow(draw(image[..., ::-1], found)[..., ::-1])
     return figure

@@ -1,4 +1,4 @@
-"""Run `training.train` in Spark tasks through TorchDistributor, with errors that say what a process said.
+"""Run a training function in Spark tasks through TorchDistributor, with errors that say what a process said.
 
 TorchDistributor alone waits silently where slots are missing, raises nothing of what a process raised, returns the
 value of any process, and starts children that cannot import what the driver can. Here each of these is dealt with.
@@ -16,23 +16,27 @@ from typing import TYPE_CHECKING, Any, TextIO
 from helpers.errors import HostError, TrainingError
 from helpers.session import local_slots, pack_helpers
 from helpers.storage import Storage, open_storage
-from helpers.training import PROGRESS, TrainingSettings
+from helpers.training import train
+from helpers.workers import PROGRESS, RunSettings
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+Train = Callable[[Any, str, str], dict[str, Any]]  # settings, data_root, run_dir: the result
 
 LOG_LINES = 40  # of the processes' output, kept for the error of a run that left no other trace
 
 
 def train_on_spark(
     spark: "SparkSession",
-    settings: TrainingSettings,
+    settings: RunSettings,
     data_root: str,
     run_dir: str,
     processes: int,
     use_gpu: bool = False,
+    train: Train = train,
 ) -> dict[str, Any]:
-    """Run `training.train` once in each of several Spark tasks, which train one network together.
+    """Run a training function once in each of several Spark tasks, which train one network together.
 
     Args:
         spark: the session; all tasks run at the same time, so it needs that many free slots.
@@ -41,6 +45,8 @@ def train_on_spark(
         run_dir: a folder that the driver and the workers share.
         processes: how many tasks.
         use_gpu: give each process a GPU.
+        train: the function, of a module in `helpers`: that of the classifier, or `helpers.yolact.training.train`. It
+            takes settings, data_root and run_dir, and leaves its result as `result.json` in run_dir.
 
     Returns:
         What `train` returns.
@@ -61,7 +67,7 @@ def train_on_spark(
     log = _ProcessLog(sys.stdout)
     try:
         with contextlib.redirect_stderr(log):
-            distributor.run(_rank_function(settings, data_root, run_dir))
+            distributor.run(_rank_function(train, settings, data_root, run_dir))
     except Exception as error:
         raise TrainingError(_explain_failure(storage, processes, log)) from error
     if not storage.exists("result.json"):
@@ -83,13 +89,19 @@ def _check_resources(spark: "SparkSession", processes: int, use_gpu: bool) -> No
         )
 
 
-def _rank_function(settings: TrainingSettings, data_root: str, run_dir: str) -> Callable[[], None]:
+def _rank_function(train: Train, settings: RunSettings, data_root: str, run_dir: str) -> Callable[[], None]:
     package = pack_helpers().read_bytes()
-    values = dataclasses.asdict(settings)
+    module, function, kind, values = (
+        train.__module__,
+        train.__name__,
+        type(settings).__name__,
+        dataclasses.asdict(settings),
+    )
 
     # A local function is pickled by value, so the child needs nothing of ours before `helpers` is unpacked in it.
     # It carries the package because Spark's files reach its Python workers, but not the children they start.
     def run_rank() -> None:
+        import importlib
         import json
         import os
         import sys
@@ -104,9 +116,8 @@ def _rank_function(settings: TrainingSettings, data_root: str, run_dir: str) -> 
                 archive = Path(folder, "helpers.zip")
                 archive.write_bytes(package)
                 sys.path.insert(0, str(archive))
-                from helpers.training import TrainingSettings, train
-
-                train(TrainingSettings(**values), data_root, run_dir)
+                trainer = importlib.import_module(module)
+                getattr(trainer, function)(getattr(trainer, kind)(**values), data_root, run_dir)
         except BaseException as error:
             failure = {
                 "time": time.time(),

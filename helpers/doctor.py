@@ -3,14 +3,17 @@
 import importlib.metadata
 import os
 import re
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from helpers.config import PROJECT, Config
-from helpers.errors import UserError
+from helpers.config import PROJECT, Config, detect_profile
+from helpers.errors import HostError, UserError
 from helpers.java import check_java
+from helpers.session import check_answers, find_environment, shown_master
 from helpers.storage import open_storage
 
 MINIMUM_PYTHON = (3, 11)
@@ -28,25 +31,30 @@ class Finding:
         return f"{'ok     ' if self.ok else 'missing'}  {self.name:<9} {self.detail}"
 
 
-def examine(config: Config) -> list[Finding]:
-    """Look at everything, in the order in which a newcomer should mend it."""
-    checks: list[tuple[str, Callable[[Config], str]]] = [
-        ("python", _python),
-        ("packages", _packages),
-        ("java", _java),
-        ("spark", _spark),
-        ("openvino", _openvino),
-        ("data", _data),
-        ("storage", _storage),
-        ("machine", _machine),
-    ]
-    return [_look(name, check, config) for name, check in checks]
+def examine(config: Config, names: Collection[str] = ()) -> list[Finding]:
+    """Look at everything, or at what is named, in the order in which a newcomer should mend it."""
+    checks: dict[str, Callable[[Config], str]] = {
+        "python": _python,
+        "packages": _packages,
+        "java": _java,
+        "spark": _spark,
+        "workers": _workers,
+        "openvino": _openvino,
+        "data": _data,
+        "models": _models,
+        "secret": _secret,
+        "storage": _storage,
+        "machine": _machine,
+    }
+    return [_look(name, check, config) for name, check in checks.items() if not names or name in names]
 
 
 def _look(name: str, check: Callable[[Config], str], config: Config) -> Finding:
     try:
         return Finding(name, True, check(config))
-    except (UserError, ImportError, OSError) as error:
+    except ImportError as error:
+        return Finding(name, False, f"{error}: {_install(config)}")
+    except (UserError, OSError) as error:
         return Finding(name, False, str(error))
 
 
@@ -62,7 +70,7 @@ def _packages(config: Config) -> str:
     pins = re.findall(r"^([\w.-]+)(?:\[\w+\])?==(\S+)", (PROJECT / "requirements.txt").read_text(), re.MULTILINE)
     wrong = [f"{name} {_version(name)} (pinned {pin})" for name, pin in pins if _version(name).split("+")[0] != pin]
     if any("not installed" in line for line in wrong):
-        raise UserError(f"{', '.join(wrong)}: run `make setup` or `pip install -r requirements.txt`")
+        raise UserError(f"{', '.join(wrong)}: {_install(config)}")
     return f"{len(pins)} pinned packages are installed" + (f"; other versions: {', '.join(wrong)}" if wrong else "")
 
 
@@ -73,14 +81,54 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _install(config: Config) -> str:
+    if config.profile in ("colab", "databricks"):
+        return "run the first cell of a notebook"
+    return "run `make setup` or `pip install -r requirements.txt`"
+
+
 def _java(config: Config) -> str:
-    if config.spark.mode in ("connect", "databricks"):
+    if config.spark.mode == "databricks" or config.spark.master.startswith("sc://"):
         return f"not needed here in mode {config.spark.mode}"
     return check_java()
 
 
 def _spark(config: Config) -> str:
-    return f"pyspark {_version('pyspark')}, mode {config.spark.mode}, {config.spark.master} (profile {config.profile})"
+    master = config.spark.master
+    if config.spark.mode == "databricks" and detect_profile() != "databricks":
+        raise HostError("mode databricks is for a Databricks notebook or job: name another --profile here")
+    if config.spark.mode == "connect":
+        check_answers(master)
+    if config.spark.mode == "cluster":
+        _check_master(master)
+    where = "the session of this host" if config.spark.mode == "databricks" else shown_master(config)
+    return f"pyspark {_version('pyspark')}, mode {config.spark.mode}, {where} (profile {config.profile})"
+
+
+def _check_master(master: str) -> None:
+    url = urlsplit(master.removeprefix("k8s://"))
+    if master == "yarn" and not {"HADOOP_CONF_DIR", "YARN_CONF_DIR"} & set(os.environ):
+        raise HostError("YARN is found through its configuration: set HADOOP_CONF_DIR to the folder with yarn-site.xml")
+    if url.hostname:
+        port = url.port or (443 if url.scheme == "https" else 7077)
+        try:
+            socket.create_connection((url.hostname, port), timeout=10).close()
+        except OSError as error:
+            said = error.strerror or error
+            raise HostError(
+                f"no master answers at {url.hostname}:{port} ({said}): start it, or correct spark.master"
+            ) from None
+
+
+def _workers(config: Config) -> str:
+    if config.spark.mode != "cluster":
+        return "have the packages of this environment" if config.spark.mode == "local" else "are the host's"
+    if config.spark.environment:
+        return f"get {find_environment(config)}"
+    return (
+        f"must have the packages of requirements.txt and {os.environ.get('PYSPARK_PYTHON', sys.executable)}; if they \
+have not, `make pack` and set spark.environment"
+    )
 
 
 def _openvino(config: Config) -> str:
@@ -95,12 +143,40 @@ def _data(config: Config) -> str:
     from helpers.fashion_mnist import is_whole
 
     if not is_whole(config.paths.data):
-        raise UserError(f"Fashion-MNIST is not in {config.paths.data}, or is damaged there: run `make setup`")
+        raise UserError(f"Fashion-MNIST is not in {config.paths.data}, or is damaged there: {_fetch(config)}")
     return f"Fashion-MNIST, checksums verified, in {config.paths.data}"
+
+
+def _fetch(config: Config) -> str:
+    return "run notebook 04" if config.profile in ("colab", "databricks") else "run `make setup`"
+
+
+def _models(config: Config) -> str:
+    storage = open_storage(config.paths.models, config)
+    found = storage.list() if storage.exists("") else ()
+    names = sorted({e.path.split("/")[-2] for e in found if e.path.endswith("/manifest.json")})
+    if not names:
+        return f"none yet in {storage.root}: notebooks 01 and 03 make them (`make run`), and `python -m helpers export`"
+    return f"{', '.join(names)} in {storage.root}"
+
+
+def _secret(config: Config) -> str:
+    from helpers.credentials import resolve
+
+    reference = config.storage.credential
+    if reference == "default":
+        return "default: looked for when an abfss:// location is opened"
+    resolve(reference, account="doctor")
+    return f"{reference} is there"
 
 
 def _storage(config: Config) -> str:
     storage = open_storage(config.paths.results, config)
+    volume = re.match(r"/Volumes/[^/]+/[^/]+/[^/]+", storage.root)
+    if volume and not Path(volume[0]).is_dir():
+        raise UserError(
+            f"there is no Volume {volume[0]}: make it with `databricks bundle deploy`, or set paths.results"
+        )
     probe = f".doctor-{os.getpid()}"
     storage.write(probe, b"")
     storage.delete(probe)

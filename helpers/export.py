@@ -4,14 +4,13 @@ The graph that ends in a bundle takes uint8 images and normalises them itself, s
 float32 goes into it, and no caller can normalise them differently.
 """
 
-import contextlib
 import hashlib
 import io
 import logging
 import re
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,9 @@ from helpers.architectures import Architecture, get_architecture
 from helpers.bundle import Bundle, Manifest, OutputSpec, save_bundle
 from helpers.config import Config
 from helpers.errors import BundleError, first_line
+from helpers.graph import count_flops, name_by_module
+from helpers.inference import has_bf16
+from helpers.quantization import Validation, quantize, quiet
 from helpers.storage import Storage
 
 if TYPE_CHECKING:
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "fp16", "int8")
-OPSET = 18
+ARITHMETIC = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}  # what is not 8-bit, as it was checked
+PRECISIONS = tuple(ARITHMETIC)
+OPSET, OLDEST_OPSET, NEWEST_OPSET = 18, 11, 23  # before 11, bilinear enlargement cannot be expressed
 CALIBRATION_IMAGES = 300
 
 
@@ -60,24 +63,41 @@ def load_network(architecture: Architecture, checkpoint: Path) -> "torch.nn.Modu
 
 
 def to_onnx(network: "torch.nn.Module", architecture: Architecture, opset: int = OPSET) -> "onnx.ModelProto":
-    """Export a network with a dynamic batch dimension; the input is normalised float32 `[B, C, H, W]`."""
+    """Export a network with a dynamic batch dimension; the input is normalised float32 `[B, C, H, W]`.
+
+    Nodes are named after the modules they come from.
+
+    Args:
+        network: in evaluation mode.
+        architecture: of the network.
+        opset: version of ONNX's operators, from `OLDEST_OPSET`; engines of years ago know the older ones only.
+
+    Raises:
+        BundleError: PyTorch cannot export that opset.
+    """
+    import onnx
     import torch
 
+    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise BundleError(f"opset {opset} cannot be exported; choose one from {OLDEST_OPSET} to {NEWEST_OPSET}")
+    heads = architecture.heads(network).eval()
     height, width, channels = architecture.input.shape
-    batch = {0: torch.export.Dim("batch", min=1, max=4096)}
-    with _quiet():
-        program = torch.onnx.export(
-            architecture.heads(network).eval(),
-            (torch.zeros(2, channels, height, width),),
-            dynamo=True,
-            opset_version=opset,
-            input_names=["images"],
-            output_names=list(architecture.outputs),
-            dynamic_shapes=(batch,),
-            verbose=False,
-        )
+    images = torch.zeros(2, channels, height, width)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": list(architecture.outputs), "verbose": False}
+    with quiet():
+        # PyTorch's newer exporter knows no opset before 18, and would give that one without a word.
+        if opset < 18:
+            axes = {name: {0: "batch"} for name in ("images", *architecture.outputs)}
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "model.onnx")
+                torch.onnx.export(heads, (images,), path, dynamo=False, opset_version=opset, dynamic_axes=axes, **names)
+                return onnx.load(path)
+        shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},)
+        program = torch.onnx.export(heads, (images,), dynamo=True, opset_version=opset, dynamic_shapes=shapes, **names)
     assert program is not None  # it is None only for the old exporter
-    return program.model_proto
+    model = program.model_proto  # each access makes another
+    name_by_module(model)
+    return model
 
 
 def simplify(model: "onnx.ModelProto") -> "onnx.ModelProto":
@@ -111,31 +131,14 @@ def to_openvino(model: "onnx.ModelProto", architecture: Architecture) -> "ov.Mod
     return converted
 
 
-def quantize(model: "ov.Model", images: Iterable[np.ndarray]) -> "ov.Model":
-    """Quantise weights and activations to 8 bits with NNCF.
-
-    Args:
-        model: from `to_openvino`.
-        images: calibration images, uint8 `[H, W, C]` each, prepared as the pipeline prepares them.
-
-    Raises:
-        BundleError: there are no images.
-    """
-    import nncf
-
-    batches = [image[None] for image in images]
-    if not batches:
-        raise BundleError("int8 needs images to calibrate with; name a folder of them with --calibration")
-    with _quiet():
-        return nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
-
-
 def export(
     architecture_name: str,
     checkpoint: Path,
     target: Storage,
     precision: str = "fp32",
     calibration: Iterable[np.ndarray] = (),
+    opset: int = OPSET,
+    onnx_file: Path | None = None,
 ) -> Bundle:
     """Convert a checkpoint to a model bundle, every step in one call.
 
@@ -143,16 +146,21 @@ def export(
         architecture_name: see `helpers.architectures`.
         checkpoint: a PyTorch state dictionary.
         target: where the bundle goes.
-        precision: of the weights: `fp32`, `fp16` or `int8`.
-        calibration: for int8, see `quantize`.
+        precision: `fp32`, `fp16` and `int8` are of the weights; `bf16` is half-precision weights and bfloat16
+            arithmetic.
+        calibration: images for int8, see `helpers.quantization.quantize`.
+        opset: of the ONNX graph in between, see `to_onnx`.
+        onnx_file: where to leave that graph, simplified.
 
     Raises:
-        BundleError: the checkpoint, the precision or the calibration cannot be used.
+        BundleError: the checkpoint, the precision, the opset or the calibration cannot be used.
     """
     architecture = get_architecture(architecture_name)
     network = load_network(architecture, checkpoint)
-    model = to_openvino(simplify(to_onnx(network, architecture)), architecture)
-    return make_bundle(model, architecture, checkpoint, target, precision, calibration)
+    simplified = simplify(to_onnx(network, architecture, opset))
+    if onnx_file:
+        onnx_file.write_bytes(simplified.SerializeToString())
+    return make_bundle(to_openvino(simplified, architecture), architecture, checkpoint, target, precision, calibration)
 
 
 def make_bundle(
@@ -162,12 +170,12 @@ def make_bundle(
     target: Storage,
     precision: str,
     calibration: Iterable[np.ndarray] = (),
+    validation: Validation | None = None,
 ) -> Bundle:
-    """Save a converted model as a bundle of one precision; arguments as for `export`."""
+    """Save a converted model as a bundle of one precision; arguments as for `export` and `quantization.quantize`."""
     if precision not in PRECISIONS:
         raise BundleError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
-    if precision == "int8":
-        model = quantize(model, calibration)
+    arrays = architecture.arrays()
     manifest = Manifest(
         name=f"{architecture.name}-{precision}",
         architecture=architecture.name,
@@ -180,26 +188,17 @@ def make_bundle(
         labels=architecture.labels,
         postprocess=architecture.postprocess,
         precision=precision,
-        arithmetic="f32",  # 8-bit layers stay 8-bit; what is left in floating point is computed as it was checked
+        arithmetic=ARITHMETIC[precision],
         flops=count_flops(model),
         checkpoint={"file": checkpoint.name, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
     )
-    arrays = {name: _npy(array) for name, array in architecture.arrays().items()}
-    return save_bundle(target, manifest, {**_serialize(model, precision == "fp16"), **arrays})
-
-
-def count_flops(model: "ov.Model") -> int:
-    """Floating-point operations of the convolutions and matrix products for one image; all else is small."""
-    total = 0
-    for node in model.get_ops():
-        if node.get_type_name() in ("Convolution", "GroupConvolution", "MatMul"):
-            results = [d.get_length() for d in node.output(0).get_partial_shape() if d.is_static]
-            weights = [d.get_length() for d in node.input(1).get_partial_shape() if d.is_static]
-            # Products for each result: all of the weights' dimensions but that of the output channels.
-            channels = {"Convolution": 1, "GroupConvolution": 2}.get(node.get_type_name())
-            depth = np.prod(weights[channels:]) if channels else np.prod(weights) // results[-1]
-            total += int(2 * np.prod(results) * depth)
-    return total
+    if precision == "int8":
+        model, record = quantize(model, calibration, manifest, arrays, validation)
+        manifest = replace(manifest, quantization=record.to_dict())
+    if precision == "bf16" and not has_bf16():
+        log.warning("this CPU has no bfloat16 units, so it will compute %s in 32 bits", manifest.name)
+    files = {name: _npy(array) for name, array in arrays.items()}
+    return save_bundle(target, manifest, {**_serialize(model, precision in ("fp16", "bf16")), **files})
 
 
 def calibration_images(storage: Storage, architecture: Architecture, config: Config) -> Iterator[np.ndarray]:
@@ -244,11 +243,3 @@ def _check_weights(expected: dict, found: dict, checkpoint: Path, name: str) -> 
         want = _shape(expected[key]) if key in expected else "unknown"
         if have != want:
             raise BundleError(f"{checkpoint} is not a checkpoint of {name}: {key} is {have}, expected {want}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the converters' progress and notices out of notebooks and logs; errors are exceptions."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

@@ -133,6 +133,11 @@ def compile_options(precision: str, threads: int) -> dict[str, Any]:
     }
 
 
+def has_bf16() -> bool:
+    """Whether this CPU has bfloat16 units; without them OpenVINO computes in 32 bits what asks for bf16."""
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
     taken = resident_megabytes()
     if memory_megabytes is not None and taken > memory_megabytes:
@@ -152,6 +157,8 @@ def _load(bundle: Bundle, precision: str, threads: int) -> Model:
         compiled = core.compile_model(model, "CPU", compile_options(precision, threads))
     except RuntimeError as error:
         raise BundleError(f"OpenVINO {ov.__version__} cannot load {bundle.storage.root}: {error}") from None
+    if precision == "bf16" and not has_bf16():
+        log.warning("this CPU has no bfloat16 units, so it computes %s in 32 bits", bundle.manifest.model)
     seconds = time.perf_counter() - start
     log.info("loaded %s (%s, %d threads) in %.2f s", bundle.manifest.model, precision, threads, seconds)
     return Model(compiled, tuple(output.name for output in bundle.manifest.outputs), seconds)

@@ -226,11 +226,11 @@ def _run_tasks(
     if not manifest.num_rows:
         return []
     store.stage(task.run)
-    if choose_reader(spark, task.source, manifest, config) == "spark":
-        frame = read_by_spark(spark, task.source, manifest, config)
-    else:
-        frame = planned_paths(spark, manifest, plan)
     try:
+        if choose_reader(spark, task.source, manifest, config) == "spark":
+            frame = read_by_spark(spark, task.source, manifest, config)
+        else:
+            frame = planned_paths(spark, manifest, plan)
         with Progress(manifest.num_rows, partial(store.progress, task.run)):
             rows = frame.mapInArrow(task, spark_schema(RECORD_SCHEMA)).collect()
     except Exception as error:

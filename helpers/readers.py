@@ -23,7 +23,7 @@ from helpers.ingest import Listing
 from helpers.ingest import manifest as make_manifest
 from helpers.ingest import plan as make_plan
 from helpers.partitioning import PartitionPlan
-from helpers.session import get_slots, local_slots, spark_failure, spark_schema
+from helpers.session import get_slots, local_slots, set_where_allowed, spark_failure, spark_schema
 from helpers.storage import Storage
 from helpers.video import BYTES_A_PIXEL, split_paths
 
@@ -61,8 +61,8 @@ def read_by_spark(spark: "SparkSession", storage: Storage, manifest: pa.Table, c
     from pyspark.sql import functions as F
 
     # Both must be set: many small files would otherwise count as 4 MB each, and one core could get all of a large set.
-    spark.conf.set("spark.sql.files.maxPartitionBytes", str(config.partitioning.target_bytes))
-    spark.conf.set("spark.sql.files.openCostInBytes", str(64 * 2**10))
+    settings = {"maxPartitionBytes": config.partitioning.target_bytes, "openCostInBytes": 64 * 2**10}
+    set_where_allowed(spark, {f"spark.sql.files.{name}": str(value) for name, value in settings.items()})
     is_frame = split_paths(manifest["path"])[1].is_valid()
     frames, manifest = manifest.filter(is_frame), manifest.filter(pc.invert(is_frame))
     listed = spark.createDataFrame(manifest.drop_columns(["partition", *(place.name for place in stages.PLACE)]))

@@ -4,14 +4,18 @@ Differences between hosts live in `conf/` and here. Only DataFrame calls that Sp
 """
 
 import hashlib
+import logging
 import os
 import re
+import socket
 import sys
 import tempfile
+import warnings
 import weakref
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from helpers.config import PROJECT, Config
 from helpers.errors import HostError, first_line
@@ -21,6 +25,19 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import SparkSession
     from pyspark.sql.types import StructType
+
+log = logging.getLogger(__name__)
+
+SESSION_SETTINGS = {
+    "spark.sql.execution.arrow.pyspark.enabled": "true",
+    # Rows with an image's bytes are large: what crosses to Python at once is bounded in both.
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
+    "spark.sql.execution.arrow.maxBytesPerBatch": str(16 * 2**20),
+    "spark.sql.session.timeZone": "UTC",
+}
+PACKAGES_REMEDY = "the workers lack packages of requirements.txt; install them on every worker, or send them along: \
+`make pack`, then --set spark.environment=out/pack/executors.tar.gz"
+UNPACKED = "environment"  # the folder of a packed environment in an executor's working directory
 
 _shipped: "weakref.WeakKeyDictionary[SparkSession, str]" = weakref.WeakKeyDictionary()
 
@@ -35,20 +52,25 @@ def get_spark(config: Config) -> "SparkSession":
 
     builder = SparkSession.builder.appName(config.spark.app_name)
     if config.spark.mode == "connect":
-        builder = builder.remote(config.spark.master)
+        check_answers(config.spark.master)
+        builder = builder.remote(_master(config))
     elif config.spark.mode in ("local", "cluster"):
-        check_java()
-        # Workers run the interpreter that runs the driver, not the first python3 on the PATH.
-        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         builder = builder.master(_master(config))
-        for key, value in _classic_settings(config).items():
-            builder = builder.config(key, value)
-    for key, value in config.spark.conf.items():
+    own_jvm = config.spark.mode in ("local", "cluster") or _is_local_connect(config)
+    settings = {**_jvm_settings(config), **SESSION_SETTINGS} if own_jvm else {}
+    for key, value in {**settings, **config.spark.conf}.items():
         builder = builder.config(key, value)
     try:
-        spark = builder.getOrCreate()
+        with warnings.catch_warnings():
+            if _is_local_connect(config):
+                # The server has taken them when it was started; its first session then cannot take them once more.
+                warnings.filterwarnings("ignore", "Failed to set", UserWarning)
+            spark = builder.getOrCreate()
     except Exception as error:
-        raise HostError(f"no Spark session from {config.spark.master}: {first_line(error)}") from error
+        said = first_line(error).replace(config.spark.master, shown_master(config))
+        raise HostError(f"no Spark session from {shown_master(config)}: {said}") from None
+    if not own_jvm:
+        set_where_allowed(spark, SESSION_SETTINGS)
     new = spark not in _shipped
     ship_helpers(spark)
     if new and config.spark.mode == "local":
@@ -69,11 +91,27 @@ def get_slots(spark: "SparkSession") -> int:
 
 def local_slots(spark: "SparkSession") -> int | None:
     """How many tasks run at once in local mode; None on a cluster, whose size may change meanwhile."""
+    # A Connect server may run on another machine, so that its `local` is not this one's.
+    remote = type(spark).__module__.startswith("pyspark.sql.connect.")
     local = re.fullmatch(r"local(?:\[\s*(\d+|\*)\s*(?:,.*)?\])?", spark.conf.get("spark.master", "") or "")
-    if local is None:
+    if remote or local is None:
         return None
     cores = len(os.sched_getaffinity(0)) if local[1] == "*" else int(local[1] or 1)
     return max(1, cores // int(spark.conf.get("spark.task.cpus", "1") or 1))
+
+
+def set_where_allowed(spark: "SparkSession", settings: dict[str, str]) -> None:
+    """Change settings of a session that somebody else has set up; the log tells which it keeps to itself.
+
+    Databricks serverless refuses all but a few, and does well without ours.
+    """
+    from pyspark.errors import PySparkException
+
+    for key, value in settings.items():
+        try:
+            spark.conf.set(key, value)
+        except PySparkException:
+            log.info("this Spark keeps its own %s", key)
 
 
 def spark_schema(schema: "pa.Schema") -> "StructType":
@@ -90,7 +128,44 @@ def spark_failure(error: Exception) -> str:
     python = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Expired|Exit): ", line)]
     crashed = [text[0] for text in re.finditer(r"Python\s+worker exited unexpectedly[^.\n]*", str(error))]
     found = (ours or python or crashed or lines or [type(error).__name__])[-1 if ours or python else 0]
-    return re.sub(r"^helpers\.errors\.\w+: ", "", found)
+    remedy = f": {PACKAGES_REMEDY}" if re.match(r"ModuleNotFoundError|PySparkImportError", found) else ""
+    return re.sub(r"^helpers\.errors\.\w+: ", "", found) + remedy
+
+
+def shown_master(config: Config) -> str:
+    """The master or remote, without the parameters of a remote: a token may be among them."""
+    return config.spark.master.partition("/;")[0]
+
+
+def check_answers(remote: str) -> None:
+    """Fail at once where no Connect server listens: pyspark would try again for ten minutes.
+
+    Raises:
+        HostError: nothing listens at an `sc://` address.
+    """
+    url = urlsplit(remote)
+    if url.scheme != "sc":
+        return
+    try:
+        socket.create_connection((url.hostname or "", url.port or 15002), timeout=10).close()
+    except OSError as error:
+        where = f"no Spark Connect server answers at {url.hostname}:{url.port or 15002} ({error.strerror or error})"
+        raise HostError(f"{where}: start one with sbin/start-connect-server.sh, or correct spark.master") from None
+
+
+def find_environment(config: Config) -> str:
+    """Where the packed environment of `spark.environment` is.
+
+    Raises:
+        HostError: it is a path, and there is no such file.
+    """
+    location = config.spark.environment or ""
+    if "://" in location:
+        return location
+    archive = PROJECT / location
+    if not archive.is_file():
+        raise HostError(f"there is no packed environment {archive}: make it with `make pack`")
+    return archive.as_uri()
 
 
 def ship_helpers(spark: "SparkSession") -> None:
@@ -134,23 +209,32 @@ def _start_workers(spark: "SparkSession") -> None:
     frame.mapInArrow(pass_through, frame.schema).collect()
 
 
+def _is_local_connect(config: Config) -> bool:
+    """Whether this process starts the Connect server itself, as pyspark does for `remote("local[2]")`."""
+    return config.spark.mode == "connect" and config.spark.master.startswith("local")
+
+
 def _master(config: Config) -> str:
     # local[N] tries each task once; local[N,F] tries it F times, as a cluster does.
     local = re.fullmatch(r"local(?:\[([^,\]]+)\])?", config.spark.master)
     return f"local[{local[1] or 1},{config.spark.task_attempts}]" if local else config.spark.master
 
 
-def _classic_settings(config: Config) -> dict[str, str]:
+def _jvm_settings(config: Config) -> dict[str, str]:
+    """What Spark is told where this process starts its JVM, and how its workers find their Python."""
+    check_java()
+    packed = {}
+    if config.spark.environment and config.spark.mode == "cluster":
+        packed = {"spark.archives": f"{find_environment(config)}#{UNPACKED}"}
+        os.environ["PYSPARK_PYTHON"] = f"./{UNPACKED}/bin/python"
+    else:
+        # Workers run the interpreter that runs the driver, not the first python3 on the PATH.
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     log4j = f"-Dlog4j2.configurationFile={(PROJECT / 'conf' / 'log4j2.properties').as_uri()}"
-    options = f"{log4j} {local_options()}" if config.spark.mode == "local" else log4j
     return {
+        **packed,
         "spark.driver.memory": config.spark.driver_memory,
-        "spark.driver.extraJavaOptions": options,
+        "spark.driver.extraJavaOptions": f"{log4j} {local_options()}" if config.spark.mode != "cluster" else log4j,
         "spark.task.maxFailures": str(config.spark.task_attempts),
         "spark.ui.showConsoleProgress": "false",
-        "spark.sql.execution.arrow.pyspark.enabled": "true",
-        # Rows with an image's bytes are large: what crosses to Python at once is bounded in both.
-        "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
-        "spark.sql.execution.arrow.maxBytesPerBatch": str(16 * 2**20),
-        "spark.sql.session.timeZone": "UTC",
     }

@@ -52,6 +52,7 @@ class Process:
     command: list[str]
     log: Path
     environment: dict[str, str] = field(default_factory=dict)
+    inherits: bool = True  # this process's environment variables too
     popen: subprocess.Popen = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class Process:
             self.popen = subprocess.Popen(
                 self.command,
                 cwd=PROJECT,
-                env={**os.environ, **self.environment},
+                env={**(os.environ if self.inherits else {}), **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=answers,
                 stderr=errors,
@@ -120,9 +121,13 @@ def _arguments(process: psutil.Process | None) -> list[str]:
 
 @dataclass
 class Cluster:
-    """A master and workers of one core each, each a process; logs stay in the folder."""
+    """A master and workers of one core each, each a process; logs stay in the folder.
+
+    With an `environment`, the processes have its variables and no others of this one's.
+    """
 
     folder: Path
+    environment: dict[str, str] | None = None
     workers: list[Process] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -179,7 +184,9 @@ class Cluster:
                 "SPARK_LOCAL_DIRS": str(self.folder / "local"),
                 "SPARK_DAEMON_MEMORY": "256m",
                 "SPARK_DAEMON_JAVA_OPTS": SHORT_LIVED,
+                **(self.environment or {}),
             },
+            inherits=self.environment is None,
         )
 
     def _alive(self, process: Process) -> str:

@@ -1,6 +1,25 @@
 """ADLS Gen2 alone, against a real server: the SDK's traps, a bad network, credentials, secrets, locks, long listings.
 
 What it has in common with local storage is in `test_storage.py`.
+
+How it was checked that tests fail without their protection: in a copy of the repository, one change at a time.
+
+    changed                                                     failed
+    adls.py: `_move` gives up where the source is gone          any one request: writes and rename, dropped afterwards
+    adls.py: the rename's source is not quoted                  percent signs
+    adls.py: `_put` writes under the final name                 a reader never sees a part
+    adls.py: a refused credential is an OSError                 forbidden and refused, expired token, wrong key
+    adls.py: nothing is repeated                                any one request: read and list
+    adls.py: urllib3's log is not filtered                      planted secret
+    adls.py: `_check_lease` checks nothing                      who has lost the lock
+    adls.py: one client for ever                                expired token
+    adls.py: pickles with its lease                             pickles without its credential
+    adls.py: the lock is no lease                               3 tests of locks in test_storage.py
+    lease.py: nothing is renewed                                renewed while it is held
+    lease.py: a lease is for ever                               until it is killed, in test_storage.py
+    credentials.py: `redact` without URLs, or without secrets   redacting, wrong address
+
+One is double: the SDK's own errors do not show the planted token either, whether `_explain` redacts them or not.
 """
 
 import datetime as dt

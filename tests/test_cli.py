@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import onnx
 import pyarrow.parquet as pq
 import pytest
 
@@ -135,6 +136,19 @@ def test_export_makes_a_bundle(checkpoint, samples, tmp_path, precision):
     bundle = load_bundle(open_storage(summary["bundle"]))
     assert bundle.manifest.precision == precision and bundle.manifest.model == summary["model"]
     assert all(bundle.read(name) for name in ("model.xml", "model.bin"))
+
+
+def test_export_leaves_the_onnx_graph_of_an_older_opset(checkpoint, tmp_path):
+    options = ("--checkpoint", checkpoint, "--output", "mine", "--opset", "11", "--onnx", "mine.onnx")
+    answer = helpers("export", "--architecture", "fashion_cnn", *options, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert onnx.load(tmp_path / "mine.onnx").opset_import[0].version == 11
+    assert load_bundle(open_storage(str(tmp_path / "mine"))).manifest.outputs[0].shape == (10,)
+
+
+def test_export_of_an_opset_there_is_not_is_one_line_and_exit_2(checkpoint, tmp_path):
+    options = ("--checkpoint", checkpoint, "--output", "mine", "--opset", "5")
+    assert_mistake(helpers("export", "--architecture", "fashion_cnn", *options, cwd=tmp_path), "opset 5")
 
 
 def test_export_of_what_is_no_checkpoint_is_one_line_and_exit_2(samples, tmp_path):

@@ -7,14 +7,15 @@ import openvino as ov
 import pytest
 import torch
 
-from helpers import export
+from helpers import export, inference
 from helpers.architectures import get_architecture
-from helpers.benchmark import onnx_predict
 from helpers.bundle import load_bundle
+from helpers.config import PROJECT
 from helpers.errors import BundleError
 from helpers.fashion_cnn import FashionCNN, compute_logits
 from helpers.fashion_mnist import CLASSES, load
-from helpers.inference import compile_options, get_model
+from helpers.formats import onnx_engine, torch_engine
+from helpers.inference import compile_options, get_model, has_bf16
 from helpers.storage import open_storage
 
 BATCHES = [1, 3, 64]
@@ -77,8 +78,54 @@ def test_the_onnx_graph_is_valid_and_of_a_recent_opset(exported):
 @pytest.mark.parametrize("form", ["exported", "simplified"])
 def test_onnx_gives_the_networks_outputs_for_any_batch(request, form, batch, architecture, images, expected, tmp_path):
     onnx.save(request.getfixturevalue(form), tmp_path / "model.onnx")
-    found = onnx_predict(tmp_path / "model.onnx", architecture.input)(images[:batch])
-    np.testing.assert_allclose(found, expected[:batch], atol=TOLERANCE)
+    found = onnx_engine(tmp_path / "model.onnx", architecture)(images[:batch])
+    np.testing.assert_allclose(found["logits"], expected[:batch], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("opset", [11, 17, 21])
+def test_the_opset_can_be_chosen_and_changes_no_output(opset, network, architecture, images, expected, tmp_path):
+    model = export.simplify(export.to_onnx(network, architecture, opset))
+    onnx.checker.check_model(model, full_check=True)
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [opset]
+    onnx.save(model, tmp_path / "model.onnx")
+    for batch in (1, 3):
+        found = onnx_engine(tmp_path / "model.onnx", architecture)(images[:batch])
+        np.testing.assert_allclose(found["logits"], expected[:batch], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("opset", [10, 99])
+def test_an_opset_that_cannot_be_exported_names_those_that_can(opset, network, architecture):
+    with pytest.raises(BundleError, match=f"opset {opset}.*from 11 to 23"):
+        export.to_onnx(network, architecture, opset)
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+def test_yolact_is_converted_for_old_engines_and_new_with_the_networks_outputs(opset, tmp_path):
+    architecture = get_architecture("yolact_scenes")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        network = architecture.build().eval()
+    model = export.simplify(export.to_onnx(network, architecture, opset))
+    assert model.opset_import[0].version == opset
+    onnx.save(model, tmp_path / "model.onnx")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, *architecture.input.shape), np.uint8)
+    for batch in (1, 3):
+        expected = torch_engine(network, architecture)(pixels[:batch])
+        found = onnx_engine(tmp_path / "model.onnx", architecture)(pixels[:batch])
+        assert set(found) == {"loc", "conf", "mask", "proto"}
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=TOLERANCE)
+
+
+def test_nodes_are_named_after_modules_and_tell_nothing_of_the_machine(exported, converted):
+    assert [node.name for node in exported.graph.node][:3] == [
+        "features.0.1/Conv",
+        "features.0.2/Relu",
+        "features.0.3/MaxPool",
+    ]
+    assert len({node.name for node in exported.graph.node}) == len(exported.graph.node)
+    assert str(PROJECT).encode() not in exported.SerializeToString()
+    assert "features.0.1/Conv" in {node.get_friendly_name() for node in converted.get_ops()}
 
 
 def test_simplification_leaves_fewer_nodes_and_the_same_outputs(exported, simplified):
@@ -137,6 +184,38 @@ def test_half_precision_halves_the_weights_and_keeps_the_outputs(
     assert half.manifest.name == "fashion_cnn-fp16" and half.manifest.arithmetic == "f32"
 
 
+def test_bfloat16_is_half_precision_weights_and_an_arithmetic_that_is_written_down(
+    converted, architecture, checkpoint, tmp_path, images, expected
+):
+    made = {
+        precision: export.make_bundle(
+            converted, architecture, checkpoint, open_storage(str(tmp_path / precision)), precision
+        )
+        for precision in ("fp16", "bf16")
+    }
+    assert made["bf16"].manifest.name == "fashion_cnn-bf16"
+    assert (made["bf16"].manifest.precision, made["bf16"].manifest.arithmetic) == ("bf16", "bf16")
+    assert made["bf16"].manifest.files == made["fp16"].manifest.files
+    compiled = get_model(load_bundle(open_storage(str(tmp_path / "bf16")))).compiled
+    wanted = ov.Type.bf16 if has_bf16() else ov.Type.f32
+    assert compiled.get_property("INFERENCE_PRECISION_HINT") == wanted
+    difference = np.abs(logits_of(made["bf16"], images) - expected).max()
+    assert difference < 0.05 * np.abs(expected).max()
+    assert not has_bf16() or difference > 10 * np.abs(logits_of(made["fp16"], images) - expected).max() > 0
+
+
+def test_bfloat16_on_a_processor_without_it_is_warned_of(
+    converted, architecture, checkpoint, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(export, "has_bf16", lambda: False)
+    monkeypatch.setattr(inference, "has_bf16", lambda: False)
+    bundle = export.make_bundle(converted, architecture, checkpoint, open_storage(str(tmp_path)), "bf16")
+    assert "no bfloat16" in caplog.text
+    caplog.clear()
+    get_model(bundle, threads=2)  # of which the cache of models knows nothing yet
+    assert "no bfloat16" in caplog.text and bundle.manifest.model in caplog.text
+
+
 def test_eight_bits_are_smaller_still_and_close(
     converted, architecture, checkpoint, bundle_uri, tmp_path, images, expected
 ):
@@ -177,7 +256,7 @@ def test_calibration_takes_a_bounded_number_from_all_over_the_folder(test_images
 
 
 def test_an_unknown_precision_lists_the_known(converted, architecture, checkpoint, tmp_path):
-    with pytest.raises(BundleError, match="fp4.*fp32, fp16, int8"):
+    with pytest.raises(BundleError, match="fp4.*fp32, fp16, bf16, int8"):
         export.make_bundle(converted, architecture, checkpoint, open_storage(str(tmp_path)), "fp4")
 
 

@@ -15,7 +15,9 @@ from helpers.config import PROJECT
 EXECUTOR_MODULES = ["stages", "task", "inference", "images", "postprocessing", "bundle", "storage", "video", "frames"]
 EXECUTOR_MODULES += ["adls", "credentials", "lease", "prefetch"]
 HEAVY = {"torch", "torchvision", "pydantic", "onnx", "nncf", "matplotlib", "tensorboard"}
-NOT_IN_CONNECT = {"sparkContext", "rdd", "_jvm", "_jsc", "_jsparkSession"}
+NOT_IN_CONNECT = {"SparkContext", "sparkContext", "_sc", "_jvm", "_jsc", "_jdf", "_jsparkSession"}
+NOT_IN_CONNECT |= {"rdd", "RDD", "parallelize", "foreachPartition"}
+NOT_ON_SERVERLESS = {"cache", "persist", "unpersist"}  # of a DataFrame
 MACHINE_PATH = re.compile(r"(?<![\w.\-/])/(?:root|work|home|tmp)/[\w.]")
 SMALLER = {"limit", "agg", "count", "distinct", "first", "head", "take", "sample", "groupBy", "summary", "describe"}
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -52,8 +54,8 @@ def source(cell: dict) -> str:
 
 def sources() -> dict[str, str]:
     """Python of helpers and notebooks by where it stands."""
-    found = {path.name: path.read_text(encoding="utf-8") for path in files() if path.parent == PROJECT / "helpers"}
-    found = {name: text for name, text in found.items() if name.endswith(".py")}
+    modules = [path for path in files() if PROJECT / "helpers" in path.parents and path.suffix == ".py"]
+    found = {str(path.relative_to(PROJECT / "helpers")): path.read_text(encoding="utf-8") for path in modules}
     for path in NOTEBOOKS:
         found[path.name] = "\n".join(source(cell) for cell in code_cells(path))
     return found
@@ -76,12 +78,35 @@ def test_importing_the_package_imports_nothing_else():
     assert [name for name in answer.stdout.split() if not name.startswith("__editable__")] == ["helpers"]
 
 
-def test_nothing_is_used_that_spark_connect_lacks():
+def attributes(text: str) -> set[str]:
+    """Of objects: `functools.cache` is no attribute of a DataFrame."""
+    found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in found if getattr(node.value, "id", "") != "functools"}
+
+
+def names_in(text: str) -> set[str]:
+    """Attributes and imports, attributes named to `getattr` as text included."""
+    nodes = list(ast.walk(ast.parse(text)))
+    named = attributes(text) | {
+        alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    return named | {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def test_nothing_is_used_that_spark_connect_or_serverless_lacks():
     found = sources()
-    assert {"pipeline.py", "session.py"} <= set(found) and len(found) > len(NOTEBOOKS) + 10
+    assert {"pipeline.py", "session.py", "yolact/network.py"} <= set(found) and len(found) > len(NOTEBOOKS) + 10
     for name, text in found.items():
-        used = {node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)}
-        assert not used & NOT_IN_CONNECT, name
+        assert not names_in(text) & NOT_IN_CONNECT, name
+        assert not attributes(text) & NOT_ON_SERVERLESS, name
+
+
+@pytest.mark.parametrize(
+    "text", ["spark.sparkContext", "frame.rdd.map(f)", "getattr(spark, '_jvm')", "from pyspark import SparkContext"]
+)
+def test_the_search_for_what_spark_connect_lacks_finds_it(text):
+    assert names_in(text) & NOT_IN_CONNECT
+    assert not names_in("from functools import partial; spark.createDataFrame(table)") & NOT_IN_CONNECT
 
 
 def test_modules_are_small_enough_to_read_in_one_sitting():

@@ -12,7 +12,7 @@ from helpers import java, session
 from helpers.config import PROJECT
 from helpers.errors import HostError
 from helpers.java import check_java
-from helpers.session import get_slots, local_slots, pack_helpers, spark_failure
+from helpers.session import PACKAGES_REMEDY, get_slots, local_slots, pack_helpers, spark_failure
 
 
 def install_java(folder: Path, answer: str) -> Path:
@@ -230,7 +230,10 @@ Driver stacktrace:
     ("error", "line"),
     [
         ("helpers.errors.BundleError: /models/x/model.bin is damaged", "/models/x/model.bin is damaged"),
-        ("ModuleNotFoundError: No module named 'cv2'", "ModuleNotFoundError: No module named 'cv2'"),
+        (
+            "ModuleNotFoundError: No module named 'cv2'",
+            f"ModuleNotFoundError: No module named 'cv2': {PACKAGES_REMEDY}",
+        ),
         ("MemoryError: out of memory", "MemoryError: out of memory"),
     ],
 )

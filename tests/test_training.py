@@ -13,7 +13,8 @@ from helpers.distributed import train_on_spark
 from helpers.errors import HostError, TrainingError
 from helpers.export import load_network
 from helpers.fashion_cnn import MEAN, STD, FashionCNN, normalise, predict
-from helpers.training import TrainingSettings, Worker, batches_of, train
+from helpers.training import TrainingSettings, train
+from helpers.workers import RunSettings, Worker, batches_of, make_schedule
 
 SMALL = TrainingSettings(epochs=2, batch_size=64, train_images=1280, test_images=500, precision="fp32")
 
@@ -60,6 +61,22 @@ def test_shares_of_the_workers_make_up_the_batch_of_one():
     for batch, first, second in zip(whole, *shares, strict=True):
         assert len(first) == len(second) == 32
         assert set(batch.tolist()) == set(first.tolist()) | set(second.tolist())
+
+
+def test_a_trapezoid_is_the_same_for_any_length_until_it_falls():
+    def rates(steps: int) -> list[float]:
+        settings = RunSettings(schedule="trapezoid", learning_rate=2.0)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+        schedule, found = make_schedule(settings, optimizer, steps), []
+        for _ in range(steps):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    short, long = rates(1000), rates(2000)
+    assert short[:600] == long[:600] and short[0] == 0.01 and set(short[199:600]) == {2.0}
+    assert short[800] == pytest.approx(1.0) and short[-1] == pytest.approx(0.005)
 
 
 def test_training_lowers_the_loss_and_beats_chance(single_run):

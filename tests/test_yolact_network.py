@@ -10,6 +10,7 @@ import torch
 from helpers import export
 from helpers.architectures import get_architecture
 from helpers.errors import BundleError
+from helpers.fashion_mnist import CLASSES
 from helpers.yolact import build
 from helpers.yolact.checkpoint import drop_stale_keys
 from helpers.yolact.configurations import COCO_CLASSES, CONFIGURATIONS
@@ -54,14 +55,30 @@ def test_a_network_has_as_many_parameters_and_anchors_as_the_published(name):
 
 
 def test_every_published_network_can_be_exported():
-    assert set(CONFIGURATIONS) == set(PUBLISHED)
-    for name, configuration in CONFIGURATIONS.items():
+    assert set(CONFIGURATIONS) == {*PUBLISHED, "yolact_scenes"}
+    for name in PUBLISHED:
+        configuration = CONFIGURATIONS[name]
         architecture = get_architecture(name)
         assert architecture.input.shape == (configuration.size, configuration.size, 3)
         assert (architecture.input.color, architecture.input.resize) == ("rgb", "stretch")
         assert architecture.labels == COCO_CLASSES and len(set(COCO_CLASSES)) == 80
     assert (COCO_CLASSES[0], COCO_CLASSES[61], COCO_CLASSES[79]) == ("person", "toilet", "toothbrush")
     assert get_architecture("yolact_darknet53").input.std == (255, 255, 255)
+
+
+def test_the_small_network_has_a_level_for_each_scale_and_fits_the_repository():
+    configuration = CONFIGURATIONS["yolact_scenes"]
+    network = build("yolact_scenes").eval()
+    assert sum(value.nbytes for value in network.state_dict().values()) <= 6_000_000
+    with torch.no_grad():
+        loc, conf, mask, priors, proto = network(torch.zeros(2, 3, 160, 160))
+    anchors = 3 * (20 * 20 + 10 * 10 + 5 * 5)
+    assert (loc.shape, conf.shape, mask.shape) == ((2, anchors, 4), (2, anchors, 11), (2, anchors, 16))
+    assert priors.shape == (anchors, 4) and proto.shape == (2, 40, 40, 16)
+    np.testing.assert_allclose(
+        priors[-1, 2:], np.float32([2**0.5, 0.5**0.5]) * configuration.scales[2] / 160, rtol=1e-6
+    )
+    assert get_architecture("yolact_scenes").labels == CLASSES
 
 
 def test_an_unknown_network_lists_the_known():

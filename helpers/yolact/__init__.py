@@ -1,13 +1,18 @@
 """YOLACT (Bolya et al., ICCV 2019), compatible with the official version 1.0 checkpoints.
 
-    configurations   the published networks' numbers, and the COCO classes
+    configurations   the networks' numbers, and the classes they tell apart
     backbones        ResNet and DarkNet                                          torch
     network          FPN, prototypes, shared head                                torch
     priors           anchors                                                     numpy
     detection        box decoding and non-maximum suppression                    numpy
     masks            mask assembly and COCO run-length encoding                  numpy
+    evaluation       what a network finds in images, in PyTorch                  torch
+    matching         which anchor learns which object                            torch
+    losses           what training minimises                                     torch
+    augmentation     scenes changed at random, and their truth with them         torch
+    training         on Fashion-MNIST scenes, alone or in several processes      torch
 
-Executors import the last two, so importing this package imports no torch.
+Executors import `detection` and `masks`, so importing this package imports no torch.
 """
 
 from typing import TYPE_CHECKING
@@ -20,7 +25,7 @@ def build(architecture: str) -> "Yolact":
     """Make a network with random weights, whose `state_dict` has the official checkpoint's keys and shapes.
 
     Args:
-        architecture: `yolact_base`, `yolact_resnet50`, `yolact_darknet53` or `yolact_im700`.
+        architecture: `yolact_base`, `yolact_resnet50`, `yolact_darknet53`, `yolact_im700` or `yolact_scenes`.
 
     Raises:
         BundleError: there is none of that name.

@@ -58,6 +58,53 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(inner)) + self.downsample(features))
 
 
+class SmallResNet(nn.Module):
+    """Residual network of two-convolution blocks (He et al., 2016, figure 5 left) that trains on a processor.
+
+    The stem halves the image and each stage halves it again, so that C3 to C5 are the last three of four stages.
+    """
+
+    def __init__(self, widths: tuple[int, ...], blocks: tuple[int, ...]):
+        super().__init__()
+        inputs = [widths[0], *widths]
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, widths[0], kernel_size=3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
+        )
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                BasicBlock(inputs[stage], width, stride=2), *(BasicBlock(width, width) for _ in range(count - 1))
+            )
+            for stage, (width, count) in enumerate(zip(widths, blocks, strict=True))
+        )
+        self.channels = list(widths[-USED_STAGES:])
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Return C3, C4 and C5."""
+        return _last_stages(self.layers, self.stem(images))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut; the first one carries the stride."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            projection = nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Map `[B, inputs, H, W]` to `[B, outputs, H / stride, W / stride]`."""
+        inner = F.relu(self.bn1(self.conv1(features)))
+        return F.relu(self.bn2(self.conv2(inner)) + self.downsample(features))
+
+
 class DarkNet(nn.Module):
     """Residual network of YOLOv3 (Redmon and Farhadi, 2018, table 1), without its classifier."""
 
@@ -86,9 +133,10 @@ class DarkNetBlock(nn.Module):
         return features + self.conv2(self.conv1(features))
 
 
-BACKBONES: dict[str, Callable[[], ResNet | DarkNet]] = {
+BACKBONES: dict[str, Callable[[], ResNet | SmallResNet | DarkNet]] = {
     "resnet50": lambda: ResNet((3, 4, 6, 3)),
     "resnet101": lambda: ResNet((3, 4, 23, 3)),
+    "resnet_small": lambda: SmallResNet((32, 64, 128, 128), (2, 3, 2, 1)),
     "darknet53": lambda: DarkNet((1, 2, 8, 8, 4)),
 }
 

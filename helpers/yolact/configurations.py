@@ -1,8 +1,9 @@
-"""The numbers of the published YOLACT networks, and the classes they tell apart. The standard library only."""
+"""The numbers of the published YOLACT networks and of the project's own, and the classes they tell apart. No torch."""
 
 from dataclasses import dataclass
 
 from helpers.errors import BundleError
+from helpers.fashion_mnist import CLASSES
 
 COCO_CLASSES = tuple(
     """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
@@ -25,7 +26,8 @@ class Configuration:
     Attributes:
         backbone: a name in `backbones`.
         size: side of the square input, in pixels.
-        scales: sides of the anchors, in pixels of the input, one for each level of the pyramid from P3 to P7.
+        scales: sides of the anchors, in pixels of the input, one for each level of the pyramid from P3 up; there are
+            as many levels as scales, at least three.
         labels: of the foreground classes; the background is class 0 of the network's output, before them.
         mean: of the input's channels, red, green, blue; the network takes (pixel - mean) / std.
         std: likewise.
@@ -62,6 +64,17 @@ CONFIGURATIONS = {
         Configuration("yolact_darknet53", "darknet53", mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0)),
         # The scales for 550, times 700 / 550, their fractions cut off.
         Configuration("yolact_im700", "resnet101", size=700, scales=(30, 61, 122, 244, 488)),
+        # For Fashion-MNIST scenes, whose items are about 30 to 70 pixels large: P6 and P7 would find nothing.
+        Configuration(
+            "yolact_scenes",
+            "resnet_small",
+            size=160,
+            scales=(34, 48, 68),
+            labels=CLASSES,
+            square_anchors=False,
+            features=64,
+            prototypes=16,
+        ),
     )
 }
 

@@ -26,7 +26,7 @@ class Yolact(nn.Module):
         self.configuration = configuration
         self.backbone = BACKBONES[configuration.backbone]()
         self.proto_net = _prototype_branch(configuration)
-        self.fpn = FeaturePyramid(self.backbone.channels, configuration.features)
+        self.fpn = FeaturePyramid(self.backbone.channels, configuration.features, len(configuration.scales))
         # A list of one, because the checkpoints number the heads, and four of their five share the first one's weights.
         self.prediction_layers = nn.ModuleList([PredictionHead(configuration)])
         self.semantic_seg_conv = nn.Conv2d(configuration.features, configuration.classes - 1, kernel_size=1)
@@ -53,25 +53,25 @@ class Yolact(nn.Module):
 
     def _priors_of(self, levels: Features) -> torch.Tensor:
         sizes = [(level.shape[2], level.shape[3]) for level in levels]
-        if sizes == [(side, side) for side in level_sizes(self.configuration.size)]:
+        if sizes == [(side, side) for side in level_sizes(self.configuration.size, len(levels))]:
             return self.priors
         return torch.from_numpy(make_priors(self.configuration, sizes)).to(self.priors.device)
 
 
 class FeaturePyramid(nn.Module):
-    """Feature pyramid without P2 and with P6 and P7 (section 4; Lin et al., 2017).
+    """Feature pyramid without P2 and with levels above P5 (section 4; Lin et al., 2017).
 
     `lat_layers` and `pred_layers` go from the deepest level to the shallowest, as the checkpoints have them.
     """
 
-    def __init__(self, channels: list[int], features: int):
+    def __init__(self, channels: list[int], features: int, levels: int):
         super().__init__()
         self.lat_layers = nn.ModuleList(nn.Conv2d(count, features, kernel_size=1) for count in reversed(channels))
         self.pred_layers = nn.ModuleList(_convolution(features) for _ in channels)
-        self.downsample_layers = nn.ModuleList(_convolution(features, stride=2) for _ in range(2))
+        self.downsample_layers = nn.ModuleList(_convolution(features, stride=2) for _ in range(levels - len(channels)))
 
     def forward(self, stages: Features) -> Features:
-        """Map C3, C4 and C5 to P3, P4, P5, P6 and P7, each `[B, features, height, width]`."""
+        """Map C3, C4 and C5 to P3, P4, P5 and what is above, each `[B, features, height, width]`."""
         levels: Features = []
         total = None
         for lateral, predict, stage in zip(self.lat_layers, self.pred_layers, reversed(stages), strict=True):

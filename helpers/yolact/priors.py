@@ -11,10 +11,10 @@ from helpers.yolact.configurations import Configuration
 STRIDE_3 = 3  # halvings from the input to P3
 
 
-def level_sizes(size: int) -> list[int]:
-    """Sides of the pyramid's maps P3 to P7, in cells, for an input of `size` pixels: each half the last, rounded up."""
+def level_sizes(size: int, levels: int = 5) -> list[int]:
+    """Sides of the maps from P3 on, in cells, for an input of `size` pixels: each half the last, rounded up."""
     sizes = []
-    for halvings in range(1, STRIDE_3 + 5):
+    for halvings in range(1, STRIDE_3 + levels):
         size = (size + 1) // 2
         if halvings >= STRIDE_3:
             sizes.append(size)
@@ -32,7 +32,7 @@ def make_priors(configuration: Configuration, sizes: Iterable[tuple[int, int]] |
         float32 `[anchors, 4]`, centre x, centre y, width and height, relative to the input. They go by level, row,
         column and ratio, the last fastest, as the head's outputs do.
     """
-    sizes = sizes or [(side, side) for side in level_sizes(configuration.size)]
+    sizes = sizes or [(side, side) for side in level_sizes(configuration.size, len(configuration.scales))]
     levels = zip(sizes, configuration.scales, strict=True)
     return np.concatenate([_level(height, width, scale, configuration) for (height, width), scale in levels])
 

@@ -1,0 +1,29 @@
+#!/bin/sh
+# The four stages on Kubernetes, driver and executors in the image of conf/Dockerfile:
+#   docker build -f conf/Dockerfile -t REGISTRY/spark-vision . && docker push REGISTRY/spark-vision
+#   IMAGE=REGISTRY/spark-vision API=https://HOST:6443 conf/kubernetes.sh SOURCE MODEL OUTPUT [--set KEY=VALUE ...]
+# Once for a namespace, so that the driver may start pods:
+#   kubectl create serviceaccount spark && kubectl create rolebinding spark --clusterrole=edit --serviceaccount=default:spark
+# Locations: abfss:// (workload identity, or a secret as an environment variable), or a volume that all pods mount.
+set -eu
+[ $# -ge 3 ] || { sed -n '2,7s/^# //p' "$0"; exit 2; }
+root=$(cd "$(dirname "$0")/.." && pwd)
+source=$1 model=$2 output=$3
+shift 3
+export PYSPARK_DRIVER_PYTHON="$root/.venv/bin/python" # spark-submit finds Spark by it
+# A pod's memory is heap and overhead, and Python workers live in the overhead: one a core, of at most
+# inference.memory_megabytes (2048) each. The answer, with the JSON summary, is the log of the driver's pod.
+# A credential that is an environment variable: spark.kubernetes.{driver,executor}.secretKeyRef.NAME=SECRET:KEY.
+exec "$root/.venv/bin/spark-submit" \
+  --master "k8s://${API:?the address of the cluster, https://HOST:6443}" \
+  --deploy-mode cluster \
+  --name spark-vision \
+  --conf spark.kubernetes.namespace="${NAMESPACE:-default}" \
+  --conf spark.kubernetes.authenticate.driver.serviceAccountName="${ACCOUNT:-spark}" \
+  --conf spark.kubernetes.container.image="${IMAGE:?the image made of conf/Dockerfile}" \
+  --conf spark.executor.instances="${EXECUTORS:-4}" \
+  --conf spark.executor.cores="${CORES:-2}" \
+  --conf spark.executor.memory="${HEAP:-1g}" \
+  --conf spark.executor.memoryOverhead="${OVERHEAD:-4g}" \
+  local:///opt/vision/conf/submit.py run --profile cluster --set spark.master="k8s://$API" \
+  --source "$source" --model "$model" --output "$output" "$@"

@@ -1,0 +1,153 @@
+"""What every training function shares: processes that train one network together, precision, schedule, batches.
+
+Data parallel: every process holds the whole network and works on its share of each batch. The same training function
+runs alone, under torchrun and in Spark tasks; see `distributed`.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from helpers.errors import HostError, TrainingError
+from helpers.storage import open_storage
+
+PROGRESS = "epoch "  # how each line of progress begins
+
+WARM_UP_STEPS, DECAY = 200, 0.4  # of the trapezoid; the second is a share of all steps
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class RunSettings:
+    """What a training run of any network decides."""
+
+    epochs: Positive = 5
+    batch_size: Positive = 128  # images a step, over all processes together
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-3  # the highest of the schedule
+    schedule: Literal["one-cycle", "trapezoid", "constant"] = "one-cycle"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    seed: int = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor computes in it
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: Positive = 1  # a process; two threads that wait for each other lose far more on a busy machine
+    patience_minutes: Positive = 5  # a process that waits longer than this for another takes it for lost
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """This process among the processes of a run."""
+
+    rank: int
+    processes: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def join_workers(settings: RunSettings) -> Iterator[Worker]:
+    """Be one of the processes of a run, until the end of the `with` block.
+
+    Raises:
+        HostError: a GPU is asked for and there is none.
+    """
+    # torchrun and TorchDistributor describe the processes in these variables; alone, there are none.
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    worker = Worker(rank, processes, _device(settings))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    if processes > 1:
+        patience = timedelta(minutes=settings.patience_minutes)
+        dist.init_process_group("nccl" if settings.device == "cuda" else "gloo", timeout=patience)
+    try:
+        yield worker
+    finally:
+        torch.set_num_threads(threads)
+        if processes > 1:
+            dist.destroy_process_group()
+
+
+def batches_of(settings: RunSettings, worker: Worker, images: int, epoch: int) -> Iterator[torch.Tensor]:
+    """This worker's share, int64 indices, of each batch of an epoch; the last, incomplete batch is left out.
+
+    Together the shares of step k are the batch that a single process would take at step k.
+    """
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(settings.seed + epoch))
+    for start in range(0, images - settings.batch_size + 1, settings.batch_size):
+        yield order[start : start + settings.batch_size][worker.rank :: worker.processes].to(worker.device)
+
+
+def check_batch(settings: RunSettings, worker: Worker, images: int) -> None:
+    """Check that there is a batch, and a share of it for each process.
+
+    Raises:
+        TrainingError: there is not.
+    """
+    if settings.batch_size % worker.processes:
+        raise TrainingError(f"batch_size {settings.batch_size} does not divide over {worker.processes} processes")
+    if images < settings.batch_size:
+        raise TrainingError(f"{images} training images are fewer than one batch of {settings.batch_size}")
+
+
+def computes_bf16(settings: RunSettings) -> bool:
+    """Whether to compute in bfloat16 where that is enough."""
+    if settings.precision != "auto":
+        return settings.precision == "bf16"
+    if settings.device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def make_schedule(settings: RunSettings, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
+    """Make the learning rate's schedule, for one call of `step` after each optimisation step."""
+    if settings.schedule == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    if settings.schedule == "trapezoid":
+        slopes = partial(_trapezoid, total_steps=total_steps)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, slopes)
+    # Warm up over a fifth, then decay to nothing: a constant rate wanders about the minimum at the end.
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=0.2)
+
+
+def average_buffers(worker: Worker, model: nn.Module) -> None:
+    """Give all processes the mean of their batch norms' statistics, which come from their own shares alone."""
+    if worker.processes > 1:
+        for buffer in model.buffers():
+            dist.all_reduce(buffer)
+            buffer.copy_(buffer / worker.processes)
+
+
+def save(model: nn.Module, result: Mapping[str, Any], run_dir: str) -> None:
+    """Write `checkpoint.pt`, a state_dict, and `result.json` to the run directory."""
+    storage = open_storage(run_dir)
+    content = io.BytesIO()
+    torch.save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, content)
+    storage.write("checkpoint.pt", content.getvalue())
+    storage.write("result.json", json.dumps(result, indent=2).encode())
+
+
+def _trapezoid(step: int, total_steps: int) -> float:
+    """Share of the highest rate: up in a few steps, level, and down to nothing over the last part.
+
+    Until that part nothing depends on the number of steps, so it can still be chosen.
+    """
+    return min((step + 1) / WARM_UP_STEPS, 1.0, (total_steps - step) / (DECAY * total_steps))
+
+
+def _device(settings: RunSettings) -> torch.device:
+    if settings.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise HostError("a GPU is asked for and PyTorch finds none here: use device='cpu', or a host with CUDA")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

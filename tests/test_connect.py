@@ -1,0 +1,160 @@
+"""The pipeline over real Spark Connect servers: a separate one, and the one that `remote("local[2]")` starts.
+
+A process cannot hold a classic and a Connect session at once, so every client here is a process of its own.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from cluster import LOOPBACK, SHORT_LIVED, SPARK_HOME, Process, read_rows, start_run, wait_for
+
+from helpers import ingest, pipeline
+from helpers.config import PROJECT, load_config
+
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0[4-7]_*.ipynb"))
+EPOCHS = 3  # enough for the accuracy that notebook 07 asserts
+LISTENS = r"Spark Connect server started at: \S+:(\d+)"
+STAGES = """
+import logging, sys
+import pyarrow.parquet as pq
+from helpers import pipeline
+from helpers.config import load_config
+from helpers.session import get_slots, get_spark, local_slots, set_where_allowed
+
+source, model, target, remote = sys.argv[1:]
+logging.basicConfig(level=logging.INFO)
+for reader in ("files", "spark"):
+    config = load_config("local", reader=reader, spark={"mode": "connect", "master": remote})
+    spark = get_spark(config)
+    assert get_spark(config) is spark
+    assert type(spark).__module__ == "pyspark.sql.connect.session"
+    assert local_slots(spark) is None and get_slots(spark) == 2
+    assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
+    images = pipeline.ingest(spark, source, config)
+    outputs = pipeline.infer(pipeline.preprocess(images, model, config), model, config)
+    pq.write_table(pipeline.postprocess(outputs, model, config).toArrow(), f"{target}/{reader}.parquet")
+set_where_allowed(spark, {"spark.executor.memory": "1g"})
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[str]:
+    """The address of a server with two slots, a process that knows nothing of this one."""
+    command = [str(SPARK_HOME / "bin" / "spark-class"), "org.apache.spark.deploy.SparkSubmit", "--master", "local[2,4]"]
+    settings = {
+        "connect.grpc.binding.address": LOOPBACK,
+        "connect.grpc.binding.port": "0",
+        "driver.host": LOOPBACK,
+        "ui.enabled": "false",
+        "driver.extraJavaOptions": SHORT_LIVED,
+    }
+    command += [part for key, value in settings.items() for part in ("--conf", f"spark.{key}={value}")]
+    command += ["--class", "org.apache.spark.sql.connect.service.SparkConnectServer", "spark-internal"]
+    log = tmp_path_factory.mktemp("connect") / "server.log"
+    process = Process(command, log, {"PYSPARK_PYTHON": sys.executable})
+    try:
+        yield f"sc://{LOOPBACK}:{wait_for('the server', lambda: re.search(LISTENS, process.errors))[1]}"
+        assert process.popen.poll() is None, process.errors
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def expected(samples, bundle_uri, tmp_path_factory) -> list[dict]:
+    """What the stages give in this process, without any Spark."""
+    config = load_config("local")
+    task = pipeline.make_task(str(samples), bundle_uri, str(tmp_path_factory.mktemp("unused")), config)
+    listed = ingest.list_images(task.source, config).images
+    return pa.Table.from_batches(task.results(listed.to_batches())).sort_by("path").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def models(fashion_mnist_root, tmp_path_factory) -> Path:
+    """The folder with the int8 bundle that the notebooks take: that of notebook 03, or one made in less time."""
+    made = Path(load_config("local").paths.models)
+    if (made / "fashion_cnn-int8" / "manifest.json").exists():
+        return made
+    from helpers.architectures import get_architecture
+    from helpers.export import calibration_images, export
+    from helpers.fashion_mnist import write_images
+    from helpers.storage import open_storage
+    from helpers.training import TrainingSettings, train
+
+    folder = tmp_path_factory.mktemp("models")
+    train(TrainingSettings(epochs=EPOCHS), fashion_mnist_root, str(folder / "run"))
+    calibration = write_images(fashion_mnist_root, str(folder / "calibration"), train=True, count=1000)
+    config = load_config("local")
+    images = calibration_images(open_storage(str(calibration)), get_architecture("fashion_cnn"), config)
+    checkpoint = folder / "run" / "checkpoint.pt"
+    export("fashion_cnn", checkpoint, open_storage(str(folder / "fashion_cnn-int8")), "int8", images)
+    return folder
+
+
+def test_the_stages_one_by_one_give_what_one_process_does(server, samples, bundle_uri, expected, tmp_path):
+    command = [sys.executable, "-c", STAGES, str(samples), bundle_uri, str(tmp_path), server]
+    client = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
+    assert client.returncode == 0, client.stderr
+    for reader in ("files", "spark"):
+        assert pq.read_table(tmp_path / f"{reader}.parquet").sort_by("path").to_pylist() == expected
+    # What a server refuses, as Databricks serverless does with most settings, is told and stops nothing.
+    assert "this Spark keeps its own spark.executor.memory" in client.stderr
+
+
+def test_the_command_runs_over_a_server_and_resumes(server, samples, bundle_uri, expected, tmp_path):
+    settings = ["spark.mode=connect", f"spark.master={server}"]
+    first = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "first.log", *settings).finish()
+    assert (first.summary["ok"], first.summary["failed"], first.summary["partitions"]) == (60, 4, 2), first.errors
+    assert first.rows() == expected
+    again = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "again.log", *settings).finish()
+    assert (again.summary["ok"], again.summary["skipped"]) == (0, 64)
+    assert read_rows(tmp_path / "out") == expected
+
+
+def test_a_model_that_the_server_cannot_read_is_one_clear_error(server, samples, bundle_uri, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(bundle_uri, bundle)
+    with (bundle / "model.bin").open("r+b") as weights:
+        weights.truncate(100)
+    settings = ["spark.mode=connect", f"spark.master={server}"]
+    run = start_run(samples, str(bundle), tmp_path / "out", tmp_path / "run.log", *settings).finish()
+    run.assert_one_clear_error("model.bin")
+
+
+def test_where_no_server_answers_there_is_one_clear_error_at_once(samples, bundle_uri, tmp_path):
+    with contextlib.closing(socket.create_server((LOOPBACK, 0))) as free:
+        port = free.getsockname()[1]
+    settings = ["spark.mode=connect", f"spark.master=sc://{LOOPBACK}:{port}/;token=planted"]
+    run = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *settings).finish()
+    run.assert_one_clear_error(f"{LOOPBACK}:{port}", "start-connect-server.sh", "spark.master")
+    assert "planted" not in run.errors
+
+
+def test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs(models, tmp_path):
+    assert len(NOTEBOOKS) == 4
+    environment = {
+        "HELPERS_SPARK__MODE": "connect",
+        "HELPERS_SPARK__MASTER": "local[2]",
+        "HELPERS_PATHS__MODELS": str(models),
+        "HELPERS_PATHS__RESULTS": str(tmp_path / "results"),
+        "SPARK_TESTING": "1",  # a free port instead of 15002, which others may hold
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "--nbval", *map(str, NOTEBOOKS)]
+    command += ["--nbval-sanitize-with", "conf/nbval.cfg", "-p", "no:cacheprovider"]
+    ran = subprocess.run(
+        command, cwd=PROJECT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout[-5000:]
+    cells = [cell for path in NOTEBOOKS for cell in json.loads(path.read_text())["cells"]]
+    executed = [c for c in cells if c["cell_type"] == "code" and "nbval-skip" not in c["metadata"].get("tags", [])]
+    assert f"{len(executed)} passed" in ran.stdout
