@@ -130,7 +130,7 @@ def test_the_run_that_was_first_is_not_disturbed(story):
     assert [row["path"] for row in story.finished.rows()] == [str(story.photos / name) for name in names]
     assert all(row["error"] is None for row in story.finished.rows())
     assert story.finished.summary["skipped"] == EARLIER - 2
-    assert {path.name for path in story.finished.output.iterdir()} <= {"results", "_lock"}
+    assert {path.name for path in story.finished.output.iterdir()} <= {"results", "runs", "_lock"}
 
 
 def test_a_reader_never_sees_a_broken_file_or_an_image_twice(story):
