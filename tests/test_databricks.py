@@ -118,7 +118,8 @@ def test_every_file_is_there_and_deployed(job):
 
 
 def test_the_tasks_are_the_ordered_notebooks_and_then_the_command():
-    expected = [str(path.relative_to(PROJECT)) for path in NOTEBOOKS]
+    # 08 starts clusters of its own on the machine where it runs, which Databricks has others for.
+    expected = [str(path.relative_to(PROJECT)) for path in NOTEBOOKS if not path.name.startswith("08")]
     assert local_files("notebooks") == [*expected, "conf/submit.py"]
     assert local_files("stages_serverless") == [
         *(e for e in expected if re.search("/0[4-7]_", e)),
