@@ -76,8 +76,11 @@ def run_parallel(bundle: Bundle, images: Sequence[np.ndarray], threads: int) -> 
     import openvino as ov
 
     core = ov.Core()
+    single = get_model(bundle, threads=threads).single
     options = {**compile_options(bundle.manifest.arithmetic, threads), "NUM_STREAMS": threads}
     graph = core.read_model(model=bundle.read("model.xml"), weights=bundle.read("model.bin"))
+    if single:
+        graph.reshape([1, *bundle.manifest.input.shape])
     queue = ov.AsyncInferQueue(core.compile_model(graph, "CPU", options), 2 * threads)
     for warm_up in (True, False):
         start = time.perf_counter()

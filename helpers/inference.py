@@ -24,6 +24,7 @@ from helpers.errors import BundleError
 log = logging.getLogger(__name__)
 
 BYTES_A_PIXEL = 8  # of an image while it is decoded: three channels, once more to turn it upright, and some air
+SINGLE_MEGABYTES = 1  # inputs and outputs of which not even two images fit into this are inferred one by one
 REQUESTS = 2  # one batch is inferred while the next is read and decoded
 
 _models: dict[tuple[str, str, int], "Model"] = {}
@@ -36,13 +37,14 @@ class Model:
     compiled: ov.CompiledModel
     outputs: tuple[str, ...]
     load_seconds: float
+    single: bool = False  # compiled for one image at a time
     idle: list[ov.InferRequest] = field(default_factory=list)  # making one takes milliseconds, and each task needs two
 
     def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
         """Run batches through the model, in order; the next is prepared while one is computed.
 
         Args:
-            batches: pairs of anything and uint8 `[B, H, W, C]`; B may differ, and may be 0.
+            batches: pairs of anything and uint8 `[B, H, W, C]`; B may differ, and may be 0; at most 1 where `single`.
 
         Yields:
             The same anything, and the outputs by name, each float32 `[B, ...]`.
@@ -152,8 +154,12 @@ def _load(bundle: Bundle, precision: str, threads: int) -> Model:
     graph, weights = bundle.read("model.xml"), bundle.read("model.bin")
     core = ov.Core()
     core.set_property({"CACHE_DIR": str(Path(tempfile.gettempdir(), f"spark-vision-{os.getuid()}", "openvino"))})
+    # Large inputs and outputs gain nothing from batches, and a graph of fixed shapes is faster.
+    single = batch_size(bundle, SINGLE_MEGABYTES, most=2) == 1
     try:
         model = core.read_model(model=graph, weights=weights)
+        if single:
+            model.reshape([1, *bundle.manifest.input.shape])
         compiled = core.compile_model(model, "CPU", compile_options(precision, threads))
     except RuntimeError as error:
         raise BundleError(f"OpenVINO {ov.__version__} cannot load {bundle.storage.root}: {error}") from None
@@ -161,4 +167,4 @@ def _load(bundle: Bundle, precision: str, threads: int) -> Model:
         log.warning("this CPU has no bfloat16 units, so it computes %s in 32 bits", bundle.manifest.model)
     seconds = time.perf_counter() - start
     log.info("loaded %s (%s, %d threads) in %.2f s", bundle.manifest.model, precision, threads, seconds)
-    return Model(compiled, tuple(output.name for output in bundle.manifest.outputs), seconds)
+    return Model(compiled, tuple(output.name for output in bundle.manifest.outputs), seconds, single)

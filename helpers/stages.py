@@ -118,7 +118,7 @@ def infer(
     """Stage 3: the model's input to its raw outputs, in the process's one compiled model.
 
     Args:
-        batches: `TENSOR_SCHEMA`; one batch is one inference.
+        batches: `TENSOR_SCHEMA`; one batch is one inference, or several of one image where the model takes no more.
         bundle: which model.
         precision: arithmetic; None for the bundle's own.
         threads: OpenVINO threads.
@@ -129,7 +129,8 @@ def infer(
     """
     schema = output_schema(bundle.manifest)
     model = get_model(bundle, precision, threads, memory_megabytes)
-    for batch, outputs in model.infer((batch, _pixels(batch, bundle.manifest.input)) for batch in batches):
+    parts = (part for batch in batches for part in (_split_rows(batch) if model.single else [batch]))
+    for batch, outputs in model.infer((part, _pixels(part, bundle.manifest.input)) for part in parts):
         failed = np.asarray(batch["error"].is_valid())
         columns = {
             output.name: _float_lists(outputs.get(output.name), int(np.prod(output.shape)), failed)
@@ -167,6 +168,10 @@ def postprocess(
         found = iter(function(outputs, sizes, manifest, parameters, arrays) if good.num_rows else [])
         predictions = [None if error else next(found) for error in batch["error"].is_valid().to_pylist()]
         yield _extend(batch, RESULT_SCHEMA, predictions=predictions, model=[model] * batch.num_rows)
+
+
+def _split_rows(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    return (batch.slice(row, 1) for row in range(batch.num_rows))
 
 
 def _split(batch: pa.RecordBatch, most_images: int, most_bytes: int) -> Iterator[pa.RecordBatch]:

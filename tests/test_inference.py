@@ -2,6 +2,7 @@ import hashlib
 import logging
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from helpers import inference, stages
@@ -144,3 +145,31 @@ def test_another_networks_weights_in_the_same_graph_are_another_model(bundle, tm
         assert other.manifest.model != bundle.manifest.model
         expected = compute_logits(network, torch.from_numpy(images[..., 0])).numpy()
         np.testing.assert_allclose(one_by_one(get_model(other), images), expected, atol=1e-4)
+
+
+def test_a_model_of_large_images_takes_one_at_a_time_and_gives_the_same(bundle, monkeypatch):
+    images, errors = pixels(5), [None, "damaged", None]
+    batches = []
+    for part in (images[:3], images[3:]):
+        rows = [
+            {
+                "path": "a",
+                "length": 1,
+                "modified": None,
+                "width": 28,
+                "height": 28,
+                "error": e,
+                "tensor": None if e else p,
+            }
+            for e, p in zip(errors, [part[0].tobytes(), b"", part[1].tobytes()], strict=True)
+        ]
+        batches.append(pa.RecordBatch.from_pylist(rows, schema=stages.TENSOR_SCHEMA))
+    together = pa.Table.from_batches(stages.infer(batches, bundle, None, 1))
+    monkeypatch.setattr(inference, "_models", {})
+    monkeypatch.setattr(inference, "SINGLE_MEGABYTES", 0)  # as if not even one image were within it
+    alone = pa.Table.from_batches(stages.infer(batches, bundle, None, 1))
+    assert get_model(bundle).single and alone.num_rows == together.num_rows == 6
+    assert alone.drop_columns("logits").equals(together.drop_columns("logits"))
+    assert alone["logits"].is_null().to_pylist() == [False, True, False] * 2
+    values = [table["logits"].drop_null().combine_chunks().flatten() for table in (alone, together)]
+    np.testing.assert_allclose(*values, atol=1e-4)
