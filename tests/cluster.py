@@ -31,7 +31,7 @@ LOOPBACK = "127.0.0.1"
 # Six JVMs share this machine, each for seconds: code is not worth compiling twice.
 SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 # What pyspark's own daemon prints in local mode when Spark closes the pipe of a task because another one has failed.
-DAEMONS_OWN = re.compile(r"Traceback .*\n  File .*/pyspark/daemon\.py.*\n(?:  .*\n)*\w+Error: .*\n")
+DAEMONS_OWN = re.compile(r"Traceback .*\n  File .*/pyspark/daemon\.py.*\n(?:  .*\n)*\w+Error(?:: .*)?\n")
 PATIENCE = 120.0  # seconds until a process that shows no sign of what is waited for is taken for hung
 POLL = 0.02
 
