@@ -140,7 +140,9 @@ def test_a_run_shows_in_tensorboard(spark, photos, bundle_uri, tmp_path):
     assert [event.value for event in events.Scalars("run/images")][-1] == 65
     assert [event.value for event in events.Scalars("run/failed")][-1] == 4
     stages = {tag for tag in events.Tags()["scalars"] if tag.startswith("stage/")}
-    assert stages == {f"stage/{stage}_seconds" for stage in STAGES} and all(len(events.Scalars(tag)) == 4 for tag in stages)
+    assert stages == {f"stage/{stage}_seconds" for stage in STAGES} and all(
+        len(events.Scalars(tag)) == 4 for tag in stages
+    )
     assert len(events.Tags()["images"]) == 5 == len(list((tmp_path / "out" / "pictures").iterdir()))
 
 
