@@ -26,14 +26,14 @@ setup: .venv/.ready java $(CLASSES) $(DATA)
 	@touch $@
 
 java: .venv/.ready
-	@$(BIN)/python -m helpers.java >/dev/null 2>&1 \
+	@$(BIN)/python -m helpers.hosts.java >/dev/null 2>&1 \
 	  || { [ -n "$(APT)" ] && echo "== Java ==" && $(APT) update -qq && $(APT) install -y -qq openjdk-17-jre-headless; } \
-	  || { $(BIN)/python -m helpers.java; exit 1; }
+	  || { $(BIN)/python -m helpers.hosts.java; exit 1; }
 
 # Spark starts without it too, only later; so a JVM that cannot make it stops nothing.
 $(CLASSES): .venv/.ready | java
 	@echo "== Spark's classes, archived =="
-	-@$(BIN)/python -m helpers.java archive
+	-@$(BIN)/python -m helpers.hosts.java archive
 
 # 3.35.0 is the newest for node 20, and any node that runs it will do.
 azurite: .venv/.ready
@@ -44,8 +44,8 @@ azurite: .venv/.ready
 
 $(DATA): | .venv/.ready
 	@echo "== Fashion-MNIST =="
-	$(BIN)/python -m helpers.fashion_mnist \
-	  || { [ -n "$(APT)" ] && $(APT) update -qq && $(APT) install -y -qq dataset-fashion-mnist && $(BIN)/python -m helpers.fashion_mnist; }
+	$(BIN)/python -m helpers.data.fashion_mnist \
+	  || { [ -n "$(APT)" ] && $(APT) update -qq && $(APT) install -y -qq dataset-fashion-mnist && $(BIN)/python -m helpers.data.fashion_mnist; }
 	@touch $@
 
 run: setup $(EXECUTED)
@@ -69,8 +69,8 @@ test: setup azurite
 
 pack: out/pack/executors.tar.gz
 
-out/pack/executors.tar.gz: .venv/.ready helpers/pack.py
-	$(BIN)/python -m helpers.pack
+out/pack/executors.tar.gz: .venv/.ready helpers/hosts/pack.py
+	$(BIN)/python -m helpers.hosts.pack
 
 lint: .venv/.ready
 	$(BIN)/ruff format --check .
@@ -83,7 +83,7 @@ notebooks: setup
 
 # Once the repository has an address: what opens the notebooks in Colab.
 badges: .venv/.ready
-	$(BIN)/python -m helpers.badges $(REPOSITORY)
+	$(BIN)/python -m helpers.hosts.badges $(REPOSITORY)
 
 clean:
 	rm -rf out .venv *.egg-info

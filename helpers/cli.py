@@ -57,8 +57,8 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
 def export(options: argparse.Namespace, config: Config) -> int:
     """A PyTorch checkpoint to a model bundle."""
-    from helpers import export as conversion
-    from helpers.architectures import get_architecture
+    from helpers.models import export as conversion
+    from helpers.models.architectures import get_architecture
     from helpers.storage import open_storage
 
     calibration: Iterable[np.ndarray] = ()
@@ -81,9 +81,9 @@ def export(options: argparse.Namespace, config: Config) -> int:
 
 def plan(options: argparse.Namespace, config: Config) -> int:
     """What a run would take elsewhere, from the records of runs that were made."""
-    from helpers.cost_model import fit
-    from helpers.planner import PARTS, Cluster, curve, predict
-    from helpers.records import read_runs, read_tasks
+    from helpers.planning.cost_model import fit
+    from helpers.planning.planner import PARTS, Cluster, curve, predict
+    from helpers.results.records import read_runs, read_tasks
 
     try:
         cluster = Cluster(
@@ -98,7 +98,7 @@ def plan(options: argparse.Namespace, config: Config) -> int:
     found = predict(model, options.images, cluster, options.partitions, **others)
     table = curve(model, options.images, cluster, **others)
     if options.plot:
-        from helpers.scale_plots import plot_curve
+        from helpers.planning.plots import plot_curve
 
         plot_curve(table, cluster.executors, cluster.price).savefig(options.plot, dpi=120)
     print(found.report())

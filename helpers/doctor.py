@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from helpers.config import PROJECT, Config, detect_profile
 from helpers.errors import HostError, UserError
-from helpers.java import check_java
+from helpers.hosts.java import check_java
 from helpers.session import check_answers, find_environment, shown_master
 from helpers.storage import open_storage
 
@@ -140,7 +140,7 @@ def _openvino(config: Config) -> str:
 
 
 def _data(config: Config) -> str:
-    from helpers.fashion_mnist import is_whole
+    from helpers.data.fashion_mnist import is_whole
 
     if not is_whole(config.paths.data):
         raise UserError(f"Fashion-MNIST is not in {config.paths.data}, or is damaged there: {_fetch(config)}")
@@ -161,7 +161,7 @@ def _models(config: Config) -> str:
 
 
 def _secret(config: Config) -> str:
-    from helpers.credentials import resolve
+    from helpers.storage.credentials import resolve
 
     reference = config.storage.credential
     if reference == "default":

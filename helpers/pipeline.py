@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from helpers import ingest as listing
 from helpers import stages
-from helpers.bundle import Bundle, load_bundle
 from helpers.config import Config
 from helpers.errors import RunError, StorageError
-from helpers.inference import batch_size
+from helpers.images.pictures import draw_sample
+from helpers.ingest import listing
+from helpers.ingest.readers import choose_reader, find_frames, planned_paths, read_by_spark, reading
+from helpers.models.bundle import Bundle, load_bundle
+from helpers.models.runtime import batch_size
 from helpers.partitioning import PartitionPlan
-from helpers.pictures import draw_sample
-from helpers.postprocessing import parameters_for
-from helpers.progress import Progress
-from helpers.readers import choose_reader, find_frames, planned_paths, read_by_spark, reading
-from helpers.records import Stopwatch, describe, write_record
-from helpers.results import PICTURES, ResultStore, outdated, replaced, without
-from helpers.run_dashboard import log_run
+from helpers.results.dashboard import log_run
+from helpers.results.progress import Progress
+from helpers.results.records import Stopwatch, describe, write_record
+from helpers.results.store import PICTURES, ResultStore, outdated, replaced, without
 from helpers.session import get_slots, spark_failure, spark_schema
+from helpers.stages.postprocessing import parameters_for
+from helpers.stages.task import RECORD_SCHEMA, Task
 from helpers.storage import Storage, open_storage
-from helpers.task import RECORD_SCHEMA, Task
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

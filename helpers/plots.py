@@ -10,7 +10,7 @@ import pandas as pd
 from IPython.display import Image as Picture
 from matplotlib.figure import Figure
 
-from helpers.images import Image
+from helpers.images.decoding import Image
 from helpers.partitioning import PartitionPlan
 
 WIDTH = 9.0  # inches

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from helpers.config import PROJECT, Config
 from helpers.errors import HostError, first_line
-from helpers.java import check_java, local_options
+from helpers.hosts.java import check_java, local_options
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -201,7 +201,7 @@ def _start_workers(spark: "SparkSession") -> None:
     """
     import pyarrow as pa
 
-    from helpers.task import pass_through
+    from helpers.stages.task import pass_through
 
     slots = local_slots(spark) or 1
     table = pa.table({"partition": pa.array(range(slots), pa.int32())})

@@ -8,9 +8,9 @@ import dfs_facade
 import pytest
 from dfs_facade import DfsFacade
 
-from helpers import fashion_mnist
 from helpers.config import Config, load_config
-from helpers.samples import write_samples
+from helpers.data import fashion_mnist
+from helpers.data.samples import write_samples
 from helpers.session import get_spark
 from helpers.storage import open_storage
 
@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory) -> Path:
     """An untrained fashion_cnn, the same in every session."""
     import torch
 
-    from helpers.fashion_cnn import FashionCNN
+    from helpers.models.fashion_cnn import FashionCNN
 
     path = tmp_path_factory.mktemp("checkpoint") / "untrained.pt"
     with torch.random.fork_rng():
@@ -63,7 +63,7 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def bundle_uri(checkpoint, tmp_path_factory) -> str:
     """That network as an fp32 bundle."""
-    from helpers.export import export
+    from helpers.models.export import export
 
     folder = str(tmp_path_factory.mktemp("bundle"))
     export("fashion_cnn", checkpoint, open_storage(folder))

@@ -4,20 +4,20 @@ What it has in common with local storage is in `test_storage.py`.
 
 How it was checked that tests fail without their protection: in a copy of the repository, one change at a time.
 
-    changed                                                     failed
-    adls.py: `_move` gives up where the source is gone          any one request: writes and rename, dropped afterwards
-    adls.py: the rename's source is not quoted                  percent signs
-    adls.py: `_put` writes under the final name                 a reader never sees a part
-    adls.py: a refused credential is an OSError                 forbidden and refused, expired token, wrong key
-    adls.py: nothing is repeated                                any one request: read and list
-    adls.py: urllib3's log is not filtered                      planted secret
-    adls.py: `_check_lease` checks nothing                      who has lost the lock
-    adls.py: one client for ever                                expired token
-    adls.py: pickles with its lease                             pickles without its credential
-    adls.py: the lock is no lease                               3 tests of locks in test_storage.py
-    lease.py: nothing is renewed                                renewed while it is held
-    lease.py: a lease is for ever                               until it is killed, in test_storage.py
-    credentials.py: `redact` without URLs, or without secrets   redacting, wrong address
+    changed                                                    failed
+    adls.py: `_move` gives up where the source is gone         any one request: writes and rename, dropped afterwards
+    adls.py: the rename's source is not quoted                 percent signs
+    adls.py: `_put` writes under the final name                a reader never sees a part
+    adls.py: a refused credential is an OSError                forbidden and refused, expired token, wrong key
+    adls.py: nothing is repeated                               any one request: read and list
+    adls.py: urllib3's log is not filtered                     planted secret
+    adls.py: `_check_lease` checks nothing                     who has lost the lock
+    adls.py: one client for ever                               expired token
+    adls.py: pickles with its lease                            pickles without its credential
+    adls.py: the lock is no lease                              3 tests of locks in test_storage.py
+    lease.py: nothing is renewed                               renewed while it is held
+    lease.py: a lease is for ever                              until it is killed, in test_storage.py
+    credentials.py: `redact` without URLs, or without secrets  redacting, wrong address
 
 One is double: the SDK's own errors do not show the planted token either, whether `_explain` redacts them or not.
 """
@@ -41,13 +41,14 @@ from cluster import wait_for
 from dfs_facade import ACCOUNT, BUSY, CUT, DROP, DROP_AFTERWARDS, EXPIRE, KEY, Refusal, Request
 from pyspark import cloudpickle
 
-from helpers import adls, credentials, images, lease, stages
-from helpers.adls import AdlsStorage
 from helpers.config import load_config
-from helpers.credentials import redact, resolve
 from helpers.errors import ConfigError, StorageError
-from helpers.prefetch import map_groups
-from helpers.storage import StorageOptions, open_storage
+from helpers.images import decoding
+from helpers.stages import reading
+from helpers.storage import StorageOptions, adls, credentials, lease, open_storage
+from helpers.storage.adls import AdlsStorage
+from helpers.storage.credentials import redact, resolve
+from helpers.storage.prefetch import map_groups
 
 ALL = FileSystemSasPermissions(read=True, write=True, create=True, add=True, delete=True, list=True)
 
@@ -255,12 +256,12 @@ def test_a_file_that_its_access_rights_forbid_is_an_error_row_and_a_refused_cred
     with dfs.disturb(lambda request: forbidden if request.is_read else None):
         with pytest.raises(PermissionError):
             storage.read("a.png")
-        assert stages._read(storage, ("a.png", None)) == (None, images.READ_ERRORS[errno.EACCES])
+        assert reading._read(storage, ("a.png", None)) == (None, decoding.READ_ERRORS[errno.EACCES])
     with dfs.disturb(lambda request: forbidden), pytest.raises(StorageError, match="refused"):
         list(storage.list())
     refused = Refusal(403, "AuthenticationFailed").answer
     with dfs.disturb(lambda request: refused), pytest.raises(StorageError, match="refused.*run again"):
-        stages._read(storage, ("a.png", None))
+        reading._read(storage, ("a.png", None))
 
 
 def test_a_sas_token_that_has_expired_is_told_and_a_new_one_taken(by_sas, dfs, monkeypatch):
@@ -336,8 +337,8 @@ def test_modification_times_are_the_servers_in_utc(storage):
 LISTING = """
 import resource, sys
 from helpers.config import load_config
-from helpers import ingest
-from helpers.ingest import list_images
+from helpers.ingest import listing as ingest
+from helpers.ingest.listing import list_images
 from helpers.storage import open_storage
 ingest.ROWS_A_CHUNK = 5000
 config = load_config("local", **{"storage.endpoint": sys.argv[1], "storage.credential": "env:ADLS_KEY"})

@@ -20,11 +20,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from dfs_facade import ACCOUNT, KEY, DfsFacade
 
-from helpers import adls
-from helpers.adls import AdlsStorage
-from helpers.credentials import resolve
 from helpers.errors import StorageError
-from helpers.storage import StorageOptions
+from helpers.storage import StorageOptions, adls
+from helpers.storage.adls import AdlsStorage
+from helpers.storage.credentials import resolve
 
 DFS, BLOB = f"{ACCOUNT}.dfs.core.windows.net", f"{ACCOUNT}.blob.core.windows.net"
 VAULT = "our-vault.vault.azure.net"

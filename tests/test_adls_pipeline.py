@@ -20,11 +20,11 @@ from cluster import Cluster, Finished, Run, python_workers, start_run, wait_for
 from dfs_facade import ACCOUNT, BUSY, DROP, DROP_AFTERWARDS, EXPIRE, KEY, DfsFacade, Request
 from test_results import stage, table
 
-from helpers import adls, doctor
-from helpers.adls import AdlsStorage
+from helpers import doctor
 from helpers.config import load_config
-from helpers.results import ResultStore
-from helpers.storage import StorageOptions
+from helpers.results.store import ResultStore
+from helpers.storage import StorageOptions, adls
+from helpers.storage.adls import AdlsStorage
 
 PICTURES, COPIES, SIDE = 12, 5, 1000  # different images, how often each is there, pixels: a run has a middle
 PARTITIONS = 20

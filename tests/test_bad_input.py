@@ -2,19 +2,19 @@
 
 How it was checked that each test fails without its protection: in a copy of the repository, one change at a time.
 
-    changed                                                             failed
-    stages.py: `UnreadableImageError` is not caught                     all of the folder, more than half, emptied
-    stages.py: reading errors in the system's words                     secret, links, folder, deleted, replaced
-    images.py: no limit of pixels                                       large.png, large.jpg, memory
-    stages.py: signed bytes go to the reader of sizes                   cut.jpg, large.jpg, memory
-    images.py: orientation is ignored                                   turned.jpg
-    ingest.py: folders are not listed / suffixes by case                one row each, folder.jpg / PNG NAMED.JPG
-    storage.py: folders are entered twice                               one row each
-    storage.py: names are not made text / odd links raise               all of the folder
-    cli.py: exit code always 0                                          more than half
-    task.py: reasons with their details                                 more than half
-    pictures.py: a file that has gone is not caught                     deleted before its picture
-    readers.py: one file decides                                        reader of all
+    changed                                                   failed
+    preprocessing.py: `UnreadableImageError` is not caught    all of the folder, more than half, emptied
+    reading.py: reading errors in the system's words          secret, links, folder, deleted, replaced
+    decoding.py: no limit of pixels                           large.png, large.jpg, memory
+    preprocessing.py: signed bytes go to the reader of sizes  cut.jpg, large.jpg, memory
+    decoding.py: orientation is ignored                       turned.jpg
+    listing.py: folders are not listed / suffixes by case     one row each, folder.jpg / PNG NAMED.JPG
+    local.py: folders are entered twice                       one row each
+    local.py: names are not made text / odd links raise       all of the folder
+    cli.py: exit code always 0                                more than half
+    task.py: reasons with their details                       more than half
+    pictures.py: a file that has gone is not caught           deleted before its picture
+    readers.py: one file decides                              reader of all
 """
 
 import io
@@ -35,10 +35,10 @@ from bombs import bilevel_png
 from cluster import Finished, python_workers, start_run, wait_for
 from PIL import Image
 
-from helpers import readers
 from helpers.cli import main
-from helpers.ingest import list_images, manifest, plan
-from helpers.pictures import draw_sample
+from helpers.images.pictures import draw_sample
+from helpers.ingest import readers
+from helpers.ingest.listing import list_images, manifest, plan
 from helpers.pipeline import make_task
 
 WIDTH, HEIGHT = 60, 40

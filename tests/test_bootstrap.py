@@ -1,4 +1,4 @@
-from helpers import bootstrap
+from helpers.hosts import bootstrap
 
 
 def test_nothing_is_missing_where_the_project_is_installed():

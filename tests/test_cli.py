@@ -10,7 +10,7 @@ import onnx
 import pyarrow.parquet as pq
 import pytest
 
-from helpers.bundle import load_bundle
+from helpers.models.bundle import load_bundle
 from helpers.storage import open_storage
 
 KEYS = ["images", "ok", "failed", "skipped", "partitions", "seconds", "images_per_second", "results"]  # the contract

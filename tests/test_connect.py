@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from cluster import LOOPBACK, SHORT_LIVED, SPARK_HOME, Process, read_rows, start_run, wait_for
 
-from helpers import ingest, pipeline
+from helpers import pipeline
 from helpers.config import PROJECT, load_config
+from helpers.ingest import listing as ingest
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0[4-7]_*.ipynb"))
 EPOCHS = 3  # enough for the accuracy that notebook 07 asserts
@@ -85,11 +86,11 @@ def models(fashion_mnist_root, tmp_path_factory) -> Path:
     made = Path(load_config("local").paths.models)
     if (made / "fashion_cnn-int8" / "manifest.json").exists():
         return made
-    from helpers.architectures import get_architecture
-    from helpers.export import calibration_images, export
-    from helpers.fashion_mnist import write_images
+    from helpers.data.fashion_mnist import write_images
+    from helpers.models.architectures import get_architecture
+    from helpers.models.export import calibration_images, export
     from helpers.storage import open_storage
-    from helpers.training import TrainingSettings, train
+    from helpers.training.classifier import TrainingSettings, train
 
     folder = tmp_path_factory.mktemp("models")
     train(TrainingSettings(epochs=EPOCHS), fashion_mnist_root, str(folder / "run"))

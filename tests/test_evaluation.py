@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from helpers import evaluation, plots
-from helpers.bundle import InputSpec, Manifest
+from helpers import plots
 from helpers.metrics import boundary_iou
+from helpers.models import evaluation
+from helpers.models.bundle import InputSpec, Manifest
 
 SIDE = 40
 

@@ -2,18 +2,18 @@
 
 How it was checked that each test fails without its protection: in a copy of the repository, one change at a time.
 
-    changed                                                             failed
-    storage.py: `lock` locks nothing                                    second run, first run not disturbed
-    storage.py: `create` writes under the final name                    death at any step, reader at any step
-    results.py: `publish` does not remove what is replaced              9 tests, the reader's among them
-    results.py: `publish` removes what is replaced afterwards           death at any step, reader at any step, history
-    results.py: `publish` takes every staged file of the run            death at any step, reader at any step, history
-    results.py: an image is known by its path only                      replaced rows, death at any step, history
-    results.py: `recover` takes nothing from staging                    kept at a death, recovery and tidying up
-    results.py: `recover` ignores which run is later                    late rows of a dead run
-    results.py: `unstage` does nothing                                  history
-    storage.py: `list` raises where a file has gone                     looking for files
-    storage.py: `delete` removes a folder in its place                  recovery and tidying up
+    changed                                                  failed
+    local.py: `lock` locks nothing                           second run, first run not disturbed
+    local.py: `create` writes under the final name           death at any step, reader at any step
+    store.py: `publish` does not remove what is replaced     9 tests, the reader's among them
+    store.py: `publish` removes what is replaced afterwards  death at any step, reader at any step, history
+    store.py: `publish` takes every staged file of the run   death at any step, reader at any step, history
+    store.py: an image is known by its path only             replaced rows, death at any step, history
+    store.py: `recover` takes nothing from staging           kept at a death, recovery and tidying up
+    store.py: `recover` ignores which run is later           late rows of a dead run
+    store.py: `unstage` does nothing                         history
+    local.py: `list` raises where a file has gone            looking for files
+    local.py: `delete` removes a folder in its place         recovery and tidying up
 
 One is double: without looking at the results first, `recover` still replaces equal rows, and nothing fails.
 """
@@ -39,8 +39,8 @@ from hypothesis import strategies as st
 
 from helpers import pipeline
 from helpers.config import load_config
-from helpers.ingest import list_images, manifest, plan
-from helpers.results import ResultStore, replaced, without
+from helpers.ingest.listing import list_images, manifest, plan
+from helpers.results.store import ResultStore, replaced, without
 from helpers.stages import RESULT_SCHEMA
 from helpers.storage import LocalStorage, open_storage
 

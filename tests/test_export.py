@@ -7,15 +7,15 @@ import openvino as ov
 import pytest
 import torch
 
-from helpers import export, inference
-from helpers.architectures import get_architecture
-from helpers.bundle import load_bundle
 from helpers.config import PROJECT
+from helpers.data.fashion_mnist import CLASSES, load
 from helpers.errors import BundleError
-from helpers.fashion_cnn import FashionCNN, compute_logits
-from helpers.fashion_mnist import CLASSES, load
-from helpers.formats import onnx_engine, torch_engine
-from helpers.inference import compile_options, get_model, has_bf16
+from helpers.models import export, runtime
+from helpers.models.architectures import get_architecture
+from helpers.models.bundle import load_bundle
+from helpers.models.fashion_cnn import FashionCNN, compute_logits
+from helpers.models.formats import onnx_engine, torch_engine
+from helpers.models.runtime import compile_options, get_model, has_bf16
 from helpers.storage import open_storage
 
 BATCHES = [1, 3, 64]
@@ -208,7 +208,7 @@ def test_bfloat16_on_a_processor_without_it_is_warned_of(
     converted, architecture, checkpoint, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(export, "has_bf16", lambda: False)
-    monkeypatch.setattr(inference, "has_bf16", lambda: False)
+    monkeypatch.setattr(runtime, "has_bf16", lambda: False)
     bundle = export.make_bundle(converted, architecture, checkpoint, open_storage(str(tmp_path)), "bf16")
     assert "no bfloat16" in caplog.text
     caplog.clear()
@@ -245,7 +245,7 @@ def test_calibration_images_are_prepared_as_the_pipelines_and_damaged_ones_left_
 
 
 def test_calibration_takes_a_bounded_number_from_all_over_the_folder(test_images, architecture, config):
-    from helpers.images import decode, fit
+    from helpers.images.decoding import decode, fit
 
     found = list(export.calibration_images(open_storage(str(test_images)), architecture, config))
     assert len(found) == export.CALIBRATION_IMAGES

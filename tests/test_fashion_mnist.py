@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from helpers import fashion_mnist
+from helpers.data import fashion_mnist
 from helpers.errors import DataError
 
 

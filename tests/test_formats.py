@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import benchmark, export, formats, plots, scenes
-from helpers.architectures import get_architecture
+from helpers import plots
+from helpers.data import scenes
 from helpers.errors import DataError
+from helpers.models import benchmark, export, formats
+from helpers.models.architectures import get_architecture
 from helpers.storage import open_storage
 
 HEADS = {"loc": 4, "conf": 11, "mask": 16}

@@ -1,7 +1,7 @@
 import pytest
 
-from helpers import export, graph
-from helpers.architectures import get_architecture
+from helpers.models import export, graph
+from helpers.models.architectures import get_architecture
 from helpers.yolact import build
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.headers import read_size
+from helpers.images.headers import read_size
 
 FORMS = {
     "png": ("PNG", "RGB", {}),

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.bundle import InputSpec
-from helpers.images import UnreadableImageError, decode, fit
+from helpers.images.decoding import UnreadableImageError, decode, fit
+from helpers.models.bundle import InputSpec
 
 MANY = 10**9
 BLUE, GREEN, RED = (255, 0, 0), (0, 255, 0), (0, 0, 255)  # BGR
@@ -213,7 +213,7 @@ def test_an_image_beyond_the_decoders_own_limit_is_an_error_with_words():
 def test_a_decompression_bomb_is_refused_before_its_pixels_are_in_memory():
     script = """
 import resource, sys
-from helpers.images import UnreadableImageError, decode
+from helpers.images.decoding import UnreadableImageError, decode
 content = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

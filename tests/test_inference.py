@@ -5,16 +5,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from helpers import inference, stages
-from helpers.bundle import Bundle, load_bundle, save_bundle
+from helpers import stages
 from helpers.errors import BundleError
-from helpers.inference import batch_size, compile_options, get_model
+from helpers.models import runtime
+from helpers.models.bundle import Bundle, load_bundle, save_bundle
+from helpers.models.runtime import batch_size, compile_options, get_model
 from helpers.storage import open_storage
 
 
 @pytest.fixture
 def bundle(bundle_uri, monkeypatch) -> Bundle:
-    monkeypatch.setattr(inference, "_models", {})  # as in a new worker
+    monkeypatch.setattr(runtime, "_models", {})  # as in a new worker
     return load_bundle(open_storage(bundle_uri))
 
 
@@ -33,7 +34,7 @@ def one_by_one(model, images: np.ndarray) -> np.ndarray:
 
 
 def test_a_process_loads_a_model_once_for_many_calls(bundle, bundle_uri, caplog):
-    caplog.set_level(logging.INFO, "helpers.inference")
+    caplog.set_level(logging.INFO, "helpers.models.runtime")
     first = get_model(bundle)
     for _ in range(3):
         again = load_bundle(open_storage(bundle_uri))  # another object, as each task unpickles its own
@@ -132,8 +133,8 @@ def test_another_networks_weights_in_the_same_graph_are_another_model(bundle, tm
     # OpenVINO keeps compiled graphs on disk; it must not hand out the first network's weights.
     import torch
 
-    from helpers.export import export
-    from helpers.fashion_cnn import FashionCNN, compute_logits
+    from helpers.models.export import export
+    from helpers.models.fashion_cnn import FashionCNN, compute_logits
 
     images = pixels(3)
     for seed in (1, 2):
@@ -165,8 +166,8 @@ def test_a_model_of_large_images_takes_one_at_a_time_and_gives_the_same(bundle, 
         ]
         batches.append(pa.RecordBatch.from_pylist(rows, schema=stages.TENSOR_SCHEMA))
     together = pa.Table.from_batches(stages.infer(batches, bundle, None, 1))
-    monkeypatch.setattr(inference, "_models", {})
-    monkeypatch.setattr(inference, "SINGLE_MEGABYTES", 0)  # as if not even one image were within it
+    monkeypatch.setattr(runtime, "_models", {})
+    monkeypatch.setattr(runtime, "SINGLE_MEGABYTES", 0)  # as if not even one image were within it
     alone = pa.Table.from_batches(stages.infer(batches, bundle, None, 1))
     assert get_model(bundle).single and alone.num_rows == together.num_rows == 6
     assert alone.drop_columns("logits").equals(together.drop_columns("logits"))

@@ -15,9 +15,11 @@ import pytest
 from cluster import LOOPBACK, Cluster, Process, Run, start_run
 from test_house_rules import EXECUTOR_MODULES
 
-from helpers import ingest, pack, pipeline
+from helpers import pipeline
 from helpers.config import PROJECT, load_config
 from helpers.errors import HostError
+from helpers.hosts import pack
+from helpers.ingest import listing as ingest
 from helpers.session import find_environment, pack_helpers
 
 REQUIREMENTS = (PROJECT / "requirements.txt").read_text(encoding="utf-8")

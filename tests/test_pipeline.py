@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from bombs import bilevel_png
 
-from helpers import fashion_mnist, pipeline
-from helpers.bundle import load_bundle, save_bundle
+from helpers import pipeline
 from helpers.config import Config, load_config
+from helpers.data import fashion_mnist
 from helpers.errors import BundleError, ConfigError, RunError, StorageError, UserError
-from helpers.ingest import list_images
+from helpers.ingest.listing import list_images
+from helpers.models.bundle import load_bundle, save_bundle
 from helpers.pipeline import RunSummary
+from helpers.stages.task import STAGES
 from helpers.storage import open_storage
-from helpers.task import STAGES
 
 LOCAL = {"spark.master": "local[2]", "pictures": 0}
 
@@ -65,7 +66,7 @@ def earlier(finished, tmp_path) -> Finished:
 FRESH_WORKER = """
 import json, sys
 from helpers.config import load_config
-from helpers.ingest import list_images, manifest, plan
+from helpers.ingest.listing import list_images, manifest, plan
 from helpers.pipeline import make_task
 from helpers.session import get_spark, pack_helpers
 import pyarrow as pa
@@ -103,12 +104,12 @@ def fresh_worker(samples, bundle_uri, tmp_path_factory) -> dict:
 def test_a_worker_imports_helpers_from_the_shipped_archive(fresh_worker):
     assert fresh_worker["rows"] == 64
     assert fresh_worker["helpers"].endswith(f"/{fresh_worker['archive']}/helpers/__init__.py")
-    assert fresh_worker["stages"].endswith(f"/{fresh_worker['archive']}/helpers/stages.py")
+    assert fresh_worker["stages"].endswith(f"/{fresh_worker['archive']}/helpers/stages/__init__.py")
 
 
 def test_a_worker_runs_all_stages_without_the_drivers_heavy_packages(fresh_worker):
     modules = set(fresh_worker["modules"])
-    assert {"helpers.inference", "openvino", "cv2"} <= modules
+    assert {"helpers.models.runtime", "openvino", "cv2"} <= modules
     assert not modules & {"torch", "torchvision", "pydantic", "nncf", "onnx", "matplotlib", "tensorboard"}
 
 

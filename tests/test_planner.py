@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.cost_model import CostModel, fit
 from helpers.errors import DataError
-from helpers.makespan import equal_makespan, expected_makespan
-from helpers.planner import (
+from helpers.planning.cost_model import CostModel, fit
+from helpers.planning.makespan import equal_makespan, expected_makespan
+from helpers.planning.planner import (
     PARTS,
     Cluster,
     best_partitions,
@@ -18,7 +18,7 @@ from helpers.planner import (
     play,
     predict,
 )
-from helpers.simulation import Speculation, draw_failures, simulate
+from helpers.planning.simulation import Speculation, draw_failures, simulate
 
 MODEL = CostModel(
     session_seconds=4.0,

@@ -8,11 +8,11 @@ import openvino as ov
 import pytest
 import torch
 
-from helpers import evaluation, export, quantization
-from helpers.architectures import get_architecture
-from helpers.bundle import load_bundle
-from helpers.fashion_mnist import load
-from helpers.quantization import Validation
+from helpers.data.fashion_mnist import load
+from helpers.models import evaluation, export, quantization
+from helpers.models.architectures import get_architecture
+from helpers.models.bundle import load_bundle
+from helpers.models.quantization import Validation
 from helpers.storage import open_storage
 
 

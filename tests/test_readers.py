@@ -13,13 +13,13 @@ from pyspark import cloudpickle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers import pipeline
-from helpers.bundle import InputSpec
 from helpers.config import load_config
-from helpers.images import decode, load
-from helpers.ingest import list_images, manifest, plan
-from helpers.readers import choose_reader, read_by_spark
+from helpers.images.decoding import decode, load
+from helpers.ingest.listing import list_images, manifest, plan
+from helpers.ingest.readers import choose_reader, read_by_spark
+from helpers.models.bundle import InputSpec
+from helpers.stages.task import STAGES
 from helpers.storage import LocalStorage, open_storage
-from helpers.task import STAGES
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers know nothing of this file
 
@@ -88,7 +88,7 @@ def test_an_image_changed_under_a_run_by_spark_is_not_lost(spark, photos, bundle
 )
 def test_auto_asks_a_task_where_tasks_run_elsewhere(spark, photos, mode, kind, expected, caplog, monkeypatch):
     if mode == "cluster":
-        monkeypatch.setattr("helpers.readers.local_slots", lambda spark: None)
+        monkeypatch.setattr("helpers.ingest.readers.local_slots", lambda spark: None)
     config, storage = load_config("local"), kind(str(photos))
     images = list_images(storage, config).images
     with caplog.at_level(logging.INFO, "helpers"):
@@ -97,7 +97,7 @@ def test_auto_asks_a_task_where_tasks_run_elsewhere(spark, photos, mode, kind, e
 
 
 def test_auto_takes_the_tasks_where_they_can_read(spark, photos, monkeypatch):
-    monkeypatch.setattr("helpers.readers.local_slots", lambda spark: None)
+    monkeypatch.setattr("helpers.ingest.readers.local_slots", lambda spark: None)
     config, storage = load_config("local"), open_storage(str(photos))
     images = list_images(storage, config).images
     assert choose_reader(spark, storage, manifest(images, plan(images, 2, config)), config) == "files"

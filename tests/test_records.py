@@ -9,10 +9,10 @@ import pytest
 from helpers import pipeline
 from helpers.config import load_config
 from helpers.errors import DataError
-from helpers.records import RUNS, read_runs, read_tasks, shown_settings
-from helpers.results import ResultStore
+from helpers.results.records import RUNS, read_runs, read_tasks, shown_settings
+from helpers.results.store import ResultStore
+from helpers.stages.task import RECORD_SCHEMA, STAGES
 from helpers.storage import open_storage
-from helpers.task import RECORD_SCHEMA, STAGES
 
 LOCAL = {"spark.master": "local[2]", "partitioning.partitions": 4}
 

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.errors import RunError
-from helpers.results import ResultStore, replaced, without
+from helpers.results.store import ResultStore, replaced, without
 from helpers.stages import RESULT_SCHEMA
+from helpers.stages.task import staged_counts
 from helpers.storage import open_storage
-from helpers.task import staged_counts
 
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
 CONTRACT = (  # the contract
@@ -193,7 +193,7 @@ def test_nothing_is_lost_or_doubled_wherever_a_publication_is_cut_off(store):
 def test_a_second_run_at_the_same_time_is_refused(store):
     script = """
 import sys
-from helpers.results import ResultStore
+from helpers.results.store import ResultStore
 from helpers.storage import open_storage
 with ResultStore(open_storage(sys.argv[1])).exclusive():
     print("held", flush=True)

@@ -8,10 +8,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import scale_plots as plots
-from helpers.planner import Cluster, curve
-from helpers.simulation import simulate
-from helpers.task import STAGES
+from helpers.planning import plots
+from helpers.planning.planner import Cluster, curve
+from helpers.planning.simulation import simulate
+from helpers.stages.task import STAGES
 
 TITLES = {"even": "two equal", "slow": "one slowed"}
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers import java, session
+from helpers import session
 from helpers.config import PROJECT
 from helpers.errors import HostError
-from helpers.java import check_java
+from helpers.hosts import java
+from helpers.hosts.java import check_java
 from helpers.session import PACKAGES_REMEDY, get_slots, local_slots, pack_helpers, spark_failure
 
 
@@ -117,7 +118,7 @@ def names_in(archive: Path) -> list[str]:
 
 def test_the_shipped_archive_has_every_module(temporary):
     modules = sorted(str(path.relative_to(PROJECT)) for path in (PROJECT / "helpers").rglob("*.py"))
-    assert "helpers/stages.py" in modules
+    assert "helpers/stages/__init__.py" in modules
     assert names_in(pack_helpers()) == modules
 
 
@@ -200,14 +201,14 @@ def test_the_session_is_set_up_as_the_configuration_says(spark, config):
 PYTHON_FAILURE = """
   An exception was thrown from the Python worker. Please see the stack trace below.
 Traceback (most recent call last):
-  File "/opt/helpers/bundle.py", line 93, in read
+  File "/opt/helpers/models/bundle.py", line 93, in read
     content = self.storage.read(name)
 ValueError: the first of several
 
 During handling of the above exception, another exception occurred:
 
 Traceback (most recent call last):
-  File "/opt/helpers/task.py", line 65, in __call__
+  File "/opt/helpers/stages/task.py", line 65, in __call__
     raise BundleError("x")
 {error}
 """

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pytest
 
 from helpers import stages
-from helpers.bundle import OutputSpec, load_bundle
 from helpers.errors import ConfigError
-from helpers.images import decode, fit
-from helpers.ingest import list_images, manifest, plan
+from helpers.images.decoding import decode, fit
+from helpers.ingest.listing import list_images, manifest, plan
+from helpers.models.bundle import OutputSpec, load_bundle
 from helpers.pipeline import make_task
-from helpers.postprocessing import classification, parameters_for
-from helpers.results import without
+from helpers.results.store import without
+from helpers.stages import inference, postprocessing, preprocessing
+from helpers.stages.postprocessing import classification, parameters_for
 from helpers.storage import open_storage
 
 NAMES = ["0.png", "1 missing.png", "2.jpg", "3 empty.png", "4 text.png", "5 folder.png", "6.png", "7 loop.png"]
@@ -201,14 +202,14 @@ def test_tensors_and_pixels_are_each_others_inverse_also_in_slices(bundle):
     spec = bundle.manifest.input
     pixels = np.random.default_rng(0).integers(0, 256, (5, *spec.shape), np.uint8)
     failed = [False, True, False, False, True, True, False, False]
-    column = stages._tensors(pixels, failed)
+    column = preprocessing._tensors(pixels, failed)
     column.validate(full=True)
     assert [value is None for value in column.to_pylist()] == failed
     batch = pa.RecordBatch.from_arrays([column], names=["tensor"])
     for start in range(9):
         for stop in range(start, 9):
             good_before, good = failed[:start].count(False), failed[start:stop].count(False)
-            found = stages._pixels(batch.slice(start, stop - start), spec)
+            found = inference._pixels(batch.slice(start, stop - start), spec)
             np.testing.assert_array_equal(found, pixels[good_before : good_before + good])
 
 
@@ -247,9 +248,9 @@ def test_outputs_of_more_dimensions_keep_their_shape(bundle):
     values = {name: np.random.default_rng(0).random((2, *shape), np.float32) for name, shape in shapes.items()}
     failed = np.array([False, True, False])
     for name, shape in shapes.items():
-        column = stages._float_lists(values[name], int(np.prod(shape)), failed)
+        column = inference._float_lists(values[name], int(np.prod(shape)), failed)
         assert column.is_null().to_pylist() == failed.tolist()
-        np.testing.assert_array_equal(stages._array(column.filter(pa.array(~failed)), shape), values[name])
+        np.testing.assert_array_equal(postprocessing._array(column.filter(pa.array(~failed)), shape), values[name])
     assert stages.output_schema(manifest).names[-2:] == ["proto", "loc"]
 
 

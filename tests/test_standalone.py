@@ -5,9 +5,9 @@ import psutil
 import pytest
 
 from helpers.errors import RunError
-from helpers.records import read_runs, read_tasks
-from helpers.standalone import Standalone, standalone
-from helpers.sweep import sweep
+from helpers.planning.standalone import Standalone, standalone
+from helpers.planning.sweep import sweep
+from helpers.results.records import read_runs, read_tasks
 
 BURNER = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
 

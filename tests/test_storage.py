@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import lease
 from helpers.config import load_config
 from helpers.errors import StorageError
-from helpers.storage import LocalStorage, Storage, open_storage
+from helpers.storage import LocalStorage, Storage, lease, open_storage
 
 NAMES = [
     "plain.png",

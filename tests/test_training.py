@@ -6,15 +6,21 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from helpers import fashion_mnist
-from helpers.architectures import get_architecture
-from helpers.dashboards import TrainingDashboard, plot_confusion_matrix, plot_predictions, plot_training, read_scalars
-from helpers.distributed import train_on_spark
+from helpers.data import fashion_mnist
 from helpers.errors import HostError, TrainingError
-from helpers.export import load_network
-from helpers.fashion_cnn import MEAN, STD, FashionCNN, normalise, predict
-from helpers.training import TrainingSettings, train
-from helpers.workers import RunSettings, Worker, batches_of, make_schedule
+from helpers.models.architectures import get_architecture
+from helpers.models.export import load_network
+from helpers.models.fashion_cnn import MEAN, STD, FashionCNN, normalise, predict
+from helpers.training.classifier import TrainingSettings, train
+from helpers.training.dashboards import (
+    TrainingDashboard,
+    plot_confusion_matrix,
+    plot_predictions,
+    plot_training,
+    read_scalars,
+)
+from helpers.training.distributed import train_on_spark
+from helpers.training.workers import RunSettings, Worker, batches_of, make_schedule
 
 SMALL = TrainingSettings(epochs=2, batch_size=64, train_images=1280, test_images=500, precision="fp32")
 
@@ -127,7 +133,7 @@ def test_a_second_run_in_a_directory_replaces_the_first(fashion_mnist_root, tmp_
 
 
 def test_events_reach_storage_that_cannot_append(monkeypatch, tmp_path):
-    monkeypatch.setattr("helpers.dashboards.WHOLE_FILES_ONLY", (str(tmp_path),))
+    monkeypatch.setattr("helpers.training.dashboards.WHOLE_FILES_ONLY", (str(tmp_path),))
     dashboard = TrainingDashboard(str(tmp_path / "run"))
     dashboard.log_step(1, {"loss": 2.0})
     dashboard.log_epoch(1, {"test_loss": 1.0})

@@ -17,18 +17,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import pipeline, stages, video
-from helpers.architectures import get_architecture
+from helpers import pipeline, stages
 from helpers.config import Config, load_config
 from helpers.errors import ConfigError
-from helpers.export import calibration_images
-from helpers.frames import list_frames, with_frames
-from helpers.images import UnreadableImageError, decode
-from helpers.ingest import list_images, manifest, plan
+from helpers.images import video
+from helpers.images.decoding import UnreadableImageError, decode
+from helpers.images.video import find_frames, frame_columns, frame_paths, read_frames, split_path, split_paths
+from helpers.ingest.frames import list_frames, with_frames
+from helpers.ingest.listing import list_images, manifest, plan
+from helpers.models.architectures import get_architecture
+from helpers.models.export import calibration_images
 from helpers.partitioning import plan_partitions
 from helpers.pipeline import RunSummary, make_task
+from helpers.stages.reading import FRAMES_BYTES
 from helpers.storage import LocalStorage, open_storage
-from helpers.video import find_frames, frame_columns, frame_paths, read_frames, split_path, split_paths
 
 WIDTH, HEIGHT = 96, 64
 X264 = {"g": "12", "bf": "3"}
@@ -607,7 +609,7 @@ def test_decoded_frames_are_never_all_in_memory(tmp_path):
     sizes = [(batch.num_rows, batch.nbytes) for batch in batches]
     frame = 1600 * 1200 * 3
     assert sum(rows for rows, _ in sizes) == 12
-    assert max(size for _, size in sizes) < stages.FRAMES_BYTES + frame + 10_000
+    assert max(size for _, size in sizes) < FRAMES_BYTES + frame + 10_000
 
 
 def test_a_video_that_goes_or_changes_after_it_was_listed_is_rows_with_errors(clips, tmp_path):

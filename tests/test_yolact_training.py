@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.architectures import get_architecture
 from helpers.config import PROJECT
-from helpers.dashboards import read_scalars
-from helpers.distributed import train_on_spark
+from helpers.data.scenes import Scenes, to_coco
 from helpers.errors import TrainingError
-from helpers.export import export, load_network
 from helpers.metrics import average_precision
-from helpers.scenes import Scenes, to_coco
+from helpers.models.architectures import get_architecture
+from helpers.models.export import export, load_network
 from helpers.storage import open_storage
+from helpers.training.dashboards import read_scalars
+from helpers.training.distributed import train_on_spark
 from helpers.yolact import losses
 from helpers.yolact.augmentation import augment, make_target
 from helpers.yolact.detection import decode

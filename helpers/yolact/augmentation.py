@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import torch
 
-from helpers.scenes import Scene, boxes_of
+from helpers.data.scenes import Scene, boxes_of
 from helpers.yolact.losses import Target
 
 CROPPED = 0.5  # of the images

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from helpers.data.fashion_mnist import CLASSES
 from helpers.errors import BundleError
-from helpers.fashion_mnist import CLASSES
 
 COCO_CLASSES = tuple(
     """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,

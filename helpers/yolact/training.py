@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from helpers import fashion_mnist
-from helpers.dashboards import SegmentationDashboard
+from helpers.data import fashion_mnist
+from helpers.data.scenes import Scenes, to_coco
 from helpers.metrics import average_precision
-from helpers.scenes import Scenes, to_coco
-from helpers.workers import (
+from helpers.training.dashboards import SegmentationDashboard
+from helpers.training.workers import (
     PROGRESS,
     Positive,
     RunSettings,

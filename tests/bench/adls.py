@@ -29,7 +29,7 @@ from measure import measure
 from models import make_bundle, make_images
 
 from helpers.config import load_config, parse_assignments
-from helpers.ingest import list_images, manifest, plan
+from helpers.ingest.listing import list_images, manifest, plan
 from helpers.pipeline import make_task
 
 TESTS = Path(__file__).parent.parent

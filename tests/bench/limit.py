@@ -14,10 +14,10 @@ import openvino as ov
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from helpers.bundle import load_bundle
-from helpers.images import load
-from helpers.inference import compile_options
-from helpers.postprocessing import POSTPROCESSORS, parameters_for
+from helpers.images.decoding import load
+from helpers.models.bundle import load_bundle
+from helpers.models.runtime import compile_options
+from helpers.stages.postprocessing import POSTPROCESSORS, parameters_for
 from helpers.storage import open_storage
 
 

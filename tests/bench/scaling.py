@@ -16,12 +16,12 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-from helpers.cost_model import fit
-from helpers.planner import Cluster, predict
-from helpers.records import read_runs, read_tasks
-from helpers.standalone import standalone
-from helpers.sweep import sweep
-from helpers.workloads import make_bundle, make_photographs
+from helpers.data.workloads import make_bundle, make_photographs
+from helpers.planning.cost_model import fit
+from helpers.planning.planner import Cluster, predict
+from helpers.planning.standalone import standalone
+from helpers.planning.sweep import sweep
+from helpers.results.records import read_runs, read_tasks
 
 IMAGES = {"light": 480, "heavy": 24}
 TASKS = 8

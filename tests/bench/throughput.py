@@ -20,7 +20,7 @@ import psutil
 import pyarrow.parquet as pq
 from measure import measure
 
-from helpers.workloads import make_bundle, make_photographs
+from helpers.data.workloads import make_bundle, make_photographs
 
 HERE = Path(__file__).parent
 LIGHT, HEAVY, FEWER = 2000, 200, 500  # images: of each model, and to see whether memory grows with their number

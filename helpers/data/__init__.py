@@ -1,0 +1,1 @@
+"""Data sets made or fetched here: Fashion-MNIST, its scenes, and photographs to measure with."""

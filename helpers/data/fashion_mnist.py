@@ -1,0 +1,190 @@
+"""Fashion-MNIST: 60,000 training and 10,000 test images of 28x28 grey pixels in ten classes.
+
+Fetched from Debian's package or the network, checked, read into arrays, and written as the PNG files that the
+pipeline reads. It does not augment, normalise or batch: see `training`.
+"""
+
+import gzip
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from helpers.errors import DataError
+
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+# SHA-256 of the unpacked files. Debian's archives differ from the original ones, whose MD5s torchvision knows, only
+# in the name and time of the gzip header: with those restored, all four give torchvision's MD5.
+CHECKSUMS = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+FILES_PER_FOLDER = 1000
+
+
+def download(root: str) -> Path:
+    """Fetch the data set unless it is there whole; two processes may do so at once.
+
+    Returns:
+        The folder of the four unpacked files, laid out as torchvision does: `ROOT/FashionMNIST/raw`.
+
+    Raises:
+        DataError: neither Debian's package nor the network gave it whole; the message has both remedies.
+    """
+    raw = Path(root, "FashionMNIST", "raw")
+    if not is_whole(root):
+        raw.mkdir(parents=True, exist_ok=True)
+        # Checked files are moved into place one by one, so no reader ever meets half a file.
+        with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".download-") as staging:
+            source = _fetch(Path(staging))
+            for name in CHECKSUMS:
+                (source / name).replace(raw / name)
+    return raw
+
+
+def is_whole(root: str) -> bool:
+    """Whether all files are there and are what they should be; fetches nothing."""
+    return not _damaged_files(Path(root, "FashionMNIST", "raw"))
+
+
+def load(root: str, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Read the training or the test set.
+
+    Returns:
+        Images, uint8 `[N, 28, 28]`, 0 black to 255 white; labels, int64 `[N]`, indices into `CLASSES`.
+
+    Raises:
+        DataError: `download` has not been called for this root.
+    """
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        dataset = FashionMNIST(root, train=train)
+    except RuntimeError:
+        remedy = f"call helpers.data.fashion_mnist.download({root!r}) first"
+        raise DataError(f"no Fashion-MNIST below {root}: {remedy}") from None
+    return dataset.data.numpy(), dataset.targets.numpy()
+
+
+def write_images(root: str, folder: str, train: bool = False, count: int | None = None) -> Path:
+    """Write images as PNG files, as users have them: names that tell no class, labels in a table apart.
+
+    Images go to `FOLDER/images/00/00000.png` and on, labels to `FOLDER/labels.parquet` (file string, relative to
+    the image folder; label int32). Nothing is written where all of it is there; other images are replaced.
+
+    Args:
+        root: where `download` put the data set.
+        folder: what to create.
+        train: take the training set instead of the test set.
+        count: how many images, from the first; all by default.
+
+    Returns:
+        The image folder.
+    """
+    images, labels = load(root, train)
+    images, labels = images[:count], labels[:count].astype(np.int32)
+    target, table = Path(folder, "images"), Path(folder, "labels.parquet")
+    names = [f"{index // FILES_PER_FOLDER:02d}/{index:05d}.png" for index in range(len(images))]
+    if not _is_complete(target, table, labels):
+        table.unlink(missing_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        _write_pngs(target, names, images)
+        # Last, so that a labels table says that its images are all there.
+        _write_table(table, names, labels)
+    return target
+
+
+def _damaged_files(raw: Path) -> list[str]:
+    return [name for name, checksum in CHECKSUMS.items() if _sha256(raw / name) != checksum]
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fetch(staging: Path) -> Path:
+    problems = []
+    for source in (_unpack_debian, _download_with_torchvision):
+        try:
+            raw = source(staging)
+        except (OSError, EOFError, RuntimeError) as error:
+            problems.append(str(error))
+            continue
+        if not (damaged := _damaged_files(raw)):
+            return raw
+        problems.append(f"damaged files: {', '.join(damaged)}")
+    raise DataError(
+        f"Fashion-MNIST is in neither source: {DEBIAN_FOLDER} ({problems[0]}), the network ({problems[1]}). "
+        "Two remedies: call again where there is a network, or `apt-get install --reinstall dataset-fashion-mnist`."
+    )
+
+
+def _unpack_debian(staging: Path) -> Path:
+    for name in CHECKSUMS:
+        with gzip.open(DEBIAN_FOLDER / f"{name}.gz") as packed, (staging / name).open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+    return staging
+
+
+def _download_with_torchvision(staging: Path) -> Path:
+    from torchvision.datasets import FashionMNIST
+
+    return Path(FashionMNIST(staging, download=True).raw_folder)
+
+
+def _is_complete(target: Path, table: Path, labels: np.ndarray) -> bool:
+    import pyarrow.parquet as pq
+
+    if not table.is_file():
+        return False
+    written = pq.read_table(table, columns=["label"])["label"].to_numpy()
+    return np.array_equal(written, labels) and sum(1 for _ in target.rglob("*.png")) == len(labels)
+
+
+def _write_pngs(target: Path, names: list[str], images: np.ndarray) -> None:
+    import cv2
+
+    for name in names[::FILES_PER_FOLDER]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, image in zip(names, images, strict=True):
+        _, png = cv2.imencode(".png", image)
+        (target / name).write_bytes(png.tobytes())
+
+
+def _write_table(table: Path, names: list[str], labels: np.ndarray) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    unfinished = table.with_suffix(".unfinished")
+    pq.write_table(pa.table({"file": names, "label": labels}), unfinished)
+    unfinished.replace(table)
+
+
+if __name__ == "__main__":  # the set-up's call: fetch into the default place
+    from helpers.config import load_config
+
+    try:
+        print(download(load_config().paths.data))
+    except DataError as error:
+        raise SystemExit(str(error)) from None

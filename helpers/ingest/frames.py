@@ -1,0 +1,98 @@
+"""Before stage 1: the frames of videos take their places among the images.
+
+list_frames     in tasks: a video to its frames, without decoding it
+with_frames     on the driver: every k-th of them a row, as an image has one
+"""
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from helpers.images.decoding import UnreadableImageError, reason
+from helpers.images.video import find_frames, frame_paths, open_file
+from helpers.stages.schemas import ERROR, KEY, PLACE, Batches
+from helpers.storage import Storage
+
+log = logging.getLogger(__name__)
+
+KEY_NAMES = [field.name for field in KEY]
+FRAMES_SCHEMA = pa.schema(
+    [
+        *KEY,
+        ERROR,
+        pa.field("count", pa.int64()),
+        pa.field("announced", pa.int64()),
+        *(pa.field(place.name, pa.list_(place.type)) for place in PLACE),
+    ]
+)
+# A frame has its share of the file's bytes, for the plan.
+ROWS_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, pa.field("bytes", pa.int64())])
+
+
+def list_frames(batches: Batches, storage: Storage, every: int, max_pixels: int) -> Iterator[pa.RecordBatch]:
+    """Find the frames of videos.
+
+    Args:
+        batches: `KEY` of the files.
+        storage: where they lie.
+        every: every how manieth frame is wanted.
+        max_pixels: videos with larger frames are not decoded.
+
+    Yields:
+        `FRAMES_SCHEMA`, a row a video; `count` is of all frames, the lists are of the wanted, and null where frames can
+        only be counted. `error` is set where no frame can be read.
+    """
+    for batch in batches:
+        for row in batch.select(KEY_NAMES).to_pylist():
+            try:
+                with open_file(storage, row["path"]) as file:
+                    frames = find_frames(file, max_pixels)
+                row |= {"count": frames.count, "announced": frames.announced}
+                if frames.pts is not None and frames.seek is not None:
+                    row |= {"pts": frames.pts[::every], "seek": frames.seek[::every]}
+            except (OSError, UnreadableImageError) as error:
+                row["error"] = reason(error)
+            yield pa.RecordBatch.from_pylist([row], schema=FRAMES_SCHEMA)
+
+
+def with_frames(images: pa.Table, videos: pa.Table, every: int) -> pa.Table:
+    """The images and every k-th frame of the videos, one row each; a video without any frame is one row, its error.
+
+    Args:
+        images: `KEY`.
+        videos: `FRAMES_SCHEMA`, from `list_frames` with the same `every`.
+        every: which frames; the first is one of them.
+
+    Returns:
+        `ROWS_SCHEMA`, the frames of a video in rising order.
+    """
+    rows = images.append_column("bytes", images["length"])
+    tables = [rows, *(_rows(video, every) for video in videos.sort_by("path").to_batches(max_chunksize=1))]
+    return pa.concat_tables([conform(table, ROWS_SCHEMA) for table in tables])
+
+
+def _rows(video: pa.RecordBatch, every: int) -> pa.Table:
+    table = pa.Table.from_batches([video])
+    (row,) = table.drop_columns(["pts", "seek"]).to_pylist()
+    if row["error"] is not None:
+        return table.select([*KEY_NAMES, "error"]).append_column("bytes", table["length"])
+    if 0 < row["count"] < row["announced"]:
+        log.warning("%s has %d of the %d frames it announces", row["path"], row["count"], row["announced"])
+    numbers = np.arange(0, row["count"], every)
+    keys = table.select(["length", "modified"]).take(np.zeros(len(numbers), np.int64))
+    rows = keys.append_column("path", frame_paths(pa.scalar(row["path"]), pa.array(numbers)))
+    for place in PLACE:
+        if not video[place.name].null_count:
+            rows = rows.append_column(place.name, video[place.name].flatten())
+    return rows.append_column("bytes", pa.array(np.full(len(numbers), row["length"] // len(numbers)), pa.int64()))
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table with a schema's columns, null where it has none."""
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.schema.names else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)

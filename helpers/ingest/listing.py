@@ -1,0 +1,112 @@
+"""Stage 1 on the driver: list the images below a location and plan the tasks. Paths travel, bytes stay put."""
+
+import logging
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from helpers.config import Config
+from helpers.errors import RunError
+from helpers.images.video import split_paths
+from helpers.ingest.frames import conform
+from helpers.partitioning import PartitionPlan, plan_partitions
+from helpers.stages.schemas import KEY, MANIFEST_SCHEMA
+from helpers.storage import Storage
+
+log = logging.getLogger(__name__)
+
+LISTED_SCHEMA = pa.schema(KEY)
+ROWS_A_CHUNK = 65_536
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Images and videos below a location (`LISTED_SCHEMA`), and how many files were left out, by reason."""
+
+    images: pa.Table
+    left_out: dict[str, int]
+    videos: pa.Table = field(default_factory=LISTED_SCHEMA.empty_table)
+
+    def __str__(self) -> str:
+        left = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+        videos = f", {self.videos.num_rows} videos" if self.videos.num_rows else ""
+        return f"{self.images.num_rows} images{videos}" + (f"; left out: {left}" if left else "")
+
+
+def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) -> Listing:
+    """List the files with the suffix of an image or a video, nested folders included.
+
+    Hidden files and other suffixes are left out and counted. A folder with an image's suffix is listed too: it becomes
+    an error row instead of passing unseen.
+
+    Args:
+        storage: where to look.
+        config: its `ingest` and `video` sections name the suffixes.
+        skip: folders to leave out, such as a run's own below its source.
+
+    Raises:
+        RunError: there is no image and no video.
+        StorageError: the location cannot be listed.
+    """
+    suffixes = tuple(suffix.lower() for suffix in config.ingest.suffixes)
+    video_suffixes = tuple(suffix.lower() for suffix in config.video.suffixes)
+    left_out: Counter[str] = Counter()
+    chunks, rows, videos = [], [], []
+    for entry in storage.list(directories=True, skip=skip):
+        if not entry.path.lower().endswith(suffixes + video_suffixes):
+            left_out["with another suffix"] += not entry.is_directory
+        elif any(part.startswith(".") for part in entry.path.removeprefix(storage.root).split("/")):
+            left_out["hidden"] += 1
+        elif not entry.path.lower().endswith(suffixes):
+            videos.append((entry.path, entry.length, entry.modified))
+        else:
+            rows.append((entry.path, entry.length, entry.modified))
+            if len(rows) == ROWS_A_CHUNK:
+                chunks.append(_chunk(rows))
+                rows = []
+    images, clips = pa.Table.from_batches([*chunks, _chunk(rows)]), pa.Table.from_batches([_chunk(videos)])
+    listed = Listing(images, +left_out, clips)
+    if not images.num_rows and not clips.num_rows:
+        raise RunError(
+            f"{listed} below {storage.root}; images are files that end in {', '.join(suffixes)}, "
+            f"videos in {', '.join(video_suffixes)}"
+        )
+    return listed
+
+
+def plan(images: pa.Table, slots: int, config: Config, image_seconds: float | None = None) -> PartitionPlan:
+    """Plan the partitions of a listing, as the `partitioning` section says.
+
+    Args:
+        images: what was listed, or with the frames of videos (`frames.ROWS_SCHEMA`).
+        slots: tasks that run at once.
+        config: its `partitioning` section.
+        image_seconds: what an image takes; by default what one without a model does.
+    """
+    settings = config.partitioning
+    seconds = image_seconds or settings.image_seconds
+    return plan_partitions(
+        images["bytes" if "bytes" in images.schema.names else "length"].to_numpy(),
+        slots,
+        target_bytes=settings.target_bytes,
+        target_images=max(1, min(settings.target_images, round(settings.target_seconds / seconds))),
+        partitions=settings.partitions,
+        in_order=split_paths(images["path"])[1].is_valid().to_numpy(),
+    )
+
+
+def manifest(images: pa.Table, plan: PartitionPlan) -> pa.Table:
+    """The images with their partitions, `MANIFEST_SCHEMA`, each partition's images in the listing's order."""
+    order = np.argsort(plan.assignment, kind="stable")
+    return conform(
+        images.append_column("partition", pa.array(plan.assignment, pa.int32())).take(order), MANIFEST_SCHEMA
+    )
+
+
+def _chunk(rows: list[tuple]) -> pa.RecordBatch:
+    columns = zip(*rows, strict=True) if rows else ([], [], [])
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, KEY, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=LISTED_SCHEMA)

@@ -1,0 +1,1 @@
+"""Networks and the folders (bundles) that they become: conversion, quantisation, comparison, and running them."""

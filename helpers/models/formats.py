@@ -1,0 +1,95 @@
+"""One network in several formats: each an engine that takes the images a task has and returns the outputs by name.
+
+All engines get the same number of threads, so that what is compared is the format and not the share of the machine.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from helpers.models.architectures import Architecture
+from helpers.models.bundle import Bundle, InputSpec
+from helpers.models.runtime import compile_options, get_model
+
+if TYPE_CHECKING:
+    import torch
+
+Outputs = dict[str, np.ndarray]
+Engine = Callable[[np.ndarray], Outputs]  # uint8 [B, H, W, C] -> float32 [B, ...] by name
+
+
+def torch_engine(
+    network: "torch.nn.Module", architecture: Architecture, threads: int = 1, compiled: bool = False
+) -> Engine:
+    """The original network in eager mode, or through `torch.compile`.
+
+    The latter needs a C++ compiler, and compiles at the first call of each batch size.
+    """
+    import torch
+
+    heads = architecture.heads(network).eval()
+    module = torch.compile(heads) if compiled else heads
+    torch.set_num_threads(threads)
+
+    def infer(images: np.ndarray) -> Outputs:
+        with torch.inference_mode():
+            found = module(torch.from_numpy(_normalise(images, architecture.input)))
+        tensors = found if isinstance(found, tuple) else (found,)
+        return {name: tensor.numpy() for name, tensor in zip(architecture.outputs, tensors, strict=True)}
+
+    return infer
+
+
+def onnx_engine(path: Path, architecture: Architecture, threads: int = 1) -> Engine:
+    """An ONNX file in ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = list(architecture.outputs)
+    return lambda images: dict(
+        zip(names, session.run(names, {"images": _normalise(images, architecture.input)}), strict=True)
+    )
+
+
+def openvino_engine(bundle: Bundle, threads: int = 1) -> Engine:
+    """A model bundle in OpenVINO for the shortest latency, in the arithmetic that its manifest names."""
+    model = get_model(bundle, threads=threads)
+
+    def infer(images: np.ndarray) -> Outputs:
+        found = model.compiled(images, share_inputs=True)
+        return {name: found[name] for name in model.outputs}
+
+    return infer
+
+
+def run_parallel(bundle: Bundle, images: Sequence[np.ndarray], threads: int) -> float:
+    """Run single images, uint8 `[H, W, C]`, through a bundle for the most images a second, one on each thread.
+
+    Returns:
+        Seconds that all of them took, compiling left out.
+    """
+    import openvino as ov
+
+    core = ov.Core()
+    single = get_model(bundle, threads=threads).single
+    options = {**compile_options(bundle.manifest.arithmetic, threads), "NUM_STREAMS": threads}
+    graph = core.read_model(model=bundle.read("model.xml"), weights=bundle.read("model.bin"))
+    if single:
+        graph.reshape([1, *bundle.manifest.input.shape])
+    queue = ov.AsyncInferQueue(core.compile_model(graph, "CPU", options), 2 * threads)
+    for warm_up in (True, False):
+        start = time.perf_counter()
+        for image in images[: 2 * threads] if warm_up else images:
+            queue.start_async({0: image[None]})
+        queue.wait_all()
+    return time.perf_counter() - start
+
+
+def _normalise(images: np.ndarray, spec: InputSpec) -> np.ndarray:
+    mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
+    return np.ascontiguousarray(((images.astype(np.float32) - mean) / std).transpose(0, 3, 1, 2))

@@ -1,0 +1,199 @@
+"""8-bit models: calibrated on images, measured against the model they come from, given back the precision they need.
+
+Quantising costs some layers more than others, and which can only be measured. NNCF quantises every layer; if that
+loses more than is allowed, it returns layers to floating point one group after the other, those first that lose most.
+The measure is accuracy or mask AP against the truth where there is one, and otherwise against the predictions of the
+model before it was quantised, for which any images will do.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from helpers.errors import BundleError
+from helpers.models import evaluation
+from helpers.models.bundle import Manifest
+from helpers.models.graph import MULTIPLYING
+from helpers.models.runtime import compile_options
+from helpers.stages.postprocessing import Arrays
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+log = logging.getLogger(__name__)
+
+MAX_DROP = 0.005  # of accuracy or mask AP against the truth; half a point
+MAX_DISAGREEMENT = 0.05  # of the same against the model's own predictions, which says more of small changes
+VALIDATION_IMAGES = 64
+RANKING_IMAGES = 16  # that show which layers lose most
+MOST_GROUPS = 20  # of layers that are returned to floating point
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Images that show what quantising loses.
+
+    Attributes:
+        images: uint8 `[H, W, C]` each, prepared as the pipeline prepares them.
+        truth: see `helpers.models.evaluation`; None to compare with the model before it was quantised.
+        max_drop: of accuracy or mask AP, a share of 1; above it, layers are returned to floating point. By default
+            `MAX_DROP`, without truth `MAX_DISAGREEMENT`.
+    """
+
+    images: Sequence[np.ndarray]
+    truth: evaluation.Truth | None = None
+    max_drop: float | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What quantising lost and what was done about it; a bundle's manifest holds it.
+
+    Attributes:
+        measure: what was measured, and against what.
+        before: the measure's value of the model that was quantised.
+        after: of the quantised model.
+        float_layers: convolutions and matrix products that are not computed in 8 bits, by their names in the graph.
+    """
+
+    measure: str
+    before: float
+    after: float
+    float_layers: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest holds it, values rounded to what several runs have in common."""
+        return {**asdict(self), "before": round(self.before, 4), "after": round(self.after, 4)}
+
+
+def quantize(
+    model: "ov.Model",
+    images: Iterable[np.ndarray],
+    manifest: Manifest,
+    arrays: Arrays,
+    validation: Validation | None = None,
+) -> tuple["ov.Model", Record]:
+    """Quantise weights and activations to 8 bits with NNCF.
+
+    Args:
+        model: takes uint8 images; it is not changed.
+        images: calibration images, uint8 `[H, W, C]` each, prepared as the pipeline prepares them.
+        manifest: of the model; says how its outputs are post-processed.
+        arrays: that post-processing needs.
+        validation: by default some of the calibration images, and the model itself for the truth.
+
+    Raises:
+        BundleError: there are no images.
+    """
+    import nncf
+
+    batches = [image[None] for image in images]
+    if not batches:
+        raise BundleError("int8 needs images to calibrate with; name a folder of them with --calibration")
+    step = -(-len(batches) // VALIDATION_IMAGES)
+    validation = validation or Validation([batch[0] for batch in batches[::step]])
+    measure = Measure.of(model, validation, manifest, arrays)
+    limit = nncf.AdvancedAccuracyRestorerParameters(
+        max_num_iterations=MOST_GROUPS, ranking_subset_size=RANKING_IMAGES, num_ranking_workers=1
+    )
+    logging.getLogger("nncf").setLevel(logging.WARNING)
+    with quiet():
+        quantized = nncf.quantize_with_accuracy_control(
+            model,
+            nncf.Dataset(batches),
+            nncf.Dataset(list(enumerate(validation.images))),
+            measure.validate,
+            max_drop=measure.max_drop,
+            subset_size=len(batches),
+            advanced_accuracy_restorer_parameters=limit,
+        )
+    after, _ = measure.validate(compile_exactly(quantized), enumerate(validation.images))
+    record = Record(measure.name, measure.before, after, float_layers(quantized))
+    if record.float_layers:
+        log.info("kept in floating point, because 8 bits lose too much: %s", ", ".join(record.float_layers))
+    if measure.before - after > measure.max_drop:
+        log.warning("int8 loses more than asked for: %s is %.3f, before %.3f", record.measure, after, record.before)
+    return quantized, record
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How good the predictions of a compiled model are; `before` is that of the model before it was quantised."""
+
+    name: str
+    truth: evaluation.Truth
+    before: float
+    max_drop: float
+    manifest: Manifest
+    arrays: Arrays
+
+    @classmethod
+    def of(cls, model: "ov.Model", validation: Validation, manifest: Manifest, arrays: Arrays) -> "Measure":
+        """Prepare to measure on these images."""
+        kind = "accuracy" if manifest.task == "classification" else "mask AP"
+        found = evaluation.predict(_engine(compile_exactly(model)), validation.images, manifest, arrays)
+        truth = validation.truth
+        max_drop = validation.max_drop
+        if truth is None:
+            name, truth = f"{kind} against the model before", evaluation.to_truth(found, manifest)
+            max_drop = MAX_DISAGREEMENT if max_drop is None else max_drop
+            if isinstance(truth, dict) and not truth["annotations"]:
+                log.warning("nothing is found in the calibration images, so what int8 loses cannot be measured")
+        else:
+            name, max_drop = kind, MAX_DROP if max_drop is None else max_drop
+        return cls(name, truth, evaluation.score(dict(enumerate(found)), truth), max_drop, manifest, arrays)
+
+    def validate(
+        self, compiled: "ov.CompiledModel", items: Iterable[tuple[int, np.ndarray]]
+    ) -> tuple[float, list[float]]:
+        """Measure a model on some of the images, given with their numbers: of all together, and of each."""
+        numbers, images = zip(*items, strict=True)
+        predictions = evaluation.predict(_engine(compiled), images, self.manifest, self.arrays)
+        found = dict(zip(numbers, predictions, strict=True))
+        each = [evaluation.score({number: of_image}, self.truth) for number, of_image in found.items()]
+        return evaluation.score(found, self.truth), each
+
+
+def float_layers(model: "ov.Model") -> list[str]:
+    """Names of the convolutions and matrix products of a quantised model whose weights are not 8-bit."""
+    return [
+        node.get_friendly_name().removesuffix("/WithoutBiases")
+        for node in model.get_ordered_ops()
+        if node.get_type_name() in MULTIPLYING and _weights_of(node).get_element_type().size > 1
+    ]
+
+
+def compile_exactly(model: "ov.Model") -> "ov.CompiledModel":
+    """Compile for measuring: what is not 8-bit is computed in 32 bits, with every core."""
+    import openvino as ov
+
+    return ov.Core().compile_model(model, "CPU", compile_options("f32", threads=0))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the converters' progress and notices out of notebooks and logs; errors are exceptions."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _engine(compiled: "ov.CompiledModel") -> evaluation.Engine:
+    def infer(images: np.ndarray) -> dict[str, np.ndarray]:
+        results = compiled(images)
+        return {output.get_any_name(): results[output] for output in compiled.outputs}
+
+    return infer
+
+
+def _weights_of(node: "ov.Node") -> "ov.Node":
+    source = node.input_value(1).get_node()
+    while source.get_type_name() != "Constant":  # 8-bit weights are converted and scaled on their way
+        source = source.input_value(0).get_node()
+    return source

@@ -1,0 +1,170 @@
+"""OpenVINO in a Spark task: one compiled model a Python worker, asynchronous requests, threads that fit the task.
+
+Executors import this module; it needs numpy and OpenVINO only.
+"""
+
+import gc
+import logging
+import os
+import resource
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from helpers.errors import BundleError
+from helpers.models.bundle import Bundle
+
+log = logging.getLogger(__name__)
+
+BYTES_A_PIXEL = 8  # of an image while it is decoded: three channels, once more to turn it upright, and some air
+SINGLE_MEGABYTES = 1  # inputs and outputs of which not even two images fit into this are inferred one by one
+REQUESTS = 2  # one batch is inferred while the next is read and decoded
+
+_models: dict[tuple[str, str, int], "Model"] = {}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A compiled model: how long loading took, the names of its outputs, and requests that wait to be used again."""
+
+    compiled: ov.CompiledModel
+    outputs: tuple[str, ...]
+    load_seconds: float
+    single: bool = False  # compiled for one image at a time
+    idle: list[ov.InferRequest] = field(default_factory=list)  # making one takes milliseconds, and each task needs two
+
+    def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
+        """Run batches through the model, in order; the next is prepared while one is computed.
+
+        Args:
+            batches: pairs of anything and uint8 `[B, H, W, C]`; B may differ, and may be 0; at most 1 where `single`.
+
+        Yields:
+            The same anything, and the outputs by name, each float32 `[B, ...]`.
+        """
+        pending: deque[tuple[Any, np.ndarray, ov.InferRequest | None]] = deque()
+        for item, pixels in batches:
+            pending.append((item, pixels, self._start(pixels) if len(pixels) else None))
+            if len(pending) == REQUESTS:
+                yield self._finish(*pending.popleft())
+        while pending:
+            yield self._finish(*pending.popleft())
+
+    def _start(self, pixels: np.ndarray) -> ov.InferRequest:
+        request = self.idle.pop() if self.idle else self.compiled.create_infer_request()
+        request.start_async({0: pixels}, share_inputs=True)
+        return request
+
+    def _finish(self, item: Any, _: np.ndarray, request: ov.InferRequest | None) -> tuple[Any, dict[str, np.ndarray]]:
+        if request is None:
+            return item, {}
+        request.wait()
+        self.idle.append(request)
+        return item, {name: request.get_tensor(name).data.copy() for name in self.outputs}
+
+
+def get_model(
+    bundle: Bundle, precision: str | None = None, threads: int = 1, memory_megabytes: int | None = None
+) -> Model:
+    """Return this process's compiled model of a bundle, loading it the first time only.
+
+    Args:
+        bundle: what to load.
+        precision: arithmetic, `f32`, `bf16` or `f16`; by default the manifest's.
+        threads: OpenVINO threads; a Spark task has one core.
+        memory_megabytes: what this process may take; None for no limit.
+
+    Raises:
+        BundleError: a file is missing or damaged, OpenVINO cannot read it, or it takes too much memory.
+    """
+    precision = precision or bundle.manifest.arithmetic
+    key = (bundle.manifest.model, precision, threads)
+    if key not in _models:
+        _models[key] = _load(bundle, precision, threads)
+        # Spark's workers collect garbage after every task, and walk all that was imported each time unless it is
+        # set apart: 70 ms a task.
+        gc.collect()
+        gc.freeze()
+    _check_memory(bundle, memory_megabytes)
+    return _models[key]
+
+
+def loading_seconds() -> float:
+    """What loading models has taken this process so far."""
+    return sum(model.load_seconds for model in _models.values())
+
+
+def pixels_within(memory_megabytes: int | None, most: int) -> int:
+    """How many pixels an image may have, so that decoding it keeps this process within its memory; at most `most`."""
+    if memory_megabytes is None:
+        return most
+    return min(most, max(0, int((memory_megabytes - resident_megabytes()) * 2**20 / BYTES_A_PIXEL)))
+
+
+def resident_megabytes() -> float:
+    """The memory of this process now; where the system does not tell (macOS), the most it ever was."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def batch_size(bundle: Bundle, megabytes: int, most: int) -> int:
+    """Images a batch, so that its inputs and outputs stay within a budget."""
+    manifest = bundle.manifest
+    outputs = sum(4 * int(np.prod(output.shape)) for output in manifest.outputs)
+    return max(1, min(most, megabytes * 2**20 // (manifest.input.nbytes + outputs)))
+
+
+def compile_options(precision: str, threads: int) -> dict[str, Any]:
+    """OpenVINO's settings for a task, each set on purpose."""
+    return {
+        # On CPUs with bf16 units OpenVINO computes in bf16 unless told otherwise, whatever the file holds.
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        # With pinning, every worker process of one thread sits on the first core.
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def has_bf16() -> bool:
+    """Whether this CPU has bfloat16 units; without them OpenVINO computes in 32 bits what asks for bf16."""
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
+    taken = resident_megabytes()
+    if memory_megabytes is not None and taken > memory_megabytes:
+        raise BundleError(
+            f"a task takes {taken:.0f} MB with {bundle.manifest.model} loaded, more than inference.memory_megabytes="
+            f"{memory_megabytes}: set it higher, with fewer tasks at a time (spark.master=local[1]) if memory is short"
+        )
+
+
+def _load(bundle: Bundle, precision: str, threads: int) -> Model:
+    start = time.perf_counter()
+    graph, weights = bundle.read("model.xml"), bundle.read("model.bin")
+    core = ov.Core()
+    core.set_property({"CACHE_DIR": str(Path(tempfile.gettempdir(), f"spark-vision-{os.getuid()}", "openvino"))})
+    # Large inputs and outputs gain nothing from batches, and a graph of fixed shapes is faster.
+    single = batch_size(bundle, SINGLE_MEGABYTES, most=2) == 1
+    try:
+        model = core.read_model(model=graph, weights=weights)
+        if single:
+            model.reshape([1, *bundle.manifest.input.shape])
+        compiled = core.compile_model(model, "CPU", compile_options(precision, threads))
+    except RuntimeError as error:
+        raise BundleError(f"OpenVINO {ov.__version__} cannot load {bundle.storage.root}: {error}") from None
+    if precision == "bf16" and not has_bf16():
+        log.warning("this CPU has no bfloat16 units, so it computes %s in 32 bits", bundle.manifest.model)
+    seconds = time.perf_counter() - start
+    log.info("loaded %s (%s, %d threads) in %.2f s", bundle.manifest.model, precision, threads, seconds)
+    return Model(compiled, tuple(output.name for output in bundle.manifest.outputs), seconds, single)

@@ -1,0 +1,138 @@
+"""Where a run's time goes, fitted on the records of a short one (`helpers.results.records`).
+
+Pure: numpy and pandas only.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from helpers.errors import DataError
+
+FEWEST_REST = 3  # tasks after their worker's first, from which a rate can be told
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Where a run's time goes, in seconds on a slot of the calibration run's speed.
+
+    Attributes:
+        session_seconds: until there is a session; 0 where it exists already.
+        open_seconds: of the driver before it lists: bundle, earlier results, number of slots.
+        image_list_seconds: the driver's part for an image: listing and planning.
+        start_seconds: from the beginning of the pass until the first task is at work.
+        worker_seconds: of each worker's first task beyond its images: loading the model, code that is used first.
+        task_seconds: of every task beyond its images: scheduling, starting, writing.
+        image_seconds: an image's part that is independent of its bytes: inference and post-processing.
+        byte_seconds: a byte's part: reading, decoding and resizing.
+        image_bytes: of a mean image.
+        finish_seconds: from the last task's end until the driver has all records.
+        log_seconds: of the driver for records, pictures and TensorBoard.
+        task_publish_seconds: the driver's part for each task: publishing its file.
+        variation: standard deviation of a task's time around this model, as a share of it.
+        contention: how much slower a task is for each other one on its machine, as a share; 0 where the records are of
+            one number of tasks a machine.
+        concurrency: tasks at once on a machine to which these seconds belong.
+    """
+
+    session_seconds: float
+    open_seconds: float
+    image_list_seconds: float
+    start_seconds: float
+    worker_seconds: float
+    task_seconds: float
+    image_seconds: float
+    byte_seconds: float
+    image_bytes: float
+    finish_seconds: float = 0.0
+    log_seconds: float = 0.0
+    task_publish_seconds: float = 0.0
+    variation: float = 0.0
+    contention: float = 0.0
+    concurrency: float = 1.0
+
+    @property
+    def mean_image_seconds(self) -> float:
+        """What a mean image takes on one slot."""
+        return self.image_seconds + self.byte_seconds * self.image_bytes
+
+
+def fit(runs: pd.DataFrame, tasks: pd.DataFrame) -> CostModel:
+    """Fit a cost model on the records of runs of one model over like images (`records.read_runs`, `read_tasks`).
+
+    Rates come from the stages' own times, not from a regression of tasks that are all alike; a worker's first task is
+    left out of them where there are enough others, and what it took more is the worker's start.
+
+    Raises:
+        DataError: there is no task with an image, or the runs are of several models.
+    """
+    tasks = tasks[(tasks["images"] > 0) & tasks["run"].isin(runs["run"])].sort_values("begin")
+    if not len(tasks):
+        raise DataError("the records have no task with an image; calibrate on a run that had some to work on")
+    if runs["model"].nunique() > 1:
+        names = ", ".join(sorted(runs["model"].unique()))
+        raise DataError(f"the records are of several models, and a cost model is of one: {names}")
+    first = ~tasks.duplicated(["run", "host", "process"])
+    rest = tasks[~first] if (~first).sum() >= FEWEST_REST else tasks
+    at_once = tasks.groupby("run").apply(_concurrency, include_groups=False)
+    contention = _contention(rest, at_once)
+    image_seconds = (rest["infer_seconds"] + rest["postprocess_seconds"]).sum() / rest["images"].sum()
+    byte_seconds = (rest["read_seconds"] + rest["preprocess_seconds"]).sum() / max(1, rest["bytes"].sum())
+    write_seconds = rest["write_seconds"].median()
+    rate_only = image_seconds * tasks["images"] + byte_seconds * tasks["bytes"] + write_seconds
+    beyond = (tasks["seconds"] - rate_only)[first].mean() if rest is not tasks else tasks["load_seconds"][first].mean()
+    per_run = tasks.groupby("run").agg(begin=("begin", "min"), end=("end", "max"), tasks=("begin", "size"))
+    per_run = per_run.join(runs.set_index("run"))
+    # The largest run tells best what each image and each task adds to what the driver does once.
+    most_images, most_tasks = per_run.loc[per_run["images"].idxmax()], per_run.loc[per_run["tasks"].idxmax()]
+    return CostModel(
+        session_seconds=_median(runs["session_seconds"]),
+        open_seconds=_median(runs["open_seconds"]),
+        image_list_seconds=float(most_images["list_seconds"] / most_images["images"]),
+        start_seconds=max(0.0, float(per_run["begin"].median())),
+        worker_seconds=max(0.0, float(beyond)),
+        task_seconds=float(write_seconds) + _gap(tasks),
+        image_seconds=float(image_seconds),
+        byte_seconds=float(byte_seconds),
+        image_bytes=float(tasks["bytes"].sum() / tasks["images"].sum()),
+        finish_seconds=max(0.0, float((per_run["pass_seconds"] - per_run["end"]).median())),
+        log_seconds=_median(runs["log_seconds"]),
+        task_publish_seconds=_known(most_tasks["publish_seconds"]) / float(most_tasks["tasks"]),
+        variation=float((rest["seconds"] / rate_only.loc[rest.index]).std(ddof=0)) if len(rest) > 1 else 0.0,
+        contention=contention,
+        concurrency=float(np.average(at_once, weights=tasks.groupby("run")["images"].sum())),
+    )
+
+
+def _concurrency(tasks: pd.DataFrame) -> float:
+    """Tasks at once on a machine."""
+    workers = tasks.groupby("host")["process"].nunique().mean()
+    return float(min(workers, tasks["slots"].iloc[0] / tasks["host"].nunique()))
+
+
+def _contention(tasks: pd.DataFrame, at_once: pd.Series) -> float:
+    """The slope of the seconds an image over the tasks at once on a machine, as a share of those of one task."""
+    tasks = tasks.assign(at_once=tasks["run"].map(at_once))
+    busy = tasks[["infer_seconds", "postprocess_seconds", "read_seconds", "preprocess_seconds"]].sum(axis=1)
+    rates = (busy / tasks["images"]).groupby(tasks["at_once"]).median()
+    if len(rates) < 2:
+        return 0.0
+    slope, intercept = np.polyfit(rates.index.to_numpy(), rates.to_numpy(), 1)
+    return max(0.0, float(slope / (slope + intercept)))
+
+
+def _gap(tasks: pd.DataFrame) -> float:
+    """Seconds between the tasks of a worker."""
+    before = tasks.groupby(["run", "host", "process"])["end"].shift()
+    gaps = (tasks["begin"] - before).dropna()
+    return max(0.0, float(gaps.median())) if len(gaps) else 0.0
+
+
+def _known(value: float) -> float:
+    """0 for what a killed run could not tell."""
+    return 0.0 if pd.isna(value) else float(value)
+
+
+def _median(values: pd.Series) -> float:
+    return _known(values.dropna().median()) if values.notna().any() else 0.0

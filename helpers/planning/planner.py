@@ -1,0 +1,237 @@
+"""What N images will take on K executors, and into how many partitions to divide them.
+
+    run time = session + listing + start of the pass + the slots' work, their overhead and their tail + publishing
+
+What each part takes comes from the records of a short run (`cost_model`). Spark keeps the slots busy as `simulation`
+does event by event and `makespan` says in closed form. Pure: numpy and pandas only.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from helpers.planning.cost_model import CostModel
+from helpers.planning.makespan import expected_makespan
+from helpers.planning.simulation import Schedule, Speculation, draw_failures, simulate
+
+CANDIDATES = 60  # numbers of partitions that are tried
+PARTS = ("session", "listing", "start", "work", "overhead", "retries", "tail", "publish")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Executors and their slots.
+
+    Attributes:
+        executors: how many.
+        cores: tasks at once of each.
+        speeds: of the executors, in turn: 1 is as fast as where the model was calibrated.
+        executors_a_machine: that share a machine.
+        price: of one executor for an hour, in whatever money.
+    """
+
+    executors: int
+    cores: int = 1
+    speeds: tuple[float, ...] = (1.0,)
+    executors_a_machine: int = 1
+    price: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.executors, self.cores, self.executors_a_machine) < 1 or self.price < 0:
+            raise ValueError(
+                "executors, cores and executors of a machine must be at least 1, and the price not negative"
+            )
+        if not self.speeds or min(self.speeds) <= 0:
+            raise ValueError("speeds must be positive")
+
+    @property
+    def slots(self) -> int:
+        """Tasks at once."""
+        return self.executors * self.cores
+
+    def slot_speeds(self, model: CostModel) -> np.ndarray:
+        """Speed of each slot beside its neighbours: float64 `[slots]`; an executor's slots are not next to each other.
+
+        Spark offers a free core of each executor in turn.
+        """
+        neighbours = self.cores * min(self.executors, self.executors_a_machine)
+        slowdown = (1 + model.contention * (neighbours - 1)) / (1 + model.contention * (model.concurrency - 1))
+        executors = np.resize(np.asarray(self.speeds, float), self.executors)
+        return np.tile(executors, self.cores) / slowdown
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A run that was not made; seconds of its phases, which add up to `seconds`.
+
+    `work` is what the slots would take together without any overhead or waiting, `overhead` the tasks' and workers'
+    fixed parts on them, `retries` what failed attempts cost, `tail` the time from there to the end of the last task.
+    """
+
+    images: int
+    cluster: Cluster
+    partitions: int
+    session: float
+    listing: float
+    start: float
+    work: float
+    overhead: float
+    retries: float
+    tail: float
+    publish: float
+
+    @property
+    def pass_seconds(self) -> float:
+        """Of the distributed pass, which `images_per_second` of a run counts."""
+        return self.start + self.work + self.overhead + self.retries + self.tail
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return self.session + self.listing + self.pass_seconds + self.publish
+
+    @property
+    def cost(self) -> float:
+        """Of all executors for the whole time."""
+        return self.cluster.price * self.cluster.executors * self.seconds / 3600
+
+    def summary(self) -> dict[str, float]:
+        """The figures as plain values."""
+        values = {name: getattr(self, name) for name in ("seconds", "pass_seconds", "cost")}
+        values |= {"images_per_second": self.images / self.pass_seconds}
+        values |= {f"{name}_seconds": getattr(self, name) for name in PARTS}
+        rounded = {name: round(float(value), 3) for name, value in values.items()}
+        return {"images": self.images, "partitions": self.partitions, **rounded}
+
+    def report(self) -> str:
+        """A few lines for a reader."""
+        cost = f", cost {self.cost:,.2f}" if self.cluster.price else ""
+        parts = ", ".join(f"{name} {getattr(self, name):,.1f} s" for name in PARTS if getattr(self, name) >= 0.05)
+        return (
+            f"{self.images:,} images on {self.cluster.executors:,} executors of {self.cluster.cores} cores: "
+            f"{duration(self.seconds)}{cost}, {self.images / self.pass_seconds:,.1f} images/s\n"
+            f"of this: {parts}\n"
+            f"partitions: {self.partitions:,}, of {self.images / self.partitions:,.0f} images each "
+            f"(--set partitioning.partitions={self.partitions})\n"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader says them."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.1f} min" if minutes < 120 else f"{hours:,.1f} h"
+
+
+def predict(
+    model: CostModel,
+    images: int,
+    cluster: Cluster,
+    partitions: int | None = None,
+    *,
+    image_bytes: float | None = None,
+    failure_rate: float = 0.0,
+) -> Prediction:
+    """Predict a run.
+
+    Args:
+        model: fitted on runs like it.
+        images: how many.
+        cluster: where.
+        partitions: how many tasks; None for the best number (`best_partitions`).
+        image_bytes: of a mean image, by default as in the calibration.
+        failure_rate: of a task's attempts.
+    """
+    if image_bytes is not None:
+        model = replace(model, image_bytes=image_bytes)
+    if partitions is None:
+        partitions = best_partitions(model, images, cluster, failure_rate)
+    partitions = max(1, min(partitions, images))
+    speeds = cluster.slot_speeds(model)
+    total = speeds.sum()
+    task = _task_seconds(model, images, partitions)
+    used = min(partitions, cluster.slots)
+    work = model.mean_image_seconds * images / total
+    overhead = (model.task_seconds * partitions + model.worker_seconds * used) / total
+    wasted = failure_rate / (1 - failure_rate) * task * partitions / 2 / total
+    end = expected_makespan(partitions, task, speeds, model.worker_seconds, model.variation, failure_rate)
+    return Prediction(
+        images,
+        cluster,
+        partitions,
+        session=model.session_seconds,
+        listing=model.open_seconds + model.image_list_seconds * images,
+        start=model.start_seconds,
+        work=work,
+        overhead=overhead,
+        retries=wasted,
+        tail=end - work - overhead - wasted + model.finish_seconds,
+        publish=model.log_seconds + model.task_publish_seconds * partitions,
+    )
+
+
+def best_partitions(model: CostModel, images: int, cluster: Cluster, failure_rate: float = 0.0) -> int:
+    """The number of partitions with which a run is predicted to end first: few cost a tail, many their overhead."""
+    slots = min(cluster.slots, images)
+    most = math.log2(max(1, images // slots))
+    waves = np.unique(np.round(2 ** np.linspace(0, most, CANDIDATES)).astype(int))
+    tried = [min(images, slots * int(wave)) for wave in waves]
+    return min(tried, key=lambda n: predict(model, images, cluster, n, failure_rate=failure_rate).seconds)
+
+
+def play(
+    model: CostModel,
+    images: int,
+    cluster: Cluster,
+    partitions: int,
+    *,
+    failure_rate: float = 0.0,
+    speculation: Speculation | None = None,
+    seed: int = 0,
+) -> Schedule:
+    """Simulate the pass of a run whose tasks fluctuate as they did in the calibration, from its first task on."""
+    rng = np.random.default_rng(seed)
+    spread = math.sqrt(math.log1p(model.variation**2))
+    seconds = _task_seconds(model, images, partitions) * rng.lognormal(-(spread**2) / 2, spread, partitions)
+    speeds = cluster.slot_speeds(model)
+    return simulate(
+        seconds,
+        speeds,
+        ready=model.worker_seconds / speeds,
+        failures=draw_failures(failure_rate, partitions, rng) if failure_rate else None,
+        speculation=speculation,
+    )
+
+
+def curve(
+    model: CostModel, images: int, cluster: Cluster, image_bytes: float | None = None, failure_rate: float = 0.0
+) -> pd.DataFrame:
+    """Time and cost against the number of executors, each with its best partitions, up to twice the cluster's.
+
+    Returns:
+        A row for each number of executors: `executors`, `slots`, `partitions`, the parts of a `Prediction` in seconds,
+        `seconds`, `images_per_second`, `efficiency` (the speed-up over one executor, of their number) and `cost`.
+    """
+    steps = np.geomspace(1, 2 * cluster.executors, 9).round().astype(int).tolist()
+    rows = []
+    for executors in sorted({*steps, cluster.executors}):
+        found = predict(
+            model,
+            images,
+            replace(cluster, executors=executors),
+            image_bytes=image_bytes,
+            failure_rate=failure_rate,
+        )
+        parts = {name: getattr(found, name) for name in PARTS}
+        rows.append({"executors": executors, "slots": found.cluster.slots, "partitions": found.partitions, **parts})
+        rows[-1].update(seconds=found.seconds, images_per_second=images / found.pass_seconds, cost=found.cost)
+    table = pd.DataFrame(rows)
+    table["efficiency"] = table["seconds"].iloc[0] / table["seconds"] / table["executors"]
+    return table
+
+
+def _task_seconds(model: CostModel, images: int, partitions: int) -> float:
+    return model.task_seconds + model.mean_image_seconds * images / partitions

@@ -1,0 +1,147 @@
+"""A standalone Spark cluster on this machine, of as many one-core workers as asked, to measure and to try things on.
+
+Master and workers are processes of their own, as on real machines; all of them end with the block.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from helpers.errors import HostError
+from helpers.hosts.java import check_java
+
+LOOPBACK = "127.0.0.1"
+PATIENCE = 60.0  # seconds until a process that shows no sign of life is taken for dead
+# A short life: code is not worth compiling twice, and several JVMs share the machine.
+SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+PERIOD = 0.1  # seconds in which a slowed process runs once and stands once
+
+
+@dataclass(frozen=True)
+class Standalone:
+    """The master's address, and the workers' processes."""
+
+    url: str
+    workers: list[psutil.Process]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a session needs to be told, as `load_config(**settings)` takes it."""
+        conf = {"driver.host": LOOPBACK, "executor.memory": "512m", "executor.extraJavaOptions": SHORT_LIVED}
+        return {"spark.master": self.url, **{f"spark.conf.spark.{key}": value for key, value in conf.items()}}
+
+    @contextlib.contextmanager
+    def slowed(self, worker: int, share: float) -> Iterator[None]:
+        """Let one worker's Python processes run only a share of the time, as on a slower machine, for a block.
+
+        They are stopped and continued by signals, as `cpulimit` does; the JVM is not, or it would be taken for dead.
+        """
+        ended = threading.Event()
+        thread = threading.Thread(target=_stop_and_go, args=(self.workers[worker], share, ended), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+@contextlib.contextmanager
+def standalone(folder: str | Path, workers: int = 2) -> Iterator[Standalone]:
+    """Start a master and workers of one core and 1 GiB each.
+
+    Args:
+        folder: for logs and the workers' files.
+        workers: how many.
+
+    Raises:
+        HostError: there is no usable Java, or a process does not come up.
+    """
+    check_java()
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    processes: list[psutil.Process] = []
+    try:
+        processes.append(_start("master.Master", place / "master.log"))
+        url = _wait_for(r"spark://[\d.]+:\d+", place / "master.log", processes[0])
+        for i in range(workers):
+            log = place / f"worker{i}.log"
+            options = ["--cores", "1", "--memory", "1g", "--work-dir", str(place / f"work{i}"), url]
+            processes.append(_start("worker.Worker", log, *options))
+        for i in range(workers):
+            _wait_for("Successfully registered", place / f"worker{i}.log", processes[1 + i])
+        yield Standalone(url, processes[1:])
+    finally:
+        for process in reversed(processes):
+            _end(process)
+
+
+def _start(kind: str, log: Path, *options: str) -> psutil.Process:
+    import pyspark
+
+    home = Path(pyspark.__file__).parent
+    environment = {
+        **os.environ,
+        "SPARK_HOME": str(home),
+        "PYSPARK_PYTHON": sys.executable,
+        "SPARK_LOCAL_DIRS": str(log.parent / "local"),
+        "SPARK_DAEMON_MEMORY": "256m",
+        "SPARK_DAEMON_JAVA_OPTS": SHORT_LIVED,
+    }
+    command = [str(home / "bin" / "spark-class"), f"org.apache.spark.deploy.{kind}"]
+    command += ["--host", LOOPBACK, "--port", "0", "--webui-port", "0", *options]
+    with log.open("wb") as output:
+        return psutil.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+
+
+def _wait_for(pattern: str, log: Path, process: psutil.Process) -> str:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        found = re.search(pattern, log.read_text(errors="replace"))
+        if found:
+            return found[0]
+        time.sleep(0.05)
+    raise HostError(f"a process of the cluster did not come up; see {log}:\n{log.read_text(errors='replace')[-500:]}")
+
+
+def _end(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [process, *process.children(recursive=True)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=10)
+
+
+def _stop_and_go(worker: psutil.Process, share: float, ended: threading.Event) -> None:
+    members: list[psutil.Process] = []
+    looked = 0.0
+    while not ended.is_set():
+        if time.monotonic() - looked > 1:
+            members, looked = _python_below(worker), time.monotonic()
+        _signal(members, "suspend")
+        ended.wait(PERIOD * (1 - share))
+        _signal(members, "resume")
+        ended.wait(PERIOD * share)
+
+
+def _python_below(worker: psutil.Process) -> list[psutil.Process]:
+    """The processes in which tasks run: what is below a worker and no JVM."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [p for p in worker.children(recursive=True) if "python" in p.name()]
+    return []
+
+
+def _signal(members: list[psutil.Process], name: str) -> None:
+    for member in members:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            getattr(member, name)()

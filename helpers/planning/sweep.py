@@ -1,0 +1,58 @@
+"""Several runs in one Spark session, in a process of its own: sessions of different masters cannot share one.
+
+Each run leaves its record beside its results (`helpers.results.records`), in place of those of earlier sweeps. The
+first run is made twice and its second record kept, so that all are of a session that is warm, and can be compared.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from helpers.config import PROJECT
+from helpers.errors import RunError
+from helpers.results.records import RUNS
+from helpers.storage import open_storage
+
+
+def sweep(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> None:
+    """Make runs one after the other in a new process.
+
+    Args:
+        settings: of the session, as `load_config` takes them.
+        runs: of each `source`, `model` and `output`, and what of the settings differs.
+
+    Raises:
+        RunError: the process failed; the message has the end of what it said.
+    """
+    job = json.dumps({"settings": dict(settings), "runs": [dict(run) for run in runs]})
+    command = [sys.executable, "-m", "helpers.planning.sweep"]
+    found = subprocess.run(command, cwd=PROJECT, input=job, capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise RunError(
+            f"the runs on {settings.get('spark.master', 'the default master')} failed:\n{found.stderr[-2000:]}"
+        )
+
+
+def main() -> None:
+    """Read a job from standard input and do it."""
+    from helpers import pipeline
+    from helpers.config import load_config
+    from helpers.session import get_spark
+
+    logging.basicConfig(level=logging.WARNING)
+    job = json.load(sys.stdin)
+    shared = {**job["settings"], "resume": False}
+    spark = get_spark(load_config(**shared))
+    for run in [*job["runs"][:1], *job["runs"]]:
+        own = {name: value for name, value in run.items() if name not in ("source", "model", "output")}
+        config = load_config(**{**shared, **own})
+        open_storage(run["output"], config).delete(RUNS)
+        pipeline.run(spark, run["source"], run["model"], run["output"], config)
+    spark.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""From a model's outputs to predictions: one function a task, registered in `POSTPROCESSORS`.
+
+A function takes the outputs of a batch, the images' sizes, the manifest, the parameters and the bundle's arrays, and
+returns for each image a list of predictions as the results' schema has them. A new task is one more such function.
+Executors import this module; it needs numpy only.
+"""
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from helpers.errors import BundleError, ConfigError
+from helpers.models.bundle import Manifest
+from helpers.stages.schemas import RESULT_SCHEMA, Batches, extend
+from helpers.yolact.detection import Detections, Parameters, detect, to_pixels
+from helpers.yolact.masks import encode_masks
+
+Prediction = dict[str, Any]
+Sizes = Sequence[tuple[int, int]]  # width, height of each original image, in pixels
+Arrays = Mapping[str, np.ndarray]
+Postprocessor = Callable[[Arrays, Sizes, Manifest, Mapping[str, Any], Arrays], list[list[Prediction]]]
+
+NO_ARRAYS: Arrays = {}
+HEADS = ("loc", "conf", "mask", "proto")  # YOLACT's outputs
+
+_arrays: dict[str, Arrays] = {}
+
+
+def classification(
+    outputs: Arrays, sizes: Sizes, manifest: Manifest, parameters: Mapping[str, Any], arrays: Arrays = NO_ARRAYS
+) -> list[list[Prediction]]:
+    """Return the `top_k` classes of each image with their softmax probabilities, the most probable first.
+
+    Args:
+        outputs: one float32 array `[B, classes]` of logits.
+        sizes: not used; a class belongs to the whole image.
+        manifest: for the labels.
+        parameters: `top_k`.
+        arrays: not used.
+    """
+    (logits,) = outputs.values()
+    scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+    scores /= scores.sum(axis=1, keepdims=True)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : int(parameters["top_k"])]
+    return [
+        [
+            {
+                "class_id": int(c),
+                "label": manifest.labels[c],
+                "score": float(row[c]),
+                "box": None,
+                "mask": None,
+            }
+            for c in classes
+        ]
+        for row, classes in zip(scores, best, strict=True)
+    ]
+
+
+def instance_segmentation(
+    outputs: Arrays, sizes: Sizes, manifest: Manifest, parameters: Mapping[str, Any], arrays: Arrays = NO_ARRAYS
+) -> list[list[Prediction]]:
+    """Return the detections of each image with box and mask, the most probable first.
+
+    Args:
+        outputs: YOLACT's raw heads: `loc [B, A, 4]`, `conf [B, A, classes]`, `mask [B, A, P]`, `proto [B, H, W, P]`.
+        sizes: of the images; boxes are in their pixels and masks of their size.
+        manifest: for the labels and the input's size.
+        parameters: as `helpers.yolact.detection.Parameters` has them.
+        arrays: `priors.npy`, float32 `[A, 4]`.
+
+    Raises:
+        BundleError: the bundle has no anchors.
+    """
+    if "priors.npy" not in arrays:
+        raise BundleError(f"{manifest.name} has no priors.npy, the anchors of its boxes; export the bundle again")
+    settings = Parameters(**parameters)
+    predictions = []
+    for loc, conf, mask, proto, (width, height) in zip(*(outputs[name] for name in HEADS), sizes, strict=True):
+        found = detect(loc, conf, mask, arrays["priors.npy"], settings, manifest.input.width)
+        masks = encode_masks(proto, found.coefficients, found.boxes, width, height, settings.mask_threshold)
+        predictions.append(_instances(found, masks, (width, height), manifest.labels))
+    return predictions
+
+
+POSTPROCESSORS: dict[str, Postprocessor] = {
+    "classification": classification,
+    "instance_segmentation": instance_segmentation,
+}
+_CHECKS: dict[str, Callable[..., Any]] = {"instance_segmentation": Parameters}
+
+
+def get_arrays(manifest: Manifest, read: Callable[[str], bytes] | None) -> Arrays:
+    """Return the arrays that a bundle has beside its graph, by file name, reading them the first time only.
+
+    Args:
+        manifest: which bundle, and which files it has.
+        read: reads one of them, as `Bundle.read` does; None where they are not needed.
+    """
+    if read is None:
+        return NO_ARRAYS
+    if manifest.model not in _arrays:
+        names = [name for name in manifest.files if name.endswith(".npy")]
+        _arrays[manifest.model] = {name: np.load(io.BytesIO(read(name)), allow_pickle=False) for name in names}
+    return _arrays[manifest.model]
+
+
+def parameters_for(manifest: Manifest, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The bundle's post-processing parameters with a run's own on top.
+
+    Raises:
+        ConfigError: the task has no post-processing here, or it has no parameter of that name or value.
+    """
+    if manifest.task not in POSTPROCESSORS:
+        raise ConfigError(
+            f"{manifest.name} has task {manifest.task!r}; post-processing exists for {', '.join(POSTPROCESSORS)}"
+        )
+    unknown = sorted(set(overrides) - set(manifest.postprocess))
+    if unknown:
+        known = ", ".join(sorted(manifest.postprocess))
+        raise ConfigError(f"postprocess.{unknown[0]}: {manifest.name} has no such parameter; it has {known}")
+    parameters = {**manifest.postprocess, **overrides}
+    if manifest.task in _CHECKS:
+        _CHECKS[manifest.task](**parameters)
+    return parameters
+
+
+def postprocess(
+    batches: Batches,
+    manifest: Manifest,
+    parameters: Mapping[str, Any],
+    model: str,
+    read: Callable[[str], bytes] | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Stage 4: raw outputs to predictions.
+
+    Args:
+        batches: `output_schema(manifest)`.
+        manifest: task, outputs and labels.
+        parameters: of the task's post-processing.
+        model: what the results' `model` column says.
+        read: reads a file of the bundle, for tasks that need more than the graph's outputs (`Bundle.read`).
+
+    Yields:
+        `RESULT_SCHEMA`; `predictions` is null where `error` is set.
+    """
+    function, arrays = POSTPROCESSORS[manifest.task], get_arrays(manifest, read)
+    for batch in batches:
+        # Filtering copies, and raw outputs can be large.
+        failed = batch["error"].null_count < batch.num_rows
+        good = batch.filter(batch["error"].is_null()) if failed else batch
+        outputs = {o.name: _array(good[o.name], o.shape) for o in manifest.outputs}
+        sizes = list(zip(good["width"].to_pylist(), good["height"].to_pylist(), strict=True))
+        found = iter(function(outputs, sizes, manifest, parameters, arrays) if good.num_rows else [])
+        predictions = [None if error else next(found) for error in batch["error"].is_valid().to_pylist()]
+        yield extend(batch, RESULT_SCHEMA, predictions=predictions, model=[model] * batch.num_rows)
+
+
+def _instances(
+    found: Detections, masks: list[dict[str, Any]], size: tuple[int, int], labels: Sequence[str]
+) -> list[Prediction]:
+    boxes = to_pixels(found.boxes, *size).tolist()
+    return [
+        {
+            "class_id": class_id,
+            "label": labels[class_id],
+            "score": score,
+            "box": dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)),
+            "mask": mask,
+        }
+        for class_id, score, box, mask in zip(found.classes.tolist(), found.scores.tolist(), boxes, masks, strict=True)
+    ]
+
+
+def _array(column: pa.ListArray, shape: tuple[int, ...]) -> np.ndarray:
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)

@@ -1,0 +1,53 @@
+"""The columns that each stage hands to the next."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+from helpers.models.bundle import Manifest
+
+Batches = Iterable[pa.RecordBatch]
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+KEY = [pa.field("path", pa.string()), pa.field("length", pa.int64()), pa.field("modified", TIMESTAMP)]
+SIZE = [pa.field("width", pa.int32()), pa.field("height", pa.int32())]
+ERROR = pa.field("error", pa.string())
+
+# Where a frame is in its video (`helpers.images.video.Frames`): null for images, and for frames that can only be
+# counted.
+PLACE = [pa.field("pts", pa.int64()), pa.field("seek", pa.int64())]
+
+MANIFEST_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, pa.field("partition", pa.int32())])
+IMAGE_SCHEMA = pa.schema([*KEY, ERROR, pa.field("content", pa.binary())])
+TENSOR_SCHEMA = pa.schema([*KEY, *SIZE, ERROR, pa.field("tensor", pa.binary())])
+
+BOX = pa.struct([pa.field(name, pa.float32()) for name in ("x1", "y1", "x2", "y2")])
+MASK = pa.struct([pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.string())])
+PREDICTION = pa.struct(
+    [
+        pa.field("class_id", pa.int32()),
+        pa.field("label", pa.string()),
+        pa.field("score", pa.float32()),
+        pa.field("box", BOX),
+        pa.field("mask", MASK),
+    ]
+)
+RESULT_SCHEMA = pa.schema(
+    [*KEY, *SIZE, ERROR, pa.field("predictions", pa.list_(PREDICTION)), pa.field("model", pa.string())]
+)
+
+
+def output_schema(manifest: Manifest) -> pa.Schema:
+    """Schema of stage 3: a flat float32 list for each of the model's outputs."""
+    outputs = [pa.field(output.name, pa.list_(pa.float32())) for output in manifest.outputs]
+    return pa.schema([*KEY, *SIZE, ERROR, *outputs])
+
+
+def extend(batch: pa.RecordBatch, schema: pa.Schema, **columns: Any) -> pa.RecordBatch:
+    """The columns of a stage's output: its own where given, else those of its input."""
+    arrays = []
+    for field in schema:
+        column = columns[field.name] if field.name in columns else batch[field.name]
+        arrays.append(column if isinstance(column, pa.Array) else pa.array(column, field.type))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)

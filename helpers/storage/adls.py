@@ -1,0 +1,293 @@
+"""ADLS Gen2 as a `Storage`: `abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH`, over azure-storage-file-datalake.
+
+Needs no Hadoop connector: the driver lists, tasks read and write, all with the SDK. Renames are atomic where the
+account has a hierarchical namespace, which results need. Paths are whole URIs, as Spark shows them, names as they are
+(not percent-encoded). The SDK repeats what fails for a while (`RETRY`); what then still fails is a `StorageError`, so
+that a run stops and can be resumed, instead of writing error rows for images that are all right.
+
+A lock is a lease, which the server ends by itself soon after its holder has died. Executors import this module.
+"""
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import posixpath
+import re
+import tempfile
+import threading
+import uuid
+from collections.abc import Collection, Iterator
+from datetime import UTC
+from typing import Any, BinaryIO, cast
+from urllib.parse import quote
+
+from azure.core import MatchConditions
+from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceExistsError, ResourceNotFoundError
+from azure.storage.filedatalake import DataLakeFileClient, DataLakeServiceClient, ExponentialRetry, FileSystemClient
+
+from helpers.errors import StorageError, first_line
+from helpers.storage.credentials import Redacting, redact, resolve
+from helpers.storage.interface import Entry, StorageOptions
+from helpers.storage.lease import Lease, code_of
+
+URI = re.compile(r"abfss://([^@/?#]+)@([^@/?#]+)(/.*)?", re.DOTALL)
+TRIES = 5  # after the first: for about a minute in all, 1 to 3 s before the first of them
+RETRY: dict[str, Any] = {"initial_backoff": 0, "increment_base": 2, "random_jitter_range": 1}
+RETRY |= {f"retry_{kind}": TRIES for kind in ("total", "connect", "read", "status")}
+TIMEOUTS: dict[str, Any] = {"connection_timeout": 10, "read_timeout": 60}  # seconds
+PAGE = 5000  # paths of a listing's page, the most there can be
+RANGE_BYTES = 16 * 2**20  # a larger file is read in ranges ...
+RANGES = 4  # ... so many at once
+CHUNK_BYTES = 8 * 2**20  # of a file written
+SPOOL_BYTES = 16 * 2**20
+WRITER = "writer"  # metadata that says which write made a file
+IS_FOLDER = "hdi_isfolder"  # metadata that only folders have
+
+logging.getLogger("urllib3.connectionpool").addFilter(Redacting())  # it logs URLs, and a SAS token is part of them
+
+
+class AdlsStorage:
+    """A folder of a container; pickles as its address and the reference to its credential, nothing else."""
+
+    concurrent_reads = 8  # the storage is some milliseconds away
+
+    def __init__(self, uri: str, options: StorageOptions | None = None):
+        found = URI.fullmatch(uri)
+        if found is None or re.search(r"[?&]sig=", uri):
+            raise StorageError(
+                f"{redact(uri)} is not abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH (a SAS token is no part "
+                "of it: put it into an environment variable and name that with storage.credential=env:NAME)"
+            )
+        self.options = options or StorageOptions()
+        self._container, self._host = found[1], found[2]
+        self._base = f"abfss://{found[1]}@{found[2]}"
+        self._folder = posixpath.normpath(f"/{found[3] or ''}").strip("/")
+        self.root = f"{self._base}/{self._folder}".rstrip("/")
+        self._lease: Lease | None = None
+
+    def __repr__(self) -> str:
+        return f"AdlsStorage({self.root!r})"
+
+    def __reduce__(self) -> tuple:
+        return AdlsStorage, (self.root, self.options)
+
+    def join(self, *parts: str) -> str:  # noqa: D102
+        return "/".join([self.root, *(part.strip("/") for part in parts if part)])
+
+    def list(self, prefix: str = "", directories: bool = False, skip: Collection[str] = ()) -> Iterator[Entry]:
+        """List a page at a time, in one pass; modification times are of whole seconds.
+
+        Raises:
+            StorageError: there is no such folder, or it cannot be listed.
+        """
+        start, ours = self._name(prefix), [folder for folder in skip if folder.startswith(f"{self._base}/")]
+        skipped = tuple(f"{self._name(folder)}/" for folder in ours)
+        try:
+            with self._explained(self._uri(start)):
+                if start and not _is_folder(found := self._file(start).get_file_properties()):
+                    yield Entry(self._uri(start), found.size, found.last_modified)
+                    return
+                for path in self._files.get_paths(start or None, recursive=True, max_results=PAGE):
+                    if (directories or not path.is_directory) and not f"{path.name}/".startswith(skipped):
+                        modified = path.last_modified.replace(tzinfo=UTC)
+                        yield Entry(self._uri(path.name), path.content_length or 0, modified, path.is_directory)
+        except FileNotFoundError:
+            raise StorageError(f"{self._uri(start)}: no such folder; check the location, or create it first") from None
+
+    def read(self, path: str) -> bytes:
+        """Read a file, a large one in several ranges at once.
+
+        Raises:
+            OSError: there is no such file, it is a folder, or its access rights forbid it.
+            StorageError: the storage does not answer, or refuses the credential.
+        """
+        with self._explained(path, of_one_file=True):
+            download = self._file(self._name(path)).download_file(max_concurrency=RANGES)
+            content = download.readall()
+        if not content and IS_FOLDER in download.properties.metadata:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        return content
+
+    @contextlib.contextmanager
+    def create(self, path: str) -> Iterator[BinaryIO]:
+        """A file to write to, which appears whole when the block ends; missing folders are made."""
+        with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as file:
+            yield cast(BinaryIO, file)
+            file.seek(0)
+            self._put(path, cast(BinaryIO, file), overwrite=True)
+
+    def write(self, path: str, data: bytes, overwrite: bool = True) -> None:  # noqa: D102
+        with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as file:
+            file.write(data)
+            file.seek(0)
+            self._put(path, cast(BinaryIO, file), overwrite)
+
+    def rename(self, source: str, target: str) -> None:  # noqa: D102
+        self._check_lease()
+        with self._explained(source):
+            found = self._file(self._name(source)).get_file_properties()
+            self._move(self._name(source), self._name(target), found.metadata.get(WRITER), overwrite=True)
+
+    def delete(self, path: str) -> None:  # noqa: D102
+        self._check_lease()
+        name = self._name(path)
+        with contextlib.suppress(FileNotFoundError), self._explained(path):
+            if _is_folder(self._file(name).get_file_properties()):
+                self._files.delete_directory(name)
+            else:
+                self._file(name).delete_file()
+
+    def exists(self, path: str) -> bool:  # noqa: D102
+        name = self._name(path)
+        with self._explained(path):
+            if name:
+                return self._file(name).exists()
+            # A SAS token may list a container, and never ask for its properties.
+            next(iter(self._files.get_paths(recursive=False, max_results=1)), None)
+        return True
+
+    @contextlib.contextmanager
+    def lock(self, path: str) -> Iterator[None]:
+        """Hold a lease on a file, renewed in the background.
+
+        A holder that was killed keeps others out for half a minute at most (`LEASE_SECONDS`), and so long this waits.
+        While the lock is held, this object changes nothing once another process has taken the lease over.
+
+        Raises:
+            BlockingIOError: another process holds it.
+            StorageError: the root is a file.
+        """
+        name = self._name(path)
+        try:
+            with self._explained(path):
+                with contextlib.suppress(ResourceExistsError):
+                    if not self._file(name).exists():  # what is leased cannot be created
+                        self._file(name).create_file(match_condition=MatchConditions.IfMissing)
+                lease = Lease(self._file(name), self._uri(name))
+        except FileNotFoundError:
+            raise StorageError(f"{self.root} is a file, and results need a folder; name another location") from None
+        with lease:
+            self._lease = lease
+            try:
+                yield
+            finally:
+                self._lease = None
+
+    @property
+    def _files(self) -> FileSystemClient:
+        reference = self.options.credential
+        # A variable that was set anew is another credential.
+        value = os.environ.get(reference.removeprefix("env:")) if reference.startswith("env:") else None
+        address = self.options.endpoint or f"https://{self._host}"
+        with _opening:
+            return _client(address, self._host.partition(".")[0], self._container, reference, hash(value))
+
+    def _file(self, name: str) -> DataLakeFileClient:
+        return self._files.get_file_client(name)
+
+    def _uri(self, name: str) -> str:
+        return f"{self._base}/{name}".rstrip("/")
+
+    def _name(self, path: str) -> str:
+        """A path in its container: of a URI as `list` gives it, or relative to the root."""
+        if path == self._base or path.startswith(f"{self._base}/"):
+            return path.removeprefix(self._base).strip("/")
+        if URI.fullmatch(path):
+            raise StorageError(f"{path} is not in {self._base}")
+        return "/".join(part for part in (self._folder, path.strip("/")) if part)
+
+    def _put(self, path: str, file: BinaryIO, overwrite: bool) -> None:
+        """Write a temporary file and rename it, with calls that do no harm when they are repeated."""
+        self._check_lease()
+        name, writer = self._name(path), uuid.uuid4().hex
+        temporary = posixpath.join(posixpath.dirname(name), f".{writer}.tmp")
+        client, length = self._file(temporary), 0
+        with self._explained(path):
+            try:
+                client.create_file(metadata={WRITER: writer})
+                while chunk := file.read(CHUNK_BYTES):
+                    client.append_data(chunk, length, len(chunk))
+                    length += len(chunk)
+                if length:
+                    client.flush_data(length)
+                self._move(temporary, name, writer, overwrite)
+            except BaseException:
+                with contextlib.suppress(AzureError):
+                    client.delete_file(retry_total=0)
+                raise
+
+    def _move(self, source: str, target: str, writer: str | None, overwrite: bool) -> None:
+        condition: dict[str, Any] = {} if overwrite else {"match_condition": MatchConditions.IfMissing}
+        try:
+            # The SDK decodes the source's name once, which a name with a percent sign would not survive.
+            self._file(quote(source)).rename_file(f"{self._container}/{target}", **condition)
+        except ResourceNotFoundError as error:
+            if code_of(error) == "RenameDestinationParentPathNotFound":
+                self._files.create_directory(posixpath.dirname(target))
+                self._move(source, target, writer, overwrite)
+            # The answer to a rename that was done may be lost, and a repetition finds no source.
+            elif not writer or self._writer_of(target) != writer:
+                raise
+
+    def _writer_of(self, name: str) -> str | None:
+        try:
+            return self._file(name).get_file_properties().metadata.get(WRITER)
+        except ResourceNotFoundError:
+            return None
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
+
+    @contextlib.contextmanager
+    def _explained(self, path: str, of_one_file: bool = False) -> Iterator[None]:
+        """Turn the SDK's errors, which may show URLs with a SAS token, into ours."""
+        try:
+            yield
+        except AzureError as error:
+            raise self._explain(error, path, of_one_file) from None
+
+    def _explain(self, error: AzureError, path: str, of_one_file: bool) -> Exception:
+        status, code, reference = getattr(error, "status_code", None), code_of(error), self.options.credential
+        said = redact(first_line(error))
+        if code in ("FilesystemNotFound", "ContainerNotFound"):
+            return StorageError(f"{self._base}: there is no such container; check the location, or create it first")
+        if status == 404:
+            return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        if status == 403 and code == "AuthorizationPermissionMismatch" and of_one_file:
+            return PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        if status in (401, 403) or isinstance(error, ClientAuthenticationError):
+            _client.cache_clear()  # the reference may lead to a new one by now
+            return StorageError(
+                f"{self.root}: the credential {reference} was refused ({code or said}); it is wrong, lacks a "
+                "permission or has expired: renew it and run again, what is finished is kept"
+            )
+        if code in ("PathAlreadyExists", "BlobAlreadyExists"):
+            return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        return StorageError(
+            f"{self.root}: the storage does not answer as it should ({code or said}), after {TRIES} more tries where "
+            "that may help; run again when it does, what is finished is kept"
+        )
+
+
+_opening = threading.Lock()  # threads that read ahead would otherwise open a client each
+
+
+@functools.cache
+def _client(endpoint: str, account: str, container: str, reference: str, value: int) -> FileSystemClient:
+    """One client a process and credential, whose connections and tokens its tasks share."""
+    service = DataLakeServiceClient(
+        endpoint,
+        credential=resolve(reference, account),
+        retry_policy=ExponentialRetry(**RETRY),
+        max_single_get_size=RANGE_BYTES,
+        max_chunk_get_size=RANGE_BYTES,
+        **TIMEOUTS,
+    )
+    return service.get_file_system_client(container)
+
+
+def _is_folder(properties: Any) -> bool:
+    return IS_FOLDER in properties.metadata

@@ -1,0 +1,80 @@
+"""What the pipeline needs of a place where images, models and results lie."""
+
+import contextlib
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import BinaryIO, Protocol
+
+CREDENTIAL_REFERENCE = re.compile(r"default|env:\w+|secret:[^/]+/.+|keyvault:[^/]+/.+")
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """Where object storage answers and where its credential is found; never the credential itself."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # read when the configuration is validated; executors ignore it
+
+    endpoint: str | None = None
+    credential: str = "default"
+
+    def __post_init__(self) -> None:
+        if not CREDENTIAL_REFERENCE.fullmatch(self.credential):
+            # The value may be a secret set here by mistake, so it is not repeated.
+            raise ValueError("not a reference: use default, env:NAME, secret:SCOPE/KEY or keyvault:VAULT/NAME")
+        if self.endpoint and re.search(r"[?@]", self.endpoint):
+            raise ValueError("an endpoint is an address, without a SAS token: name that with storage.credential")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file, or a directory where directories were asked for.
+
+    `modified` is in UTC; a broken link has length 0 and the modification time of the link.
+    """
+
+    path: str
+    length: int
+    modified: datetime
+    is_directory: bool = False
+
+
+class Storage(Protocol):
+    """What the pipeline needs of a location. Paths are as `list` gives them, or relative to the root."""
+
+    root: str
+    concurrent_reads: int  # how many are worth having under way at once; 1 where reading does not mean waiting
+
+    def list(self, prefix: str = "", directories: bool = False, skip: Collection[str] = ()) -> Iterator[Entry]:
+        """Every file below the prefix, nested folders included but for those to skip, in no particular order."""
+
+    def read(self, path: str) -> bytes:
+        """The whole content of one file; raises OSError."""
+
+    def create(self, path: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        """A file to write to, which appears under its name, whole, when the block ends without an exception."""
+
+    def write(self, path: str, data: bytes, overwrite: bool = True) -> None:
+        """Write one file whole: readers see the old content or the new, never a part.
+
+        Raises FileExistsError where there is one that is not to be overwritten.
+        """
+
+    def rename(self, source: str, target: str) -> None:
+        """Move one file, replacing the target if it exists."""
+
+    def delete(self, path: str) -> None:
+        """Remove a file or a folder with all in it; nothing happens where there is none."""
+
+    def exists(self, path: str) -> bool:
+        """Whether a file or folder is there."""
+
+    def join(self, *parts: str) -> str:
+        """The path of something below the root, as `list` would give it."""
+
+    def lock(self, path: str) -> contextlib.AbstractContextManager[None]:
+        """Hold a lock that the operating system or server releases when this process dies.
+
+        Raises BlockingIOError where another process holds it.
+        """
