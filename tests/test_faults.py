@@ -16,7 +16,9 @@ How it was checked that each test fails without its protection: in a copy of the
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,19 +110,32 @@ def assert_equal(run: Finished, undisturbed: Finished) -> None:
     assert not (run.output / "_staging").exists()
 
 
-def kill(process: psutil.Process) -> None:
+def send(process: psutil.Process, number: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
-        process.kill()
+        process.send_signal(number)
+
+
+def kill(process: psutil.Process) -> None:
+    send(process, signal.SIGKILL)
 
 
 def kill_python_worker(run: Run, workers: Callable[[], list[psutil.Process]], log: Callable[[], str]) -> None:
-    """Kill a worker while a task is in it; one that was between two tasks tells nothing."""
+    """Kill workers while tasks are in them; of one that was between two tasks nobody would ever know.
+
+    Stopped workers hold the run up, so that the tasks that come next go into them and it cannot end meanwhile.
+    """
     run.wait_until_staged(2)
     for _ in range(10):
-        kill(wait_for("a Python worker", workers)[0])
+        stopped = wait_for("a Python worker", workers)
+        for worker in stopped:
+            send(worker, signal.SIGSTOP)
+        time.sleep(1)  # for tasks to arrive
+        for worker in stopped:
+            send(worker, signal.SIGKILL)
         with contextlib.suppress(AssertionError):
-            wait_for("the crash", lambda: "Python worker exited unexpectedly" in log(), patience=2)
+            wait_for("the crash", lambda: "Python worker exited unexpectedly" in log(), patience=3)
             return
+        assert run.process.popen.poll() is None, "the run ended before a task was in a worker that was killed"
     pytest.fail("no task was in any of the workers killed")
 
 

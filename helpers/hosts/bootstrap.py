@@ -13,7 +13,7 @@ import tempfile
 from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = PROJECT / "requirements.txt"
 JAVA_HOME = "/usr/lib/jvm/java-17-openjdk-amd64"  # where Debian's package puts it
 

@@ -26,9 +26,9 @@ import psutil
 import pyarrow.parquet as pq
 from azure.storage.blob import ContainerClient
 from measure import measure
-from models import make_bundle, make_images
 
 from helpers.config import load_config, parse_assignments
+from helpers.data.workloads import make_bundle, make_photographs
 from helpers.ingest.listing import list_images, manifest, plan
 from helpers.pipeline import make_task
 
@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     count, repeats = (60, 1) if options.quick else (IMAGES, options.repeats)
     options.work.mkdir(parents=True, exist_ok=True)
-    photos = make_images(options.work / f"photos-{count}", count)
+    photos = make_photographs(options.work / f"photos-{count}", count)
     if not (options.work / "light" / "manifest.json").exists():
         make_bundle("light", options.work)
     os.environ["ADLS_KEY"] = KEY
