@@ -9,10 +9,10 @@ How it was checked that tests fail without their protection: in a copy of the re
     adls.py: the rename's source is not quoted                 percent signs
     adls.py: `_put` writes under the final name                a reader never sees a part
     adls.py: a refused credential is an OSError                forbidden and refused, expired token, wrong key
-    adls.py: nothing is repeated                               any one request: read and list
-    adls.py: urllib3's log is not filtered                     planted secret
+    client.py: nothing is repeated                               any one request: read and list
+    client.py: urllib3's log is not filtered                     planted secret
     adls.py: `_check_lease` checks nothing                     who has lost the lock
-    adls.py: one client for ever                               expired token
+    client.py: one client for ever                               expired token
     adls.py: pickles with its lease                            pickles without its credential
     adls.py: the lock is no lease                              3 tests of locks in test_storage.py
     lease.py: nothing is renewed                               renewed while it is held
@@ -27,6 +27,7 @@ import errno
 import logging
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -45,7 +46,7 @@ from helpers.config import load_config
 from helpers.errors import ConfigError, StorageError
 from helpers.images import decoding
 from helpers.stages import reading
-from helpers.storage import StorageOptions, adls, credentials, lease, open_storage
+from helpers.storage import StorageOptions, adls, client, credentials, lease, open_storage
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.credentials import redact, resolve
 from helpers.storage.prefetch import map_groups
@@ -61,11 +62,11 @@ def storage(adls_root, adls_settings) -> AdlsStorage:
 @pytest.fixture
 def hasty(monkeypatch):
     """Repeat what fails at once, so that failures take no time."""
-    monkeypatch.setitem(adls.RETRY, "increment_base", 0)
-    monkeypatch.setitem(adls.RETRY, "random_jitter_range", 0)
-    adls._client.cache_clear()
+    monkeypatch.setitem(client.RETRY, "increment_base", 0)
+    monkeypatch.setitem(client.RETRY, "random_jitter_range", 0)
+    client.forget_clients()
     yield
-    adls._client.cache_clear()
+    client.forget_clients()
 
 
 def sas(container: str, seconds: float = 3600) -> str:
@@ -227,13 +228,13 @@ def test_what_does_not_get_better_is_one_clear_error_and_no_missing_file(storage
 
 
 def test_retries_wait_longer_and_longer_but_not_for_ever():
-    policy = adls.ExponentialRetry(**adls.RETRY)
-    least = [max(0, 2**count - 1) for count in range(1, adls.TRIES + 1)]
-    waits = [policy.get_backoff_time({"count": count}) for count in range(1, adls.TRIES + 1)]
+    policy = client.ExponentialRetry(**client.RETRY)
+    least = [max(0, 2**count - 1) for count in range(1, client.TRIES + 1)]
+    waits = [policy.get_backoff_time({"count": count}) for count in range(1, client.TRIES + 1)]
     assert all(low <= wait <= low + 2 for low, wait in zip(least, waits, strict=True))
     assert 30 < sum(waits) < 120
     retries = policy.total_retries, policy.connect_retries, policy.read_retries, policy.status_retries
-    assert retries == (adls.TRIES,) * 4
+    assert retries == (client.TRIES,) * 4
 
 
 # ---------------------------------------------------------------- what is refused
@@ -248,6 +249,31 @@ def test_a_container_that_is_not_there_is_named(dfs, adls_settings):
     ):
         with pytest.raises(StorageError, match=r"absent@.* no such container"):
             action()
+
+
+def test_an_account_that_does_not_exist_is_told_without_a_single_try(monkeypatch):
+    """No name server is at hand here, so its answers are played."""
+    answer = socket.EAI_NONAME
+    asked: list[str] = []
+
+    def resolve_name(host: str, *_: object) -> list:
+        asked.append(host)
+        raise socket.gaierror(answer, "what the system says")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_name)
+    monkeypatch.setenv("ADLS_KEY", KEY)
+    monkeypatch.setattr(client, "getproxies", dict)
+    nobody = AdlsStorage("abfss://photos@nobody.dfs.core.windows.net/a", StorageOptions(None, "env:ADLS_KEY"))
+    with pytest.raises(StorageError, match=r"^nobody\.dfs\.core\.windows\.net: there is no such host"):
+        nobody.exists("b")
+    assert asked == ["nobody.dfs.core.windows.net"]
+    monkeypatch.setattr(client, "getproxies", lambda: {"https": "http://proxy"})
+    assert nobody._files.file_system_name == "photos"
+    answer = socket.EAI_AGAIN
+    client.forget_clients()
+    monkeypatch.setattr(client, "getproxies", dict)
+    assert nobody._files.file_system_name == "photos"
+    client.forget_clients()
 
 
 def test_a_file_that_its_access_rights_forbid_is_an_error_row_and_a_refused_credential_is_not(storage, dfs):
@@ -454,7 +480,7 @@ def databricks(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "databricks.sdk.runtime", runtime)
     monkeypatch.setitem(sys.modules, "databricks.sdk", types.ModuleType("databricks.sdk"))
     monkeypatch.setitem(sys.modules, "databricks", types.ModuleType("databricks"))
-    adls._client.cache_clear()
+    client.forget_clients()
 
 
 def test_a_databricks_secret_opens_a_storage(storage, databricks):

@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 from dfs_facade import ACCOUNT, KEY, DfsFacade
 
 from helpers.errors import StorageError
-from helpers.storage import StorageOptions, adls
+from helpers.storage import StorageOptions, client
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.credentials import resolve
 
@@ -125,9 +125,9 @@ def azure(dfs, tls, monkeypatch) -> Iterator[Azure]:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(trusted))
     monkeypatch.setenv("IDENTITY_ENDPOINT", f"http://127.0.0.1:{identity.server_address[1]}/token")
     monkeypatch.setenv("IDENTITY_HEADER", HEADER)
-    adls._client.cache_clear()
+    client.forget_clients()
     yield azure
-    adls._client.cache_clear()
+    client.forget_clients()
     azure.storage.stop()
     for server in (identity, vault):
         server.shutdown()

@@ -3,6 +3,7 @@
 import datetime as dt
 import io
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote
 
 import cv2
+import nbformat
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -18,16 +20,20 @@ import pytest
 from azure.storage.filedatalake import DataLakeLeaseClient, FileSystemSasPermissions, generate_file_system_sas
 from cluster import Cluster, Finished, Run, python_workers, start_run, wait_for
 from dfs_facade import ACCOUNT, BUSY, DROP, DROP_AFTERWARDS, EXPIRE, KEY, DfsFacade, Request
+from nbclient import NotebookClient
 from test_results import stage, table
+from test_video import pictures, write_clip
 
 from helpers import doctor
-from helpers.config import load_config
+from helpers.config import PROJECT, load_config
+from helpers.errors import StorageError
 from helpers.results.store import ResultStore
-from helpers.storage import StorageOptions, adls
+from helpers.storage import StorageOptions, client
 from helpers.storage.adls import AdlsStorage
 
 PICTURES, COPIES, SIDE = 12, 5, 1000  # different images, how often each is there, pixels: a run has a middle
 PARTITIONS = 20
+VIDEO_FRAMES = 30
 ALL = FileSystemSasPermissions(read=True, write=True, create=True, add=True, delete=True, list=True)
 
 
@@ -127,22 +133,32 @@ def expected(photos, bundle_uri, tmp_path_factory) -> list[dict]:
 
 
 def test_a_run_over_abfss_equals_a_run_over_a_folder_and_resumes(make_place, samples, bundle_uri, tmp_path):
-    place = make_place(samples)
+    """Over images of all kinds, damaged files and a video."""
+    source = shutil.copytree(samples, tmp_path / "source")
+    write_clip(source / "clip.mp4", "mpeg4", pictures(VIDEO_FRAMES))
+    place = make_place(source)
     settings = ("spark.master=local[2]", f"paths.runs={tmp_path / 'runs'}", "pictures=0")
-    local = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "local.log", *settings).finish()
+    local = start_run(source, bundle_uri, tmp_path / "out", tmp_path / "local.log", *settings).finish()
 
     first = place.start("partitioning.partitions=null", "pictures=3").finish()
     assert first.code == 0, first.errors
     counts = [first.summary[key] for key in ("images", "ok", "failed", "skipped", "partitions")]
     assert counts == [local.summary[key] for key in ("images", "ok", "failed", "skipped", "partitions")]
     assert first.summary["results"] == place.storage.join("out", "results")
-    assert place.rows() == comparable(local.rows(), str(samples))
+    assert place.rows() == comparable(local.rows(), str(source))
+    assert sum("#frame=" in row["path"] and row["error"] is None for row in place.rows()) == VIDEO_FRAMES
     assert len(list(place.storage.list("out/pictures"))) == 3
 
+    before = 64 + VIDEO_FRAMES
     place.storage.write("photos/new.png", (samples / "clothes" / "sample 000.png").read_bytes())
     again = place.start(name="again").finish()
-    assert [again.summary[key] for key in ("images", "ok", "failed", "skipped")] == [65, 1, 0, 64]
-    assert len(place.rows()) == 65
+    assert [again.summary[key] for key in ("images", "ok", "failed", "skipped")] == [
+        65 + VIDEO_FRAMES,
+        1,
+        0,
+        64 + VIDEO_FRAMES,
+    ]
+    assert len(place.rows()) == before + 1
 
 
 def test_a_run_after_a_killed_driver_does_only_what_was_not_finished(place, expected):
@@ -182,11 +198,11 @@ class Trouble:
     disturbed: int = 0
 
     def throttle(self, request: Request) -> object:
-        """Three seconds of 503."""
+        """Three seconds of 503, and at least ten of them however slow this machine is."""
         self.requests += request.is_read
         if self.requests == 20 and not self.started:
             self.started = time.monotonic()
-        if not self.started or time.monotonic() > self.started + 3:
+        if not self.started or (self.disturbed >= 10 and time.monotonic() > self.started + 3):
             return None
         self.disturbed += 1
         return BUSY
@@ -218,6 +234,12 @@ def secret(place, monkeypatch) -> str:
     monkeypatch.setenv("ADLS_SAS", f"?{token}")
     place.credential = "env:ADLS_SAS"
     return token
+
+
+def forms_of(secret: str) -> set[str]:
+    """The token's signature as it may be written."""
+    signature = parse_qs(secret)["sig"][0]
+    return {signature, quote(signature), quote(signature, safe=""), unquote(signature)}
 
 
 def test_a_token_that_expires_half_way_is_one_clear_error_and_a_new_one_completes(place, expected, secret):
@@ -261,8 +283,7 @@ def test_on_a_cluster_a_killed_executor_loses_nothing_and_the_token_is_shown_now
     assert cluster.launched() > launched, "the executor was not in use any more"
     place.assert_equal(finished, expected)
 
-    signature = parse_qs(secret)["sig"][0]
-    forms = {form.encode() for form in (signature, quote(signature), quote(signature, safe=""), unquote(signature))}
+    forms = {form.encode() for form in forms_of(secret)}
     looked_at = [path for top in (place.logs, cluster.folder) for path in top.rglob("*") if path.is_file()]
     plans = [path for path in looked_at if b"MapInArrow" in path.read_bytes()]
     logs = [path for path in looked_at if path.name == "stderr" and path.stat().st_size]
@@ -277,6 +298,57 @@ def test_a_variable_that_only_the_driver_has_is_one_clear_error(place, secret, c
     finished.assert_one_clear_error("env:ONLY_HERE", "every Spark worker")
 
 
+NOTEBOOK = """
+from helpers import pipeline
+from helpers.config import load_config
+from helpers.session import get_spark
+from helpers.storage import open_storage
+config = load_config("local", **{settings})
+print(config)
+config
+---
+spark = get_spark(config)
+spark
+---
+images = pipeline.ingest(spark, "{root}/photos", config)
+images.explain(True)
+images
+---
+images.where("error is null").select("path", "length").orderBy("path").show(3, truncate=False)
+---
+pipeline.run(spark, "{root}/photos", "{root}/model", "{root}/out", config)
+---
+spark.createDataFrame(pipeline.ingest(spark, "{root}/photos", config).limit(2).toArrow()).show()
+---
+storage = open_storage("{root}", config)
+print(storage, vars(storage), storage.options)
+storage.read("not there")
+---
+open_storage("{root}x", config).read("no such container")
+---
+import os
+os.environ["ADLS_SAS"] += "0"
+storage.read("photos/notes.jpg")
+"""
+
+
+def test_the_token_is_in_no_output_of_a_notebook(place, secret):
+    """Nor in the tracebacks that a notebook shows of what goes wrong."""
+    settings = {
+        "storage": {"endpoint": place.dfs.endpoint, "credential": place.credential},
+        "spark": {"master": "local[2]"},
+        "paths": {"runs": str(place.logs / "runs")},
+    }
+    text = NOTEBOOK.replace("{settings}", repr(settings)).replace("{root}", place.storage.root)
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.strip()) for cell in text.split("---")])
+    NotebookClient(book, allow_errors=True, kernel_name="python3", resources={"metadata": {"path": PROJECT}}).execute()
+    failed = [any(output.output_type == "error" for output in cell.outputs) for cell in book.cells]
+    assert failed == [False] * 6 + [True] * 3
+    shown = nbformat.writes(book)
+    assert "MapInArrow" in shown and "env:ADLS_SAS" in shown and f"images={PICTURES * COPIES + 1}" in shown
+    assert not [form for form in forms_of(secret) if form in shown]
+
+
 # ---------------------------------------------------------------- death at every request
 
 
@@ -287,8 +359,8 @@ def keys(store: ResultStore) -> list[tuple[str, int]]:
 
 
 def test_a_publication_cut_off_at_any_request_is_put_right_by_the_next_run(dfs, adls_root, adls_settings, monkeypatch):
-    monkeypatch.setitem(adls.RETRY, "retry_total", 0)
-    adls._client.cache_clear()
+    monkeypatch.setitem(client.RETRY, "retry_total", 0)
+    client.forget_clients()
     storage = AdlsStorage(adls_root, load_config("local", **adls_settings).storage)
     store = ResultStore(storage)
     expected = [("a", 1), ("b", 0), ("c", 1), ("d", 1), ("e", 1)]
@@ -313,12 +385,12 @@ def test_a_publication_cut_off_at_any_request_is_put_right_by_the_next_run(dfs, 
                 store.publish(staged, pa.chunked_array([["a", "c"]]))
                 store.unstage()
             break
-        except adls.StorageError:
+        except StorageError:
             ResultStore(storage).recover()
             assert keys(store) == expected, f"cut off after {last} requests"
     else:
         pytest.fail("publication never ended")
-    adls._client.cache_clear()
+    client.forget_clients()
     assert last >= 15 and keys(store) == expected
 
 

@@ -101,6 +101,18 @@ def test_what_is_no_video_is_named(folder):
         benchmark.read_frames(folder / "words.avi", get_architecture("yolact_scenes").input)
 
 
+def test_the_rate_of_a_matrix_product_counts_multiplications_and_additions(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> None:
+        assert a.shape == b.shape == (10, 10) and torch.get_num_threads() == 1
+        clock[0] += 0.5
+
+    monkeypatch.setattr(torch, "mm", product)
+    assert benchmark.matrix_product_rate(threads=1, side=10) == 2 * 10**3 / 0.5
+
+
 def test_engines_take_turns_and_are_compared_with_the_first(monkeypatch):
     clock, calls = [0.0], []
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])

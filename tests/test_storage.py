@@ -38,7 +38,7 @@ NAMES = [
 # A process that holds something open until it is killed.
 HOLDER = """
 import json, sys
-from helpers import {module}
+from helpers.storage import {module}
 from helpers.config import load_config
 from helpers.storage import open_storage
 {module}.LEASE_SECONDS = 15
@@ -50,7 +50,7 @@ with open_storage(sys.argv[1], load_config("local", **json.loads(sys.argv[2]))).
 
 
 def start_holder(storage: Storage, settings: dict, what: str, body: str = "pass") -> subprocess.Popen:
-    script = HOLDER.format(what=what, body=body, module="lease" if settings else "storage")
+    script = HOLDER.format(what=what, body=body, module="lease" if settings else "local")
     process = subprocess.Popen(
         [sys.executable, "-c", script, storage.root, json.dumps(settings)],
         stdin=subprocess.PIPE,

@@ -6,8 +6,9 @@ hits them all; they are compared as ratios.
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -106,6 +107,23 @@ def time_parallel(bundles: Mapping[str, Bundle], frames: Sequence[np.ndarray], t
     return 1000 * pd.Series(seconds, name="frame in throughput mode, ms") / len(frames)
 
 
+def matrix_product_rate(threads: int, side: int = 2048) -> float:
+    """Floating-point operations a second of a product of float32 matrices: what a CPU can hardly exceed in 32 bits.
+
+    A multiplication and an addition are two operations, as in a manifest's `flops`.
+
+    Args:
+        threads: of PyTorch, which computes it.
+        side: of the square matrices.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    matrix = torch.ones(side, side)
+    torch.mm(matrix, matrix)  # the first call allocates
+    return 2 * side**3 / statistics.median(_seconds(lambda _: torch.mm(matrix, matrix), matrix) for _ in range(9))
+
+
 def ratio_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Time a frame as a share of PyTorch's, one column a network: tables of `time_frames`, by the network's name."""
     ratios = pd.DataFrame({name: table.iloc[:, -1].map("{:.2f}".format) for name, table in tables.items()})
@@ -140,7 +158,7 @@ def _latency(engine: Engine, image: np.ndarray) -> float:
     return statistics.median(_seconds(engine, image) for _ in range(LATENCY_CALLS))
 
 
-def _seconds(engine: Engine, images: np.ndarray) -> float:
+def _seconds(engine: Callable[[Any], Any], images: Any) -> float:
     start = time.perf_counter()
     engine(images)
     return time.perf_counter() - start

@@ -2,21 +2,18 @@
 
 Needs no Hadoop connector: the driver lists, tasks read and write, all with the SDK. Renames are atomic where the
 account has a hierarchical namespace, which results need. Paths are whole URIs, as Spark shows them, names as they are
-(not percent-encoded). The SDK repeats what fails for a while (`RETRY`); what then still fails is a `StorageError`, so
-that a run stops and can be resumed, instead of writing error rows for images that are all right.
+(not percent-encoded). The SDK repeats what fails for a while (`client.RETRY`); what then still fails is a
+`StorageError`, so that a run stops and can be resumed, instead of writing error rows for images that are all right.
 
 A lock is a lease, which the server ends by itself soon after its holder has died. Executors import this module.
 """
 
 import contextlib
 import errno
-import functools
-import logging
 import os
 import posixpath
 import re
 import tempfile
-import threading
 import uuid
 from collections.abc import Collection, Iterator
 from datetime import UTC
@@ -25,18 +22,15 @@ from urllib.parse import quote
 
 from azure.core import MatchConditions
 from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceExistsError, ResourceNotFoundError
-from azure.storage.filedatalake import DataLakeFileClient, DataLakeServiceClient, ExponentialRetry, FileSystemClient
+from azure.storage.filedatalake import DataLakeFileClient, FileSystemClient
 
 from helpers.errors import StorageError, first_line
-from helpers.storage.credentials import Redacting, redact, resolve
+from helpers.storage.client import TRIES, forget_clients, get_client
+from helpers.storage.credentials import redact
 from helpers.storage.interface import Entry, StorageOptions
 from helpers.storage.lease import Lease, code_of
 
 URI = re.compile(r"abfss://([^@/?#]+)@([^@/?#]+)(/.*)?", re.DOTALL)
-TRIES = 5  # after the first: for about a minute in all, 1 to 3 s before the first of them
-RETRY: dict[str, Any] = {"initial_backoff": 0, "increment_base": 2, "random_jitter_range": 1}
-RETRY |= {f"retry_{kind}": TRIES for kind in ("total", "connect", "read", "status")}
-TIMEOUTS: dict[str, Any] = {"connection_timeout": 10, "read_timeout": 60}  # seconds
 PAGE = 5000  # paths of a listing's page, the most there can be
 RANGE_BYTES = 16 * 2**20  # a larger file is read in ranges ...
 RANGES = 4  # ... so many at once
@@ -44,8 +38,6 @@ CHUNK_BYTES = 8 * 2**20  # of a file written
 SPOOL_BYTES = 16 * 2**20
 WRITER = "writer"  # metadata that says which write made a file
 IS_FOLDER = "hdi_isfolder"  # metadata that only folders have
-
-logging.getLogger("urllib3.connectionpool").addFilter(Redacting())  # it logs URLs, and a SAS token is part of them
 
 
 class AdlsStorage:
@@ -181,8 +173,8 @@ class AdlsStorage:
         # A variable that was set anew is another credential.
         value = os.environ.get(reference.removeprefix("env:")) if reference.startswith("env:") else None
         address = self.options.endpoint or f"https://{self._host}"
-        with _opening:
-            return _client(address, self._host.partition(".")[0], self._container, reference, hash(value))
+        account = self._host.partition(".")[0]
+        return get_client(address, account, self._container, reference, hash(value), RANGE_BYTES)
 
     def _file(self, name: str) -> DataLakeFileClient:
         return self._files.get_file_client(name)
@@ -259,7 +251,7 @@ class AdlsStorage:
         if status == 403 and code == "AuthorizationPermissionMismatch" and of_one_file:
             return PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         if status in (401, 403) or isinstance(error, ClientAuthenticationError):
-            _client.cache_clear()  # the reference may lead to a new one by now
+            forget_clients()  # the reference may lead to a new one by now
             return StorageError(
                 f"{self.root}: the credential {reference} was refused ({code or said}); it is wrong, lacks a "
                 "permission or has expired: renew it and run again, what is finished is kept"
@@ -270,23 +262,6 @@ class AdlsStorage:
             f"{self.root}: the storage does not answer as it should ({code or said}), after {TRIES} more tries where "
             "that may help; run again when it does, what is finished is kept"
         )
-
-
-_opening = threading.Lock()  # threads that read ahead would otherwise open a client each
-
-
-@functools.cache
-def _client(endpoint: str, account: str, container: str, reference: str, value: int) -> FileSystemClient:
-    """One client a process and credential, whose connections and tokens its tasks share."""
-    service = DataLakeServiceClient(
-        endpoint,
-        credential=resolve(reference, account),
-        retry_policy=ExponentialRetry(**RETRY),
-        max_single_get_size=RANGE_BYTES,
-        max_chunk_get_size=RANGE_BYTES,
-        **TIMEOUTS,
-    )
-    return service.get_file_system_client(container)
 
 
 def _is_folder(properties: Any) -> bool:
