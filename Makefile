@@ -33,7 +33,7 @@ java: .venv/.ready
 # Spark starts without it too, only later; so a JVM that cannot make it stops nothing.
 $(CLASSES): .venv/.ready | java
 	@echo "== Spark's classes, archived =="
-	-@$(BIN)/python -m helpers.hosts.java archive
+	-@$(BIN)/python -m helpers.hosts.classes
 
 # 3.35.0 is the newest for node 20, and any node that runs it will do.
 azurite: .venv/.ready

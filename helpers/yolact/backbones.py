@@ -46,10 +46,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, outputs, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            projection = nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+        self.downsample = _shortcut(inputs, outputs, stride)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map `[B, inputs, H, W]` to `[B, 4 width, H / stride, W / stride]`."""
@@ -94,10 +91,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            projection = nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+        self.downsample = _shortcut(inputs, outputs, stride)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map `[B, inputs, H, W]` to `[B, outputs, H / stride, W / stride]`."""
@@ -144,6 +138,14 @@ BACKBONES: dict[str, Callable[[], ResNet | SmallResNet | DarkNet]] = {
 def _resnet_stage(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
     following = (Bottleneck(4 * width, width, stride=1) for _ in range(blocks - 1))
     return nn.Sequential(Bottleneck(inputs, width, stride), *following)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """The block's input, projected where its shape is not the output's (He et al., 2016, option B)."""
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    projection = nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False)
+    return nn.Sequential(projection, nn.BatchNorm2d(outputs))
 
 
 def _darknet_stage(width: int, blocks: int) -> nn.Sequential:
