@@ -17,6 +17,10 @@ import numpy as np
 from helpers.config import Config, load_config, parse_assignments
 from helpers.errors import ConfigError, UserError
 
+log = logging.getLogger(__name__)
+
+BUSY = 0.7  # the share of their time in which tasks on local files compute, at least, where nothing disturbs them
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -102,6 +106,12 @@ def plan(options: argparse.Namespace, config: Config) -> int:
 
         plot_curve(table, cluster.executors, cluster.price).savefig(options.plot, dpi=120)
     print(found.report())
+    if model.computing < BUSY:
+        log.warning(
+            "the tasks of these records computed in only %.0f %% of their time: their storage was slow, or the machine "
+            "did other work, and then a plan of them is wrong",
+            100 * model.computing,
+        )
     print(table.drop(columns=list(PARTS)).round(3).to_string(index=False))
     print(json.dumps(found.summary()))
     return 0

@@ -68,6 +68,9 @@ def records_of(model: CostModel, images: int, cluster: Cluster, partitions: int,
                 "write_seconds": model.task_seconds / 2,
             }
         )
+        row = rows[-1]
+        own = row["load_seconds"] + row["preprocess_seconds"] + row["write_seconds"]
+        row |= {"thread_seconds": own, "cpu_seconds": own + row["infer_seconds"]}
     about = {"run": run, "model": "m", "images": images, "session_seconds": model.session_seconds}
     about |= {"open_seconds": model.open_seconds, "list_seconds": images * model.image_list_seconds}
     about |= {"log_seconds": model.log_seconds, "publish_seconds": partitions * model.task_publish_seconds}
@@ -143,11 +146,12 @@ def test_a_prediction_is_the_mean_of_simulated_runs(cluster, partitions):
 def test_the_model_is_found_again_in_the_records_of_its_runs():
     found = fit(*records_of(MODEL, 8000, Cluster(1, 4), 80, seed=0))
     for name, value in dataclasses.asdict(MODEL).items():
-        if name in ("variation", "contention", "concurrency"):
+        if name in ("variation", "contention", "concurrency", "alone"):
             continue
         assert getattr(found, name) == pytest.approx(value, rel=0.1), name
     assert 0.05 < found.variation < 0.15
     assert found.concurrency == 4 and found.contention == 0
+    assert found.alone == pytest.approx(0.006 / (0.006 + 4e-8 * 100_000), rel=0.01)  # while it decodes, it infers
 
 
 def test_a_model_fitted_on_a_short_run_predicts_a_long_one_elsewhere():
@@ -167,6 +171,47 @@ def test_tasks_that_slow_each_other_down_are_seen_in_runs_of_different_numbers_o
     assert Cluster(1, 4).slot_speeds(found)[0] / Cluster(1, 1).slot_speeds(found)[0] == pytest.approx(1 / 1.3, abs=0.03)
     shared = Cluster(4, 1, executors_a_machine=4).slot_speeds(found)
     assert shared.tolist() == Cluster(1, 4).slot_speeds(found).tolist()
+
+
+def test_the_model_is_the_same_whether_tasks_had_idle_cores_beside_them_or_not():
+    """Beside idle cores decoding is hidden behind inference: the clock's seconds are fewer, the processor's are not."""
+    runs, tasks = records_of(MODEL, 8000, Cluster(1, 4), 80, seed=0)
+    hidden = tasks["preprocess_seconds"]
+    overlapped = tasks.assign(
+        seconds=tasks["seconds"] - hidden,
+        end=tasks["end"] - hidden,
+        infer_seconds=tasks["infer_seconds"] - hidden,
+    )
+    full, idle = fit(runs, tasks), fit(runs, overlapped)
+    for name in ("image_seconds", "byte_seconds", "alone", "worker_seconds", "computing"):
+        assert getattr(idle, name) == pytest.approx(getattr(full, name), rel=0.01), name
+    assert (full.alone, full.computing) == pytest.approx((0.6, 1), rel=0.01)
+
+
+def test_time_in_which_nothing_computes_is_seen_and_no_idle_core_saves_it():
+    """Reading from a slow storage, 5 ms an image beside 4 of decoding and 6 of inference."""
+    runs, tasks = records_of(MODEL, 8000, Cluster(1, 4), 80, seed=0)
+    waited = 0.005 * tasks["images"]
+    found = fit(runs, tasks.assign(read_seconds=waited, seconds=tasks["seconds"] + waited))
+    assert found.computing == pytest.approx(10 / 15, rel=0.02)
+    assert found.alone == pytest.approx((6 + 5) / 15, rel=0.02)
+    assert found.byte_seconds * 100_000 == pytest.approx(0.004 + 0.005, rel=0.02)
+
+
+def test_a_last_wave_that_leaves_cores_idle_is_shorter():
+    quick = dataclasses.replace(MODEL, alone=0.6, variation=0.0)
+    slots = Cluster(1, 2)
+
+    def saved(partitions: int, cluster: Cluster = slots) -> float:
+        plain = dataclasses.replace(quick, alone=1.0)
+        return predict(plain, 1200, cluster, partitions).seconds - predict(quick, 1200, cluster, partitions).seconds
+
+    assert saved(1) == pytest.approx(0.4 * 12) and saved(3) == pytest.approx(0.4 * 4)  # 12 s of images altogether
+    assert saved(2) == saved(4) == 0  # both cores are busy
+    assert saved(1, Cluster(2, 1)) == 0  # a machine of one core has none to spare
+    assert saved(1, Cluster(2, 1, executors_a_machine=2)) == saved(1)
+    assert saved(6, Cluster(1, 8)) == pytest.approx(0.25 * 2) and saved(6, Cluster(2, 4)) == pytest.approx(0.25 * 2)
+    assert saved(3, Cluster(1, 8)) == pytest.approx(0.4 * 4)  # a task does not keep more than its two threads busy
 
 
 def test_records_of_nothing_or_of_several_models_are_refused():

@@ -1,3 +1,5 @@
+import os
+import subprocess
 import sys
 import time
 
@@ -5,7 +7,7 @@ import psutil
 import pytest
 
 from helpers.errors import RunError
-from helpers.planning.standalone import Standalone, standalone
+from helpers.planning.standalone import Standalone, held_to, standalone
 from helpers.planning.sweep import sweep
 from helpers.results.records import read_runs, read_tasks
 
@@ -17,6 +19,7 @@ def test_a_sweep_on_a_cluster_leaves_records_and_no_process(samples, bundle_uri,
     with standalone(tmp_path / "cluster", workers=1) as cluster:
         processes = [worker for worker in cluster.workers if worker.is_running()]
         assert len(processes) == 1
+        assert all(len(os.sched_getaffinity(thread.id)) == 1 for thread in processes[0].threads())
         sweep({**cluster.settings, "paths.runs": str(tmp_path / "runs")}, [run])
     assert not any(process.is_running() for process in processes)
     (made,) = read_runs(str(tmp_path / "out")).to_dict("records")
@@ -24,6 +27,19 @@ def test_a_sweep_on_a_cluster_leaves_records_and_no_process(samples, bundle_uri,
     tasks = read_tasks(str(tmp_path / "out"))
     assert len(tasks) == 3 and tasks["process"].nunique() == tasks["executor"].nunique() == 1
     assert (tasks["load_seconds"] == 0).all()  # of the run that warms up, which is not among these
+
+
+def test_what_is_started_on_a_core_stays_there_and_nothing_else_does():
+    usable = sorted(os.sched_getaffinity(0))
+    say = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+    for cores, expected in [([0], usable[:1]), ([len(usable)], usable[:1]), (range(9), usable), ([-1], usable[-1:])]:
+        with held_to(cores):
+            answer = subprocess.run(say, capture_output=True, text=True, check=True).stdout
+        assert answer == f"{expected}\n"
+        assert sorted(os.sched_getaffinity(0)) == usable
+    with pytest.raises(RuntimeError), held_to([0]):
+        raise RuntimeError
+    assert sorted(os.sched_getaffinity(0)) == usable
 
 
 def test_a_sweep_that_fails_says_why(tmp_path):

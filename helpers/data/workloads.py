@@ -1,5 +1,6 @@
 """Images and models to measure with: made here, seeded, so that anyone gets the same."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,14 @@ from helpers.storage import open_storage
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 NETWORKS = {"light": ("mobilenet_v3_large", 224), "heavy": ("resnet50", 550)}  # of torchvision, and the input's side
+SIDES = (320, 1280)  # of photographs, the smallest and the largest, in pixels
+YOLACT = "yolact_resnet50"
+PROBABLE = 60  # anchors of a photograph, about, that a YOLACT of arbitrary weights takes for objects
 
 
-def make_photographs(folder: Path, count: int, seed: int = 0, sides: tuple[int, int] = (320, 1280)) -> Path:
+def make_photographs(
+    folder: Path, count: int, seed: int = 0, sides: tuple[int, int] = SIDES, different: int | None = None
+) -> Path:
     """Write JPEG files that are to a decoder what photographs are; files that are there already are kept.
 
     Args:
@@ -22,11 +28,14 @@ def make_photographs(folder: Path, count: int, seed: int = 0, sides: tuple[int, 
         count: how many.
         seed: of the pictures.
         sides: the smallest and largest width and height in pixels; by default a file has about 100 KB.
+        different: how many are drawn, which takes longer than to classify them; the others are copies in turn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         path = folder / f"{i:05d}.jpg"
-        if not path.exists():
+        if different and i >= different:
+            shutil.copyfile(folder / f"{i % different:05d}.jpg", path)
+        elif not path.exists():
             path.write_bytes(_jpeg(np.random.default_rng([seed, i]), sides))
     return folder
 
@@ -35,16 +44,30 @@ def make_bundle(name: str, folder: Path) -> Bundle:
     """Export a network with seeded weights, or load it where it is already.
 
     Args:
-        name: `light` (MobileNet-v3-large, 224 x 224) or `heavy` (ResNet-50, 550 x 550).
+        name: `light` (MobileNet-v3-large, 224 x 224), `heavy` (ResNet-50, 550 x 550) or `yolact` (the published
+            network with a ResNet-50, 550 x 550, of which a photograph has some detections).
         folder: where the bundle's folder of that name goes.
     """
     target = open_storage(str(folder / name))
     if target.exists("manifest.json"):
         return load_bundle(target)
     import torch
-    import torchvision
 
     from helpers.models import export
+
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / f"{name}.pt"
+    network, architecture = _yolact() if name == "yolact" else _classifier(name)
+    torch.save(network.state_dict(), checkpoint)
+    model = export.to_openvino(export.simplify(export.to_onnx(network, architecture)), architecture)
+    return export.make_bundle(model, architecture, checkpoint, target, "fp16")
+
+
+def _classifier(name: str) -> tuple[Any, Any]:
+    """A network of torchvision with seeded weights, and its architecture."""
+    import torch
+    import torchvision
+
     from helpers.models.architectures import Architecture
 
     network_name, side = NETWORKS[name]
@@ -61,11 +84,49 @@ def make_bundle(name: str, folder: Path) -> Bundle:
         labels=tuple(f"class {i}" for i in range(1000)),
         postprocess={"top_k": 3},
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / f"{name}.pt"
-    torch.save(network.state_dict(), checkpoint)
-    model = export.to_openvino(export.simplify(export.to_onnx(network, architecture)), architecture)
-    return export.make_bundle(model, architecture, checkpoint, target, "fp16")
+    return network, architecture
+
+
+def _yolact() -> tuple[Any, Any]:
+    """YOLACT with seeded weights that keep the signal's size through the layers, and its architecture."""
+    import torch
+    from torch import nn
+
+    from helpers.models.architectures import get_architecture
+
+    architecture = get_architecture(YOLACT)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network: Any = architecture.build()
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # running statistics become those of the photographs below
+    spec = architecture.input
+    rng = np.random.default_rng(0)
+    files = [np.frombuffer(_jpeg(rng, SIDES), np.uint8) for _ in range(6)]
+    pictures = [cv2.imdecode(file, cv2.IMREAD_COLOR_RGB) for file in files]
+    pixels = np.stack([cv2.resize(picture, (spec.width, spec.height)) for picture in pictures])
+    images = torch.from_numpy((pixels - np.array(spec.mean)) / np.array(spec.std)).float().permute(0, 3, 1, 2)
+    head = network.prediction_layers[0]
+    with torch.inference_mode():
+        network.train()(images)
+        loc, conf, mask, _, proto = network.eval()(images)
+        scale = 2.0 / conf.log().std(dim=2).mean()  # classes that differ enough for one to stand out
+        head.conf_layer.weight *= scale
+        head.conf_layer.bias *= scale
+        conf = (scale * conf.log()).softmax(dim=2)
+        head.bbox_layer.weight *= 1.0 / loc.std()
+        head.mask_layer.weight *= 0.7 / mask.std()
+        network.proto_net[10].weight *= 1.0 / proto.std()
+        # What the background must gain, for each anchor, to push its best class below the threshold.
+        best, background = conf[..., 1:].amax(dim=2), conf[..., 0]
+        room = best / architecture.postprocess["score_threshold"] - conf[..., 1:].sum(dim=2)
+        gain = (room.clamp(min=1e-6) / background).log().flatten().sort(descending=True).values
+        classes = len(architecture.labels) + 1
+        head.conf_layer.bias.view(-1, classes)[:, 0] += gain[PROBABLE * len(images)]
+    return network, architecture
 
 
 def _jpeg(rng: np.random.Generator, sides: tuple[int, int]) -> bytes:

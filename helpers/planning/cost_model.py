@@ -1,6 +1,9 @@
 """Where a run's time goes, fitted on the records of a short one (`helpers.results.records`).
 
-Pure: numpy and pandas only.
+A task reads and decodes in its own thread while others infer. On a machine with as many tasks as cores they share one
+core, and its images take what both compute together; where cores are idle they take what the longer of the two does
+(processor sharing, as in queueing theory). Records tell both apart, because they have the processor's seconds beside
+the clock's. Pure: numpy and pandas only.
 """
 
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ FEWEST_REST = 3  # tasks after their worker's first, from which a rate can be to
 
 @dataclass(frozen=True)
 class CostModel:
-    """Where a run's time goes, in seconds on a slot of the calibration run's speed.
+    """Where a run's time goes, in seconds on a slot of the calibration run's speed, on a machine with a task a core.
 
     Attributes:
         session_seconds: until there is a session; 0 where it exists already.
@@ -34,6 +37,9 @@ class CostModel:
         contention: how much slower a task is for each other one on its machine, as a share; 0 where the records are of
             one number of tasks a machine.
         concurrency: tasks at once on a machine to which these seconds belong.
+        alone: what images take a task that has idle cores beside its own, as a share of what they take otherwise.
+        computing: the share of the images' time in which the processor worked on them; little of it where the storage
+            was slow, or the machine did other work.
     """
 
     session_seconds: float
@@ -51,6 +57,8 @@ class CostModel:
     variation: float = 0.0
     contention: float = 0.0
     concurrency: float = 1.0
+    alone: float = 1.0
+    computing: float = 1.0
 
     @property
     def mean_image_seconds(self) -> float:
@@ -61,8 +69,8 @@ class CostModel:
 def fit(runs: pd.DataFrame, tasks: pd.DataFrame) -> CostModel:
     """Fit a cost model on the records of runs of one model over like images (`records.read_runs`, `read_tasks`).
 
-    Rates come from the stages' own times, not from a regression of tasks that are all alike; a worker's first task is
-    left out of them where there are enough others, and what it took more is the worker's start.
+    Rates come from the stages' own times and the processor's, not from a regression of tasks that are all alike; a
+    worker's first task is left out of them where there are enough others, and what it took more is the worker's start.
 
     Raises:
         DataError: there is no task with an image, or the runs are of several models.
@@ -76,11 +84,13 @@ def fit(runs: pd.DataFrame, tasks: pd.DataFrame) -> CostModel:
     first = ~tasks.duplicated(["run", "host", "process"])
     rest = tasks[~first] if (~first).sum() >= FEWEST_REST else tasks
     at_once = tasks.groupby("run").apply(_concurrency, include_groups=False)
-    contention = _contention(rest, at_once)
-    image_seconds = (rest["infer_seconds"] + rest["postprocess_seconds"]).sum() / rest["images"].sum()
-    byte_seconds = (rest["read_seconds"] + rest["preprocess_seconds"]).sum() / max(1, rest["bytes"].sum())
+    spent = _spent(rest)
+    total = spent.sum()
+    image_seconds = (total["full"] - total["reading"]) / rest["images"].sum()
+    byte_seconds = total["reading"] / max(1, rest["bytes"].sum())
     write_seconds = rest["write_seconds"].median()
-    rate_only = image_seconds * tasks["images"] + byte_seconds * tasks["bytes"] + write_seconds
+    rate_only = image_seconds * tasks["images"] + byte_seconds * tasks["bytes"]
+    rate_only = rate_only * total["wall"] / total["full"] + write_seconds
     beyond = (tasks["seconds"] - rate_only)[first].mean() if rest is not tasks else tasks["load_seconds"][first].mean()
     per_run = tasks.groupby("run").agg(begin=("begin", "min"), end=("end", "max"), tasks=("begin", "size"))
     per_run = per_run.join(runs.set_index("run"))
@@ -100,8 +110,36 @@ def fit(runs: pd.DataFrame, tasks: pd.DataFrame) -> CostModel:
         log_seconds=_median(runs["log_seconds"]),
         task_publish_seconds=_known(most_tasks["publish_seconds"]) / float(most_tasks["tasks"]),
         variation=float((rest["seconds"] / rate_only.loc[rest.index]).std(ddof=0)) if len(rest) > 1 else 0.0,
-        contention=contention,
+        contention=_contention(rest, spent["full"], at_once),
         concurrency=float(np.average(at_once, weights=tasks.groupby("run")["images"].sum())),
+        alone=float(min(1.0, total["alone"] / total["full"])),
+        computing=float(min(1.0, total["computed"] / total["wall"])),
+    )
+
+
+def _spent(tasks: pd.DataFrame) -> pd.DataFrame:
+    """Seconds of each task's images.
+
+    Returns:
+        `wall` by the clock; `computed` by the processor; `full` what they take one core; `alone` what they take where
+        cores are idle; `reading` what of `full` is reading, decoding and resizing.
+    """
+    once = tasks["load_seconds"] + tasks["write_seconds"]
+    stages = {name: tasks[f"{name}_seconds"] for name in ("read", "preprocess", "infer", "postprocess")}
+    wall = sum(stages.values())
+    computed, own = ((tasks[f"{name}_seconds"] - once).clip(lower=0) for name in ("cpu", "thread"))
+    waited = (wall - computed).clip(lower=0)
+    # The own thread's stages, by the clock, are longer than they compute by about the same factor.
+    before = stages["read"] + stages["preprocess"]
+    share = (before / (before + stages["postprocess"])).fillna(0.0)
+    return pd.DataFrame(
+        {
+            "wall": wall,
+            "computed": computed,
+            "full": computed + waited,
+            "alone": np.maximum(own, computed - own) + waited,
+            "reading": own * share + np.minimum(waited, stages["read"]),
+        }
     )
 
 
@@ -111,11 +149,9 @@ def _concurrency(tasks: pd.DataFrame) -> float:
     return float(min(workers, tasks["slots"].iloc[0] / tasks["host"].nunique()))
 
 
-def _contention(tasks: pd.DataFrame, at_once: pd.Series) -> float:
+def _contention(tasks: pd.DataFrame, seconds: pd.Series, at_once: pd.Series) -> float:
     """The slope of the seconds an image over the tasks at once on a machine, as a share of those of one task."""
-    tasks = tasks.assign(at_once=tasks["run"].map(at_once))
-    busy = tasks[["infer_seconds", "postprocess_seconds", "read_seconds", "preprocess_seconds"]].sum(axis=1)
-    rates = (busy / tasks["images"]).groupby(tasks["at_once"]).median()
+    rates = (seconds / tasks["images"]).groupby(tasks["run"].map(at_once)).median()
     if len(rates) < 2:
         return 0.0
     slope, intercept = np.polyfit(rates.index.to_numpy(), rates.to_numpy(), 1)

@@ -43,15 +43,28 @@ def expected_makespan(
     start: float = 0.0,
     variation: float = 0.0,
     failure_rate: float = 0.0,
+    last: float | None = None,
 ) -> float:
     """When the last task ends, on average, where tasks fluctuate and fail.
 
     Whole waves of equal tasks leave no tail. Fluctuation lets a slot end later by what the largest of as many normal
     deviations is, until slots are out of step; then what is left of the tasks under way when the last one begins is
     uniform on their time, and the largest rest counts. A failure near the end adds half a task.
+
+    Args:
+        tasks: how many.
+        seconds: of each on a slot of speed 1.
+        speeds: of the slots.
+        start: seconds until a slot of speed 1 can take its first task.
+        variation: standard deviation of a task's time, as a share of it.
+        failure_rate: of a task's attempts.
+        last: seconds of the tasks of a last wave that leaves slots idle; None for no others. It counts where all slots
+            are equal, because otherwise there are no waves.
     """
     pace = np.asarray(speeds, float)
-    end = equal_makespan(tasks, seconds, pace, start / pace)
+    alike = bool((pace == pace[0]).all())
+    saved = (seconds - last) / pace[0] if last is not None and alike and tasks % pace.size else 0.0
+    end = equal_makespan(tasks, seconds, pace, start / pace) - saved
     again = failure_rate / (1 - failure_rate) * seconds * tasks / 2 / pace.sum()
     busy = pace[:tasks]
     late = seconds / (busy if tasks <= pace.size else pace).mean() / 2 * (1 - (1 - failure_rate) ** busy.size)

@@ -28,7 +28,7 @@ class Cluster:
         executors: how many.
         cores: tasks at once of each.
         speeds: of the executors, in turn: 1 is as fast as where the model was calibrated.
-        executors_a_machine: that share a machine.
+        executors_a_machine: that share a machine, which has a core for each task that they run at once.
         price: of one executor for an hour, in whatever money.
     """
 
@@ -50,6 +50,11 @@ class Cluster:
     def slots(self) -> int:
         """Tasks at once."""
         return self.executors * self.cores
+
+    def share_of_cores(self, tasks: int) -> float:
+        """Tasks at once that are spread over all machines, a core: of the machine that has most of them."""
+        machines = math.ceil(self.executors / self.executors_a_machine)
+        return math.ceil(tasks / machines) / (self.cores * min(self.executors, self.executors_a_machine))
 
     def slot_speeds(self, model: CostModel) -> np.ndarray:
         """Speed of each slot beside its neighbours: float64 `[slots]`; an executor's slots are not next to each other.
@@ -157,7 +162,10 @@ def predict(
     work = model.mean_image_seconds * images / total
     overhead = (model.task_seconds * partitions + model.worker_seconds * used) / total
     wasted = failure_rate / (1 - failure_rate) * task * partitions / 2 / total
-    end = expected_makespan(partitions, task, speeds, model.worker_seconds, model.variation, failure_rate)
+    idle = (1 - max(model.alone, cluster.share_of_cores(partitions % cluster.slots))) * (task - model.task_seconds)
+    end = expected_makespan(
+        partitions, task, speeds, model.worker_seconds, model.variation, failure_rate, last=task - idle
+    )
     return Prediction(
         images,
         cluster,
@@ -192,7 +200,10 @@ def play(
     speculation: Speculation | None = None,
     seed: int = 0,
 ) -> Schedule:
-    """Simulate the pass of a run whose tasks fluctuate as they did in the calibration, from its first task on."""
+    """Simulate the pass of a run whose tasks fluctuate as they did in the calibration, from its first task on.
+
+    A slot's speed is the same from beginning to end: that tasks are faster beside idle cores is left out.
+    """
     rng = np.random.default_rng(seed)
     spread = math.sqrt(math.log1p(model.variation**2))
     seconds = _task_seconds(model, images, partitions) * rng.lognormal(-(spread**2) / 2, spread, partitions)

@@ -1,16 +1,19 @@
 """A standalone Spark cluster on this machine, of as many one-core workers as asked, to measure and to try things on.
 
-Master and workers are processes of their own, as on real machines; all of them end with the block.
+Master and workers are processes of their own, as on real machines; all of them end with the block. Each worker is held
+to one of this machine's cores with all that it starts: to Spark a core is only a number, and a task that decodes while
+it infers would take part of another.
 """
 
 import contextlib
+import logging
 import os
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,8 @@ import psutil
 
 from helpers.errors import HostError
 from helpers.hosts.java import check_java
+
+log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 PATIENCE = 60.0  # seconds until a process that shows no sign of life is taken for dead
@@ -56,8 +61,28 @@ class Standalone:
 
 
 @contextlib.contextmanager
+def held_to(cores: Sequence[int]) -> Iterator[None]:
+    """Hold this thread, and all processes that it starts in the block, to some of the cores that it may use.
+
+    Args:
+        cores: their places among these, from 0; what is beyond the last begins with the first again.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        log.warning("this system holds no process to a core: what is of one core may take more")
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    usable = sorted(before)
+    os.sched_setaffinity(0, {usable[core % len(usable)] for core in cores})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
 def standalone(folder: str | Path, workers: int = 2) -> Iterator[Standalone]:
-    """Start a master and workers of one core and 1 GiB each.
+    """Start a master, and workers of one core and 1 GiB each, on a core of their own as long as there are any.
 
     Args:
         folder: for logs and the workers' files.
@@ -76,7 +101,8 @@ def standalone(folder: str | Path, workers: int = 2) -> Iterator[Standalone]:
         for i in range(workers):
             log = place / f"worker{i}.log"
             options = ["--cores", "1", "--memory", "1g", "--work-dir", str(place / f"work{i}"), url]
-            processes.append(_start("worker.Worker", log, *options))
+            with held_to([i]):
+                processes.append(_start("worker.Worker", log, *options))
         for i in range(workers):
             _wait_for("Successfully registered", place / f"worker{i}.log", processes[1 + i])
         yield Standalone(url, processes[1:])

@@ -1,9 +1,11 @@
 """Several runs in one Spark session, in a process of its own: sessions of different masters cannot share one.
 
 Each run leaves its record beside its results (`helpers.results.records`), in place of those of earlier sweeps. The
-first run is made twice and its second record kept, so that all are of a session that is warm, and can be compared.
+first run of each model is made twice and its second record kept, so that all are of a session that is warm and of
+workers that have their model, and can be compared.
 """
 
+import contextlib
 import json
 import logging
 import subprocess
@@ -13,23 +15,27 @@ from typing import Any
 
 from helpers.config import PROJECT
 from helpers.errors import RunError
+from helpers.planning.standalone import held_to
 from helpers.results.records import RUNS
 from helpers.storage import open_storage
 
 
-def sweep(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> None:
+def sweep(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], cores: int | None = None) -> None:
     """Make runs one after the other in a new process.
 
     Args:
         settings: of the session, as `load_config` takes them.
         runs: of each `source`, `model` and `output`, and what of the settings differs.
+        cores: how many the process is held to with all that it starts; None for all there are. `local[1]` alone
+            means one task at a time, whose threads and JVM may take more than one core.
 
     Raises:
         RunError: the process failed; the message has the end of what it said.
     """
     job = json.dumps({"settings": dict(settings), "runs": [dict(run) for run in runs]})
     command = [sys.executable, "-m", "helpers.planning.sweep"]
-    found = subprocess.run(command, cwd=PROJECT, input=job, capture_output=True, text=True, check=False)
+    with contextlib.nullcontext() if cores is None else held_to(range(cores)):
+        found = subprocess.run(command, cwd=PROJECT, input=job, capture_output=True, text=True, check=False)
     if found.returncode:
         raise RunError(
             f"the runs on {settings.get('spark.master', 'the default master')} failed:\n{found.stderr[-2000:]}"
@@ -46,7 +52,8 @@ def main() -> None:
     job = json.load(sys.stdin)
     shared = {**job["settings"], "resume": False}
     spark = get_spark(load_config(**shared))
-    for run in [*job["runs"][:1], *job["runs"]]:
+    first = {run["model"]: run for run in reversed(job["runs"])}
+    for run in [*first.values(), *job["runs"]]:
         own = {name: value for name, value in run.items() if name not in ("source", "model", "output")}
         config = load_config(**{**shared, **own})
         open_storage(run["output"], config).delete(RUNS)

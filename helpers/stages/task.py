@@ -51,6 +51,8 @@ RECORD_SCHEMA = pa.schema(
         pa.field("started", TIMESTAMP),
         pa.field("seconds", pa.float64()),
         *(pa.field(f"{stage}_seconds", pa.float64()) for stage in STAGES),
+        pa.field("cpu_seconds", pa.float64()),  # of the processor, all threads together
+        pa.field("thread_seconds", pa.float64()),  # of these the task's own thread: everything but inference
         pa.field("peak_megabytes", pa.float64()),
     ]
 )
@@ -95,6 +97,8 @@ class Task:
             "started": started,
             "seconds": clock.seconds,
             **{f"{stage}_seconds": clock.exclusive.get(stage, 0.0) for stage in STAGES},
+            "cpu_seconds": clock.cpu_seconds,
+            "thread_seconds": clock.thread_seconds,
             # Linux counts kilobytes
             "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             **counts,
@@ -138,10 +142,14 @@ def forget_archives() -> None:
 
 
 class Clock:
-    """Seconds spent in each stage of a chain of generators, which run inside one another."""
+    """Seconds spent in each stage of a chain of generators, which run inside one another.
+
+    And those of the processor: `cpu_seconds` of all threads, `thread_seconds` of this one.
+    """
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
+        self.cpu_seconds, self.thread_seconds = -time.process_time(), -time.thread_time()
         self.inclusive: dict[str, float] = {}
         self.exclusive: dict[str, float] = {}
         self.seconds = 0.0
@@ -165,6 +173,8 @@ class Clock:
             load_seconds: what of the inference was loading the model.
         """
         self.seconds = time.perf_counter() - self.start
+        self.cpu_seconds += time.process_time()
+        self.thread_seconds += time.thread_time()
         upstream = 0.0
         for stage in STAGES[1:-1]:
             self.exclusive[stage] = self.inclusive[stage] - upstream
