@@ -15,7 +15,7 @@ IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 NETWORKS = {"light": ("mobilenet_v3_large", 224), "heavy": ("resnet50", 550)}  # of torchvision, and the input's side
 SIDES = (320, 1280)  # of photographs, the smallest and the largest, in pixels
 YOLACT = "yolact_resnet50"
-PROBABLE = 60  # anchors of a photograph, about, that a YOLACT of arbitrary weights takes for objects
+PROBABLE = 12  # anchors of a photograph, about, that a YOLACT of arbitrary weights takes for objects
 
 
 def make_photographs(

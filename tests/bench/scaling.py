@@ -25,7 +25,7 @@ from helpers.planning.standalone import standalone
 from helpers.planning.sweep import sweep
 from helpers.results.records import read_runs, read_tasks
 
-IMAGES = {"light": 1600, "yolact": 24}
+IMAGES = {"light": 1400, "yolact": 16}
 DIFFERENT = 200  # photographs; more are copies
 TASKS = 8
 SLOW = 0.5  # of the slowed worker
@@ -62,7 +62,7 @@ def measure(work: Path, place: Path, repeats: int, fewer: int) -> None:
 
     others = [job("local-2", "light", f"{tasks} tasks", tasks) for tasks in (1, 2, 3, 32, 64)]
     others += [job("local-2", "light", "half the images", share=0.5), job("local-2", "light", "twice", 16, 2)]
-    others += [job("local-2", "yolact", "3 tasks", 3), job("local-2", "yolact", "twice", 12, 2)]
+    others += [job("local-2", "yolact", "3 tasks", 3), job("local-2", "yolact", "twice", 8, 2)]
     sweep({"spark.master": "local[1]"}, same("local-1"), cores=1)
     sweep({"spark.master": "local[2]"}, same("local-2") + others, cores=2)
     for workers in (1, 2):
