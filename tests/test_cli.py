@@ -1,12 +1,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
 import onnx
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -218,6 +220,19 @@ def test_plan_says_what_a_run_elsewhere_takes_and_draws_it(first, tmp_path):
 def test_plan_explains_what_cannot_be(first, tmp_path, options, parts):
     _, cwd = first
     assert_mistake(plan(cwd / "found" / "here", tmp_path, *options), *parts)
+
+
+def test_plan_warns_of_records_of_tasks_that_had_to_wait_for_a_processor(first, tmp_path):
+    _, cwd = first
+    folder = shutil.copytree(cwd / "found" / "here" / "runs", tmp_path / "loaded" / "runs")
+    for path in folder.glob("*.parquet"):
+        table = pq.read_table(path)
+        for name in ("cpu_seconds", "thread_seconds"):
+            table = table.set_column(table.column_names.index(name), name, pa.array([0.0] * len(table)))
+        pq.write_table(table, path)
+    answer = plan(tmp_path / "loaded", tmp_path, "--executors", "2")
+    assert answer.returncode == 0 and json.loads(answer.stdout.splitlines()[-1])["images"] == 1_000_000
+    assert "computed in only 0 % of their time" in answer.stderr
 
 
 def test_plan_without_records_says_where_they_come_from(tmp_path):

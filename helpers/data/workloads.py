@@ -106,7 +106,7 @@ def _yolact() -> tuple[Any, Any]:
     spec = architecture.input
     rng = np.random.default_rng(0)
     files = [np.frombuffer(_jpeg(rng, SIDES), np.uint8) for _ in range(6)]
-    pictures = [cv2.imdecode(file, cv2.IMREAD_COLOR_RGB) for file in files]
+    pictures: list[Any] = [cv2.imdecode(file, cv2.IMREAD_COLOR_RGB) for file in files]
     pixels = np.stack([cv2.resize(picture, (spec.width, spec.height)) for picture in pictures])
     images = torch.from_numpy((pixels - np.array(spec.mean)) / np.array(spec.std)).float().permute(0, 3, 1, 2)
     head = network.prediction_layers[0]
