@@ -45,7 +45,7 @@ def make_bundle(name: str, folder: Path) -> Bundle:
 
     Args:
         name: `light` (MobileNet-v3-large, 224 x 224), `heavy` (ResNet-50, 550 x 550) or `yolact` (the published
-            network with a ResNet-50, 550 x 550, of which a photograph has some detections).
+            network with a ResNet-50, 550 x 550, of which most photographs have 100 detections, the most there are).
         folder: where the bundle's folder of that name goes.
     """
     target = open_storage(str(folder / name))
