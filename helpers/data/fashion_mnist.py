@@ -78,9 +78,27 @@ def load(root: str, train: bool) -> tuple[np.ndarray, np.ndarray]:
     try:
         dataset = FashionMNIST(root, train=train)
     except RuntimeError:
-        remedy = f"call helpers.data.fashion_mnist.download({root!r}) first"
-        raise DataError(f"no Fashion-MNIST below {root}: {remedy}") from None
+        raise DataError(f"no Fashion-MNIST below {root}: {_remedy(root)}") from None
     return dataset.data.numpy(), dataset.targets.numpy()
+
+
+def map_files(root: str, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Open the training or the test set without reading it: of the images, what is indexed is read, and no more.
+
+    Returns:
+        As `load`, the images mapped from their file, read-only.
+
+    Raises:
+        DataError: `download` has not been called for this root.
+    """
+    raw, part = Path(root, "FashionMNIST", "raw"), "train" if train else "t10k"
+    try:
+        # An IDX file is a header of 8 bytes and 4 more for each further dimension, then the values.
+        images = np.memmap(raw / f"{part}-images-idx3-ubyte", np.uint8, "r", offset=16).reshape(-1, 28, 28)
+        labels = np.fromfile(raw / f"{part}-labels-idx1-ubyte", np.uint8, offset=8).astype(np.int64)
+    except FileNotFoundError:
+        raise DataError(f"no Fashion-MNIST below {root}: {_remedy(root)}") from None
+    return images, labels
 
 
 def write_images(root: str, folder: str, train: bool = False, count: int | None = None) -> Path:
@@ -110,6 +128,10 @@ def write_images(root: str, folder: str, train: bool = False, count: int | None 
         # Last, so that a labels table says that its images are all there.
         _write_table(table, names, labels)
     return target
+
+
+def _remedy(root: str) -> str:
+    return f"call helpers.data.fashion_mnist.download({root!r}) first"
 
 
 def _damaged_files(raw: Path) -> list[str]:

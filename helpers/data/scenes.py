@@ -71,7 +71,7 @@ class Scenes:
     """The scenes of a split by their number: any number from 0 on gives one, and always the same."""
 
     def __init__(self, root: str, split: str, seed: int = 0, height: int = SIZE, width: int = SIZE):
-        """Read the items.
+        """Open the items; each is read when a scene takes it.
 
         Args:
             root: where `fashion_mnist.download` put the data set.
@@ -87,7 +87,7 @@ class Scenes:
         if split not in SPLITS:
             raise ConfigError(f"split is {split!r}, not one of {', '.join(SPLITS)}")
         train, self.part = SPLITS[split]
-        self.images, self.labels = fashion_mnist.load(root, train)
+        self.images, self.labels = fashion_mnist.map_files(root, train)
         self.candidates = np.arange(len(self.images))[self.part]
         self.seed, self.split, self.height, self.width = seed, split, height, width
         self.zoom = min(height, width) / SIZE

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,22 +11,23 @@ import torch.distributed as dist
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from helpers.data import fashion_mnist
 from helpers.models.fashion_cnn import FashionCNN, compute_logits, normalise, predict
+from helpers.training.checkpoints import Checkpoints
 from helpers.training.dashboards import TrainingDashboard
+from helpers.training.datasets import Batch, LabelledImages, MappedImages, open_images, read_batches
+from helpers.training.loop import run_epochs
+from helpers.training.optimization import Optimization
 from helpers.training.workers import (
     PROGRESS,
     Positive,
     RunSettings,
     Worker,
     average_buffers,
-    batches_of,
     check_batch,
-    computes_bf16,
+    choose_precision,
     join_workers,
-    make_schedule,
     save,
 )
 
@@ -35,129 +37,95 @@ class TrainingSettings(RunSettings):
     """Everything that decides the outcome of a training run."""
 
     channels: tuple[Positive, Positive] = (16, 32)
-    train_images: Positive | None = None  # from the first; None: all 60,000
+    training_set: str | None = None  # a folder with labels, or shards: see `datasets.open_images`; None: Fashion-MNIST
+    train_images: Positive | None = None  # from the first; None: all
     test_images: Positive | None = None  # from the first; None: all 10,000
 
 
 def train(settings: TrainingSettings, data_root: str, run_dir: str) -> dict[str, Any]:
     """Train and evaluate; on its own, or in each process that torchrun or TorchDistributor started.
 
-    Rank 0 writes to the run directory: TensorBoard events, `checkpoint.pt` (a state_dict) and `result.json`.
+    Rank 0 writes to the run directory: TensorBoard events, `checkpoint.pt` (a state_dict) and `result.json`; and
+    until then `checkpoints`, from which a second call goes on where the first was interrupted.
 
     Args:
         settings: what to do.
         data_root: where Fashion-MNIST is, or will be put.
-        run_dir: a folder for this run alone; earlier events in it are replaced.
+        run_dir: a folder for this run alone; what a finished run left in it is replaced.
 
     Returns:
         What `result.json` holds: the test accuracy (0 to 1) and loss, those of each epoch, images/s, settings.
 
     Raises:
         HostError: a GPU is asked for and there is none.
-        TrainingError: the batch does not divide over the processes, or there is less than one batch.
+        TrainingError: the batch does not divide over the processes, there is less than one batch, or an unfinished run
+            with other settings is there.
         DataError: there is no data set.
     """
     started = time.perf_counter()
     with join_workers(settings) as worker:
         fashion_mnist.download(data_root)
-        training_set = _load_tensors(data_root, True, settings.train_images, worker.device)
-        test_set = _load_tensors(data_root, False, settings.test_images, worker.device)
-        check_batch(settings, worker, len(training_set[0]))
+        training_set = open_images(settings, settings.training_set, data_root, settings.train_images)
+        test_set = MappedImages(*fashion_mnist.map_files(data_root, train=False), settings.test_images)
+        check_batch(settings, worker, len(training_set))
         torch.manual_seed(settings.seed)
         model = FashionCNN(settings.channels).to(worker.device).to(memory_format=torch.channels_last)
-        dashboard = TrainingDashboard(run_dir) if worker.rank == 0 else None
-        epochs = _train_epochs(settings, worker, model, training_set, test_set, dashboard)
-        result = _summarise(settings, worker, model, epochs, time.perf_counter() - started)
+        run = _Run(settings, worker, model, training_set, test_set)
+        checkpoints = Checkpoints(settings, worker, run_dir, {"model": model, **run.optimization.parts})
+        progress = checkpoints.restore()
+        dashboard = TrainingDashboard(run_dir, progress.steps) if worker.rank == 0 else None
+        for measures in run_epochs(run, settings, worker, progress, checkpoints, dashboard):
+            if dashboard:
+                _print_progress(progress.epoch, settings.epochs, measures)
+        seconds = time.perf_counter() - started
+        result = _summarise(settings, worker, model, progress.epochs, seconds) | {"resumed_at": progress.resumed_at}
         if dashboard:
-            probabilities = predict(model, test_set[0])
-            dashboard.log_final(
-                model,
-                test_set[0].cpu().numpy(),
-                test_set[1].cpu().numpy(),
-                probabilities,
-                _hyperparameters(settings),
-            )
+            probabilities = predict(model, torch.from_numpy(np.array(test_set.images)).to(worker.device))
+            dashboard.log_final(model, test_set.images, test_set.labels, probabilities, _hyperparameters(settings))
             dashboard.close()
             save(model, result, run_dir)
+            checkpoints.clear()
         return result
 
 
-def _load_tensors(root: str, train: bool, count: int | None, device: torch.device) -> tuple[torch.Tensor, ...]:
-    # The whole set is 47 MB as bytes, so it stays in memory and no loader process is needed.
-    images, labels = fashion_mnist.load(root, train)
-    return torch.as_tensor(images[:count]).to(device), torch.as_tensor(labels[:count]).to(device)
+class _Run:
+    """What the training of a classifier has of its own; see `loop.Run`."""
 
+    unit = "images"
 
-def _train_epochs(
-    settings: TrainingSettings,
-    worker: Worker,
-    model: nn.Module,
-    training_set: tuple[torch.Tensor, ...],
-    test_set: tuple[torch.Tensor, ...],
-    dashboard: TrainingDashboard | None,
-) -> list[dict[str, float]]:
-    steps = len(training_set[0]) // settings.batch_size
-    step_function = _Step(settings, worker, model, steps * settings.epochs)
-    epochs = []
-    for epoch in range(settings.epochs):
-        started = time.perf_counter()
-        losses = []
-        for indices in batches_of(settings, worker, len(training_set[0]), epoch):
-            measures = step_function(training_set[0][indices], training_set[1][indices])
-            losses.append(measures["loss"])
-            if dashboard:
-                dashboard.log_step(step_function.steps_done, measures)
-        rate = steps * settings.batch_size / (time.perf_counter() - started)
-        test = _evaluate(worker, model, *test_set)
-        epochs.append({"train_loss": float(np.mean(losses)), **test, "images_per_second": rate})
-        if dashboard:
-            dashboard.log_epoch(step_function.steps_done, test)
-            _print_progress(epoch + 1, settings.epochs, epochs[-1])
-    return epochs
+    def __init__(
+        self, settings: TrainingSettings, worker: Worker, model: nn.Module, training_set: LabelledImages,
+        test_set: MappedImages,
+    ):  # fmt: skip
+        self.settings, self.worker, self.model = settings, worker, model
+        self.training_set, self.test_set = training_set, test_set
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        total_steps = settings.epochs * (len(training_set) // settings.batch_size)
+        self.optimization = Optimization(settings, worker, model, optimizer, total_steps)
 
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        indices = self.training_set.batches(self.settings, self.worker, epoch, first)
+        return read_batches(self.training_set, indices, self.settings, self.worker)
 
-class _Step:
-    """One optimisation step after another, on this worker's share of each batch."""
-
-    def __init__(self, settings: TrainingSettings, worker: Worker, model: nn.Module, total_steps: int):
-        self.settings = settings
-        self.steps_done = 0
-        self.bf16 = computes_bf16(settings)
-        # Batch norm's statistics differ between processes until `_evaluate` averages them, so they need no
-        # broadcast at every step.
-        self.model = DistributedDataParallel(model, forward_sync_buffers=False) if worker.processes > 1 else model
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        self.schedule = make_schedule(settings, self.optimizer, total_steps)
-
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-        started = time.perf_counter()
-        learning_rate = self.schedule.get_last_lr()[0]
-        self.model.train()
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            logits = self.model(normalise(images))
+    def step(self, batch: Batch) -> dict[str, float]:
+        images, labels = (part.to(self.worker.device, non_blocking=True) for part in batch)
+        logits = self.optimization.forward(normalise(images))
         loss = nn.functional.cross_entropy(logits.float(), labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        self.steps_done += 1
+        descent = self.optimization.descend(loss)
         correct = (logits.argmax(dim=1) == labels).float().mean()
-        return {
-            "loss": loss.item(),
-            "accuracy": correct.item(),
-            "learning_rate": learning_rate,
-            "images_per_second": self.settings.batch_size / (time.perf_counter() - started),
-        }
+        return {"loss": loss.item(), "accuracy": correct.item(), **descent}
+
+    def evaluate(self, steps: int) -> dict[str, float]:
+        return _evaluate(self.worker, self.model, self.test_set)
 
 
-def _evaluate(worker: Worker, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+def _evaluate(worker: Worker, model: nn.Module, test_set: MappedImages) -> dict[str, float]:
     share = slice(worker.rank, None, worker.processes)
+    labels = torch.from_numpy(test_set.labels).to(worker.device)
     average_buffers(worker, model)
-    own = compute_logits(model, images[share])
+    own = compute_logits(model, torch.from_numpy(np.array(test_set.images[share])).to(worker.device))
     # Zeros elsewhere, so that the sum over the workers is everyone's logits in order.
-    logits = own.new_zeros((len(images), own.shape[1]))
+    logits = own.new_zeros((len(test_set), own.shape[1]))
     logits[share] = own
     if worker.processes > 1:
         dist.all_reduce(logits)
@@ -187,7 +155,7 @@ def _summarise(
         "seconds": seconds,
         "processes": worker.processes,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "bf16": computes_bf16(settings),
+        "precision": choose_precision(settings),
         "epochs": epochs,
         "settings": dataclasses.asdict(settings),
     }
@@ -196,4 +164,4 @@ def _summarise(
 def _hyperparameters(settings: TrainingSettings) -> dict[str, float | str]:
     # TensorBoard's table takes numbers and text.
     values = dataclasses.asdict(settings) | {"channels": str(settings.channels)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if isinstance(value, int | float | str)}

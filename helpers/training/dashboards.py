@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EVENT_FILES = "events.out.tfevents.*"
 WHOLE_FILES_ONLY = ("/Volumes/", "/dbfs/")  # Databricks' object storage: nothing can be appended to a file there
+RANKS = r"throughput/rank_\d+"  # each process alone
 DPI = 80  # keeps executed notebooks small
 GRID = 32  # images in a grid of predictions
 SMOOTHING_STEPS = 25  # of a moving mean, for curves measured at every step
@@ -34,15 +35,21 @@ class Dashboard:
 
     charts: dict[str, dict[str, list]] = {}
 
-    def __init__(self, run_dir: str):
-        """Start the run; events that an earlier run left in the directory are deleted, or curves would mix."""
+    def __init__(self, run_dir: str, steps: int = 0):
+        """Start the run, or go on with it.
+
+        Args:
+            run_dir: events that an earlier run left there are deleted, or curves would mix.
+            steps: after how many the run goes on; its events up to there stay.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        for old in Path(run_dir).glob(EVENT_FILES):
+        for old in [] if steps else Path(run_dir).glob(EVENT_FILES):
             old.unlink()
         self.run_dir = Path(run_dir)
         self.staging = tempfile.TemporaryDirectory() if run_dir.startswith(WHOLE_FILES_ONLY) else None
-        self.writer = SummaryWriter(self.staging.name if self.staging else run_dir)
+        folder = self.staging.name if self.staging else run_dir
+        self.writer = SummaryWriter(folder, purge_step=steps + 1 if steps else None)
         self.writer.add_custom_scalars(self.charts)
 
     def log_step(self, step: int, measures: Mapping[str, float]) -> None:
@@ -54,20 +61,30 @@ class Dashboard:
         """Write an evaluation, at the step it followed: `test_NAME` becomes `test/NAME`, `val_NAME` `val/NAME`."""
         for name, value in measures.items():
             self.writer.add_scalar(name.replace("_", "/", 1), value, step)
-        self._publish()
+        self.publish()
+
+    def log_ranks(self, step: int, ranks: Sequence[tuple[float, float]]) -> None:
+        """Write how each process did: one that holds the others up has a low throughput and does not wait.
+
+        `ranks` has, of each, images/s of the time that it worked, and the share of its time that it waited for the
+        gradients of the others.
+        """
+        for rank, (throughput, waiting) in enumerate(ranks):
+            self.writer.add_scalar(f"throughput/rank_{rank}", throughput, step)
+            self.writer.add_scalar(f"waiting/rank_{rank}", waiting, step)
 
     def close(self) -> None:
         """Write what is still in memory."""
         self.writer.close()
-        self._publish()
+        self.publish()
 
-    def _publish(self) -> None:
-        if self.staging is None:
-            return
+    def publish(self) -> None:
+        """Let readers see everything so far."""
         self.writer.flush()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        for events in Path(self.staging.name).glob(EVENT_FILES):
-            shutil.copyfile(events, self.run_dir / events.name)
+        if self.staging:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            for events in Path(self.staging.name).glob(EVENT_FILES):
+                shutil.copyfile(events, self.run_dir / events.name)
 
 
 class TrainingDashboard(Dashboard):
@@ -77,6 +94,7 @@ class TrainingDashboard(Dashboard):
         "Training": {
             "loss": ["Multiline", ["train/loss", "test/loss"]],
             "accuracy": ["Multiline", ["train/accuracy", "test/accuracy"]],
+            "throughput": ["Multiline", ["train/images_per_second", RANKS]],
         }
     }
 
@@ -130,6 +148,7 @@ class SegmentationDashboard(Dashboard):
         "Training": {
             "losses": ["Multiline", [f"train/{name}loss" for name in ("", "class_", "box_", "mask_", "semantic_")]],
             "average precision": ["Multiline", ["val/AP", "val/AP50", "val/AP75"]],
+            "throughput": ["Multiline", ["train/scenes_per_second", RANKS]],
         }
     }
 

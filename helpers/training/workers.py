@@ -19,11 +19,13 @@ import torch.distributed as dist
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import nn
+from torch.utils.data import DistributedSampler
 
 from helpers.errors import HostError, TrainingError
-from helpers.storage import open_storage
+from helpers.storage import StorageOptions, open_storage
 
 PROGRESS = "epoch "  # how each line of progress begins
+NOTICE = "checkpoint "  # and of each line about where a run goes on
 
 WARM_UP_STEPS, DECAY = 200, 0.4  # of the trapezoid; the second is a share of all steps
 
@@ -40,10 +42,15 @@ class RunSettings:
     schedule: Literal["one-cycle", "trapezoid", "constant"] = "one-cycle"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     seed: int = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor computes in it
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the fastest that the device computes in
     device: Literal["cpu", "cuda"] = "cpu"
     threads: Positive = 1  # a process; two threads that wait for each other lose far more on a busy machine
     patience_minutes: Positive = 5  # a process that waits longer than this for another takes it for lost
+    loaders: Annotated[int, Field(ge=0)] = 0  # processes that read ahead for each training process; 0: it reads itself
+    resume: bool = True  # go on from an interrupted run's newest checkpoint; False: start over
+    checkpoint_steps: Positive | None = None  # steps from one checkpoint to the next; None: an epoch
+    checkpoints: str | None = None  # a location of any kind for them; None: in the run directory
+    storage: StorageOptions = dataclasses.field(default_factory=StorageOptions)  # how object storage is reached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +85,21 @@ def join_workers(settings: RunSettings) -> Iterator[Worker]:
             dist.destroy_process_group()
 
 
-def batches_of(settings: RunSettings, worker: Worker, images: int, epoch: int) -> Iterator[torch.Tensor]:
+def batches_of(
+    settings: RunSettings, worker: Worker, images: int, epoch: int, first: int = 0
+) -> Iterator[torch.Tensor]:
     """This worker's share, int64 indices, of each batch of an epoch; the last, incomplete batch is left out.
 
-    Together the shares of step k are the batch that a single process would take at step k.
+    Together the shares of step k are the batch that a single process would take at step k. `first` is the step to
+    begin with.
     """
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(settings.seed + epoch))
-    for start in range(0, images - settings.batch_size + 1, settings.batch_size):
-        yield order[start : start + settings.batch_size][worker.rank :: worker.processes].to(worker.device)
+    everything: Any = range(images)  # which the sampler asks for its length alone
+    sampler: DistributedSampler = DistributedSampler(
+        everything, worker.processes, worker.rank, seed=settings.seed, drop_last=True
+    )
+    sampler.set_epoch(epoch)
+    share = torch.tensor(list(sampler)).split(settings.batch_size // worker.processes)
+    yield from share[first : images // settings.batch_size]
 
 
 def check_batch(settings: RunSettings, worker: Worker, images: int) -> None:
@@ -100,13 +114,13 @@ def check_batch(settings: RunSettings, worker: Worker, images: int) -> None:
         raise TrainingError(f"{images} training images are fewer than one batch of {settings.batch_size}")
 
 
-def computes_bf16(settings: RunSettings) -> bool:
-    """Whether to compute in bfloat16 where that is enough."""
+def choose_precision(settings: RunSettings) -> Literal["bf16", "fp16", "fp32"]:
+    """What to compute in where that is enough: a GPU without bfloat16 takes half precision, a processor single."""
     if settings.precision != "auto":
-        return settings.precision == "bf16"
+        return settings.precision
     if settings.device == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
 
 
 def make_schedule(settings: RunSettings, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
@@ -150,4 +164,8 @@ def _device(settings: RunSettings) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise HostError("a GPU is asked for and PyTorch finds none here: use device='cpu', or a host with CUDA")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= there:
+        raise HostError(f"each process needs a GPU of its own, and this host has {there}: start at most {there} here")
+    torch.cuda.set_device(number)  # NCCL takes the current one
+    return torch.device("cuda", number)

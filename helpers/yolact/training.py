@@ -12,13 +12,16 @@ import torch.distributed as dist
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from helpers.data import fashion_mnist
 from helpers.data.scenes import Scenes, to_coco
 from helpers.metrics import average_precision
+from helpers.training.checkpoints import Checkpoints, Progress
 from helpers.training.dashboards import SegmentationDashboard
+from helpers.training.datasets import read_batches
+from helpers.training.loop import run_epochs
+from helpers.training.optimization import Optimization
 from helpers.training.workers import (
     PROGRESS,
     Positive,
@@ -27,9 +30,8 @@ from helpers.training.workers import (
     average_buffers,
     batches_of,
     check_batch,
-    computes_bf16,
+    choose_precision,
     join_workers,
-    make_schedule,
     save,
 )
 from helpers.yolact import build
@@ -62,12 +64,12 @@ def train(settings: SceneSettings, data_root: str, run_dir: str) -> dict[str, An
     """Train and validate; on its own, or in each process that torchrun or TorchDistributor started.
 
     Rank 0 writes to the run directory: TensorBoard events and, after each epoch, `checkpoint.pt` (a state_dict) and
-    `result.json`.
+    `result.json`; and until the end `checkpoints`, from which a second call goes on where the first was interrupted.
 
     Args:
         settings: what to do.
         data_root: where Fashion-MNIST is, or will be put.
-        run_dir: a folder for this run alone; earlier events in it are replaced.
+        run_dir: a folder for this run alone; what a finished run left in it is replaced.
 
     Returns:
         What `result.json` holds: validation AP (0 to 1), the means of each epoch, scenes/s, CPU seconds of all
@@ -75,7 +77,8 @@ def train(settings: SceneSettings, data_root: str, run_dir: str) -> dict[str, An
 
     Raises:
         HostError: a GPU is asked for and there is none.
-        TrainingError: the batch does not divide over the processes, or there is less than one batch.
+        TrainingError: the batch does not divide over the processes, there is less than one batch, or an unfinished run
+            with other settings is there.
         DataError: there is no data set.
     """
     with join_workers(settings) as worker:
@@ -84,8 +87,25 @@ def train(settings: SceneSettings, data_root: str, run_dir: str) -> dict[str, An
         return _Run(settings, worker, data_root, run_dir).train()
 
 
+class _Scenes:
+    """The training scenes of an epoch, augmented; what is asked for is made."""
+
+    def __init__(self, scenes: Scenes, settings: SceneSettings, epoch: int, cells: int):
+        self.scenes, self.settings, self.epoch, self.cells = scenes, settings, epoch, cells
+
+    def __getitems__(self, numbers: torch.Tensor) -> tuple[torch.Tensor, list[Target]]:
+        made = [self._make(number) for number in numbers.tolist()]
+        return torch.from_numpy(np.stack([image for image, _ in made])), [target for _, target in made]
+
+    def _make(self, number: int) -> tuple[np.ndarray, Target]:
+        scene = self.scenes[self.epoch * self.settings.train_scenes + number]
+        return augment(scene, self.cells, np.random.default_rng([self.settings.seed, self.epoch, number]))
+
+
 class _Run:
-    """One process of a run, from the first epoch to the last."""
+    """One process of a run, from the first epoch to the last; see `loop.Run`."""
+
+    unit = "scenes"
 
     def __init__(self, settings: SceneSettings, worker: Worker, data_root: str, run_dir: str):
         self.settings, self.worker, self.run_dir = settings, worker, run_dir
@@ -93,121 +113,67 @@ class _Run:
         torch.manual_seed(settings.seed)
         self.network = build(settings.architecture)
         size = self.network.configuration.size
+        self.cells = 2 * level_sizes(size)[0]  # the prototypes have twice the side of P3
         self.train_set = Scenes(data_root, "train", settings.seed, size, size)
         validation = Scenes(data_root, "val", settings.seed, size, size)
         self.val_set = [validation[number] for number in range(settings.val_scenes)]
         self.truth = to_coco(self.val_set)
         _initialise(self.network)
         self.network.to(worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.step = _Step(
-            settings, worker, self.network, settings.epochs * (settings.train_scenes // settings.batch_size)
+        optimizer = torch.optim.AdamW(_groups(self.network, settings.weight_decay), lr=settings.learning_rate)
+        total_steps = settings.epochs * (settings.train_scenes // settings.batch_size)
+        self.optimization = Optimization(
+            settings, worker, self.network, optimizer, total_steps, settings.largest_gradient
         )
-        self.dashboard = SegmentationDashboard(run_dir) if worker.rank == 0 else None
+        self.average = AveragedModel(self.network, multi_avg_fn=self._average, use_buffers=True)
+        self.dashboard: SegmentationDashboard | None = None
 
     def train(self) -> dict[str, Any]:
-        epochs: list[dict[str, float]] = []
-        started = time.perf_counter()
-        for epoch in range(self.settings.epochs):
-            epochs.append(self._train_epoch(epoch) | self._validate())
-            result = {
-                **{name: value for name, value in epochs[-1].items() if name.startswith("val_")},
-                "scenes_per_second": float(np.median([measures["scenes_per_second"] for measures in epochs])),
-                "seconds": time.perf_counter() - started,
-                "cpu_seconds": self._cpu_seconds(),
-                "processes": self.worker.processes,
-                "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
-                "bf16": computes_bf16(self.settings),
-                "epochs": epochs,
-                "settings": dataclasses.asdict(self.settings),
-            }
+        settings, worker, started = self.settings, self.worker, time.perf_counter()
+        parts = {"network": self.network, "average": self.average, **self.optimization.parts}
+        checkpoints = Checkpoints(settings, worker, self.run_dir, parts)
+        progress = checkpoints.restore()
+        if worker.rank == 0:
+            self.dashboard = SegmentationDashboard(self.run_dir, progress.steps)
+        for measures in run_epochs(self, settings, worker, progress, checkpoints, self.dashboard):
+            result = self._summarise(progress, time.perf_counter() - started)
             if self.dashboard:
-                save(self.step.averaged, result, self.run_dir)
-                _print_progress(epoch + 1, self.settings.epochs, epochs[-1])
+                save(self.averaged, result, self.run_dir)
+                _print_progress(progress.epoch, settings.epochs, measures)
+        result = self._summarise(progress, time.perf_counter() - started)
         if self.dashboard:
             self.dashboard.close()
+            save(self.averaged, result, self.run_dir)
+            checkpoints.clear()
         return result
 
-    def _train_epoch(self, epoch: int) -> dict[str, float]:
-        times, measured = [time.perf_counter()], []
-        for images, targets in self._batches(epoch):
-            measures = self.step(images, targets)
-            times.append(time.perf_counter())
-            measures["scenes_per_second"] = self.settings.batch_size / (times[-1] - times[-2])
-            measured.append(measures)
-            if self.dashboard:
-                self.dashboard.log_step(self.step.steps_done, measures)
-        means = {f"train_{name}": float(np.mean([m[name] for m in measured])) for name in measured[0] if "loss" in name}
-        return {**means, "scenes_per_second": len(measured) * self.settings.batch_size / (times[-1] - times[0])}
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[torch.Tensor, list[Target]]]:
+        numbers = batches_of(self.settings, self.worker, self.settings.train_scenes, epoch, first)
+        scenes = _Scenes(self.train_set, self.settings, epoch, self.cells)
+        return read_batches(scenes, numbers, self.settings, self.worker)
 
-    def _batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, list[Target]]]:
-        settings, device = self.settings, self.worker.device
-        cells = 2 * level_sizes(self.network.configuration.size)[0]  # the prototypes have twice the side of P3
-        for numbers in batches_of(settings, self.worker, settings.train_scenes, epoch):
-            made = []
-            for number in numbers.tolist():
-                scene = self.train_set[epoch * settings.train_scenes + number]
-                made.append(augment(scene, cells, np.random.default_rng([settings.seed, epoch, number])))
-            images = torch.from_numpy(np.stack([image for image, _ in made])).to(device)
-            yield images, [target.to(device) for _, target in made]
+    def step(self, batch: tuple[torch.Tensor, list[Target]]) -> dict[str, float]:
+        images, targets = batch[0].to(self.worker.device), [target.to(self.worker.device) for target in batch[1]]
+        outputs = self.optimization.forward(normalise(self.network, images))
+        terms = compute_losses(outputs, targets)
+        loss = torch.stack(list(terms.values())).sum()
+        descent = self.optimization.descend(loss)
+        self.average.update_parameters(self.network)
+        return {"loss": loss.item(), **{f"{name}_loss": term.item() for name, term in terms.items()}, **descent}
 
-    def _validate(self) -> dict[str, float]:
-        network = self.step.averaged
-        average_buffers(self.worker, network)
+    def evaluate(self, steps: int) -> dict[str, float]:
+        average_buffers(self.worker, self.averaged)
         share = range(self.worker.rank, len(self.val_set), self.worker.processes)
-        found = dict(zip(share, segment(network, [self.val_set[n].image for n in share]), strict=True))
+        found = dict(zip(share, segment(self.averaged, [self.val_set[n].image for n in share]), strict=True))
         if self.worker.processes > 1:
             parts: list[Any] = [None] * self.worker.processes
             dist.all_gather_object(parts, found)
             found = {number: predictions for part in parts for number, predictions in part.items()}
         found = dict(sorted(found.items()))
-        precision = {f"val_{k}": v for k, v in average_precision(self.truth, to_coco_results(found)).items()}
         if self.dashboard:
             shown = range(min(PICTURES, len(found)))
-            self.dashboard.log_epoch(self.step.steps_done, precision)
-            self.dashboard.log_pictures(
-                self.step.steps_done, [self.val_set[n].image for n in shown], [found[n] for n in shown]
-            )
-        return precision
-
-    def _cpu_seconds(self) -> float:
-        seconds = torch.tensor(time.process_time())
-        if self.worker.processes > 1:
-            dist.all_reduce(seconds)
-        return float(seconds)
-
-
-class _Step:
-    """One optimisation step after another, on this worker's share of each batch."""
-
-    def __init__(self, settings: SceneSettings, worker: Worker, network: Yolact, total_steps: int):
-        self.settings, self.network, self.steps_done = settings, network, 0
-        self.bf16 = computes_bf16(settings)
-        # Batch norm's statistics differ between processes until they are validated, so they need no broadcast.
-        several = worker.processes > 1
-        self.model = DistributedDataParallel(network, forward_sync_buffers=False) if several else network
-        self.optimizer = torch.optim.AdamW(_groups(network, settings.weight_decay), lr=settings.learning_rate)
-        self.schedule = make_schedule(settings, self.optimizer, total_steps)
-        self.average = AveragedModel(network, multi_avg_fn=self._average, use_buffers=True)
-
-    def __call__(self, images: torch.Tensor, targets: list[Target]) -> dict[str, float]:
-        learning_rate = self.schedule.get_last_lr()[0]
-        self.model.train()
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            outputs = self.model(normalise(self.network, images))
-        terms = compute_losses(outputs, targets)
-        loss = torch.stack(list(terms.values())).sum()
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.largest_gradient)
-        self.optimizer.step()
-        self.schedule.step()
-        self.average.update_parameters(self.network)
-        self.steps_done += 1
-        return {
-            "loss": loss.item(),
-            **{f"{name}_loss": term.item() for name, term in terms.items()},
-            "learning_rate": learning_rate,
-        }
+            self.dashboard.log_pictures(steps, [self.val_set[n].image for n in shown], [found[n] for n in shown])
+        return {f"val_{k}": v for k, v in average_precision(self.truth, to_coco_results(found)).items()}
 
     @property
     def averaged(self) -> Yolact:
@@ -220,6 +186,27 @@ class _Step:
         # At the start the mean of the few there are, or the first, random weights would stay in it for long.
         decay = min(self.settings.ema_decay, (1 + int(updates)) / (10 + int(updates)))
         get_ema_multi_avg_fn(decay)(average, current, updates)
+
+    def _summarise(self, progress: Progress, seconds: float) -> dict[str, Any]:
+        last = progress.epochs[-1]
+        return {
+            **{name: value for name, value in last.items() if name.startswith("val_")},
+            "scenes_per_second": float(np.median([measures["scenes_per_second"] for measures in progress.epochs])),
+            "seconds": seconds,
+            "cpu_seconds": self._cpu_seconds(),
+            "processes": self.worker.processes,
+            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
+            "precision": choose_precision(self.settings),
+            "resumed_at": progress.resumed_at,
+            "epochs": progress.epochs,
+            "settings": dataclasses.asdict(self.settings),
+        }
+
+    def _cpu_seconds(self) -> float:
+        seconds = torch.tensor(time.process_time())
+        if self.worker.processes > 1:
+            dist.all_reduce(seconds)
+        return float(seconds)
 
 
 def _groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

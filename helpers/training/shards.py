@@ -1,0 +1,93 @@
+"""Labelled image files packed into Parquet shards by Spark, for training to read few large files instead of many small.
+
+A data set of millions of files is slow to read in random order from object storage; a shard is read whole. No torch
+here: the tasks that write need none. `datasets.Shards` reads.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from helpers.config import Config
+from helpers.errors import DataError
+from helpers.images.decoding import reason
+from helpers.session import spark_schema
+from helpers.storage import Storage, open_storage
+from helpers.storage.prefetch import map_groups
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+INDEX = "index.json"
+SHARD_SCHEMA = pa.schema({"file": pa.string(), "label": pa.int32(), "content": pa.binary()})
+WRITTEN_SCHEMA = pa.schema({"shard": pa.string(), "rows": pa.int64()})
+IMAGES_AT_ONCE = 256  # that a task holds in memory
+
+
+def write_shards(
+    labels: "DataFrame", images: str, target: str, images_a_shard: int = 1000, config: Config | None = None
+) -> int:
+    """Pack labelled images into shards, in Spark tasks; which shard an image is in is as good as random.
+
+    Only paths cross Spark's exchange: each task reads the files of its shard and writes it. The index comes last, so
+    that a training never meets half a data set.
+
+    Args:
+        labels: `file` string, relative to `images`, and `label` int.
+        images: where the files are.
+        target: a location of its own for the shards; those of an earlier call are replaced.
+        images_a_shard: about; a training process holds a few shards in memory.
+        config: how object storage is reached.
+
+    Returns:
+        How many images there are.
+
+    Raises:
+        DataError: there is no image.
+    """
+    from pyspark.sql.functions import spark_partition_id, xxhash64
+
+    source, storage = open_storage(images, config), open_storage(target, config)
+    count = labels.count()
+    if not count:
+        raise DataError(f"there are no labelled images of {images} to write to {target}")
+    storage.delete(INDEX)
+    shuffled = labels.select("file", "label").repartition(math.ceil(count / images_a_shard), xxhash64("file"))
+    numbered = shuffled.sortWithinPartitions(xxhash64("file")).withColumn("number", spark_partition_id())
+    rows = numbered.mapInArrow(partial(_write_shard, source, storage), spark_schema(WRITTEN_SCHEMA)).collect()
+    shards = sorted(({"file": row.shard, "rows": row.rows} for row in rows), key=lambda shard: shard["file"])
+    for entry in list(storage.list()):
+        if entry.path.endswith(".parquet") and not entry.path.endswith(tuple(shard["file"] for shard in shards)):
+            storage.delete(entry.path)
+    storage.write(INDEX, json.dumps({"shards": shards}).encode())
+    return sum(shard["rows"] for shard in shards)
+
+
+def _write_shard(source: Storage, storage: Storage, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    parts = (batch.slice(i, IMAGES_AT_ONCE) for batch in batches for i in range(0, batch.num_rows, IMAGES_AT_ONCE))
+    first = next(parts, None)
+    if first is None:
+        return
+    # A task that is tried again writes the same under the same name, and whole or not at all.
+    name, rows = f"shard-{first['number'][0].as_py():06d}.parquet", 0
+    with storage.create(name) as file, pq.ParquetWriter(file, SHARD_SCHEMA) as writer:
+        for part in chain([first], parts):
+            (contents,) = map_groups(partial(_read, source), [part["file"].to_pylist()], source.concurrent_reads)
+            writer.write_batch(
+                pa.record_batch([part["file"], part["label"].cast(pa.int32()), pa.array(contents)], schema=SHARD_SCHEMA)
+            )
+            rows += part.num_rows
+    yield pa.record_batch([[name], [rows]], schema=WRITTEN_SCHEMA)
+
+
+def _read(source: Storage, file: str) -> bytes:
+    try:
+        return source.read(file)
+    except OSError as error:
+        raise DataError(f"{source.join(file)}: {reason(error)}; mend it, or leave its row out") from None
