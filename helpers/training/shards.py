@@ -17,17 +17,17 @@ import pyarrow.parquet as pq
 from helpers.config import Config
 from helpers.errors import DataError
 from helpers.images.decoding import reason
-from helpers.session import spark_schema
+from helpers.session import spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
 from helpers.storage.prefetch import map_groups
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-INDEX = "index.json"
+INDEX = "_index.json"  # readers of Parquet folders pass over a name that begins so
 SHARD_SCHEMA = pa.schema({"file": pa.string(), "label": pa.int32(), "content": pa.binary()})
 WRITTEN_SCHEMA = pa.schema({"shard": pa.string(), "rows": pa.int64()})
-IMAGES_AT_ONCE = 256  # that a task holds in memory
+IMAGES_AT_ONCE = 256  # that a task reads before it compresses them
 
 
 def write_shards(
@@ -49,7 +49,7 @@ def write_shards(
         How many images there are.
 
     Raises:
-        DataError: there is no image.
+        DataError: there is no image, or one cannot be read.
     """
     from pyspark.sql.functions import spark_partition_id, xxhash64
 
@@ -60,7 +60,11 @@ def write_shards(
     storage.delete(INDEX)
     shuffled = labels.select("file", "label").repartition(math.ceil(count / images_a_shard), xxhash64("file"))
     numbered = shuffled.sortWithinPartitions(xxhash64("file")).withColumn("number", spark_partition_id())
-    rows = numbered.mapInArrow(partial(_write_shard, source, storage), spark_schema(WRITTEN_SCHEMA)).collect()
+    written = numbered.mapInArrow(partial(_write_shard, source, storage), spark_schema(WRITTEN_SCHEMA))
+    try:
+        rows = written.collect()
+    except Exception as error:
+        raise DataError(spark_failure(error)) from None
     shards = sorted(({"file": row.shard, "rows": row.rows} for row in rows), key=lambda shard: shard["file"])
     for entry in list(storage.list()):
         if entry.path.endswith(".parquet") and not entry.path.endswith(tuple(shard["file"] for shard in shards)):
@@ -76,13 +80,15 @@ def _write_shard(source: Storage, storage: Storage, batches: Iterator[pa.RecordB
         return
     # A task that is tried again writes the same under the same name, and whole or not at all.
     name, rows = f"shard-{first['number'][0].as_py():06d}.parquet", 0
-    with storage.create(name) as file, pq.ParquetWriter(file, SHARD_SCHEMA) as writer:
+    shard = pa.BufferOutputStream()
+    with pq.ParquetWriter(shard, SHARD_SCHEMA) as writer:
         for part in chain([first], parts):
             (contents,) = map_groups(partial(_read, source), [part["file"].to_pylist()], source.concurrent_reads)
             writer.write_batch(
                 pa.record_batch([part["file"], part["label"].cast(pa.int32()), pa.array(contents)], schema=SHARD_SCHEMA)
             )
             rows += part.num_rows
+    storage.write(name, shard.getvalue().to_pybytes())
     yield pa.record_batch([[name], [rows]], schema=WRITTEN_SCHEMA)
 
 

@@ -1,0 +1,187 @@
+"""What each process of a training reads, and when."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from helpers.data import fashion_mnist
+from helpers.data.scenes import Scenes
+from helpers.errors import DataError
+from helpers.storage import LocalStorage
+from helpers.training.classifier import TrainingSettings, train
+from helpers.training.datasets import Folder, MappedImages, Shards, open_images, read_batches
+from helpers.training.shards import write_shards
+from helpers.training.workers import Worker
+
+SETTINGS = TrainingSettings(batch_size=60, epochs=1, precision="fp32", test_images=200)
+COUNT = 1234
+
+
+def worker(rank: int = 0, processes: int = 1) -> Worker:
+    return Worker(rank, processes, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(fashion_mnist_root, tmp_path_factory) -> Path:
+    """Training images as PNG files, with their labels."""
+    root = tmp_path_factory.mktemp("labelled")
+    fashion_mnist.write_images(fashion_mnist_root, str(root), train=True, count=COUNT)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(spark, folder, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("shards")
+    labels = spark.read.parquet(str(folder / "labels.parquet"))
+    assert write_shards(labels, str(folder / "images"), str(target), images_a_shard=100) == COUNT
+    return target
+
+
+@pytest.fixture(scope="module")
+def sets(fashion_mnist_root, folder, shards) -> dict:
+    """The same images in each kind of place."""
+    return {
+        "files": open_images(SETTINGS, None, fashion_mnist_root, COUNT),
+        "folder": open_images(SETTINGS, str(folder), fashion_mnist_root),
+        "shards": open_images(SETTINGS, str(shards), fashion_mnist_root),
+    }
+
+
+def test_each_kind_of_place_is_recognised(sets):
+    assert [type(images) for images in sets.values()] == [MappedImages, Folder, Shards]
+    assert [len(images) for images in sets.values()] == [COUNT] * 3
+
+
+def shown(images, epoch: int, rank: int = 0, processes: int = 1, first: int = 0, seed: int = 0) -> list[torch.Tensor]:
+    return list(images.batches(replace(SETTINGS, seed=seed), worker(rank, processes), epoch, first))
+
+
+@pytest.mark.parametrize("place", ["files", "folder", "shards"])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_shares_are_equal_disjoint_and_decided_by_seed_and_epoch(sets, place, processes):
+    images = sets[place]
+    shares = [shown(images, 3, rank, processes) for rank in range(processes)]
+    assert {len(share) for share in shares} == {COUNT // SETTINGS.batch_size}
+    assert {len(batch) for share in shares for batch in share} == {SETTINGS.batch_size // processes}
+    taken = torch.cat([batch for share in shares for batch in share]).tolist()
+    assert len(taken) == len(set(taken)) and set(taken) <= set(range(COUNT))
+    assert len(taken) > COUNT - SETTINGS.batch_size
+    again = shown(images, 3, 0, processes)
+    assert all(torch.equal(mine, other) for mine, other in zip(shares[0], again, strict=True))
+    for other in (shown(images, 4, 0, processes), shown(images, 3, 0, processes, seed=1)):
+        assert not torch.equal(shares[0][0], other[0])
+    rest = shown(images, 3, 0, processes, first=7)
+    assert len(rest) == len(shares[0]) - 7 and torch.equal(rest[0], shares[0][7])
+
+
+def test_an_epoch_of_shards_is_well_mixed(sets):
+    images = sets["shards"]
+    batch = images.__getitems__(shown(images, 0)[0])[1]
+    assert len(set(batch.tolist())) == 10
+    assert len({int(index) // 100 for index in shown(images, 0)[0]}) > 2  # of several shards
+
+
+@pytest.mark.parametrize("place", ["folder", "shards"])
+def test_every_kind_of_place_gives_the_same_images(sets, place):
+    def content(images) -> set:
+        pixels, labels = images.__getitems__(torch.arange(COUNT))
+        assert pixels.dtype == torch.uint8 and pixels.shape == (COUNT, 28, 28) and labels.dtype == torch.int64
+        return {(pixel.numpy().tobytes(), int(label)) for pixel, label in zip(pixels, labels, strict=True)}
+
+    assert content(sets[place]) == content(sets["files"])
+
+
+def test_a_rank_reads_the_files_of_its_share_alone(sets, monkeypatch):
+    images, read = sets["folder"], []
+    monkeypatch.setattr(LocalStorage, "read", spy(LocalStorage.read, read))
+    batches = shown(images, 0, rank=1, processes=2)
+    assert read == []
+    for _ in read_batches(images, batches, SETTINGS, worker(1, 2)):
+        pass
+    assert sorted(read) == sorted(images.files[int(index)].as_py() for index in torch.cat(batches))
+
+
+def test_a_rank_reads_the_shards_of_its_share_alone_and_each_once(shards, monkeypatch):
+    read: list[list[str]] = []
+    for rank in range(2):
+        images = Shards(str(shards), SETTINGS)
+        with monkeypatch.context() as patch:
+            read.append([])
+            patch.setattr(LocalStorage, "read", spy(LocalStorage.read, read[-1]))
+            for _ in read_batches(images, shown(images, 0, rank, 2), SETTINGS, worker(rank, 2)):
+                pass
+        assert len(read[-1]) == len(set(read[-1]))
+    assert len(set(read[0]) & set(read[1])) <= 1  # the one in which the stretches meet
+    assert set(read[0]) | set(read[1]) == {path.name for path in shards.glob("*.parquet")}
+
+
+def spy(function, calls: list):
+    def called(self, path):
+        calls.append(path)
+        return function(self, path)
+
+    return called
+
+
+def test_the_files_are_mapped_and_not_read(fashion_mnist_root):
+    images, labels = fashion_mnist.map_files(fashion_mnist_root, train=True)
+    loaded, known = fashion_mnist.load(fashion_mnist_root, train=True)
+    assert isinstance(images.base, np.memmap) and not images.flags.writeable
+    assert np.array_equal(images, loaded) and np.array_equal(labels, known)
+    assert isinstance(Scenes(fashion_mnist_root, "train").images.base, np.memmap)
+    with pytest.raises(DataError, match="call helpers.data.fashion_mnist.download"):
+        fashion_mnist.map_files("/nowhere", train=True)
+
+
+def test_loaders_read_ahead_without_changing_what_is_read(sets):
+    images = sets["folder"]
+    state = torch.get_rng_state()
+    one, two = (
+        list(read_batches(images, shown(images, 0)[:4], replace(SETTINGS, loaders=loaders), worker()))
+        for loaders in (0, 1)
+    )
+    for (pixels, labels), (others, same) in zip(one, two, strict=True):
+        assert torch.equal(pixels, others) and torch.equal(labels, same)
+    assert torch.equal(torch.get_rng_state(), state)  # reading takes nothing of the training's randomness
+
+
+def test_the_classifier_learns_from_each_kind_of_place(folder, shards, fashion_mnist_root, tmp_path):
+    results = {}
+    for name, place in {"files": None, "folder": str(folder), "shards": str(shards)}.items():
+        settings = replace(SETTINGS, training_set=place, train_images=None if place else COUNT)
+        results[name] = train(settings, fashion_mnist_root, str(tmp_path / name))["epochs"][0]["train_loss"]
+    assert results["folder"] == pytest.approx(results["files"], rel=1e-4)  # the same order of the same images
+    assert results["shards"] == pytest.approx(results["files"], rel=0.2)
+
+
+def test_shards_written_again_replace_the_earlier_ones(spark, folder, shards, tmp_path):
+    labels = spark.read.parquet(str(folder / "labels.parquet"))
+    for count, images_a_shard in ((400, 50), (100, 50)):
+        write_shards(labels.limit(count), str(folder / "images"), str(tmp_path), images_a_shard)
+    index = json.loads((tmp_path / "_index.json").read_text())["shards"]
+    assert {shard["file"] for shard in index} == {path.name for path in tmp_path.glob("*.parquet")}
+    assert sum(shard["rows"] for shard in index) == pq.read_table(tmp_path, columns=["label"]).num_rows == 100
+
+
+def test_a_missing_or_damaged_image_is_named(spark, folder, tmp_path):
+    fashion_mnist_like = tmp_path / "images"
+    fashion_mnist_like.mkdir()
+    (fashion_mnist_like / "a.png").write_bytes(b"no image")
+    table = spark.createDataFrame([("a.png", 1), ("gone.png", 2)], "file string, label int")
+    pq.write_table(table.toArrow(), tmp_path / "labels.parquet")
+    images = open_images(SETTINGS, str(tmp_path), "")
+    for index, message in enumerate(("a.png: the file is not an image", "gone.png: .*labels.parquet")):
+        with pytest.raises(DataError, match=message):
+            images.__getitems__(torch.tensor([index]))
+    with pytest.raises(DataError, match="gone.png: .*leave its row out"):
+        write_shards(table, str(fashion_mnist_like), str(tmp_path / "shards"))
+    assert not (tmp_path / "shards" / "_index.json").exists()
+    with pytest.raises(DataError, match="neither labels.parquet"):
+        open_images(SETTINGS, str(fashion_mnist_like), "")
+    with pytest.raises(DataError, match="no labelled images"):
+        write_shards(table.limit(0), str(fashion_mnist_like), str(tmp_path / "shards"))

@@ -1,0 +1,95 @@
+"""A training on a cluster of processes, one of which is killed: it goes on from the last checkpoint."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from cluster import PATIENCE, SHORT_LIVED, Cluster, Process, wait_for
+
+from helpers.config import PROJECT
+from helpers.training.checkpoints import newest_step
+from helpers.training.classifier import TrainingSettings
+from helpers.training.dashboards import read_scalars
+
+INTERVAL = 25  # steps from one checkpoint to the next
+SETTINGS = {"epochs": 3, "batch_size": 64, "train_images": 19200, "test_images": 1000, "precision": "fp32"}
+SETTINGS |= {"checkpoint_steps": INTERVAL, "seed": 3}
+STEPS = 900
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    started = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield started
+    started.stop()
+    assert not [process for daemon in (started.master, *started.workers) for process in daemon.members()]
+
+
+@dataclass
+class Job:
+    """A training that runs, and what can be seen of it from outside."""
+
+    run_dir: Path
+    process: Process
+
+    def reached(self) -> int:
+        assert self.process.popen.poll() is None, f"the training ended:\n{self.process.errors}"
+        return newest_step(TrainingSettings(), str(self.run_dir))
+
+    def finish(self) -> dict:
+        try:
+            code = self.process.popen.wait(PATIENCE)
+        finally:
+            self.process.kill()
+        assert code == 0, self.process.errors
+        return json.loads(self.process.answer.splitlines()[-1])
+
+
+@pytest.fixture
+def job(cluster, fashion_mnist_root, tmp_path) -> Iterator[Job]:
+    cluster.complete()
+    command = [sys.executable, str(PROJECT / "tests" / "training_job.py"), "2", fashion_mnist_root]
+    command += [str(tmp_path / "run"), json.dumps(SETTINGS), *cluster.settings()]
+    environment = {"PYTHONPATH": str(PROJECT), "SPARK_SUBMIT_OPTS": SHORT_LIVED}
+    started = Job(tmp_path / "run", Process([*command], tmp_path / "job.log", environment))
+    yield started
+    started.process.kill()
+
+
+def ranks(cluster: Cluster) -> dict[int, psutil.Process]:
+    """The training processes by their rank; torchrun gives each a session of its own."""
+    found = {}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for executor in cluster.executors():
+            for process in executor.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if process.cmdline()[-1].endswith("/train.py") and "LOCAL_RANK" in process.environ():
+                        found[int(process.environ()["RANK"])] = process
+    return found
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_costs_no_more_than_an_interval(cluster, job, rank):
+    wait_for("two checkpoints", lambda: job.reached() >= 2 * INTERVAL)
+    processes = ranks(cluster)
+    assert set(processes) == {0, 1}
+    reached = job.reached()
+    processes[rank].kill()
+    # Long before `patience_minutes`, after which an exchange of gradients is given up.
+    wait_for("the end of the other", lambda: not processes[1 - rank].is_running(), patience=60)
+    result = job.finish()
+    assert reached < STEPS, "the training had ended before"
+    assert len(result["resumed_at"]) == 1 and reached <= result["resumed_at"][0] < STEPS
+    assert result["resumed_at"][0] % INTERVAL == 0
+    assert f"a training process was lost, going on after step {result['resumed_at'][0]}" in job.process.errors
+    # One curve without a gap or a step twice, and a network that has learnt all the way.
+    losses = read_scalars(str(job.run_dir))["train/loss"]
+    assert losses["step"].tolist() == list(range(1, STEPS + 1))
+    assert result["epochs"][2]["train_loss"] < result["epochs"][1]["train_loss"] < result["epochs"][0]["train_loss"]
+    assert result["test_accuracy"] > 0.8 and result["processes"] == 2
+    assert not list(job.run_dir.glob("checkpoints/*"))
