@@ -14,6 +14,7 @@ from helpers.config import PROJECT
 
 EXECUTOR_MODULES = ["stages", "stages.task", "images.decoding", "images.video", "ingest.frames", "models.bundle"]
 EXECUTOR_MODULES += ["storage", "storage.adls", "storage.credentials", "storage.lease", "storage.prefetch"]
+EXECUTOR_MODULES += ["training.shards"]
 HEAVY = {"torch", "torchvision", "pydantic", "onnx", "nncf", "matplotlib", "tensorboard"}
 NOT_IN_CONNECT = {"SparkContext", "sparkContext", "_sc", "_jvm", "_jsc", "_jdf", "_jsparkSession"}
 NOT_IN_CONNECT |= {"rdd", "RDD", "parallelize", "foreachPartition"}

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,17 @@ from helpers.training.dashboards import (
     read_scalars,
 )
 from helpers.training.distributed import train_on_spark
-from helpers.training.workers import RunSettings, Worker, batches_of, make_schedule
+from helpers.training.optimization import Optimization
+from helpers.training.workers import (
+    RunSettings,
+    Worker,
+    batches_of,
+    choose_precision,
+    join_workers,
+    make_schedule,
+)
+
+ALONE = Worker(0, 1, torch.device("cpu"))
 
 SMALL = TrainingSettings(epochs=2, batch_size=64, train_images=1280, test_images=500, precision="fp32")
 
@@ -111,7 +122,7 @@ def test_event_file_holds_the_dashboard(single_run):
     tags = events.Runs()["."]
     steps = 2 * 1280 // 64
     scalars = read_scalars(run_dir)
-    for measure in ("loss", "accuracy", "learning_rate", "images_per_second"):
+    for measure in ("loss", "accuracy", "learning_rate", "gradient_norm", "images_per_second"):
         assert scalars[f"train/{measure}"]["step"].tolist() == list(range(1, steps + 1))
     assert scalars["test/accuracy"]["value"].iloc[-1] == pytest.approx(result["test_accuracy"])
     assert scalars["test/loss"]["step"].tolist() == [steps // 2, steps]
@@ -173,6 +184,44 @@ def test_only_one_rank_of_a_spark_run_writes_events(spark_run):
     assert read_scalars(run_dir)["train/loss"]["step"].tolist() == list(range(1, 41))
 
 
+def test_the_dashboard_shows_how_each_process_did(spark_run, single_run):
+    scalars = read_scalars(spark_run[0])
+    for rank in range(2):
+        assert scalars[f"throughput/rank_{rank}"]["step"].tolist() == [20, 40]
+        assert scalars[f"throughput/rank_{rank}"]["value"].min() > 0
+        assert 0 <= scalars[f"waiting/rank_{rank}"]["value"].min() <= scalars[f"waiting/rank_{rank}"]["value"].max() < 1
+    # Alone, a process waits for nobody, and what it does is what the run does.
+    alone = read_scalars(single_run[0])
+    assert alone["waiting/rank_0"]["value"].max() < 0.1 and "throughput/rank_1" not in alone
+    mean = single_run[1]["epochs"][0]["images_per_second"]
+    assert alone["throughput/rank_0"]["value"].iloc[0] == pytest.approx(mean, rel=0.1)
+
+
+def test_a_process_that_waits_for_the_others_is_told_from_one_that_is_slow():
+    network = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    optimization = Optimization(RunSettings(precision="fp32"), ALONE, network, optimizer, 2)
+    # As the exchange of gradients does: it comes after this process's own backward pass.
+    handle = network.bias.register_hook(lambda gradient: time.sleep(0.05))  # part of the pass
+    optimization.descend(optimization.forward(torch.ones(2, 4)).sum())
+    assert optimization.waited < 0.04
+    handle.remove()
+    network.weight.register_post_accumulate_grad_hook(lambda parameter: time.sleep(0.05))
+    optimization.descend(optimization.forward(torch.ones(2, 4)).sum())
+    assert optimization.waited >= 0.05
+
+
+def test_the_gradients_norm_is_shown_before_it_is_shortened():
+    network = torch.nn.Linear(4, 1, bias=False)
+    settings = RunSettings(precision="fp32", learning_rate=1.0, schedule="constant")
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    before = network.weight.detach().clone()
+    optimization = Optimization(settings, ALONE, network, optimizer, 1, largest_gradient=0.5)
+    measures = optimization.descend(optimization.forward(torch.full((1, 4), 3.0)).sum())
+    assert measures == {"learning_rate": 1.0, "gradient_norm": pytest.approx(6.0)}
+    assert (network.weight - before).norm().item() == pytest.approx(0.5, rel=1e-3)
+
+
 def test_a_failing_rank_is_reported_with_its_own_message(spark, tmp_path):
     (tmp_path / "data").write_text("a file where the data folder should be")
     with pytest.raises(TrainingError, match=r"(?s)process \d of 2 failed with \w+Error: .*data.*Traceback"):
@@ -190,6 +239,26 @@ def test_a_gpu_that_is_not_there_is_one_clear_error(spark, fashion_mnist_root, t
     if not torch.cuda.is_available():
         with pytest.raises(HostError, match="device='cpu'"):
             train(TrainingSettings(device="cuda"), fashion_mnist_root, str(tmp_path))
+
+
+def test_each_process_has_a_gpu_of_its_own_and_the_precision_that_it_computes_in(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(HostError, match="this host has 1: start at most 1"), join_workers(RunSettings(device="cuda")):
+        pass
+    chosen, backends = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: backends.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    for name, value in {"LOCAL_RANK": "0", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with join_workers(RunSettings(device="cuda")) as worker:
+        assert (worker.rank, worker.processes, str(worker.device)) == (1, 2, "cuda:0")
+    assert (chosen, backends) == ([0], ["nccl"])
+    for native, precision in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert choose_precision(RunSettings(device="cuda")) == precision
 
 
 @pytest.mark.parametrize("impossible", [{"epochs": 0}, {"precision": "fp64"}, {"learning_rate": -1}, {"epoch": 5}])

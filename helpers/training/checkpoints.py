@@ -140,7 +140,7 @@ class Checkpoints:
                 log.warning("%s%s is damaged and skipped: %s", NOTICE, path, first_line(error))
                 continue
             self._check(path, saved["settings"])
-            print(f"{NOTICE}{path}: going on after step {step}", flush=True)
+            print(f"{NOTICE}of step {step}: the training goes on from here", flush=True)
             return content
         return None
 

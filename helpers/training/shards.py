@@ -1,7 +1,7 @@
 """Labelled image files packed into Parquet shards by Spark, for training to read few large files instead of many small.
 
-A data set of millions of files is slow to read in random order from object storage; a shard is read whole. No torch
-here: the tasks that write need none. `datasets.Shards` reads.
+A data set of millions of files is slow to read in random order from object storage; a shard is read whole. Executors
+import this module, so it has no torch. `datasets.Shards` reads.
 """
 
 import json
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from helpers.config import Config
 from helpers.errors import DataError
 from helpers.images.decoding import reason
-from helpers.session import spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
 from helpers.storage.prefetch import map_groups
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
+
+    from helpers.config import Config
 
 INDEX = "_index.json"  # readers of Parquet folders pass over a name that begins so
 SHARD_SCHEMA = pa.schema({"file": pa.string(), "label": pa.int32(), "content": pa.binary()})
@@ -31,7 +31,7 @@ IMAGES_AT_ONCE = 256  # that a task reads before it compresses them
 
 
 def write_shards(
-    labels: "DataFrame", images: str, target: str, images_a_shard: int = 1000, config: Config | None = None
+    labels: "DataFrame", images: str, target: str, images_a_shard: int = 1000, config: "Config | None" = None
 ) -> int:
     """Pack labelled images into shards, in Spark tasks; which shard an image is in is as good as random.
 
@@ -52,6 +52,8 @@ def write_shards(
         DataError: there is no image, or one cannot be read.
     """
     from pyspark.sql.functions import spark_partition_id, xxhash64
+
+    from helpers.session import spark_failure, spark_schema
 
     source, storage = open_storage(images, config), open_storage(target, config)
     count = labels.count()

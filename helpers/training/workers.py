@@ -123,6 +123,11 @@ def choose_precision(settings: RunSettings) -> Literal["bf16", "fp16", "fp32"]:
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
 
 
+def computes_bf16(settings: RunSettings) -> bool:
+    """Whether to compute in bfloat16 where that is enough."""
+    return choose_precision(settings) == "bf16"
+
+
 def make_schedule(settings: RunSettings, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
     """Make the learning rate's schedule, for one call of `step` after each optimisation step."""
     if settings.schedule == "constant":
