@@ -154,6 +154,18 @@ def test_events_reach_storage_that_cannot_append(monkeypatch, tmp_path):
     assert read_scalars(str(tmp_path / "run"))["train/loss"]["value"].tolist() == [2.0, 1.5]
 
 
+def test_a_dashboard_that_goes_on_voids_what_came_after_the_checkpoint(tmp_path):
+    first = TrainingDashboard(str(tmp_path))
+    for step in range(1, 6):
+        first.log_step(step, {"loss": 1.0})
+    first.close()
+    second = TrainingDashboard(str(tmp_path), steps=3)
+    second.log_step(4, {"loss": 2.0})
+    second.close()
+    losses = read_scalars(str(tmp_path))["train/loss"]
+    assert losses["step"].tolist() == [1, 2, 3, 4] and losses["value"].tolist() == [1.0, 1.0, 1.0, 2.0]
+
+
 def test_figures_are_drawn(single_run):
     run_dir, _ = single_run
     images, labels = np.zeros((5, 28, 28), np.uint8), np.arange(5)
@@ -222,10 +234,11 @@ def test_the_gradients_norm_is_shown_before_it_is_shortened():
     assert (network.weight - before).norm().item() == pytest.approx(0.5, rel=1e-3)
 
 
-def test_a_failing_rank_is_reported_with_its_own_message(spark, tmp_path):
+def test_a_failing_rank_is_reported_with_its_own_message_and_not_started_again(spark, tmp_path, caplog):
     (tmp_path / "data").write_text("a file where the data folder should be")
     with pytest.raises(TrainingError, match=r"(?s)process \d of 2 failed with \w+Error: .*data.*Traceback"):
         train_on_spark(spark, SMALL, str(tmp_path / "data"), str(tmp_path / "run"), processes=2)
+    assert "a training process was lost" not in caplog.text
 
 
 def test_too_few_slots_are_an_error_at_once(spark, fashion_mnist_root, tmp_path):

@@ -124,12 +124,11 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove all of them."""
         if self.worker.rank == 0:
-            for _, path in list(_files(self.storage)):
-                self.storage.delete(path)
+            remove(self.storage)
 
     def _find(self) -> bytes | None:
         if not self.settings.resume:
-            self.clear()
+            remove(self.storage)
         for step, path in _files(self.storage):
             try:
                 content = self.storage.read(path)
@@ -161,6 +160,12 @@ class Checkpoints:
 def storage_of(settings: RunSettings, run_dir: str) -> Storage:
     """Where the checkpoints of a run are."""
     return open_storage(settings.checkpoints or f"{run_dir}/checkpoints", settings)
+
+
+def remove(storage: Storage) -> None:
+    """Remove all checkpoints."""
+    for _, path in list(_files(storage)):
+        storage.delete(path)
 
 
 def newest_step(settings: RunSettings, run_dir: str) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from helpers.errors import HostError, TrainingError, first_line
 from helpers.session import local_slots, pack_helpers
 from helpers.storage import Storage, open_storage
-from helpers.training.checkpoints import newest_step
+from helpers.training.checkpoints import newest_step, remove, storage_of
 from helpers.training.classifier import train
 from helpers.training.workers import NOTICE, PROGRESS, RunSettings
 
@@ -70,7 +70,10 @@ def train_on_spark(
     """
     _check_resources(spark, processes, use_gpu)
     settings = dataclasses.replace(settings, device="cuda" if use_gpu else "cpu")
-    step = newest_step(settings, run_dir) if settings.resume else 0
+    if not settings.resume:
+        # Here too: an attempt that fails before it does so must not be followed by one that goes on from these.
+        remove(storage_of(settings, run_dir))
+    step = newest_step(settings, run_dir)
     for left in reversed(range(attempts)):
         try:
             return _attempt(settings, data_root, run_dir, processes, use_gpu, train)

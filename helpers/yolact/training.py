@@ -203,7 +203,7 @@ class _Run:
         }
 
     def _cpu_seconds(self) -> float:
-        seconds = torch.tensor(time.process_time())
+        seconds = torch.tensor(time.process_time(), device=self.worker.device)
         if self.worker.processes > 1:
             dist.all_reduce(seconds)
         return float(seconds)
