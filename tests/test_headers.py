@@ -1,10 +1,12 @@
 import io
+import struct
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers.images.decoding import decode
 from helpers.images.headers import read_size
 
 FORMS = {
@@ -54,6 +56,13 @@ def test_a_bitmap_stored_from_the_top_has_a_positive_height():
     content = bytearray(encoded("bmp", (30, 20)))
     content[22:26] = (-20).to_bytes(4, "little", signed=True)
     assert read_size(bytes(content)) == (30, 20)
+
+
+def test_a_bitmap_of_the_oldest_kind_has_sides_of_16_bits():
+    width, height, rows = 20, 10, bytes(20 * 3 * 10)
+    content = b"BM" + struct.pack("<IHHIIHHHH", 26 + len(rows), 0, 0, 26, 12, width, height, 1, 24) + rows
+    assert decode(content, width * height).shape == (height, width, 3)
+    assert read_size(content) == (width, height)
 
 
 @pytest.mark.parametrize("form", FORMS)

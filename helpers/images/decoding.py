@@ -19,8 +19,6 @@ Image = np.ndarray  # uint8 [height, width, 3], BGR as OpenCV has it
 
 REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 SHOWN_BYTES = 12  # of a file that is no image, in its error
-
-
 READ_ERRORS = {
     errno.ENOENT: "the file is gone: it was moved or deleted after it was listed, or its link leads nowhere",
     errno.EACCES: "the file cannot be read: permission denied",
@@ -135,9 +133,14 @@ def _decode(content: bytes | memoryview, size: Size | None, flags: int) -> Image
 
 
 def _reduction(content: bytes | memoryview, size: Size | None, spec: InputSpec) -> int:
-    """The largest factor that leaves both sides `scaled_decoding` times the target's; 1 for other formats."""
+    """The largest factor that leaves both sides `scaled_decoding` times the target's; 1 for other formats.
+
+    One that makes the sides of an image alike that are not would hide whether the image was turned.
+    """
     if not spec.scaled_decoding or not size or bytes(content[:2]) != b"\xff\xd8":
         return 1
     # A turned image has its sides exchanged, so both must be large enough for either.
     ratio = min(size) / (max(spec.width, spec.height) * spec.scaled_decoding)
-    return max((factor for factor in REDUCED if factor <= ratio), default=1)
+    square = size[0] == size[1]
+    telling = [factor for factor in REDUCED if square or -(-size[0] // factor) != -(-size[1] // factor)]
+    return max((factor for factor in telling if factor <= ratio), default=1)

@@ -1,8 +1,8 @@
 """The size of an image from the first bytes of its file, without decoding it.
 
 A few kilobytes can claim a hundred thousand pixels a side; decoding such a file takes the worker's memory before anyone
-can look at the result. Sources: the formats' specifications (ITU-T T.81 B.2.2, PNG 11.2.2, GIF89a 18, BITMAPINFOHEADER,
-TIFF 6.0 section 2, RFC 9649).
+can look at the result. Sources: the formats' specifications (ITU-T T.81 B.2.2, PNG 11.2.2, GIF89a 18, BITMAPCOREHEADER
+and BITMAPINFOHEADER, TIFF 6.0 section 2, RFC 9649).
 """
 
 import struct
@@ -10,6 +10,7 @@ import struct
 Size = tuple[int, int]  # width, height as stored, before any EXIF rotation
 
 JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+BITMAP_CORE_HEADER = 12  # bytes; the older one, with sides of 16 bits
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257
 
 
@@ -29,7 +30,8 @@ def _read_size(content: bytes | memoryview, head: bytes) -> Size | None:
     if head.startswith((b"GIF87a", b"GIF89a")):
         return struct.unpack_from("<HH", head, 6)
     if head.startswith(b"BM"):
-        width, height = struct.unpack_from("<ii", head, 18)
+        (length,) = struct.unpack_from("<I", head, 14)
+        width, height = struct.unpack_from("<HH" if length == BITMAP_CORE_HEADER else "<ii", head, 18)
         return width, abs(height)  # negative: stored from the top
     if head.startswith((b"II*\0", b"MM\0*")):
         return _tiff(content, "<" if head.startswith(b"II") else ">")
