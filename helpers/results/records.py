@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from helpers.config import Config
 from helpers.errors import DataError
+from helpers.session import shown_master
 from helpers.stages.task import RECORD_SCHEMA, Task
 from helpers.storage import Storage, open_storage
 
@@ -107,8 +108,7 @@ def shown_settings(config: Config) -> dict[str, Any]:
         **{section: values[section] for section in SECTIONS},
         "spark": {
             "mode": spark["mode"],
-            # A Spark Connect address carries its token behind a semicolon, and any address may name a user.
-            "master": spark["master"].partition(";")[0].rpartition("@")[2],
+            "master": shown_master(config),
             "task_attempts": spark["task_attempts"],
             "conf": {key: value for key, value in spark["conf"].items() if key.startswith(SHOWN_SETTINGS)},
         },
