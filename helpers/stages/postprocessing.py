@@ -44,7 +44,7 @@ def classification(
     (logits,) = outputs.values()
     scores = np.exp(logits - logits.max(axis=1, keepdims=True))
     scores /= scores.sum(axis=1, keepdims=True)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, : int(parameters["top_k"])]
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : parameters["top_k"]]
     return [
         [
             {
@@ -90,7 +90,14 @@ POSTPROCESSORS: dict[str, Postprocessor] = {
     "classification": classification,
     "instance_segmentation": instance_segmentation,
 }
-_CHECKS: dict[str, Callable[..., Any]] = {"instance_segmentation": Parameters}
+
+
+def _check_top_k(top_k: Any = None, **_: Any) -> None:
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ConfigError(f"postprocess.top_k is {top_k!r}, not a whole number of 1 or more")
+
+
+_CHECKS: dict[str, Callable[..., Any]] = {"classification": _check_top_k, "instance_segmentation": Parameters}
 
 
 def get_arrays(manifest: Manifest, read: Callable[[str], bytes] | None) -> Arrays:
