@@ -60,15 +60,13 @@ class ResultStore:
         Raises:
             RunError: another run is at work in this output.
         """
-        lock = self.storage.lock("_lock")
-        try:
-            lock.__enter__()
-        except BlockingIOError:
-            raise RunError(
-                f"another run is writing to {self.storage.root}; wait for it, or name another --output"
-            ) from None
         with contextlib.ExitStack() as stack:
-            stack.push(lock.__exit__)
+            try:
+                stack.enter_context(self.storage.lock("_lock"))
+            except BlockingIOError:
+                raise RunError(
+                    f"another run is writing to {self.storage.root}; wait for it, or name another --output"
+                ) from None
             yield
 
     def rows(self, files: list[str] | None = None) -> pa.Table:
