@@ -12,7 +12,7 @@ import numpy as np
 
 from helpers.models.architectures import Architecture
 from helpers.models.bundle import Bundle, InputSpec
-from helpers.models.runtime import compile_options, get_model
+from helpers.models.runtime import compile_options, get_model, read_graph
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +76,8 @@ def run_parallel(bundle: Bundle, images: Sequence[np.ndarray], threads: int) -> 
     import openvino as ov
 
     core = ov.Core()
-    single = get_model(bundle, threads=threads).single
     options = {**compile_options(bundle.manifest.arithmetic, threads), "NUM_STREAMS": threads}
-    graph = core.read_model(model=bundle.read("model.xml"), weights=bundle.read("model.bin"))
-    if single:
-        graph.reshape([1, *bundle.manifest.input.shape])
+    graph, _ = read_graph(core, bundle)
     queue = ov.AsyncInferQueue(core.compile_model(graph, "CPU", options), 2 * threads)
     for warm_up in (True, False):
         start = time.perf_counter()
