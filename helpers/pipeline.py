@@ -21,7 +21,6 @@ import pyarrow as pa
 from helpers import stages
 from helpers.config import Config
 from helpers.errors import RunError, StorageError
-from helpers.images.pictures import draw_sample
 from helpers.ingest import listing
 from helpers.ingest.readers import add_frames, choose_reader, planned_paths, read_by_spark, reading
 from helpers.models.bundle import Bundle, load_bundle
@@ -30,7 +29,8 @@ from helpers.partitioning import PartitionPlan
 from helpers.results.dashboard import log_run
 from helpers.results.progress import Progress
 from helpers.results.records import Stopwatch, describe, write_record
-from helpers.results.store import PICTURES, ResultStore, outdated, replaced, without
+from helpers.results.sample import draw_sample
+from helpers.results.store import ResultStore, outdated, replaced, without
 from helpers.session import get_slots, spark_failure, spark_schema
 from helpers.stages.postprocessing import parameters_for
 from helpers.stages.task import RECORD_SCHEMA, Task
@@ -174,7 +174,7 @@ def run(
         published = store.publish([r["file"] for r in records], pa.chunked_array(old, pa.string()))
         store.unstage()
         watch.lap("publish")
-        pictures = _draw(task, published, config)
+        pictures = draw_sample(task.output, published, task.source, config)
         if records:
             log_run(f"{config.paths.runs}/pipeline/{task.run}", {**about, **watch.laps}, records, pictures)
         watch.lap("log")
@@ -240,13 +240,6 @@ def _run_tasks(
     if processed != manifest.num_rows:
         raise RunError(f"{manifest.num_rows} images went in and {processed} came out; nothing was published")
     return records
-
-
-def _draw(task: Task, published: list[str], config: Config) -> dict[str, bytes]:
-    pictures = draw_sample(task.output, published, task.source, config)
-    for name, png in pictures.items():
-        task.output.write(f"{PICTURES}/{name}", png)
-    return pictures
 
 
 def _summarise(
