@@ -36,7 +36,7 @@ def list_frames(batches: Batches, storage: Storage, every: int, max_pixels: int)
     Args:
         batches: `KEY` of the files.
         storage: where they lie.
-        every: every how manieth frame is wanted.
+        every: k, where every k-th frame is wanted, from the first on.
         max_pixels: videos with larger frames are not decoded.
 
     Yields:
