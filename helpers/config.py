@@ -187,10 +187,10 @@ def _read_profile(name: str) -> dict[str, Any]:
 
 
 def _from_environment() -> dict[str, Any]:
-    prefix, settings = ENVIRONMENT_PREFIX, {}
+    settings = {}
     for name, value in os.environ.items():
-        if name.startswith(prefix) and name != f"{prefix}PROFILE":
-            key = name.removeprefix(prefix).lower().replace("__", ".")
+        if name.startswith(ENVIRONMENT_PREFIX) and name != f"{ENVIRONMENT_PREFIX}PROFILE":
+            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
             settings[key] = _value(key, value)
     return settings
 

@@ -186,7 +186,7 @@ def _storage(config: Config) -> str:
 def _machine(config: Config) -> str:
     import psutil
 
-    memory, disk = psutil.virtual_memory(), psutil.disk_usage(str(Path(PROJECT)))
+    memory, disk = psutil.virtual_memory(), psutil.disk_usage(str(PROJECT))
     return (
         f"{len(os.sched_getaffinity(0))} cores, {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of "
         f"memory free, {disk.free / 2**30:.0f} GiB of disk free"

@@ -90,9 +90,9 @@ def plan_partitions(
     costs = sizes + max(1, int(sizes.mean()))
     assignment = np.empty(sizes.size, np.int32)
     heap = [(0, partition) for partition in range(count)]
-    # Ties by position would depend on the listing's order; equal lengths are interchangeable, so the loads do not.
     apart = np.zeros(sizes.size, bool) if in_order is None else np.asarray(in_order, bool)
     whole = np.flatnonzero(~apart)
+    # Images of one length are interchangeable, so the loads do not depend on the listing's order.
     for image in whole[np.argsort(-costs[whole], kind="stable")]:
         load, partition = heap[0]
         assignment[image] = partition

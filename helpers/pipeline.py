@@ -21,20 +21,20 @@ import pyarrow as pa
 from helpers import stages
 from helpers.config import Config
 from helpers.errors import RunError, StorageError
-from helpers.images.pictures import draw_sample
 from helpers.ingest import listing
-from helpers.ingest.readers import choose_reader, find_frames, planned_paths, read_by_spark, reading
+from helpers.ingest.readers import add_frames, choose_reader, planned_paths, read_by_spark, reading
 from helpers.models.bundle import Bundle, load_bundle
 from helpers.models.runtime import batch_size
 from helpers.partitioning import PartitionPlan
 from helpers.results.dashboard import log_run
 from helpers.results.progress import Progress
 from helpers.results.records import Stopwatch, describe, write_record
-from helpers.results.store import PICTURES, ResultStore, outdated, replaced, without
+from helpers.results.sample import draw_sample
+from helpers.results.store import ResultStore, outdated, replaced, without
 from helpers.session import get_slots, spark_failure, spark_schema
 from helpers.stages.postprocessing import parameters_for
 from helpers.stages.task import RECORD_SCHEMA, Task
-from helpers.storage import Storage, open_storage
+from helpers.storage import open_storage
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -79,7 +79,7 @@ def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
         A DataFrame of `stages.IMAGE_SCHEMA`; nothing is read until an action.
     """
     storage = open_storage(source, config)
-    images = _find_frames(spark, storage, listing.list_images(storage, config), config)
+    images = add_frames(spark, storage, listing.list_images(storage, config), config)
     plan = listing.plan(images, get_slots(spark), config)
     manifest = listing.manifest(images, plan)
     if choose_reader(spark, storage, manifest, config) == "spark":
@@ -93,7 +93,7 @@ def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
     stage = partial(
         stages.preprocess,
         spec=bundle.manifest.input,
-        most_images=_batch(bundle, config),
+        most_images=batch_size(bundle, config.inference.batch_megabytes, config.inference.max_batch),
         max_pixels=config.ingest.max_pixels,
         memory_megabytes=config.inference.memory_megabytes,
     )
@@ -159,7 +159,7 @@ def run(
         slots = get_slots(spark)
         watch.lap("open")
         listed = listing.list_images(task.source, config, skip=store.folders)
-        images = _find_frames(spark, task.source, listed, config)
+        images = add_frames(spark, task.source, listed, config)
         todo = without(images, done)
         plan = listing.plan(todo, slots, config, _image_seconds(task.bundle, config))
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
@@ -174,7 +174,7 @@ def run(
         published = store.publish([r["file"] for r in records], pa.chunked_array(old, pa.string()))
         store.unstage()
         watch.lap("publish")
-        pictures = _draw(task, published, config)
+        pictures = draw_sample(task.output, published, task.source, config)
         if records:
             log_run(f"{config.paths.runs}/pipeline/{task.run}", {**about, **watch.laps}, records, pictures)
         watch.lap("log")
@@ -213,13 +213,6 @@ def model_identity(bundle: Bundle, parameters: dict[str, Any], config: Config) -
     return f"{bundle.manifest.name}@{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
 
 
-def _find_frames(spark: "SparkSession", storage: Storage, listed: listing.Listing, config: Config) -> pa.Table:
-    try:
-        return find_frames(spark, storage, listed, config)
-    except Exception as error:
-        raise RunError(f"the frames of the videos could not be found: {spark_failure(error)}") from error
-
-
 def _run_tasks(
     spark: "SparkSession", task: Task, manifest: pa.Table, plan: PartitionPlan, store: ResultStore, config: Config
 ) -> list[dict[str, Any]]:
@@ -247,13 +240,6 @@ def _run_tasks(
     if processed != manifest.num_rows:
         raise RunError(f"{manifest.num_rows} images went in and {processed} came out; nothing was published")
     return records
-
-
-def _draw(task: Task, published: list[str], config: Config) -> dict[str, bytes]:
-    pictures = draw_sample(task.output, published, task.source, config)
-    for name, png in pictures.items():
-        task.output.write(f"{PICTURES}/{name}", png)
-    return pictures
 
 
 def _summarise(
@@ -285,7 +271,3 @@ def _check_model(done: pa.Table, model: str, store: ResultStore) -> None:
 
 def _image_seconds(bundle: Bundle, config: Config) -> float:
     return config.partitioning.image_seconds + bundle.manifest.flops / (config.partitioning.gflops * 1e9)
-
-
-def _batch(bundle: Bundle, config: Config) -> int:
-    return batch_size(bundle, config.inference.batch_megabytes, config.inference.max_batch)

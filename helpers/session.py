@@ -133,19 +133,21 @@ def spark_failure(error: Exception) -> str:
 
 
 def shown_master(config: Config) -> str:
-    """The master or remote, without the parameters of a remote: a token may be among them."""
-    return config.spark.master.partition("/;")[0]
+    """The master or remote without the parameters of a remote, among which may be a token, and without a user."""
+    return re.sub(r"//[^/@]*@", "//", config.spark.master.partition(";")[0].rstrip("/"))
 
 
 def check_answers(remote: str) -> None:
     """Fail at once where no Connect server listens: pyspark would try again for ten minutes.
 
     Raises:
-        HostError: nothing listens at an `sc://` address.
+        HostError: nothing listens at an `sc://` address, or it is malformed.
     """
     url = urlsplit(remote)
     if url.scheme != "sc":
         return
+    if ";" in url.netloc:  # pyspark's message would repeat it, with a token that may be in it
+        raise HostError("spark.master lacks the slash before its parameters: sc://HOST:PORT/;NAME=VALUE")
     try:
         socket.create_connection((url.hostname or "", url.port or 15002), timeout=10).close()
     except OSError as error:

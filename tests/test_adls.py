@@ -158,7 +158,7 @@ def test_deleting_a_folder_takes_all_that_is_below(storage):
 
 ACTIONS: dict[str, Callable[[AdlsStorage], object]] = {
     "write": lambda storage: storage.write("a", b"new"),
-    "write a new one": lambda storage: storage.write("new/b", b"new", overwrite=False),
+    "write a new one": lambda storage: storage.write("new/b", b"new"),
     "rename": lambda storage: storage.rename("a", "new/b"),
     "delete": lambda storage: storage.delete("folder"),
     "read": lambda storage: storage.read("a"),

@@ -36,10 +36,10 @@ from cluster import Finished, python_workers, start_run, wait_for
 from PIL import Image
 
 from helpers.cli import main
-from helpers.images.pictures import draw_sample
 from helpers.ingest import readers
 from helpers.ingest.listing import list_images, manifest, plan
 from helpers.pipeline import make_task
+from helpers.results.sample import draw_sample
 
 WIDTH, HEIGHT = 60, 40
 WORKER_MEGABYTES = 900  # decoding 20,000 x 20,000 pixels alone takes 1,144

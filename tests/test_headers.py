@@ -1,10 +1,12 @@
 import io
+import struct
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers.images.decoding import decode
 from helpers.images.headers import read_size
 
 FORMS = {
@@ -54,6 +56,31 @@ def test_a_bitmap_stored_from_the_top_has_a_positive_height():
     content = bytearray(encoded("bmp", (30, 20)))
     content[22:26] = (-20).to_bytes(4, "little", signed=True)
     assert read_size(bytes(content)) == (30, 20)
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_a_tiff_of_64_bits_has_its_size_too(order):
+    mark = b"II+\0" if order == "little" else b"MM\0+"
+    numbers = [(8, 2), (0, 2), (16, 8), (2, 8)]  # of the header, and how many entries follow
+    for tag, kind, value in ((256, 3, 300), (257, 16, 200)):
+        numbers += [(tag, 2), (kind, 2), (1, 8), (value, 2 if kind == 3 else 8), *([(0, 6)] if kind == 3 else [])]
+    content = mark + b"".join(number.to_bytes(length, order) for number, length in numbers)
+    assert read_size(content) == (300, 200)
+
+
+@pytest.mark.parametrize("between", [b"junk", b"\xff\xff", b"\xff\x00", b"\xff\xd0"])
+def test_what_a_decoder_skips_between_the_segments_of_a_jpeg_does_not_hide_its_size(between):
+    content = encoded("jpeg", (30, 20))
+    content = content[:20] + between + content[20:]  # behind the JFIF segment
+    assert decode(content, 600).shape == (20, 30, 3)
+    assert read_size(content) == (30, 20)
+
+
+def test_a_bitmap_of_the_oldest_kind_has_sides_of_16_bits():
+    width, height, rows = 20, 10, bytes(20 * 3 * 10)
+    content = b"BM" + struct.pack("<IHHIIHHHH", 26 + len(rows), 0, 0, 26, 12, width, height, 1, 24) + rows
+    assert decode(content, width * height).shape == (height, width, 3)
+    assert read_size(content) == (width, height)
 
 
 @pytest.mark.parametrize("form", FORMS)

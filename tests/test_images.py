@@ -210,6 +210,16 @@ def test_an_image_beyond_the_decoders_own_limit_is_an_error_with_words():
         decode(bilevel_png(40_000, 40_000), 178_956_970)
 
 
+@pytest.mark.parametrize("form", [".jp2", ".avif", ".hdr"])
+def test_a_format_that_does_not_tell_its_size_is_refused_though_opencv_knows_it(form):
+    """A JPEG 2000 file of 2 kB, named .jpg, would be 400 MB of pixels, whatever the limit is."""
+    pixels = np.zeros((300, 300, 3), np.float32 if form == ".hdr" else np.uint8)
+    content = cv2.imencode(form, pixels)[1].tobytes()
+    assert cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) is not None
+    with pytest.raises(UnreadableImageError, match="not an image"):
+        decode(content, 100)
+
+
 def test_a_decompression_bomb_is_refused_before_its_pixels_are_in_memory():
     script = """
 import resource, sys

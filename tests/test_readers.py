@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -110,9 +111,9 @@ def test_heavy_models_get_fewer_images_a_task(samples):
     assert plan(images, 2, config, image_seconds=1.0).files.max() <= 12
 
 
-def photograph(side: int) -> bytes:
-    rng = np.random.default_rng(0)
-    image = cv2.resize(rng.integers(0, 256, (24, 24, 3), np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
+def photograph(width: int, height: int | None = None) -> bytes:
+    rng, sides = np.random.default_rng(0), (width, height or width)
+    image = cv2.resize(rng.integers(0, 256, (24, 24, 3), np.uint8), sides, interpolation=cv2.INTER_CUBIC)
     return cv2.imencode(".jpg", image)[1].tobytes()
 
 
@@ -124,6 +125,17 @@ def test_scaled_decoding_stays_within_a_grey_level_and_keeps_the_original_size(s
     assert size == scaled_size == (side, side)
     assert np.array_equal(exact, scaled) != reduced
     assert np.abs(exact.astype(int) - scaled).mean() < 1
+
+
+@pytest.mark.parametrize("size", [(1000, 999), (999, 1000)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_scaled_decoding_does_not_exchange_sides_that_are_nearly_equal(size, orientation):
+    """An eighth of both is 125 pixels, from which nobody can tell whether EXIF has turned the image."""
+    tag = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    exif = b"\xff\xe1" + struct.pack(">H", 8 + len(tag)) + b"Exif\0\0" + tag
+    content = photograph(*size)
+    _, found = load(content[:2] + exif + content[2:], InputSpec(28, 28, **RGB, scaled_decoding=2), 2**28)
+    assert found == (size if orientation == 1 else size[::-1])
 
 
 def test_scaled_decoding_is_for_jpeg_files_alone():

@@ -140,7 +140,7 @@ def test_no_setting_that_can_hold_a_secret_is_recorded():
     )
     shown = shown_settings(config)
     assert "s3cret" not in json.dumps(shown)
-    assert shown["spark"]["master"] == "host:443/"
+    assert shown["spark"]["master"] == "sc://host:443"
     assert shown["spark"]["conf"] == {"spark.executor.cores": "4"}
 
 

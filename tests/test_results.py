@@ -12,6 +12,7 @@ from helpers.results.store import ResultStore, replaced, without
 from helpers.stages import RESULT_SCHEMA
 from helpers.stages.task import staged_counts
 from helpers.storage import open_storage
+from helpers.storage.parquet import write_table
 
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
 CONTRACT = (  # the contract
@@ -48,7 +49,7 @@ def stage(store: ResultStore, run: str, partition: int, rows: pa.Table) -> str:
     failed = rows.num_rows - rows["error"].null_count
     path = f"_staging/{run}/{partition:06d}-{rows.num_rows}-{failed}.parquet"
     store.stage(run)
-    store._write(path, rows)
+    write_table(store.storage, path, rows)
     return path
 
 

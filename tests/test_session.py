@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 
 from helpers import session
-from helpers.config import PROJECT
+from helpers.config import PROJECT, load_config
 from helpers.errors import HostError
 from helpers.hosts import java
 from helpers.hosts.java import check_java
-from helpers.session import PACKAGES_REMEDY, get_slots, local_slots, pack_helpers, spark_failure
+from helpers.session import (
+    PACKAGES_REMEDY,
+    check_answers,
+    get_slots,
+    local_slots,
+    pack_helpers,
+    shown_master,
+    spark_failure,
+)
 
 
 def install_java(folder: Path, answer: str) -> Path:
@@ -283,3 +291,12 @@ def test_a_damaged_archive_of_classes_stops_nothing(monkeypatch, tmp_path):
     command = [shutil.which("java"), *shlex.split(java.local_options()), "-version"]
     assert f"-XX:SharedArchiveFile={damaged}" in command
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_a_remote_whose_parameters_lack_their_slash_is_refused_without_showing_its_token():
+    remote = "sc://host:15002;token=planted"
+    with pytest.raises(HostError, match="slash") as error:
+        check_answers(remote)
+    assert "planted" not in str(error.value)
+    config = load_config("local", **{"spark.mode": "connect", "spark.master": remote})
+    assert shown_master(config) == "sc://host:15002"

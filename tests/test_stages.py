@@ -260,6 +260,12 @@ def test_unknown_post_processing_parameters_are_named_with_the_known(bundle):
         parameters_for(bundle.manifest, {"topk": 7})
 
 
+@pytest.mark.parametrize("value", [0, -1, 1.5, "many", True])
+def test_a_top_k_that_is_no_count_is_refused_before_the_run(bundle, value):
+    with pytest.raises(ConfigError, match=r"postprocess\.top_k"):
+        parameters_for(bundle.manifest, {"top_k": value})
+
+
 def test_a_task_without_post_processing_is_named_with_the_known(bundle):
     manifest = replace(bundle.manifest, task="telepathy")
     with pytest.raises(ConfigError, match="telepathy.*classification"):

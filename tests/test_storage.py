@@ -166,14 +166,6 @@ def test_write_makes_folders_and_replaces(storage):
     assert len(list(storage.list())) == 1
 
 
-def test_write_can_leave_alone_what_is_there(storage):
-    storage.write("a", b"first", overwrite=False)
-    with pytest.raises(FileExistsError):
-        storage.write("a", b"second", overwrite=False)
-    assert storage.read("a") == b"first"
-    assert [entry.path for entry in storage.list()] == [storage.join("a")]
-
-
 def test_rename_moves_and_replaces(storage):
     storage.write("a", b"a")
     storage.write("b", b"b")

@@ -18,6 +18,9 @@ def write_samples(root: str, folder: str, count: int = 60) -> Path:
         root: where the data set is.
         folder: where the files go; `bags/` and `clothes/` below it, the damaged files at its top.
         count: good images.
+
+    Returns:
+        The folder of the files.
     """
     images, labels = fashion_mnist.load(root, train=False)
     target = Path(folder)

@@ -86,9 +86,9 @@ class Scenes:
         """
         if split not in SPLITS:
             raise ConfigError(f"split is {split!r}, not one of {', '.join(SPLITS)}")
-        train, self.part = SPLITS[split]
+        train, part = SPLITS[split]
         self.images, self.labels = fashion_mnist.map_files(root, train)
-        self.candidates = np.arange(len(self.images))[self.part]
+        self.candidates = np.arange(len(self.images))[part]
         self.seed, self.split, self.height, self.width = seed, split, height, width
         self.zoom = min(height, width) / SIZE
 

@@ -16,15 +16,15 @@ from helpers.hosts.java import ARCHIVE, check_java
 from helpers.session import get_spark
 
 
-def make_archive(archive: Path = ARCHIVE) -> None:
+def make_archive() -> None:
     """Archive the classes that a small run of this project's kind loads; takes some seconds.
 
     Raises:
         HostError: there is no usable Java, or its JVM made no archive; says what it wrote instead.
     """
     check_java()
-    with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
-        unfinished = Path(folder, archive.name)
+    with tempfile.TemporaryDirectory(dir=ARCHIVE.parent) as folder:
+        unfinished = Path(folder, ARCHIVE.name)
         # In a process of its own, because the JVM writes the archive when it ends. It ends after the process that
         # started it, and holds the pipe open until then.
         program = f"from helpers.hosts.classes import _load; _load({str(unfinished)!r})"
@@ -32,7 +32,7 @@ def make_archive(archive: Path = ARCHIVE) -> None:
         process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if not unfinished.exists():
             raise HostError(f"no archive of Spark's classes was made:\n{process.stdout[-2000:]}")
-        unfinished.replace(archive)
+        unfinished.replace(ARCHIVE)
 
 
 def _load(archive: str) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from helpers.config import PROJECT
 from helpers.errors import HostError
@@ -80,7 +81,7 @@ def closure(names: list[str]) -> set[str]:
     found: set[str] = set()
     pending = [*names]
     while pending:
-        name = re.sub(r"[-_.]+", "-", pending.pop()).lower()
+        name = canonicalize_name(pending.pop())
         if name in found:
             continue
         try:

@@ -1,1 +1,1 @@
-"""From files to pixels and back: image formats, videos, and pictures of results."""
+"""From files to pixels and back: image formats, videos, and predictions drawn on."""

@@ -19,8 +19,6 @@ Image = np.ndarray  # uint8 [height, width, 3], BGR as OpenCV has it
 
 REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 SHOWN_BYTES = 12  # of a file that is no image, in its error
-
-
 READ_ERRORS = {
     errno.ENOENT: "the file is gone: it was moved or deleted after it was listed, or its link leads nowhere",
     errno.EACCES: "the file cannot be read: permission denied",
@@ -48,9 +46,10 @@ def decode(content: bytes | memoryview, max_pixels: int) -> Image:
     dropped; an animation gives its first frame.
 
     Raises:
-        UnreadableImageError: empty, not an image, cut short, or larger than `max_pixels`.
+        UnreadableImageError: empty, cut short, larger than `max_pixels`, or not of a format that `headers` knows.
     """
-    return _decode(content, _checked_size(content, max_pixels), cv2.IMREAD_COLOR)
+    _checked_size(content, max_pixels)
+    return _decode(content, cv2.IMREAD_COLOR)
 
 
 def load(content: bytes | memoryview, spec: InputSpec, max_pixels: int) -> tuple[np.ndarray, Size]:
@@ -67,9 +66,9 @@ def load(content: bytes | memoryview, spec: InputSpec, max_pixels: int) -> tuple
     """
     stored = _checked_size(content, max_pixels)
     factor = _reduction(content, stored, spec)
-    image = _decode(content, stored, REDUCED.get(factor, cv2.IMREAD_COLOR))
+    image = _decode(content, REDUCED.get(factor, cv2.IMREAD_COLOR))
     height, width = image.shape[:2]
-    if factor > 1 and stored:
+    if factor > 1:
         turned = (height < width) != (stored[1] < stored[0])
         width, height = stored[::-1] if turned else stored
     return fit(image, spec), (width, height)
@@ -110,11 +109,13 @@ def _crop(image: Image, width: int, height: int) -> Image:
 _RESIZE = {"stretch": _scale, "letterbox": _letterbox, "crop": _crop}
 
 
-def _checked_size(content: bytes | memoryview, max_pixels: int) -> Size | None:
+def _checked_size(content: bytes | memoryview, max_pixels: int) -> Size:
     if not content:
         raise UnreadableImageError("the file is empty")
     size = read_size(content)
-    if size and size[0] * size[1] > max_pixels:
+    if size is None:  # OpenCV might decode it, JPEG 2000 for example, however many pixels it has
+        raise UnreadableImageError(f"the file is not an image; it begins with {bytes(content[:SHOWN_BYTES])!r}")
+    if size[0] * size[1] > max_pixels:
         raise UnreadableImageError(
             f"the image has {size[0]} x {size[1]} pixels, more than the {max_pixels} that ingest.max_pixels and "
             "inference.memory_megabytes allow"
@@ -122,22 +123,25 @@ def _checked_size(content: bytes | memoryview, max_pixels: int) -> Size | None:
     return size
 
 
-def _decode(content: bytes | memoryview, size: Size | None, flags: int) -> Image:
+def _decode(content: bytes | memoryview, flags: int) -> Image:
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except cv2.error as error:
         raise UnreadableImageError(f"the image cannot be decoded: {error.err}") from None
-    if image is None and size:
-        raise UnreadableImageError("the image is damaged or cut short")
     if image is None:
-        raise UnreadableImageError(f"the file is not an image; it begins with {bytes(content[:SHOWN_BYTES])!r}")
+        raise UnreadableImageError("the image is damaged or cut short")
     return image
 
 
-def _reduction(content: bytes | memoryview, size: Size | None, spec: InputSpec) -> int:
-    """The largest factor that leaves both sides `scaled_decoding` times the target's; 1 for other formats."""
-    if not spec.scaled_decoding or not size or bytes(content[:2]) != b"\xff\xd8":
+def _reduction(content: bytes | memoryview, size: Size, spec: InputSpec) -> int:
+    """The largest factor that leaves both sides `scaled_decoding` times the target's; 1 for other formats.
+
+    One that makes the sides of an image alike that are not would hide whether the image was turned.
+    """
+    if not spec.scaled_decoding or bytes(content[:2]) != b"\xff\xd8":
         return 1
     # A turned image has its sides exchanged, so both must be large enough for either.
     ratio = min(size) / (max(spec.width, spec.height) * spec.scaled_decoding)
-    return max((factor for factor in REDUCED if factor <= ratio), default=1)
+    square = size[0] == size[1]
+    telling = [factor for factor in REDUCED if square or -(-size[0] // factor) != -(-size[1] // factor)]
+    return max((factor for factor in telling if factor <= ratio), default=1)

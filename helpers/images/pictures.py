@@ -1,23 +1,15 @@
-"""Pictures of results: a sample of a run's images with what was found in them drawn on."""
+"""Images with what was found in them drawn on."""
 
 import hashlib
-import logging
 import math
 import re
 from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow.compute as pc
 
-from helpers.config import Config
-from helpers.images.decoding import Image, UnreadableImageError, decode
-from helpers.results.store import read_table
-from helpers.stages import read_images
-from helpers.storage import Storage
+from helpers.images.decoding import Image
 from helpers.yolact.masks import decode_mask
-
-log = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 224  # pixels; smaller images are enlarged, so that a caption is readable ...
 LARGEST_SIDE = 1024  # ... but a thin one only so far
@@ -26,37 +18,6 @@ DRAWN_SCORE = 0.3  # results hold detections that are too improbable to look at
 OPACITY = 0.45  # of a mask
 HUES = 180  # of OpenCV's colour circle
 GOLDEN_ANGLE = 0.381966 * HUES  # steps of it keep any number of hues apart, and never come back to one
-
-
-def draw_sample(output: Storage, files: list[str], source: Storage, config: Config) -> dict[str, bytes]:
-    """Annotate a sample of a run's images; return the PNG files by name.
-
-    Args:
-        output: the run's output.
-        files: the run's result files; the sample comes from all of them.
-        source: where the images lie.
-        config: `pictures` says how many.
-    """
-    pictures: dict[str, bytes] = {}
-    for file in files:
-        if len(pictures) >= config.pictures:
-            break
-        table = read_table(output, file)
-        table = table.filter(pc.is_null(table["error"])).slice(0, math.ceil(config.pictures / len(files)))
-        table = table.slice(0, config.pictures - len(pictures))
-        predictions = dict(zip(table["path"].to_pylist(), table["predictions"].to_pylist(), strict=True))
-        for batch in read_images(table.to_batches(), source, most_images=1, most_bytes=1):
-            path, error, content = (batch[name][0].as_py() for name in ("path", "error", "content"))
-            try:
-                if error is not None:
-                    raise UnreadableImageError(error)
-                image = decode(content, config.ingest.max_pixels)
-            except UnreadableImageError as why:
-                log.warning("no picture of %s: %s", path, why)  # it was there when the task read it
-                continue
-            png = cv2.imencode(".png", draw(image, predictions[path]))[1]
-            pictures[picture_name(path)] = png.tobytes()
-    return pictures
 
 
 def draw(image: Image, predictions: list[dict[str, Any]], threshold: float = DRAWN_SCORE) -> Image:

@@ -12,12 +12,11 @@ import pyarrow as pa
 
 from helpers.images.decoding import UnreadableImageError, reason
 from helpers.images.video import find_frames, frame_paths, open_file
-from helpers.stages.schemas import ERROR, KEY, PLACE, Batches
+from helpers.stages.schemas import ERROR, KEY, KEY_NAMES, PLACE, Batches
 from helpers.storage import Storage
 
 log = logging.getLogger(__name__)
 
-KEY_NAMES = [field.name for field in KEY]
 FRAMES_SCHEMA = pa.schema(
     [
         *KEY,
@@ -37,7 +36,7 @@ def list_frames(batches: Batches, storage: Storage, every: int, max_pixels: int)
     Args:
         batches: `KEY` of the files.
         storage: where they lie.
-        every: every how manieth frame is wanted.
+        every: k, where every k-th frame is wanted, from the first on.
         max_pixels: videos with larger frames are not decoded.
 
     Yields:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from helpers import stages
 from helpers.config import Config
+from helpers.errors import RunError
 from helpers.images.video import BYTES_A_PIXEL, split_paths
 from helpers.ingest.frames import FRAMES_SCHEMA, list_frames, with_frames
 from helpers.ingest.listing import Listing
@@ -96,19 +97,25 @@ def reading(storage: Storage, config: Config) -> Callable[[Batches], Iterator[pa
     )
 
 
-def find_frames(spark: "SparkSession", storage: Storage, listed: Listing, config: Config) -> pa.Table:
+def add_frames(spark: "SparkSession", storage: Storage, listed: Listing, config: Config) -> pa.Table:
     """The images of a listing and the wanted frames of its videos, which are found in tasks.
 
     Returns:
         `frames.ROWS_SCHEMA`; the listing's own images where there is no video.
+
+    Raises:
+        RunError: the tasks failed.
     """
     if not listed.videos.num_rows:
         return listed.images
     plan = make_plan(listed.videos, get_slots(spark), config)
     max_pixels = min(config.ingest.max_pixels, config.inference.memory_megabytes * 2**20 // BYTES_A_PIXEL)
     find = partial(list_frames, storage=storage, every=config.video.every, max_pixels=max_pixels)
-    paths = planned_paths(spark, make_manifest(listed.videos, plan), plan)
-    videos = paths.mapInArrow(find, spark_schema(FRAMES_SCHEMA)).toArrow()
+    try:
+        paths = planned_paths(spark, make_manifest(listed.videos, plan), plan)
+        videos = paths.mapInArrow(find, spark_schema(FRAMES_SCHEMA)).toArrow()
+    except Exception as error:
+        raise RunError(f"the frames of the videos could not be found: {spark_failure(error)}") from error
     images = with_frames(listed.images, videos.cast(FRAMES_SCHEMA), config.video.every)
     log.info("%d videos, %d of their frames are images", videos.num_rows, images.num_rows - listed.images.num_rows)
     return images

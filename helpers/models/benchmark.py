@@ -17,7 +17,8 @@ import pandas as pd
 from helpers.errors import DataError
 from helpers.images.decoding import fit
 from helpers.models.bundle import Bundle, InputSpec
-from helpers.models.formats import Engine, run_parallel
+from helpers.models.evaluation import Engine
+from helpers.models.formats import run_parallel
 
 BATCH = 64
 LATENCY_CALLS = 200

@@ -87,7 +87,7 @@ class Manifest:
 
     @property
     def model(self) -> str:
-        """How results name the model that made them."""
+        """Name and digest, for logs and caches; results have `pipeline.model_identity`, which a run changes too."""
         return f"{self.name}@{self.digest}"
 
     def to_json(self) -> str:

@@ -16,7 +16,7 @@ from helpers.models.bundle import Manifest
 from helpers.stages.postprocessing import POSTPROCESSORS, Arrays, Prediction
 from helpers.yolact.masks import decode_mask
 
-Engine = Callable[[np.ndarray], Arrays]
+Engine = Callable[[np.ndarray], Arrays]  # uint8 [B, H, W, C] -> float32 [B, ...] by name
 Truth = dict[str, Any] | Sequence[int]
 RATIOS = tuple(ratio / 1000 for ratio in range(5, 51, 5))  # of boundary IoU: 0.005 to 0.05
 

@@ -4,7 +4,7 @@ All engines get the same number of threads, so that what is compared is the form
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +12,12 @@ import numpy as np
 
 from helpers.models.architectures import Architecture
 from helpers.models.bundle import Bundle, InputSpec
-from helpers.models.runtime import compile_options, get_model
+from helpers.models.evaluation import Engine
+from helpers.models.runtime import compile_options, get_model, read_graph
 
 if TYPE_CHECKING:
+    import openvino as ov
     import torch
-
-Outputs = dict[str, np.ndarray]
-Engine = Callable[[np.ndarray], Outputs]  # uint8 [B, H, W, C] -> float32 [B, ...] by name
 
 
 def torch_engine(
@@ -34,7 +33,7 @@ def torch_engine(
     module = torch.compile(heads) if compiled else heads
     torch.set_num_threads(threads)
 
-    def infer(images: np.ndarray) -> Outputs:
+    def infer(images: np.ndarray) -> dict[str, np.ndarray]:
         with torch.inference_mode():
             found = module(torch.from_numpy(_normalise(images, architecture.input)))
         tensors = found if isinstance(found, tuple) else (found,)
@@ -58,11 +57,15 @@ def onnx_engine(path: Path, architecture: Architecture, threads: int = 1) -> Eng
 
 def openvino_engine(bundle: Bundle, threads: int = 1) -> Engine:
     """A model bundle in OpenVINO for the shortest latency, in the arithmetic that its manifest names."""
-    model = get_model(bundle, threads=threads)
+    return compiled_engine(get_model(bundle, threads=threads).compiled)
 
-    def infer(images: np.ndarray) -> Outputs:
-        found = model.compiled(images, share_inputs=True)
-        return {name: found[name] for name in model.outputs}
+
+def compiled_engine(compiled: "ov.CompiledModel") -> Engine:
+    """A model that OpenVINO has compiled."""
+
+    def infer(images: np.ndarray) -> dict[str, np.ndarray]:
+        found = compiled(images, share_inputs=True)
+        return {output.get_any_name(): found[output] for output in compiled.outputs}
 
     return infer
 
@@ -76,11 +79,8 @@ def run_parallel(bundle: Bundle, images: Sequence[np.ndarray], threads: int) -> 
     import openvino as ov
 
     core = ov.Core()
-    single = get_model(bundle, threads=threads).single
     options = {**compile_options(bundle.manifest.arithmetic, threads), "NUM_STREAMS": threads}
-    graph = core.read_model(model=bundle.read("model.xml"), weights=bundle.read("model.bin"))
-    if single:
-        graph.reshape([1, *bundle.manifest.input.shape])
+    graph, _ = read_graph(core, bundle)
     queue = ov.AsyncInferQueue(core.compile_model(graph, "CPU", options), 2 * threads)
     for warm_up in (True, False):
         start = time.perf_counter()

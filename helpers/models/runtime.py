@@ -123,6 +123,22 @@ def batch_size(bundle: Bundle, megabytes: int, most: int) -> int:
     return max(1, min(most, megabytes * 2**20 // (manifest.input.nbytes + outputs)))
 
 
+def read_graph(core: ov.Core, bundle: Bundle) -> tuple[ov.Model, bool]:
+    """Read a bundle's graph, and say whether it takes one image at a time.
+
+    Large inputs and outputs gain nothing from batches, and a graph of fixed shapes is faster.
+
+    Raises:
+        BundleError: a file is missing or damaged.
+        RuntimeError: OpenVINO cannot read it.
+    """
+    graph = core.read_model(model=bundle.read("model.xml"), weights=bundle.read("model.bin"))
+    single = batch_size(bundle, SINGLE_MEGABYTES, most=2) == 1
+    if single:
+        graph.reshape([1, *bundle.manifest.input.shape])
+    return graph, single
+
+
 def compile_options(precision: str, threads: int) -> dict[str, Any]:
     """OpenVINO's settings for a task, each set on purpose."""
     return {
@@ -151,16 +167,11 @@ def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
 
 def _load(bundle: Bundle, precision: str, threads: int) -> Model:
     start = time.perf_counter()
-    graph, weights = bundle.read("model.xml"), bundle.read("model.bin")
     core = ov.Core()
     core.set_property({"CACHE_DIR": str(Path(tempfile.gettempdir(), f"spark-vision-{os.getuid()}", "openvino"))})
-    # Large inputs and outputs gain nothing from batches, and a graph of fixed shapes is faster.
-    single = batch_size(bundle, SINGLE_MEGABYTES, most=2) == 1
     try:
-        model = core.read_model(model=graph, weights=weights)
-        if single:
-            model.reshape([1, *bundle.manifest.input.shape])
-        compiled = core.compile_model(model, "CPU", compile_options(precision, threads))
+        graph, single = read_graph(core, bundle)
+        compiled = core.compile_model(graph, "CPU", compile_options(precision, threads))
     except RuntimeError as error:
         raise BundleError(f"OpenVINO {ov.__version__} cannot load {bundle.storage.root}: {error}") from None
     if precision == "bf16" and not has_bf16():

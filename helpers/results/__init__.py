@@ -1,1 +1,1 @@
-"""What a run leaves: its results, its record, its progress and its dashboard."""
+"""What a run leaves: its results, pictures of a sample, its record, its progress and its dashboard."""

@@ -8,7 +8,6 @@ run: so no published task is without its record, unless the driver died before i
 the end can tell are null until then. No setting that can hold a secret is written.
 """
 
-import io
 import json
 import platform
 import time
@@ -19,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from helpers.config import Config
 from helpers.errors import DataError
+from helpers.session import shown_master
 from helpers.stages.task import RECORD_SCHEMA, Task
 from helpers.storage import Storage, open_storage
+from helpers.storage.parquet import read_table, write_table
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -107,8 +107,7 @@ def shown_settings(config: Config) -> dict[str, Any]:
         **{section: values[section] for section in SECTIONS},
         "spark": {
             "mode": spark["mode"],
-            # A Spark Connect address carries its token behind a semicolon, and any address may name a user.
-            "master": spark["master"].partition(";")[0].rpartition("@")[2],
+            "master": shown_master(config),
             "task_attempts": spark["task_attempts"],
             "conf": {key: value for key, value in spark["conf"].items() if key.startswith(SHOWN_SETTINGS)},
         },
@@ -120,9 +119,7 @@ def write_record(storage: Storage, run: dict[str, Any], records: list[dict[str, 
     if records:
         # Spark gives naive timestamps in the driver's zone, Arrow would take them for UTC.
         rows = [{**record, "started": record["started"].astimezone(UTC)} for record in records]
-        buffer = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA), buffer, compression="zstd")
-        storage.write(f"{RUNS}/{run['run']}.parquet", buffer.getvalue().to_pybytes())
+        write_table(storage, f"{RUNS}/{run['run']}.parquet", pa.Table.from_pylist(rows, schema=RECORD_SCHEMA))
     storage.write(f"{RUNS}/{run['run']}.json", json.dumps(run, indent=2).encode())
 
 
@@ -155,16 +152,15 @@ def read_runs(locations: str | Iterable[str], config: Config | None = None) -> p
 
 
 def read_tasks(locations: str | Iterable[str], config: Config | None = None) -> pd.DataFrame:
-    """The tasks of all those runs as one table: `task.RECORD_SCHEMA`, and `run`, `output`, `master` and `slots` of
-    their run.
+    """The tasks of all those runs as one table: `task.RECORD_SCHEMA`, and what else tells them apart.
 
-    `begin` and `end` are seconds since the pass of the run began. Raises as `read_runs` does.
+    That is `run`, `output`, `master` and `slots` of their run, and `begin` and `end`, seconds since the pass of the run
+    began. Raises as `read_runs` does.
     """
     runs, tables = read_runs(locations, config), []
     files = {path: storage for storage, path in _find(locations, config)}
     for run in runs.itertuples():
-        content = files[run.file].read(run.file.removesuffix(".json") + ".parquet")
-        table = pq.read_table(io.BytesIO(content)).to_pandas()
+        table = read_table(files[run.file], run.file.removesuffix(".json") + ".parquet").to_pandas()
         begin = (table["started"] - run.list_ended).dt.total_seconds()
         extra = {"run": run.run, "output": run.output, "master": run.master, "slots": run.slots, "begin": begin}
         tables.append(table.assign(**extra, end=begin + table["seconds"]))

@@ -19,21 +19,20 @@ from itertools import chain
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from helpers.errors import RunError
 from helpers.images.video import split_paths
 from helpers.results.records import RUNS
-from helpers.stages.schemas import KEY, RESULT_SCHEMA
+from helpers.stages.schemas import KEY, KEY_NAMES, RESULT_SCHEMA
 from helpers.stages.task import STAGING, staged_counts, staging
 from helpers.storage import Storage
+from helpers.storage.parquet import read_table, write_table
 from helpers.storage.prefetch import map_groups
 
 log = logging.getLogger(__name__)
 
 RESULTS = "results"
 PICTURES = "pictures"
-KEY_NAMES = [field.name for field in KEY]
 ROWS_SCHEMA = pa.schema([*KEY, pa.field("model", pa.string()), pa.field("file", pa.string())])
 
 
@@ -60,15 +59,13 @@ class ResultStore:
         Raises:
             RunError: another run is at work in this output.
         """
-        lock = self.storage.lock("_lock")
-        try:
-            lock.__enter__()
-        except BlockingIOError:
-            raise RunError(
-                f"another run is writing to {self.storage.root}; wait for it, or name another --output"
-            ) from None
         with contextlib.ExitStack() as stack:
-            stack.push(lock.__exit__)
+            try:
+                stack.enter_context(self.storage.lock("_lock"))
+            except BlockingIOError:
+                raise RunError(
+                    f"another run is writing to {self.storage.root}; wait for it, or name another --output"
+                ) from None
             yield
 
     def rows(self, files: list[str] | None = None) -> pa.Table:
@@ -117,7 +114,7 @@ class ResultStore:
             fresh = fresh.filter(pc.invert(_is_in(fresh["path"], _of_later_runs(rows, path.split("/")[-2])["path"])))
             if fresh.num_rows:
                 if fresh.num_rows < staged.num_rows:
-                    self._write(path, fresh)
+                    write_table(self.storage, path, fresh)
                 published = self.publish([path], replaced(fresh, rows))
                 kept = rows.filter(pc.invert(_is_in(rows["path"], fresh["path"])))
                 rows, recovered = pa.concat_tables([kept, self.rows(published)]), recovered + fresh.num_rows
@@ -137,7 +134,7 @@ class ResultStore:
             self.storage.rename(path, published[-1])
         if not self.storage.exists(RESULTS):
             # Nothing was new and there are no earlier results: readers still find the schema.
-            self._write(f"{RESULTS}/none.parquet", RESULT_SCHEMA.empty_table())
+            write_table(self.storage, f"{RESULTS}/none.parquet", RESULT_SCHEMA.empty_table())
         return published
 
     def _remove(self, paths: pa.ChunkedArray) -> None:
@@ -147,7 +144,7 @@ class ResultStore:
             table = read_table(self.storage, file)
             kept = table.filter(pc.invert(_is_in(table["path"], paths)))
             if kept.num_rows:
-                self._write(file, kept)
+                write_table(self.storage, file, kept)
             else:
                 self.storage.delete(file)
 
@@ -155,17 +152,6 @@ class ResultStore:
         if not self.storage.exists(folder):
             return []
         return [entry.path for entry in self.storage.list(folder) if entry.path.endswith(".parquet")]
-
-    def _write(self, path: str, table: pa.Table) -> None:
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd")
-        self.storage.write(path, buffer.getvalue().to_pybytes())
-
-
-def read_table(storage: Storage, path: str, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file."""
-    # Not from a Python file object: Arrow's threads can outlive the interpreter with one, and abort the process.
-    return pq.read_table(pa.BufferReader(storage.read(path)), columns=columns)
 
 
 def without(images: pa.Table, rows: pa.Table) -> pa.Table:

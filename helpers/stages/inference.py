@@ -42,7 +42,7 @@ def _split_rows(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 
 def _pixels(batch: pa.RecordBatch, spec: InputSpec) -> np.ndarray:
-    """The inverse of `_tensors`: uint8 `[good images, height, width, channels]`, without copying."""
+    """The inverse of `preprocessing._tensors`: uint8 `[good images, height, width, channels]`, without copying."""
     column = batch["tensor"]
     _, offsets, data = column.buffers()
     bounds = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]

@@ -15,8 +15,7 @@ import pyarrow as pa
 from helpers.errors import BundleError, ConfigError
 from helpers.models.bundle import Manifest
 from helpers.stages.schemas import RESULT_SCHEMA, Batches, extend
-from helpers.yolact.detection import Detections, Parameters, detect, to_pixels
-from helpers.yolact.masks import encode_masks
+from helpers.yolact.detection import Parameters, find_instances
 
 Prediction = dict[str, Any]
 Sizes = Sequence[tuple[int, int]]  # width, height of each original image, in pixels
@@ -44,7 +43,7 @@ def classification(
     (logits,) = outputs.values()
     scores = np.exp(logits - logits.max(axis=1, keepdims=True))
     scores /= scores.sum(axis=1, keepdims=True)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, : int(parameters["top_k"])]
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : parameters["top_k"]]
     return [
         [
             {
@@ -77,20 +76,25 @@ def instance_segmentation(
     """
     if "priors.npy" not in arrays:
         raise BundleError(f"{manifest.name} has no priors.npy, the anchors of its boxes; export the bundle again")
-    settings = Parameters(**parameters)
-    predictions = []
-    for loc, conf, mask, proto, (width, height) in zip(*(outputs[name] for name in HEADS), sizes, strict=True):
-        found = detect(loc, conf, mask, arrays["priors.npy"], settings, manifest.input.width)
-        masks = encode_masks(proto, found.coefficients, found.boxes, width, height, settings.mask_threshold)
-        predictions.append(_instances(found, masks, (width, height), manifest.labels))
-    return predictions
+    priors, settings = arrays["priors.npy"], Parameters(**parameters)
+    return [
+        find_instances(heads, priors, settings, manifest.input.width, size, manifest.labels)
+        for *heads, size in zip(*(outputs[name] for name in HEADS), sizes, strict=True)
+    ]
 
 
 POSTPROCESSORS: dict[str, Postprocessor] = {
     "classification": classification,
     "instance_segmentation": instance_segmentation,
 }
-_CHECKS: dict[str, Callable[..., Any]] = {"instance_segmentation": Parameters}
+
+
+def _check_top_k(top_k: Any = None, **_: Any) -> None:
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ConfigError(f"postprocess.top_k is {top_k!r}, not a whole number of 1 or more")
+
+
+_CHECKS: dict[str, Callable[..., Any]] = {"classification": _check_top_k, "instance_segmentation": Parameters}
 
 
 def get_arrays(manifest: Manifest, read: Callable[[str], bytes] | None) -> Arrays:
@@ -157,22 +161,6 @@ def postprocess(
         found = iter(function(outputs, sizes, manifest, parameters, arrays) if good.num_rows else [])
         predictions = [None if error else next(found) for error in batch["error"].is_valid().to_pylist()]
         yield extend(batch, RESULT_SCHEMA, predictions=predictions, model=[model] * batch.num_rows)
-
-
-def _instances(
-    found: Detections, masks: list[dict[str, Any]], size: tuple[int, int], labels: Sequence[str]
-) -> list[Prediction]:
-    boxes = to_pixels(found.boxes, *size).tolist()
-    return [
-        {
-            "class_id": class_id,
-            "label": labels[class_id],
-            "score": score,
-            "box": dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)),
-            "mask": mask,
-        }
-        for class_id, score, box, mask in zip(found.classes.tolist(), found.scores.tolist(), boxes, masks, strict=True)
-    ]
 
 
 def _array(column: pa.ListArray, shape: tuple[int, ...]) -> np.ndarray:

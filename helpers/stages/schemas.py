@@ -11,6 +11,7 @@ Batches = Iterable[pa.RecordBatch]
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 KEY = [pa.field("path", pa.string()), pa.field("length", pa.int64()), pa.field("modified", TIMESTAMP)]
+KEY_NAMES = [field.name for field in KEY]
 SIZE = [pa.field("width", pa.int32()), pa.field("height", pa.int32())]
 ERROR = pa.field("error", pa.string())
 

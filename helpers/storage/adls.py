@@ -10,6 +10,7 @@ A lock is a lease, which the server ends by itself soon after its holder has die
 
 import contextlib
 import errno
+import io
 import os
 import posixpath
 import re
@@ -108,19 +109,16 @@ class AdlsStorage:
         with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as file:
             yield cast(BinaryIO, file)
             file.seek(0)
-            self._put(path, cast(BinaryIO, file), overwrite=True)
+            self._put(path, cast(BinaryIO, file))
 
-    def write(self, path: str, data: bytes, overwrite: bool = True) -> None:  # noqa: D102
-        with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as file:
-            file.write(data)
-            file.seek(0)
-            self._put(path, cast(BinaryIO, file), overwrite)
+    def write(self, path: str, data: bytes) -> None:  # noqa: D102
+        self._put(path, io.BytesIO(data))
 
     def rename(self, source: str, target: str) -> None:  # noqa: D102
         self._check_lease()
         with self._explained(source):
             found = self._file(self._name(source)).get_file_properties()
-            self._move(self._name(source), self._name(target), found.metadata.get(WRITER), overwrite=True)
+            self._move(self._name(source), self._name(target), found.metadata.get(WRITER))
 
     def delete(self, path: str) -> None:  # noqa: D102
         self._check_lease()
@@ -190,7 +188,7 @@ class AdlsStorage:
             raise StorageError(f"{path} is not in {self._base}")
         return "/".join(part for part in (self._folder, path.strip("/")) if part)
 
-    def _put(self, path: str, file: BinaryIO, overwrite: bool) -> None:
+    def _put(self, path: str, file: BinaryIO) -> None:
         """Write a temporary file and rename it, with calls that do no harm when they are repeated."""
         self._check_lease()
         name, writer = self._name(path), uuid.uuid4().hex
@@ -204,21 +202,20 @@ class AdlsStorage:
                     length += len(chunk)
                 if length:
                     client.flush_data(length)
-                self._move(temporary, name, writer, overwrite)
+                self._move(temporary, name, writer)
             except BaseException:
                 with contextlib.suppress(AzureError):
                     client.delete_file(retry_total=0)
                 raise
 
-    def _move(self, source: str, target: str, writer: str | None, overwrite: bool) -> None:
-        condition: dict[str, Any] = {} if overwrite else {"match_condition": MatchConditions.IfMissing}
+    def _move(self, source: str, target: str, writer: str | None) -> None:
         try:
             # The SDK decodes the source's name once, which a name with a percent sign would not survive.
-            self._file(quote(source)).rename_file(f"{self._container}/{target}", **condition)
+            self._file(quote(source)).rename_file(f"{self._container}/{target}")
         except ResourceNotFoundError as error:
             if code_of(error) == "RenameDestinationParentPathNotFound":
                 self._files.create_directory(posixpath.dirname(target))
-                self._move(source, target, writer, overwrite)
+                self._move(source, target, writer)
             # The answer to a rename that was done may be lost, and a repetition finds no source.
             elif not writer or self._writer_of(target) != writer:
                 raise
@@ -256,8 +253,6 @@ class AdlsStorage:
                 f"{self.root}: the credential {reference} was refused ({code or said}); it is wrong, lacks a "
                 "permission or has expired: renew it and run again, what is finished is kept"
             )
-        if code in ("PathAlreadyExists", "BlobAlreadyExists"):
-            return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         return StorageError(
             f"{self.root}: the storage does not answer as it should ({code or said}), after {TRIES} more tries where "
             "that may help; run again when it does, what is finished is kept"

@@ -55,11 +55,8 @@ class Storage(Protocol):
     def create(self, path: str) -> contextlib.AbstractContextManager[BinaryIO]:
         """A file to write to, which appears under its name, whole, when the block ends without an exception."""
 
-    def write(self, path: str, data: bytes, overwrite: bool = True) -> None:
-        """Write one file whole: readers see the old content or the new, never a part.
-
-        Raises FileExistsError where there is one that is not to be overwritten.
-        """
+    def write(self, path: str, data: bytes) -> None:
+        """Write one file whole, missing folders too: readers see the old content or the new, never a part."""
 
     def rename(self, source: str, target: str) -> None:
         """Move one file, replacing the target if it exists."""

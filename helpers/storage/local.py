@@ -7,7 +7,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -68,13 +68,21 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:  # noqa: D102
-        with self._create(path, os.replace) as file:
-            yield file
+        target = Path(self.join(path))
+        temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            with self._space(), temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
-    def write(self, path: str, data: bytes, overwrite: bool = True) -> None:  # noqa: D102
+    def write(self, path: str, data: bytes) -> None:  # noqa: D102
         with self._space():
             Path(self.join(path)).parent.mkdir(parents=True, exist_ok=True)
-        with self.create(path) if overwrite else self._create(path, os.link) as file:
+        with self.create(path) as file:
             file.write(data)
 
     def rename(self, source: str, target: str) -> None:  # noqa: D102
@@ -109,19 +117,6 @@ class LocalStorage:
         with file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
-
-    @contextlib.contextmanager
-    def _create(self, path: str, publish: Callable[[Path, Path], None]) -> Iterator[BinaryIO]:
-        target = Path(self.join(path))
-        temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            with self._space(), temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            publish(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _space(self) -> Iterator[None]:

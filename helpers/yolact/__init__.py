@@ -4,7 +4,7 @@
     backbones        ResNet and DarkNet                                          torch
     network          FPN, prototypes, shared head                                torch
     priors           anchors                                                     numpy
-    detection        box decoding and non-maximum suppression                    numpy
+    detection        from raw heads to instances: boxes, non-maximum suppression numpy
     masks            mask assembly and COCO run-length encoding                  numpy
     evaluation       what a network finds in images, in PyTorch                  torch
     matching         which anchor learns which object                            torch

@@ -1,15 +1,17 @@
-"""From raw heads to detections: box decoding and non-maximum suppression, of one image. numpy only.
+"""From one image's raw heads to its instances: box decoding, non-maximum suppression, masks. numpy only.
 
 Boxes are corners x1, y1, x2, y2, float32, relative to the image, and may reach beyond it. The order of operations and
 every comparison is that of the official implementation's evaluation, so that its thresholds mean the same here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from helpers.errors import ConfigError
+from helpers.yolact.masks import encode_masks
 
 CENTRE_VARIANCE, SIZE_VARIANCE = np.float32(0.1), np.float32(0.2)  # the scale that offsets were trained at
 EVALUATION_THRESHOLD = 0.05
@@ -73,6 +75,45 @@ class Detections:
     classes: np.ndarray
     scores: np.ndarray
     coefficients: np.ndarray
+
+
+def find_instances(
+    heads: Sequence[np.ndarray],
+    priors: np.ndarray,
+    parameters: Parameters,
+    input_size: int,
+    image_size: tuple[int, int],
+    labels: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Detect the instances of one image and assemble their masks.
+
+    Args:
+        heads: `loc`, `conf` and `mask` as for `detect`, and `proto`, float32 `[H, W, prototypes]`.
+        priors: float32 `[A, 4]`, anchors.
+        parameters: thresholds and method.
+        input_size: side of the network's input in pixels.
+        image_size: width and height of the image in pixels; boxes are in them, and masks of that size.
+        labels: of the foreground classes.
+
+    Returns:
+        Predictions as the pipeline's results hold them, the most probable first.
+    """
+    loc, conf, mask, proto = heads
+    found = detect(loc, conf, mask, priors, parameters, input_size)
+    boxes = to_pixels(found.boxes, *image_size).tolist()
+    masks = encode_masks(proto, found.coefficients, found.boxes, *image_size, parameters.mask_threshold)
+    return [
+        {
+            "class_id": class_id,
+            "label": labels[class_id],
+            "score": score,
+            "box": dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)),
+            "mask": encoded,
+        }
+        for class_id, score, box, encoded in zip(
+            found.classes.tolist(), found.scores.tolist(), boxes, masks, strict=True
+        )
+    ]
 
 
 def detect(

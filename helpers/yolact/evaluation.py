@@ -9,8 +9,7 @@ import pandas as pd
 import torch
 
 from helpers.metrics import average_precision
-from helpers.yolact.detection import Parameters, detect, to_pixels
-from helpers.yolact.masks import encode_masks
+from helpers.yolact.detection import Parameters, find_instances
 from helpers.yolact.network import Yolact
 
 BATCH = 32
@@ -23,21 +22,17 @@ def normalise(network: Yolact, images: torch.Tensor) -> torch.Tensor:
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
 
-def segment(
-    network: Yolact, images: Sequence[np.ndarray], parameters: Parameters | None = None
-) -> list[list[dict[str, Any]]]:
-    """Find the instances in images, as the pipeline's stages do.
+def segment(network: Yolact, images: Sequence[np.ndarray]) -> list[list[dict[str, Any]]]:
+    """Find the instances in images, as the pipeline's stages do with a bundle's own parameters.
 
     Args:
         network: in evaluation mode.
         images: uint8 `[height, width, 3]`, red, green, blue; stretched to the network's input size.
-        parameters: how detections are chosen.
 
     Returns:
         For each image its predictions, as the pipeline's results hold them; masks are of the image's size.
     """
-    parameters = parameters or Parameters()
-    size, labels = network.configuration.size, network.configuration.labels
+    parameters, size, labels = Parameters(), network.configuration.size, network.configuration.labels
     found: list[list[dict[str, Any]]] = []
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
@@ -45,27 +40,10 @@ def segment(
         with torch.inference_mode():
             outputs = network(normalise(network, inputs.to(network.priors.device)))
         loc, conf, mask, priors, proto = (output.float().cpu().numpy() for output in outputs)
-        for image, offsets, probabilities, coefficients, prototypes in zip(batch, loc, conf, mask, proto, strict=True):
-            height, width = image.shape[:2]
-            detections = detect(offsets, probabilities, coefficients, priors, parameters, size)
-            masks = encode_masks(
-                prototypes, detections.coefficients, detections.boxes, width, height, parameters.mask_threshold
-            )
-            boxes = to_pixels(detections.boxes, width, height).tolist()
-            found.append(
-                [
-                    {
-                        "class_id": int(class_id),
-                        "label": labels[class_id],
-                        "score": float(score),
-                        "box": dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)),
-                        "mask": encoded,
-                    }
-                    for class_id, score, box, encoded in zip(
-                        detections.classes, detections.scores, boxes, masks, strict=True
-                    )
-                ]
-            )
+        found += [
+            find_instances(heads, priors, parameters, size, image.shape[1::-1], labels)
+            for *heads, image in zip(loc, conf, mask, proto, batch, strict=True)
+        ]
     return found
 
 
