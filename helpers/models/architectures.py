@@ -1,7 +1,7 @@
 """The networks this project can export, and what their bundles' manifests say of input, labels and post-processing."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,12 @@ def _fashion_cnn() -> Architecture:
     )
 
 
+def _fashion_resnet() -> Architecture:
+    from helpers.models.fashion_resnet import FashionResNet, MirrorAveraged
+
+    return replace(_fashion_cnn(), name="fashion_resnet", build=FashionResNet, heads=MirrorAveraged)
+
+
 def _yolact(name: str) -> Architecture:
     from helpers.yolact.checkpoint import drop_stale_keys
     from helpers.yolact.detection import Parameters
@@ -92,5 +98,6 @@ def _yolact(name: str) -> Architecture:
 
 _ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "fashion_cnn": _fashion_cnn,
+    "fashion_resnet": _fashion_resnet,
     **{name: partial(_yolact, name) for name in CONFIGURATIONS},
 }

@@ -82,9 +82,7 @@ class Dashboard:
         """Let readers see everything so far."""
         self.writer.flush()
         if self.staging:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            for events in Path(self.staging.name).glob(EVENT_FILES):
-                shutil.copyfile(events, self.run_dir / events.name)
+            shutil.copytree(self.staging.name, self.run_dir, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
 class TrainingDashboard(Dashboard):
