@@ -1,6 +1,7 @@
 """What each process of a training reads, and when."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +137,13 @@ def test_the_files_are_mapped_and_not_read(fashion_mnist_root):
     assert isinstance(Scenes(fashion_mnist_root, "train").images.base, np.memmap)
     with pytest.raises(DataError, match="call helpers.data.fashion_mnist.download"):
         fashion_mnist.map_files("/nowhere", train=True)
+
+
+def test_loaders_leave_no_signal_handler_behind(sets):
+    """With one, this process would die when any child ends, on a processor with AMX (see `read_batches`)."""
+    images, before = sets["files"], signal.getsignal(signal.SIGCHLD)
+    assert len(list(read_batches(images, shown(images, 0)[:2], replace(SETTINGS, loaders=1), worker()))) == 2
+    assert signal.getsignal(signal.SIGCHLD) == before
 
 
 def test_loaders_read_ahead_without_changing_what_is_read(sets):

@@ -5,6 +5,7 @@ epoch and rank alone decide who reads what, so no process asks another, and noth
 """
 
 import json
+import signal
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, Protocol
@@ -74,16 +75,22 @@ def read_batches(images: Any, batches: Iterable[torch.Tensor], settings: RunSett
     """
     pinned = worker.device.type == "cuda"
     # A generator of its own: else each epoch would draw from the one that the training's own randomness comes from.
-    return iter(
-        DataLoader(
-            images,
-            batch_sampler=batches,  # type: ignore[arg-type] # tensors instead of lists of integers
-            collate_fn=_unchanged,
-            num_workers=settings.loaders,
-            pin_memory=pinned,
-            generator=torch.Generator(),
-        )
+    loader = DataLoader(
+        images,
+        batch_sampler=batches,  # type: ignore[arg-type] # tensors instead of lists of integers
+        collate_fn=_unchanged,
+        num_workers=settings.loaders,
+        pin_memory=pinned,
+        generator=torch.Generator(),
     )
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if signal.getsignal(signal.SIGCHLD) is not handler:
+        # Torch's handler stays for good. With AMX registers in use a signal's frame does not fit onto faulthandler's
+        # stack, where it would run, and the kernel ends this process as soon as any child ends. Without it a lost
+        # loader is noticed some seconds later.
+        signal.signal(signal.SIGCHLD, handler)
+    return iterator
 
 
 class MappedImages:
