@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from helpers.config import PROJECT, Config, detect_profile
 from helpers.errors import HostError, UserError
 from helpers.hosts.java import check_java
-from helpers.session import check_answers, find_environment, shown_master
+from helpers.session import check_answers, count_cores, find_environment, shown_master
 from helpers.storage import open_storage
 
 MINIMUM_PYTHON = (3, 11)
@@ -188,6 +188,6 @@ def _machine(config: Config) -> str:
 
     memory, disk = psutil.virtual_memory(), psutil.disk_usage(str(PROJECT))
     return (
-        f"{len(os.sched_getaffinity(0))} cores, {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of "
+        f"{count_cores()} cores, {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of "
         f"memory free, {disk.free / 2**30:.0f} GiB of disk free"
     )

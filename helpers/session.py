@@ -96,8 +96,13 @@ def local_slots(spark: "SparkSession") -> int | None:
     local = re.fullmatch(r"local(?:\[\s*(\d+|\*)\s*(?:,.*)?\])?", spark.conf.get("spark.master", "") or "")
     if remote or local is None:
         return None
-    cores = len(os.sched_getaffinity(0)) if local[1] == "*" else int(local[1] or 1)
+    cores = count_cores() if local[1] == "*" else int(local[1] or 1)
     return max(1, cores // int(spark.conf.get("spark.task.cpus", "1") or 1))
+
+
+def count_cores() -> int:
+    """Cores that this process may use; where the system does not tell (macOS), those that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_where_allowed(spark: "SparkSession", settings: dict[str, str]) -> None:

@@ -191,9 +191,7 @@ def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_one_before(fashion
 
 def test_half_precision_scales_the_loss_and_resumes(fashion_mnist_root, tmp_path):
     # A processor computes in half precision, but slowly.
-    settings = replace(
-        SMALL, precision="fp16", epochs=2, batch_size=16, train_images=48, test_images=50, channels=(4, 8)
-    )
+    settings = replace(SMALL, precision="fp16", epochs=2, batch_size=16, train_images=48, test_images=50, width=4)
     settings = replace(settings, checkpoint_steps=2)
     interrupted(train, settings, fashion_mnist_root, tmp_path, after=5)
     saved = torch.load(tmp_path / "checkpoints" / "step-000000004.pt", weights_only=True)

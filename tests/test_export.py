@@ -275,7 +275,7 @@ def changed(name: str, value) -> dict:
 
 
 OTHERS = {
-    "wider network": (lambda: FashionCNN(channels=(8, 32)).state_dict(), "features.0.0.weight", r"\(8, 1, 5, 5\)"),
+    "wider network": (lambda: FashionCNN(width=8).state_dict(), "features.0.0.weight", r"\(8, 1, 5, 5\)"),
     "more classes": (lambda: FashionCNN(classes=11).state_dict(), "classifier.weight", r"\(11, 1568\)"),
     "missing key": (lambda: changed("features.1.0.bias", None), "features.1.0.bias", "missing"),
     "extra key": (lambda: changed("head.weight", torch.zeros(2)), "head.weight", "unknown"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.data import fashion_mnist
-from helpers.errors import BundleError
+from helpers.errors import BundleError, TrainingError
 from helpers.models.architectures import get_architecture
 from helpers.models.export import export, load_network
 from helpers.models.fashion_cnn import compute_logits
@@ -15,12 +15,14 @@ from helpers.models.fashion_resnet import FashionResNet, MirrorAveraged
 from helpers.models.runtime import get_model
 from helpers.storage import open_storage
 from helpers.training.augmentation import augment
+from helpers.training.classifier import open_sets, train
 from helpers.training.dashboards import read_scalars
 from helpers.training.distributed import train_on_spark
-from helpers.training.recipe import RecipeSettings, _Selection, measure_accuracy, train
-from helpers.training.workers import Worker
+from helpers.training.recipe import RECIPE
 
-SMALL = RecipeSettings(epochs=2, batch_size=64, width=4, train_images=1280, validation_images=1000, learning_rate=0.1)
+SMALL = dataclasses.replace(
+    RECIPE, epochs=2, batch_size=64, width=4, train_images=1280, held_out=1000, evaluate_every=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def reports() -> list[tuple[int, float]]:
 def run(fashion_mnist_root, tmp_path_factory, reports):
     """A small training that ends with the test images: its directory and its result."""
     run_dir = str(tmp_path_factory.mktemp("recipe"))
-    settings = dataclasses.replace(SMALL, validation_images=0, train_images=2560)
+    settings = dataclasses.replace(SMALL, held_out=0, train_images=2560, evaluate_every=2)
     return run_dir, train(settings, fashion_mnist_root, run_dir, lambda *report: reports.append(report))
 
 
@@ -55,20 +57,23 @@ def numbered(count: int) -> torch.Tensor:
 
 def test_augmentation_without_choices_changes_nothing():
     images = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8)
-    assert torch.equal(augment(images, torch.Generator(), mirror=False), images)
+    assert torch.equal(augment(images), images)
 
 
-def test_half_of_the_images_are_mirrored():
-    images = numbered(400)
-    changed = augment(images, torch.Generator().manual_seed(0))
-    mirrored = (changed == images.flip(2)).all(dim=(1, 2))
-    same = (changed == images).all(dim=(1, 2))
-    assert (mirrored ^ same).all() and 150 < mirrored.sum() < 250
+def test_half_of_the_images_are_mirrored_and_the_others_in_the_next_epoch(fashion_mnist_root):
+    images = torch.as_tensor(fashion_mnist.load(fashion_mnist_root, train=True)[0][:1000])
+    mirrored = []
+    for epoch in (3, 4):
+        changed = augment(images, epoch, mirror=True)
+        mirrored.append((changed == images.flip(2)).all(dim=(1, 2)))
+        assert (mirrored[-1] | (changed == images).all(dim=(1, 2))).all()
+    assert (mirrored[0] ^ mirrored[1]).sum() > 990  # a few are their own mirror image
+    assert 400 < mirrored[0].sum() < 600
 
 
 def test_images_move_each_by_its_own_shift_and_black_comes_in():
     images = numbered(300)
-    changed = augment(images, torch.Generator().manual_seed(0), mirror=False, shift=2)
+    changed = augment(images, shift=2)
     found = set()
     for image in changed:
         (shift,) = [
@@ -86,7 +91,7 @@ def test_images_move_each_by_its_own_shift_and_black_comes_in():
 
 
 def test_cutout_blackens_one_square():
-    changed = augment(numbered(200), torch.Generator().manual_seed(0), mirror=False, cutout=5)
+    changed = augment(numbered(200), cutout=5)
     heights = [int((image == 0).any(dim=1).sum()) for image in changed]
     widths = [int((image == 0).any(dim=0).sum()) for image in changed]
     areas = [int((image == 0).sum()) for image in changed]
@@ -95,42 +100,50 @@ def test_cutout_blackens_one_square():
 
 
 def test_the_same_seed_augments_in_the_same_way():
-    images = numbered(20)
-    first, second, other = (augment(images, torch.Generator().manual_seed(s), shift=3, cutout=4) for s in (1, 1, 2))
-    assert torch.equal(first, second) and not torch.equal(first, other)
+    images, changed = numbered(20), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        changed.append(augment(images, mirror=True, shift=3, cutout=4))
+    assert torch.equal(changed[0], changed[1]) and not torch.equal(changed[0], changed[2])
 
 
 def test_training_learns_and_tests_once(run, reports, fashion_mnist_root):
     run_dir, result = run
     assert result["epochs"][1]["train_loss"] < 0.9 * result["epochs"][0]["train_loss"]
-    assert result["test_accuracy"] > 0.5 and result["cpu_minutes"] > 0
-    assert "val_accuracy" not in result["epochs"][0] and reports == []
+    assert result["test_accuracy"] > 0.5 and result["cpu_seconds"] > 0
+    assert "test_accuracy" not in result["epochs"][0] and reports == [(2, result["test_accuracy"])]
     network = FashionResNet(width=4)
     network.load_state_dict(torch.load(Path(run_dir, "checkpoint.pt"), weights_only=True))
     images, labels = map(torch.as_tensor, fashion_mnist.load(fashion_mnist_root, train=False))
-    assert measure_accuracy(network, images, labels) == pytest.approx(result["test_accuracy"], abs=2e-4)
+    predicted = compute_logits(MirrorAveraged(network), images).argmax(dim=1)
+    assert (predicted == labels).float().mean().item() == pytest.approx(result["test_accuracy"], abs=2e-4)
     assert json.loads(Path(run_dir, "result.json").read_text()) == json.loads(json.dumps(result))
 
 
-def test_held_out_images_are_reported_and_the_test_images_left_alone(monkeypatch, fashion_mnist_root):
-    loaded, load, told = [], fashion_mnist.load, []
-    monkeypatch.setattr(fashion_mnist, "load", lambda root, train: loaded.append(train) or load(root, train))
-    result = train(SMALL, fashion_mnist_root, None, lambda *report: told.append(report))
-    assert loaded == [True]
+def test_held_out_images_are_reported_and_the_test_images_left_alone(monkeypatch, fashion_mnist_root, tmp_path):
+    opened, map_files, told = [], fashion_mnist.map_files, []
+    monkeypatch.setattr(fashion_mnist, "map_files", lambda root, train: opened.append(train) or map_files(root, train))
+    result = train(SMALL, fashion_mnist_root, str(tmp_path), lambda *report: told.append(report))
+    assert opened == [True]
     assert [epoch for epoch, _ in told] == [1, 2] and told[-1][1] == result["val_accuracy"] > 0.3
     assert "test_accuracy" not in result
+    assert read_scalars(str(tmp_path))["val/accuracy"]["value"].tolist() == pytest.approx([value for _, value in told])
 
 
 def test_held_out_images_are_not_trained_on(fashion_mnist_root):
-    from helpers.training.recipe import _load
-
-    settings = dataclasses.replace(SMALL, train_images=None, validation_images=10_000)
-    (images, _), (held_out, labels) = _load(settings, fashion_mnist_root, torch.device("cpu"))
-    assert len(images) == 50_000 and len(held_out) == 10_000
+    settings = dataclasses.replace(SMALL, train_images=None, held_out=10_000)
+    rest, held_out = open_sets(settings, fashion_mnist_root)
+    assert len(rest) == 50_000 and len(held_out) == 10_000
     whole, _ = fashion_mnist.load(fashion_mnist_root, train=True)
-    parts = np.concatenate([images.numpy(), held_out.numpy()])
+    parts = np.concatenate([rest.images, held_out.images])
     assert np.array_equal(np.sort(parts.sum(axis=(1, 2))), np.sort(whole.sum(axis=(1, 2))))
-    assert np.bincount(labels.numpy(), minlength=10).min() > 800  # all classes
+    assert np.bincount(held_out.labels, minlength=10).min() > 800  # all classes
+
+
+def test_images_of_a_stored_training_set_are_not_held_out(fashion_mnist_root, tmp_path):
+    settings = dataclasses.replace(SMALL, training_set=str(tmp_path))
+    with pytest.raises(TrainingError, match="held_out"):
+        train(settings, fashion_mnist_root, None)
 
 
 def test_the_same_seed_gives_the_same_training(fashion_mnist_root):
@@ -158,47 +171,13 @@ def test_the_projector_has_a_thousand_points_with_pictures(run):
     (embedding,) = config.embeddings
     points = np.loadtxt(run_dir / embedding.tensor_path, delimiter="\t")
     classes = (run_dir / embedding.metadata_path).read_text().splitlines()
-    assert points.shape == (1000, 32) and len(classes) == 1000 and set(classes) == set(fashion_mnist.CLASSES)
+    assert points.shape == (1000, 64) and len(classes) == 1000 and set(classes) == set(fashion_mnist.CLASSES)
     assert points.std(axis=0).max() > 0
     sprite = cv2.imread(str(run_dir / embedding.sprite.image_path), cv2.IMREAD_GRAYSCALE)
     assert list(embedding.sprite.single_image_dim) == [28, 28]
     assert sprite.shape[1] // 28 * (sprite.shape[0] // 28) >= 1000 and max(sprite.shape) <= 8192
     # The first is the first test image: an ankle boot.
     assert classes[0] == "Ankle boot" and sprite[:28, :28].max() > 200
-
-
-def test_what_is_known_well_is_skipped_and_counts_for_more():
-    settings = dataclasses.replace(SMALL, epochs=4, skip=0.75, whole_epochs=1)
-    selection = _Selection(settings, Worker(0, 1, torch.device("cpu")), 1000)
-    chosen, weights = selection.choose(0)
-    assert len(chosen) == 1000 and (weights == 1).all()  # nothing is known yet
-    known = torch.arange(1000) % 5 != 0
-    selection.record(torch.arange(990), torch.where(known, 0.1, 2.0)[:990])
-    selection.exchange()
-    chosen, weights = selection.choose(1)
-    assert (weights == torch.where(known & (torch.arange(1000) < 990), 4, 1)).all()
-    assert torch.isin((~known).nonzero(), chosen).all() and torch.isin(torch.arange(990, 1000), chosen).all()
-    assert 0.15 < known[chosen].sum() / known.sum() < 0.35
-    # The weights make up for what is left out.
-    assert weights[chosen].sum() == pytest.approx(1000, rel=0.15)
-    chosen, weights = selection.choose(3)
-    assert len(chosen) == 1000 and (weights == 1).all()
-    few = _Selection(dataclasses.replace(settings, skip=0.99), Worker(0, 1, torch.device("cpu")), 70)
-    few.record(torch.arange(70), torch.cat([torch.full((65,), 0.1), torch.full((5,), 2.0)]))
-    few.exchange()
-    chosen, weights = few.choose(1)
-    assert len(chosen) == 70 and (weights == 1).all()  # less than a batch would be left
-
-
-def test_the_losses_of_all_workers_decide_together():
-    settings = dataclasses.replace(SMALL, epochs=4)
-    alone = _Selection(settings, Worker(0, 1, torch.device("cpu")), 100)
-    alone.record(torch.arange(100), torch.rand(100))
-    alone.exchange()
-    again = _Selection(settings, Worker(1, 1, torch.device("cpu")), 100)
-    again.losses = alone.losses.clone()
-    assert torch.equal(alone.choose(1)[0], again.choose(1)[0])
-    assert not torch.equal(alone.choose(1)[0], alone.choose(2)[0])
 
 
 def test_two_spark_tasks_train_as_one_process(spark, fashion_mnist_root, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from helpers.errors import TrainingError
 from helpers.storage import open_storage
 from helpers.training.dashboards import read_scalars
-from helpers.training.recipe import RecipeSettings, make_objective
+from helpers.training.recipe import RECIPE, make_objective
 from helpers.training.search import SearchSettings, open_study, search
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the tasks cannot import a test
@@ -184,7 +185,7 @@ def test_two_searches_in_one_folder_are_refused(spark, tmp_path):
 
 def test_the_recipe_is_searched_by_its_settings(spark, fashion_mnist_root, tmp_path):
     space = {"learning_rate": FloatDistribution(0.01, 0.3, log=True), "shift": IntDistribution(0, 2)}
-    settings = RecipeSettings(epochs=2, width=2, train_images=640, validation_images=300)
+    settings = dataclasses.replace(RECIPE, epochs=2, width=2, train_images=640, held_out=300, evaluate_every=1)
     study = search(spark, make_objective(settings, fashion_mnist_root), space, SearchSettings(trials=2), str(tmp_path))
     assert states(study) == ["COMPLETE", "COMPLETE"]
     assert [list(trial.intermediate_values) for trial in study.trials] == [[1, 2]] * 2

@@ -181,6 +181,11 @@ def test_a_local_star_has_a_slot_for_each_core_this_process_may_use():
     assert get_slots(FakeSpark(spark_master="local[*,4]")) == len(os.sched_getaffinity(0))
 
 
+def test_a_system_that_tells_no_affinity_has_all_its_cores(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert session.count_cores() == os.cpu_count()
+
+
 def test_a_task_of_several_cores_takes_several_slots():
     assert get_slots(FakeSpark(spark_master="local[8]", spark_task_cpus="2")) == 4
     assert get_slots(FakeSpark(spark_master="local[1]", spark_task_cpus="2")) == 1

@@ -24,7 +24,8 @@ class Architecture:
     """How to build a network and what it is for.
 
     Attributes:
-        build: returns the `torch.nn.Module`, which takes normalised float32 `[B, channels, height, width]`.
+        build: returns the `torch.nn.Module`, which takes normalised float32 `[B, channels, height, width]`. A
+            classifier's takes `width`, the channels of its first convolution.
         outputs: names of the exported outputs, in order.
         mend: takes a checkpoint's state dictionary and returns what the network must load without exception.
         heads: takes the network and returns the module to export, the one that has `outputs`.
@@ -33,7 +34,7 @@ class Architecture:
 
     name: str
     task: str
-    build: Callable[[], "torch.nn.Module"]
+    build: Callable[..., "torch.nn.Module"]
     input: InputSpec
     outputs: tuple[str, ...]
     labels: tuple[str, ...]

@@ -13,9 +13,9 @@ EVALUATION_BATCH = 1000  # images at once, which bounds the memory of an evaluat
 class FashionCNN(nn.Module):
     """Two blocks of 5x5 convolution, batch norm, ReLU and 2x2 max-pool, then one fully connected layer."""
 
-    def __init__(self, channels: tuple[int, int] = (16, 32), classes: int = 10):
+    def __init__(self, width: int = 16, classes: int = 10):
         super().__init__()
-        first, second = channels
+        first, second = width, 2 * width
         self.features = nn.Sequential(_block(1, first), _block(first, second))
         # Two halvings leave 7x7 positions of a 28x28 image.
         self.classifier = nn.Linear(7 * 7 * second, classes)

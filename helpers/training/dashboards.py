@@ -90,8 +90,8 @@ class TrainingDashboard(Dashboard):
 
     charts = {
         "Training": {
-            "loss": ["Multiline", ["train/loss", "test/loss"]],
-            "accuracy": ["Multiline", ["train/accuracy", "test/accuracy"]],
+            "loss": ["Multiline", ["train/loss", "val/loss", "test/loss"]],
+            "accuracy": ["Multiline", ["train/accuracy", "val/accuracy", "test/accuracy"]],
             "throughput": ["Multiline", ["train/images_per_second", RANKS]],
         }
     }
@@ -103,6 +103,7 @@ class TrainingDashboard(Dashboard):
         labels: np.ndarray,
         probabilities: np.ndarray,
         hyperparameters: Mapping[str, float | str],
+        kind: str,
     ) -> None:
         """Write what is known at the end: pictures, a PR curve a class, the graph, the hyper-parameters.
 
@@ -111,7 +112,8 @@ class TrainingDashboard(Dashboard):
             images: uint8 `[N, 28, 28]`.
             labels: int64 `[N]`.
             probabilities: float32 `[N, classes]`.
-            hyperparameters: numbers and text; beside them stands `final/test_accuracy`.
+            hyperparameters: numbers and text; beside them stands `final/KIND_accuracy`.
+            kind: `test`, or `val` for held-out images.
         """
         predictions = probabilities.argmax(axis=1)
         self.writer.add_figure("predictions/first", plot_predictions(images, labels, predictions))
@@ -123,7 +125,9 @@ class TrainingDashboard(Dashboard):
         for index, name in enumerate(CLASSES):
             self.writer.add_pr_curve(f"precision_recall/{name}", labels == index, probabilities[:, index])
         self._log_graph(model)
-        self._log_hyperparameters(hyperparameters, float((predictions == labels).mean()))
+        # Without a run_name this would make a second run, named after the clock.
+        accuracy = {f"final/{kind}_accuracy": float((predictions == labels).mean())}
+        self.writer.add_hparams(dict(hyperparameters), accuracy, run_name=".")
 
     def _log_graph(self, model: "nn.Module") -> None:
         import torch
@@ -133,10 +137,6 @@ class TrainingDashboard(Dashboard):
             # TensorBoard draws the traced graph, and tracing is deprecated in favour of what it cannot draw.
             warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=FutureWarning)
             self.writer.add_graph(model, example)
-
-    def _log_hyperparameters(self, hyperparameters: Mapping[str, float | str], accuracy: float) -> None:
-        # Without a run_name this would make a second run, named after the clock.
-        self.writer.add_hparams(dict(hyperparameters), {"final/test_accuracy": accuracy}, run_name=".")
 
 
 class SegmentationDashboard(Dashboard):

@@ -34,7 +34,7 @@ def run_epochs(
     settings: RunSettings,
     worker: Worker,
     progress: Progress,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None,
     dashboard: Dashboard | None,
 ) -> Iterator[dict[str, float]]:
     """Train until the last epoch; yields what each came to, once its checkpoint is written.
@@ -44,7 +44,7 @@ def run_epochs(
         settings: how long, and how often to write a checkpoint.
         worker: this process.
         progress: where to begin; is kept up to date.
-        checkpoints: where to write them.
+        checkpoints: where to write them; None: nowhere.
         dashboard: of rank 0.
 
     Yields:
@@ -93,8 +93,9 @@ def _log_ranks(
         dashboard.log_ranks(steps, ranks)
 
 
-def _save(checkpoints: Checkpoints, progress: Progress, dashboard: Dashboard | None) -> None:
+def _save(checkpoints: Checkpoints | None, progress: Progress, dashboard: Dashboard | None) -> None:
     # Events that a killed process had in memory would be missing before the step that its successor goes on from.
     if dashboard:
         dashboard.publish()
-    checkpoints.save(progress)
+    if checkpoints:
+        checkpoints.save(progress)

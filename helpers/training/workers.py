@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import partial
@@ -123,11 +124,6 @@ def choose_precision(settings: RunSettings) -> Literal["bf16", "fp16", "fp32"]:
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
 
 
-def computes_bf16(settings: RunSettings) -> bool:
-    """Whether to compute in bfloat16 where that is enough."""
-    return choose_precision(settings) == "bf16"
-
-
 def make_schedule(settings: RunSettings, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
     """Make the learning rate's schedule, for one call of `step` after each optimisation step."""
     if settings.schedule == "constant":
@@ -145,6 +141,14 @@ def average_buffers(worker: Worker, model: nn.Module) -> None:
         for buffer in model.buffers():
             dist.all_reduce(buffer)
             buffer.copy_(buffer / worker.processes)
+
+
+def sum_cpu_seconds(worker: Worker, since: float) -> float:
+    """Processor time of all processes of the run together, each since its `time.process_time` was `since`."""
+    seconds = torch.tensor(time.process_time() - since, device=worker.device)
+    if worker.processes > 1:
+        dist.all_reduce(seconds)
+    return float(seconds)
 
 
 def save(model: nn.Module, result: Mapping[str, Any], run_dir: str) -> None:

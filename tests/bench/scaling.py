@@ -5,7 +5,7 @@
 Makes its own photographs and models, runs both models in warm sessions of `local[1]`, `local[2]` and of a standalone
 cluster of one and of two one-core workers, and prints medians, their ratios, and predictions beside what was measured.
 What is of one core is held to one, the driver included; with two workers each has a core of its own, and the driver
-shares both. About eight minutes; use a machine that does nothing else meanwhile.
+shares both. About twelve minutes; use a machine that does nothing else meanwhile.
 """
 
 import argparse
@@ -29,6 +29,7 @@ IMAGES = {"light": 1200, "yolact": 16}
 DIFFERENT = 200  # photographs; more are copies
 TASKS = 8
 SLOW = 0.5  # of the slowed worker
+SAME = "repeats"  # the runs that every configuration has
 FITTED = "local-2"  # the one configuration that the model sees
 
 
@@ -53,24 +54,25 @@ def measure(work: Path, place: Path, repeats: int, fewer: int) -> None:
         for share in (0.5, 1, 2):
             make_photographs(work / f"copies-{int(share * count)}", int(share * count), different=DIFFERENT)
 
-    def job(where: str, model: str, name: str, tasks: int = TASKS, share: float = 1) -> dict:
-        places = {"source": f"{work}/copies-{int(share * images[model])}", "model": f"{work}/{model}"}
-        return {**places, "output": f"{place}/{model}/{where}/{name}", "partitioning.partitions": tasks}
+    def jobs(where: str, model: str, name: str, tasks: int = TASKS, share: float = 1) -> list[dict]:
+        job: dict = {"source": f"{work}/copies-{int(share * images[model])}", "model": f"{work}/{model}"}
+        job["partitioning.partitions"] = tasks
+        return [{**job, "output": f"{place}/{model}/{where}/{name}/{i}"} for i in range(repeats)]
 
     def same(where: str) -> list[dict]:
-        return [job(where, model, f"{i}") for model in images for i in range(repeats)]
+        return jobs(where, "light", SAME) + jobs(where, "yolact", SAME)
 
-    others = [job("local-2", "light", f"{tasks} tasks", tasks) for tasks in (1, 2, 3, 32, 64)]
-    others += [job("local-2", "light", "half the images", share=0.5)]
-    others += [job("local-2", "yolact", "3 tasks", 3), job("local-2", "yolact", "twice", 8, 2)]
+    others = [one for tasks in (1, 2, 3, 32, 64) for one in jobs("local-2", "light", f"{tasks} tasks", tasks)]
+    others += jobs("local-2", "light", "half the images", share=0.5)
+    others += jobs("local-2", "yolact", "3 tasks", 3) + jobs("local-2", "yolact", "twice the images", share=2)
     sweep({"spark.master": "local[1]"}, same("local-1"), cores=1)
     sweep({"spark.master": "local[2]"}, same("local-2") + others, cores=2)
     for workers in (1, 2):
         with standalone(place / f"cluster-{workers}", workers) as cluster:
             sweep(cluster.settings, same(f"cluster-{workers}"), cores=workers)
     with standalone(place / "cluster-slow", 2) as cluster, cluster.slowed(1, SLOW):
-        slow = [job("slow", "light", f"{tasks} tasks", tasks) for tasks in (24, 2)]
-        sweep(cluster.settings, [*slow, job("slow", "yolact", "8 tasks")], cores=2)
+        slow = jobs("slow", "light", "24 tasks", 24) + jobs("slow", "light", "2 tasks", 2)
+        sweep(cluster.settings, slow + jobs("slow", "yolact", "8 tasks"), cores=2)
 
 
 def report(place: Path) -> None:
@@ -78,9 +80,9 @@ def report(place: Path) -> None:
     print(f"{date.today()}, {machine}\n")
     for model in IMAGES:
         runs, tasks = read_runs(str(place / model)), read_tasks(str(place / model))
-        runs[["where", "name"]] = runs["output"].str.split("/").str[-2:].tolist()
+        runs[["where", "name"]] = runs["output"].str.split("/").str[-3:-1].tolist()
         runs["rate"] = runs["images"] / runs["pass_seconds"]
-        repeated = runs[runs["name"].str.isdigit()]
+        repeated = runs[runs["name"] == SAME]
         rates = repeated.groupby("where")["rate"].agg(["median", "min", "max"])
         print(f"{model}, images/s of the pass, {repeated['where'].value_counts().min()} repeats\n{rates.round(2)}\n")
         for kind in ("local", "cluster"):
@@ -95,8 +97,7 @@ def predictions(runs: pd.DataFrame, tasks: pd.DataFrame) -> pd.DataFrame:
     `computed` is the processor's share of the tasks' time: with a task a core it is 1 on a machine that does nothing
     else, and with one task beside an idle core more than 1.
     """
-    model = fit(runs[(runs["where"] == FITTED) & runs["name"].str.isdigit()], tasks)
-    runs = runs.assign(name=runs["name"].where(~runs["name"].str.isdigit(), "repeats"))
+    model = fit(runs[(runs["where"] == FITTED) & (runs["name"] == SAME)], tasks)
     runs["cores"] = runs.groupby("where")["workers"].transform("max")
     sums = tasks.groupby("run")[["cpu_seconds", "seconds"]].sum()
     runs["computed"] = runs["run"].map(sums["cpu_seconds"] / sums["seconds"])
@@ -104,7 +105,7 @@ def predictions(runs: pd.DataFrame, tasks: pd.DataFrame) -> pd.DataFrame:
     table = runs.groupby(keys, as_index=False)[["computed", "seconds"]].median()
     table["predicted"] = [_predict(model, row) for row in table.itertuples()]
     table["error"] = table["predicted"] / table["seconds"] - 1
-    unseen = table[(table["where"] != FITTED) | (table["name"] != "repeats")]["error"].abs()
+    unseen = table[(table["where"] != FITTED) | (table["name"] != SAME)]["error"].abs()
     print(
         f"\n{len(unseen)} predictions of total time: off by {unseen.median():.1%} (median), {unseen.max():.1%} (worst)"
     )
