@@ -88,7 +88,7 @@ def _write_shard(source: Storage, storage: Storage, batches: Iterator[pa.RecordB
     if first is None:
         return
     # A task that is tried again writes the same under the same name, and whole or not at all.
-    name, rows = f"shard-{first['number'][0].as_py():06d}.parquet", 0
+    name, rows = f"shard-{first['_shard'][0].as_py():06d}.parquet", 0
     schema = first.schema.remove(first.schema.get_field_index("_shard")).append(pa.field("content", pa.binary()))
     shard = pa.BufferOutputStream()
     with pq.ParquetWriter(shard, schema) as writer:
