@@ -110,7 +110,7 @@ def test_a_rank_reads_the_files_of_its_share_alone(sets, monkeypatch):
 def test_a_rank_reads_the_shards_of_its_share_alone_and_each_once(shards, monkeypatch):
     read: list[list[str]] = []
     for rank in range(2):
-        images = Shards(str(shards), SETTINGS)
+        images = open_images(SETTINGS, str(shards), "")
         with monkeypatch.context() as patch:
             read.append([])
             patch.setattr(LocalStorage, "read", spy(LocalStorage.read, read[-1]))

@@ -257,6 +257,9 @@ def test_two_spark_tasks_train_a_network_of_own_classes_which_becomes_a_bundle(s
     shutil.copy(run / "checkpoint.pt", tmp_path / "apart" / "checkpoint.pt")
     with pytest.raises(BundleError, match=r"conf_layer.* keep the result.json of its training beside it"):
         export("yolact_scenes", tmp_path / "apart" / "checkpoint.pt", open_storage(str(tmp_path / "none")))
+    (tmp_path / "apart" / "result.json").write_text("{")
+    with pytest.raises(BundleError, match="result.json is not what a training leaves"):
+        export("yolact_scenes", tmp_path / "apart" / "checkpoint.pt", open_storage(str(tmp_path / "none")))
     with pytest.raises(BundleError, match="fashion_cnn has fixed classes"):
         export("fashion_cnn", run / "checkpoint.pt", open_storage(str(tmp_path / "none")))
 

@@ -83,7 +83,7 @@ def to_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
         Bool `[height, width]`.
 
     Raises:
-        ValueError: it is none of these, or of an image of another size.
+        ValueError: it is none of these, or of an image of another size; where it is of other types, TypeError.
     """
     if isinstance(segmentation, dict):
         if segmentation.get("size") != [height, width] or not isinstance(segmentation.get("counts"), str | list):

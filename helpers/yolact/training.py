@@ -75,8 +75,8 @@ def train(settings: SceneSettings, data_root: str, run_dir: str) -> dict[str, An
         run_dir: a folder for this run alone; what a finished run left in it is replaced.
 
     Returns:
-        What `result.json` holds: validation AP (0 to 1), the means of each epoch, scenes/s, CPU seconds of all
-        processes together, the classes' labels, settings.
+        What `result.json` holds: validation AP (0 to 1) of masks at the network's size, the means of each epoch,
+        scenes/s, CPU seconds of all processes together, the classes' labels, settings.
 
     Raises:
         HostError: a GPU is asked for and there is none.
