@@ -104,13 +104,13 @@ def test_a_rank_reads_the_files_of_its_share_alone(sets, monkeypatch):
     assert read == []
     for _ in read_batches(images, batches, SETTINGS, worker(1, 2)):
         pass
-    assert sorted(read) == sorted(images.files[int(index)].as_py() for index in torch.cat(batches))
+    assert sorted(read) == sorted(images.table["file"][int(index)].as_py() for index in torch.cat(batches))
 
 
 def test_a_rank_reads_the_shards_of_its_share_alone_and_each_once(shards, monkeypatch):
     read: list[list[str]] = []
     for rank in range(2):
-        images = Shards(str(shards), SETTINGS)
+        images = open_images(SETTINGS, str(shards), "")
         with monkeypatch.context() as patch:
             read.append([])
             patch.setattr(LocalStorage, "read", spy(LocalStorage.read, read[-1]))

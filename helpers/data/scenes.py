@@ -7,8 +7,8 @@ item. The splits share no item. It also makes clips of moving items. It does not
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count as numbers_from
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,15 @@ class Scene:
 
     Attributes:
         image: uint8 `[height, width, 3]`, red, green, blue.
-        masks: bool `[n, height, width]`, the visible pixels of each item; no two items share one.
-        labels: int64 `[n]`, indices into `fashion_mnist.CLASSES`.
-        items: int64 `[n]`, which images of the training or test set they are.
+        masks: bool `[n, height, width]`, the visible pixels of each item; no two items of a made scene share one.
+        labels: int64 `[n]`, indices into the classes: of a made scene `fashion_mnist.CLASSES`.
+        items: int64 `[n]`, which images of the training or test set they are; empty where the scene was not made.
     """
 
     image: np.ndarray
     masks: np.ndarray
     labels: np.ndarray
-    items: np.ndarray
+    items: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def boxes(self) -> np.ndarray:
@@ -152,7 +152,9 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": compress([np.diff(ends, prepend=0, append=pixels.size)])[0]}
 
 
-def to_coco(scenes: Iterable[Scene], first_image: int = 0) -> dict[str, Any]:
+def to_coco(
+    scenes: Iterable[Scene], first_image: int = 0, labels: Sequence[str] = fashion_mnist.CLASSES
+) -> dict[str, Any]:
     """Describe scenes as COCO does: images, annotations and categories.
 
     Image ids are the numbers of the scenes and category ids the class indices, both from 0; annotations count from 1.
@@ -174,8 +176,16 @@ def to_coco(scenes: Iterable[Scene], first_image: int = 0) -> dict[str, Any]:
                     "iscrowd": 0,
                 }
             )
-    categories = [{"id": index, "name": name} for index, name in enumerate(fashion_mnist.CLASSES)]
+    categories = [{"id": index, "name": name} for index, name in enumerate(labels)]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def join_coco(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Put descriptions of different images, with the same categories, into one."""
+    images = [image for part in parts for image in part["images"]]
+    annotations = [annotation for part in parts for annotation in part["annotations"]]
+    numbered = [{**annotation, "id": number} for number, annotation in enumerate(annotations, start=1)]
+    return {"images": images, "annotations": numbered, "categories": parts[0]["categories"]}
 
 
 def file_name(number: int) -> str:

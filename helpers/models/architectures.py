@@ -1,13 +1,13 @@
 """The networks this project can export, and what their bundles' manifests say of input, labels and post-processing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import BundleError
 from helpers.models.bundle import InputSpec
-from helpers.yolact.configurations import CONFIGURATIONS
+from helpers.yolact.configurations import CONFIGURATIONS, get_configuration
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,15 +44,21 @@ class Architecture:
     arrays: Callable[[], dict[str, "np.ndarray"]] = dict
 
 
-def get_architecture(name: str) -> Architecture:
+def get_architecture(name: str, labels: Sequence[str] = ()) -> Architecture:
     """Look an architecture up by name; torch is imported here, not with this module.
 
+    Args:
+        name: of the architecture.
+        labels: classes in the place of its own, for a YOLACT that was trained on other data.
+
     Raises:
-        BundleError: there is none of that name.
+        BundleError: there is none of that name, or its classes are fixed.
     """
     if name not in _ARCHITECTURES:
         raise BundleError(f"no architecture {name!r}; there are {', '.join(_ARCHITECTURES)}")
-    return _ARCHITECTURES[name]()
+    if labels and name not in CONFIGURATIONS:
+        raise BundleError(f"{name} has fixed classes; only YOLACT architectures take those of a data set")
+    return _yolact(name, labels) if labels else _ARCHITECTURES[name]()
 
 
 def _fashion_cnn() -> Architecture:
@@ -76,13 +82,13 @@ def _fashion_resnet() -> Architecture:
     return replace(_fashion_cnn(), name="fashion_resnet", build=FashionResNet, heads=MirrorAveraged)
 
 
-def _yolact(name: str) -> Architecture:
+def _yolact(name: str, labels: Sequence[str] = ()) -> Architecture:
     from helpers.yolact.checkpoint import drop_stale_keys
     from helpers.yolact.detection import Parameters
     from helpers.yolact.network import OUTPUTS, RawHeads, Yolact
     from helpers.yolact.priors import make_priors
 
-    configuration = CONFIGURATIONS[name]
+    configuration = get_configuration(name, labels)
     return Architecture(
         name=name,
         task="instance_segmentation",

@@ -6,6 +6,7 @@ float32 goes into it, and no caller can normalise them differently.
 
 import hashlib
 import io
+import json
 import logging
 import re
 import tempfile
@@ -142,6 +143,9 @@ def export(
 ) -> Bundle:
     """Convert a checkpoint to a model bundle, every step in one call.
 
+    A network that was trained on a user's own classes has them from `result.json`, which training leaves beside the
+    checkpoint.
+
     Args:
         architecture_name: see `helpers.models.architectures`.
         checkpoint: a PyTorch state dictionary.
@@ -155,7 +159,7 @@ def export(
     Raises:
         BundleError: the checkpoint, the precision, the opset or the calibration cannot be used.
     """
-    architecture = get_architecture(architecture_name)
+    architecture = get_architecture(architecture_name, _labels_beside(checkpoint))
     network = load_network(architecture, checkpoint)
     simplified = simplify(to_onnx(network, architecture, opset))
     if onnx_file:
@@ -214,6 +218,15 @@ def calibration_images(storage: Storage, architecture: Architecture, config: Con
             log.warning("%s is not used for calibration: %s", path, error)
 
 
+def _labels_beside(checkpoint: Path) -> list[str]:
+    """The classes that training left with its checkpoint; none where it is not a training's, or has no classes."""
+    result = checkpoint.with_name("result.json")
+    try:
+        return json.loads(result.read_text(encoding="utf-8")).get("labels", []) if result.exists() else []
+    except (ValueError, AttributeError):
+        raise BundleError(f"{result} is not what a training leaves: take the checkpoint away from it") from None
+
+
 def _serialize(model: "ov.Model", compress_to_fp16: bool) -> dict[str, bytes]:
     import openvino as ov
 
@@ -242,4 +255,6 @@ def _check_weights(expected: dict, found: dict, checkpoint: Path, name: str) -> 
         have = _shape(found[key]) if key in found else "missing"
         want = _shape(expected[key]) if key in expected else "unknown"
         if have != want:
-            raise BundleError(f"{checkpoint} is not a checkpoint of {name}: {key} is {have}, expected {want}")
+            # Of a YOLACT's layers these first show another number of classes.
+            remedy = "; keep the result.json of its training beside it" if "conf_layer" in key else ""
+            raise BundleError(f"{checkpoint} is not a checkpoint of {name}: {key} is {have}, expected {want}{remedy}")

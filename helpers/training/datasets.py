@@ -1,14 +1,15 @@
-"""Labelled images for training: each process reads its own share of each batch, from where the data set lies.
+"""Images for training: each process reads its own share of each batch, from where the data set lies.
 
 There are three kinds of place: Fashion-MNIST's own files, a folder of image files, and the shards of `shards`. Seed,
-epoch and rank alone decide who reads what, so no process asks another, and nothing is pickled into a task.
+epoch and rank alone decide who reads what, so no process asks another, and nothing is pickled into a task. What is made
+of a stored image is a `Form`'s to say: here it gets its label, in `yolact.datasets` the masks of what is on it.
 """
 
 import json
 import signal
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from helpers.data import fashion_mnist
 from helpers.errors import DataError
 from helpers.images import decoding
+from helpers.images.headers import Size
 from helpers.models.bundle import InputSpec
 from helpers.models.fashion_cnn import MEAN, STD
 from helpers.storage import open_storage
@@ -27,24 +29,41 @@ from helpers.training.shards import INDEX
 from helpers.training.workers import RunSettings, Worker, batches_of
 
 LABELS = "labels.parquet"  # of an image folder: file string, label int
+LABELLED = ("file", "label", "content")  # columns of shards whose index does not name them
 SHUFFLED = 4  # shards whose images are mixed, and which a process holds in memory
 MAX_PIXELS = 178_956_970  # a larger image is a decompression bomb; ingest.max_pixels has the same
 GREY = InputSpec(28, 28, "gray", (MEAN,), (STD,))
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor]  # images, uint8 [B, 28, 28], and labels, int64 [B]
+B_co = TypeVar("B_co", covariant=True)
 
 
-class LabelledImages(Protocol):
+class DataSet(Protocol[B_co]):
     """A data set, any part of which can be read without the rest."""
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """How many images an epoch has."""
 
-    def __getitems__(self, indices: torch.Tensor) -> Batch:
-        """Images, uint8 `[B, 28, 28]`, and labels, int64 `[B]`, of indices `[B]`."""
+    def __getitems__(self, indices: torch.Tensor) -> B_co:
+        """The images of indices `[B]`, and what is known of them."""
 
     def batches(self, settings: RunSettings, worker: Worker, epoch: int, first: int) -> Iterator[torch.Tensor]:
         """This worker's share, indices, of each batch of an epoch, from a step on; every worker's has one size."""
+
+
+LabelledImages = DataSet[Batch]
+
+
+class Form(Protocol):
+    """What training is given of stored images."""
+
+    columns: frozenset[str]  # that it needs of an image's row
+
+    def make(self, content: memoryview, row: dict[str, Any]) -> Any:
+        """Of one image: its file's content, and its row, whose `file` names it in errors."""
+
+    def join(self, made: list[Any]) -> Any:
+        """Of a batch."""
 
 
 def open_images(settings: RunSettings, place: str | None, root: str, count: int | None = None) -> LabelledImages:
@@ -54,21 +73,23 @@ def open_images(settings: RunSettings, place: str | None, root: str, count: int 
         settings: how object storage is reached.
         place: a folder with `labels.parquet` and `images`, or the target of `write_shards`; None for Fashion-MNIST.
         root: where `fashion_mnist.download` put that.
-        count: take the first only; shards are taken whole.
+        count: take the first only.
 
     Raises:
         DataError: the data set is not there.
     """
     if place is None:
         return MappedImages(*fashion_mnist.map_files(root, train=True), count)
-    return Shards(place, settings) if open_storage(place, settings).exists(INDEX) else Folder(place, settings, count)
+    if open_storage(place, settings).exists(INDEX):
+        return Shards(place, settings, _Labelled(), count)
+    return Folder(place, settings, _Labelled(), _read_labels(place, settings).slice(0, count), LABELS)
 
 
 def read_batches(images: Any, batches: Iterable[torch.Tensor], settings: RunSettings, worker: Worker) -> Iterator[Any]:
     """Read batches, ahead of their use where `settings.loaders` are to do so.
 
     Args:
-        images: has `__getitems__`, as `LabelledImages` does.
+        images: has `__getitems__`, as a `DataSet` does.
         batches: indices, as its `batches` gives them.
         settings: how many loaders.
         worker: with a GPU, batches are put where it fetches them fastest.
@@ -110,37 +131,41 @@ class MappedImages:
         return batches_of(settings, worker, len(self), epoch, first)
 
 
-class Folder(MappedImages):
-    """Image files of any size below FOLDER/images, their classes in FOLDER/labels.parquet; decoded to 28x28 grey."""
+class Folder:
+    """Image files below FOLDER/images, and a table with a row for each."""
 
-    def __init__(self, place: str, settings: RunSettings, count: int | None = None):
-        """Read the table of labels, and no image.
+    def __init__(self, place: str, settings: RunSettings, form: Form, table: pa.Table, source: str):
+        """Read no image.
 
-        Raises:
-            DataError: there is none.
+        Args:
+            place: the folder.
+            settings: how object storage is reached.
+            form: what to make of an image.
+            table: `file` string, relative to FOLDER/images, and what the form needs.
+            source: what the table was read from, for errors.
         """
-        self.storage = open_storage(f"{place}/images", settings)
-        try:
-            content = open_storage(place, settings).read(LABELS)
-        except OSError:
-            raise DataError(
-                f"{place} is no training set: it has neither {LABELS}, a table of file and label beside the folder "
-                f"images, nor {INDEX}, which write_shards makes"
-            ) from None
-        table = pq.read_table(pa.BufferReader(content), columns=["file", "label"]).slice(0, count)
-        self.files = table["file"].combine_chunks()  # millions of Python strings would take ten times the memory
-        self.labels = table["label"].to_numpy().astype(np.int64)
+        self.storage, self.form, self.source = open_storage(f"{place}/images", settings), form, source
+        self.table = table.combine_chunks()  # Arrow's: millions of Python objects would take ten times the memory
 
-    def __getitems__(self, indices: Any) -> Batch:
-        files = self.files.take(pa.array(np.asarray(indices))).to_pylist()
-        (images,) = map_groups(self._read, [files], self.storage.concurrent_reads)
-        return torch.from_numpy(np.stack(images)), torch.from_numpy(self.labels[np.asarray(indices)])
+    def __len__(self) -> int:
+        return self.table.num_rows
 
-    def _read(self, file: str) -> np.ndarray:
+    def batches(self, settings: RunSettings, worker: Worker, epoch: int, first: int) -> Iterator[torch.Tensor]:
+        """Of a random order of all."""
+        return batches_of(settings, worker, len(self), epoch, first)
+
+    def __getitems__(self, indices: Any) -> Any:
+        rows = self.table.take(pa.array(np.asarray(indices))).to_pylist()
+        (made,) = map_groups(self._make, [rows], self.storage.concurrent_reads)
+        return self.form.join(made)
+
+    def _make(self, row: dict[str, Any]) -> Any:
+        file = self.storage.join(row["file"])
         try:
-            return _decode(self.storage.read(file), self.storage.join(file))
+            content = memoryview(self.storage.read(row["file"]))
         except OSError as error:
-            raise DataError(f"{self.storage.join(file)}: {decoding.reason(error)}; its row is in {LABELS}") from None
+            raise DataError(f"{file}: {decoding.reason(error)}; mend it, or take it out of {self.source}") from None
+        return self.form.make(content, {**row, "file": file})
 
 
 class Shards:
@@ -150,12 +175,24 @@ class Shards:
     has other batches.
     """
 
-    def __init__(self, place: str, settings: RunSettings):
-        """Read the index."""
-        self.storage = open_storage(place, settings)
-        shards = json.loads(self.storage.read(INDEX))["shards"]
-        self.files = [shard["file"] for shard in shards]
-        self.starts = np.concatenate([[0], np.cumsum([shard["rows"] for shard in shards])])
+    def __init__(self, place: str, settings: RunSettings, form: Form, count: int | None = None):
+        """Read the index, and take the first images only where a count is given.
+
+        Raises:
+            DataError: the shards are of another kind.
+        """
+        self.storage, self.form = open_storage(place, settings), form
+        index = json.loads(self.storage.read(INDEX))
+        missing = form.columns - set(index.get("columns", LABELLED))
+        if missing:
+            raise DataError(
+                f"{place} has shards of another kind, without {', '.join(sorted(missing))}: write them from rows "
+                "that have it"
+            )
+        self.labels = tuple(index.get("labels", ()))
+        self.files = [shard["file"] for shard in index["shards"]]
+        starts = np.concatenate([[0], np.cumsum([shard["rows"] for shard in index["shards"]])])
+        self.starts = starts if count is None else np.minimum(starts, count)
         self._table = lru_cache(SHUFFLED + 1)(self._read)
 
     def __len__(self) -> int:
@@ -174,26 +211,54 @@ class Shards:
         share = torch.from_numpy(np.concatenate(mixed)).split(settings.batch_size // worker.processes)
         yield from share[first : len(self) // settings.batch_size]
 
-    def __getitems__(self, indices: Any) -> Batch:
+    def __getitems__(self, indices: Any) -> Any:
         numbers = np.asarray(indices)
         shards = np.searchsorted(self.starts, numbers, side="right") - 1
-        images, labels = [], []
-        for shard, row in zip(shards.tolist(), (numbers - self.starts[shards]).tolist(), strict=True):
-            table = self._table(shard)
-            images.append(_decode(table["content"][row].as_buffer(), table["file"][row].as_py()))
-            labels.append(table["label"][row].as_py())
-        return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+        return self.form.join([*map(self._make, shards.tolist(), (numbers - self.starts[shards]).tolist())])
+
+    def _make(self, shard: int, number: int) -> Any:
+        table = self._table(shard)
+        row = {name: table[name][number].as_py() for name in table.column_names if name != "content"}
+        return self.form.make(memoryview(table["content"][number].as_buffer()), row)
 
     def _read(self, shard: int) -> pa.Table:
         content = pa.BufferReader(self.storage.read(self.files[shard]))
         return pq.read_table(content).combine_chunks()
 
 
-def _decode(content: Any, file: str) -> np.ndarray:
+class _Labelled:
+    """An image of any size, made 28x28 grey, and its class."""
+
+    columns = frozenset(("label",))
+
+    def make(self, content: memoryview, row: dict[str, Any]) -> tuple[np.ndarray, int]:
+        return load(content, GREY, row["file"])[0][..., 0], row["label"]
+
+    def join(self, made: list[tuple[np.ndarray, int]]) -> Batch:
+        return torch.from_numpy(np.stack([image for image, _ in made])), torch.tensor([label for _, label in made])
+
+
+def load(content: memoryview, spec: InputSpec, file: str) -> tuple[np.ndarray, Size]:
+    """Decode and resize as `decoding.load` does.
+
+    Raises:
+        DataError: the image cannot be read; names it.
+    """
     try:
-        return decoding.load(memoryview(content), GREY, MAX_PIXELS)[0][..., 0]
+        return decoding.load(content, spec, MAX_PIXELS)
     except decoding.UnreadableImageError as error:
         raise DataError(f"{file}: {error}; remove it from the training set") from None
+
+
+def _read_labels(place: str, settings: RunSettings) -> pa.Table:
+    try:
+        content = open_storage(place, settings).read(LABELS)
+    except OSError:
+        raise DataError(
+            f"{place} is no training set: it has neither {LABELS}, a table of file and label beside the folder "
+            f"images, nor {INDEX}, which write_shards makes"
+        ) from None
+    return pq.read_table(pa.BufferReader(content), columns=["file", "label"])
 
 
 def _unchanged(batch: Any) -> Any:

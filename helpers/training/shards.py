@@ -1,4 +1,4 @@
-"""Labelled image files packed into Parquet shards by Spark, for training to read few large files instead of many small.
+"""Image files packed into Parquet shards by Spark, for training to read few large files instead of many small.
 
 A data set of millions of files is slow to read in random order from object storage; a shard is read whole. Executors
 import this module, so it has no torch. `datasets.Shards` reads.
@@ -6,7 +6,7 @@ import this module, so it has no torch. `datasets.Shards` reads.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -25,25 +25,31 @@ if TYPE_CHECKING:
     from helpers.config import Config
 
 INDEX = "_index.json"  # readers of Parquet folders pass over a name that begins so
-SHARD_SCHEMA = pa.schema({"file": pa.string(), "label": pa.int32(), "content": pa.binary()})
 WRITTEN_SCHEMA = pa.schema({"shard": pa.string(), "rows": pa.int64()})
 IMAGES_AT_ONCE = 256  # that a task reads before it compresses them
 
 
 def write_shards(
-    labels: "DataFrame", images: str, target: str, images_a_shard: int = 1000, config: "Config | None" = None
+    rows: "DataFrame",
+    images: str,
+    target: str,
+    images_a_shard: int = 1000,
+    config: "Config | None" = None,
+    labels: Sequence[str] = (),
 ) -> int:
-    """Pack labelled images into shards, in Spark tasks; which shard an image is in is as good as random.
+    """Pack images and what is known of them into shards, in Spark tasks; which is in which is as good as random.
 
-    Only paths cross Spark's exchange: each task reads the files of its shard and writes it. The index comes last, so
-    that a training never meets half a data set.
+    Only rows cross Spark's exchange, no image: each task reads the files of its shard and writes it. The index comes
+    last, so that a training never meets half a data set.
 
     Args:
-        labels: `file` string, relative to `images`, and `label` int.
+        rows: `file` string, relative to `images`, and any columns that training needs: `label` int for the classifier,
+            for YOLACT those of the table that `coco.read_annotations` gives.
         images: where the files are.
         target: a location of its own for the shards; those of an earlier call are replaced.
         images_a_shard: about; a training process holds a few shards in memory.
         config: how object storage is reached.
+        labels: names of the classes, which YOLACT takes from the data set.
 
     Returns:
         How many images there are.
@@ -56,22 +62,23 @@ def write_shards(
     from helpers.session import spark_failure, spark_schema
 
     source, storage = open_storage(images, config), open_storage(target, config)
-    count = labels.count()
+    count = rows.count()
     if not count:
         raise DataError(f"there are no labelled images of {images} to write to {target}")
     storage.delete(INDEX)
-    shuffled = labels.select("file", "label").repartition(math.ceil(count / images_a_shard), xxhash64("file"))
-    numbered = shuffled.sortWithinPartitions(xxhash64("file")).withColumn("number", spark_partition_id())
+    shuffled = rows.repartition(math.ceil(count / images_a_shard), xxhash64("file"))
+    numbered = shuffled.sortWithinPartitions(xxhash64("file")).withColumn("_shard", spark_partition_id())
     written = numbered.mapInArrow(partial(_write_shard, source, storage), spark_schema(WRITTEN_SCHEMA))
     try:
-        rows = written.collect()
+        made = written.collect()
     except Exception as error:
         raise DataError(spark_failure(error)) from None
-    shards = sorted(({"file": row.shard, "rows": row.rows} for row in rows), key=lambda shard: shard["file"])
+    shards = sorted(({"file": row.shard, "rows": row.rows} for row in made), key=lambda shard: shard["file"])
     for entry in list(storage.list()):
         if entry.path.endswith(".parquet") and not entry.path.endswith(tuple(shard["file"] for shard in shards)):
             storage.delete(entry.path)
-    storage.write(INDEX, json.dumps({"shards": shards}).encode())
+    index = {"columns": [*rows.columns, "content"], "labels": list(labels), "shards": shards}
+    storage.write(INDEX, json.dumps(index).encode())
     return sum(shard["rows"] for shard in shards)
 
 
@@ -81,14 +88,14 @@ def _write_shard(source: Storage, storage: Storage, batches: Iterator[pa.RecordB
     if first is None:
         return
     # A task that is tried again writes the same under the same name, and whole or not at all.
-    name, rows = f"shard-{first['number'][0].as_py():06d}.parquet", 0
+    name, rows = f"shard-{first['_shard'][0].as_py():06d}.parquet", 0
+    schema = first.schema.remove(first.schema.get_field_index("_shard")).append(pa.field("content", pa.binary()))
     shard = pa.BufferOutputStream()
-    with pq.ParquetWriter(shard, SHARD_SCHEMA) as writer:
+    with pq.ParquetWriter(shard, schema) as writer:
         for part in chain([first], parts):
             (contents,) = map_groups(partial(_read, source), [part["file"].to_pylist()], source.concurrent_reads)
-            writer.write_batch(
-                pa.record_batch([part["file"], part["label"].cast(pa.int32()), pa.array(contents)], schema=SHARD_SCHEMA)
-            )
+            columns = [part[name] for name in schema.names[:-1]]
+            writer.write_batch(pa.record_batch([*columns, pa.array(contents, pa.binary())], schema=schema))
             rows += part.num_rows
     storage.write(name, shard.getvalue().to_pybytes())
     yield pa.record_batch([[name], [rows]], schema=WRITTEN_SCHEMA)

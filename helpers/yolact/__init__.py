@@ -10,22 +10,25 @@
     matching         which anchor learns which object                            torch
     losses           what training minimises                                     torch
     augmentation     scenes changed at random, and their truth with them         torch
-    training         on Fashion-MNIST scenes, alone or in several processes      torch
+    datasets         made scenes, or images and COCO annotations in any storage  torch
+    training         on either, alone or in several processes                    torch
 
 Executors import `detection` and `masks`, so importing this package imports no torch.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from helpers.yolact.network import Yolact
 
 
-def build(architecture: str) -> "Yolact":
+def build(architecture: str, labels: Sequence[str] = ()) -> "Yolact":
     """Make a network with random weights, whose `state_dict` has the official checkpoint's keys and shapes.
 
     Args:
         architecture: `yolact_base`, `yolact_resnet50`, `yolact_darknet53`, `yolact_im700` or `yolact_scenes`.
+        labels: foreground classes in the place of the architecture's own; there is an output for each.
 
     Raises:
         BundleError: there is none of that name.
@@ -33,4 +36,4 @@ def build(architecture: str) -> "Yolact":
     from helpers.yolact.configurations import get_configuration
     from helpers.yolact.network import Yolact
 
-    return Yolact(get_configuration(architecture))
+    return Yolact(get_configuration(architecture, labels))

@@ -10,7 +10,7 @@ from helpers.yolact.losses import Target
 CROPPED = 0.5  # of the images
 SMALLEST_CROP = 0.7  # of the image's side
 LEAST_VISIBLE = 0.35  # of what there was of an object; what a crop leaves less of is not to be found
-LEAST_PIXELS = 30
+LEAST_PIXELS = 30  # of an object; the loss of a mask, divided by its box's area, would be out of all proportion
 LIGHT = 0.25  # largest change of brightness and of contrast, as a share
 
 
@@ -26,16 +26,16 @@ def augment(scene: Scene, cells: int, rng: np.random.Generator) -> tuple[np.ndar
         An image, uint8 of the same shape, and what is in it.
     """
     image, masks = scene.image, scene.masks
+    whole = masks.sum(axis=(1, 2))
     if rng.random() < 0.5:
         image, masks = image[:, ::-1], masks[:, :, ::-1]
     if rng.random() < CROPPED:
         window = _window(image.shape[0], image.shape[1], rng)
         image = cv2.resize(np.ascontiguousarray(image[window]), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-        whole, masks = masks, masks[:, window[0], window[1]]
-        areas = masks.sum(axis=(1, 2))
-        seen = (areas >= LEAST_VISIBLE * whole.sum(axis=(1, 2))) & (areas >= LEAST_PIXELS)
-        return _relight(image, rng), make_target(masks[seen], scene.labels[seen], cells)
-    return _relight(image, rng), make_target(masks, scene.labels, cells)
+        masks = masks[:, window[0], window[1]]
+    areas = masks.sum(axis=(1, 2))
+    seen = (areas >= LEAST_VISIBLE * whole) & (areas >= LEAST_PIXELS)
+    return _relight(image, rng), make_target(masks[seen], scene.labels[seen], cells)
 
 
 def make_target(masks: np.ndarray, labels: np.ndarray, cells: int) -> Target:

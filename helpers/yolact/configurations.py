@@ -1,6 +1,7 @@
 """The numbers of the published YOLACT networks and of the project's own, and the classes they tell apart. No torch."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from helpers.data.fashion_mnist import CLASSES
 from helpers.errors import BundleError
@@ -79,12 +80,12 @@ CONFIGURATIONS = {
 }
 
 
-def get_configuration(name: str) -> Configuration:
-    """Look a network up by name.
+def get_configuration(name: str, labels: Sequence[str] = ()) -> Configuration:
+    """Look a network up by name; labels, where there are any, take the place of its own.
 
     Raises:
         BundleError: there is none of that name.
     """
     if name not in CONFIGURATIONS:
         raise BundleError(f"no YOLACT architecture {name!r}; there are {', '.join(CONFIGURATIONS)}")
-    return CONFIGURATIONS[name]
+    return replace(CONFIGURATIONS[name], labels=tuple(labels)) if labels else CONFIGURATIONS[name]

@@ -100,18 +100,30 @@ def compress(runs: list[np.ndarray]) -> list[str]:
 
 
 def decode_mask(mask: dict[str, Any]) -> np.ndarray:
-    """Read a mask in COCO's compressed encoding: bool `[height, width]`."""
+    """Read a mask in COCO's encoding, compressed or a list of runs: bool `[height, width]`.
+
+    Raises:
+        ValueError: the runs are not those of an image of the mask's size.
+    """
     height, width = mask["size"]
+    runs = mask["counts"] if isinstance(mask["counts"], list) else _decompress(mask["counts"])
+    if sum(runs) != height * width or min(runs) < 0:  # pycocotools would give what is in memory by chance
+        raise ValueError(f"its runs come to {sum(runs)} pixels and the image has {height * width}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _decompress(text: str) -> list[int]:
+    """The run lengths that `compress` has written."""
     runs: list[int] = []
     value, shift = 0, 0
-    for character in mask["counts"].encode("ascii"):
+    for character in text.encode("ascii"):
         bits = character - CHARACTER
         value, shift = value | (bits & (MORE - 1)) << shift, shift + 5
         if not bits & MORE:
             value -= (1 << shift) if bits & SIGN else 0
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value, shift = 0, 0
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    return runs
 
 
 def _cells(sides: np.ndarray, cells: int) -> list[tuple[int, int]]:

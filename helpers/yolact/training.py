@@ -1,4 +1,4 @@
-"""Training YOLACT on Fashion-MNIST scenes, on one process or on many; see `workers` and `distributed`."""
+"""Training YOLACT, on one process or on many; see `workers` and `distributed`."""
 
 import dataclasses
 import time
@@ -15,7 +15,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from helpers.data import fashion_mnist
-from helpers.data.scenes import Scenes, to_coco
+from helpers.data.scenes import join_coco, to_coco
+from helpers.errors import DataError
 from helpers.metrics import average_precision
 from helpers.training.checkpoints import Checkpoints, Progress
 from helpers.training.dashboards import SegmentationDashboard
@@ -28,15 +29,15 @@ from helpers.training.workers import (
     RunSettings,
     Worker,
     average_buffers,
-    batches_of,
     check_batch,
     choose_precision,
     join_workers,
     save,
 )
 from helpers.yolact import build
-from helpers.yolact.augmentation import augment
-from helpers.yolact.evaluation import normalise, segment, to_coco_results
+from helpers.yolact.configurations import get_configuration
+from helpers.yolact.datasets import AugmentedScenes, open_scenes
+from helpers.yolact.evaluation import BATCH, normalise, segment, to_coco_results
 from helpers.yolact.losses import Target, compute_losses
 from helpers.yolact.network import Yolact
 from helpers.yolact.priors import level_sizes
@@ -54,8 +55,10 @@ class SceneSettings(RunSettings):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     schedule: Literal["one-cycle", "trapezoid", "constant"] = "trapezoid"
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    train_scenes: Positive = 6000  # an epoch; each epoch has scenes of its own, of the same items
-    val_scenes: Positive = 200
+    training_set: str | None = None  # images in COCO's form, or shards: see `datasets.open_scenes`; None: made scenes
+    validation_set: str | None = None  # likewise, with the same classes
+    train_scenes: Positive | None = None  # an epoch: of stored ones the first, None: all; of made ones None: 6000
+    val_scenes: Positive | None = None  # likewise; of made ones None: 200
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998  # of the weights' moving average, which is what is kept
     largest_gradient: Annotated[float, Field(gt=0)] = 10.0  # norm; a step whose gradient is longer is shortened
 
@@ -68,38 +71,23 @@ def train(settings: SceneSettings, data_root: str, run_dir: str) -> dict[str, An
 
     Args:
         settings: what to do.
-        data_root: where Fashion-MNIST is, or will be put.
+        data_root: where Fashion-MNIST is, or will be put if scenes are to be made.
         run_dir: a folder for this run alone; what a finished run left in it is replaced.
 
     Returns:
-        What `result.json` holds: validation AP (0 to 1), the means of each epoch, scenes/s, CPU seconds of all
-        processes together, settings.
+        What `result.json` holds: validation AP (0 to 1) of masks at the network's size, the means of each epoch,
+        scenes/s, CPU seconds of all processes together, the classes' labels, settings.
 
     Raises:
         HostError: a GPU is asked for and there is none.
         TrainingError: the batch does not divide over the processes, there is less than one batch, or an unfinished run
             with other settings is there.
-        DataError: there is no data set.
+        DataError: there is no data set, it is damaged, or validation has other classes than training.
     """
     with join_workers(settings) as worker:
-        check_batch(settings, worker, settings.train_scenes)
-        fashion_mnist.download(data_root)
+        if settings.training_set is None or settings.validation_set is None:
+            fashion_mnist.download(data_root)
         return _Run(settings, worker, data_root, run_dir).train()
-
-
-class _Scenes:
-    """The training scenes of an epoch, augmented; what is asked for is made."""
-
-    def __init__(self, scenes: Scenes, settings: SceneSettings, epoch: int, cells: int):
-        self.scenes, self.settings, self.epoch, self.cells = scenes, settings, epoch, cells
-
-    def __getitems__(self, numbers: torch.Tensor) -> tuple[torch.Tensor, list[Target]]:
-        made = [self._make(number) for number in numbers.tolist()]
-        return torch.from_numpy(np.stack([image for image, _ in made])), [target for _, target in made]
-
-    def _make(self, number: int) -> tuple[np.ndarray, Target]:
-        scene = self.scenes[self.epoch * self.settings.train_scenes + number]
-        return augment(scene, self.cells, np.random.default_rng([self.settings.seed, self.epoch, number]))
 
 
 class _Run:
@@ -110,18 +98,26 @@ class _Run:
     def __init__(self, settings: SceneSettings, worker: Worker, data_root: str, run_dir: str):
         self.settings, self.worker, self.run_dir = settings, worker, run_dir
         cv2.setNumThreads(settings.threads)
-        torch.manual_seed(settings.seed)
-        self.network = build(settings.architecture)
-        size = self.network.configuration.size
+        size = get_configuration(settings.architecture).size
         self.cells = 2 * level_sizes(size)[0]  # the prototypes have twice the side of P3
-        self.train_set = Scenes(data_root, "train", settings.seed, size, size)
-        validation = Scenes(data_root, "val", settings.seed, size, size)
-        self.val_set = [validation[number] for number in range(settings.val_scenes)]
-        self.truth = to_coco(self.val_set)
+        self.train_set, self.labels = open_scenes(
+            settings, settings.training_set, data_root, "train", size, settings.train_scenes
+        )
+        self.val_set, labels = open_scenes(
+            settings, settings.validation_set, data_root, "val", size, settings.val_scenes
+        )
+        if labels != self.labels:
+            raise DataError(
+                f"training has the classes {', '.join(self.labels)} and validation {', '.join(labels)}: name a "
+                "training_set and a validation_set with the same categories"
+            )
+        check_batch(settings, worker, len(self.train_set))
+        torch.manual_seed(settings.seed)
+        self.network = build(settings.architecture, self.labels)
         _initialise(self.network)
         self.network.to(worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(_groups(self.network, settings.weight_decay), lr=settings.learning_rate)
-        total_steps = settings.epochs * (settings.train_scenes // settings.batch_size)
+        total_steps = settings.epochs * (len(self.train_set) // settings.batch_size)
         self.optimization = Optimization(
             settings, worker, self.network, optimizer, total_steps, settings.largest_gradient
         )
@@ -148,8 +144,8 @@ class _Run:
         return result
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[torch.Tensor, list[Target]]]:
-        numbers = batches_of(self.settings, self.worker, self.settings.train_scenes, epoch, first)
-        scenes = _Scenes(self.train_set, self.settings, epoch, self.cells)
+        numbers = self.train_set.batches(self.settings, self.worker, epoch, first)
+        scenes = AugmentedScenes(self.train_set, self.cells, self.settings.seed, epoch)
         return read_batches(scenes, numbers, self.settings, self.worker)
 
     def step(self, batch: tuple[torch.Tensor, list[Target]]) -> dict[str, float]:
@@ -163,17 +159,24 @@ class _Run:
 
     def evaluate(self, steps: int) -> dict[str, float]:
         average_buffers(self.worker, self.averaged)
-        share = range(self.worker.rank, len(self.val_set), self.worker.processes)
-        found = dict(zip(share, segment(self.averaged, [self.val_set[n].image for n in share]), strict=True))
+        share = torch.arange(len(self.val_set)).tensor_split(self.worker.processes)[self.worker.rank]
+        batches = [numbers for numbers in share.split(BATCH) if len(numbers)]
+        seen: list[Any] = []
+        for numbers, scenes in zip(
+            batches, read_batches(self.val_set, batches, self.settings, self.worker), strict=True
+        ):
+            found = segment(self.averaged, [scene.image for scene in scenes])
+            seen.append((found, to_coco(scenes, int(numbers[0]), self.labels)))
         if self.worker.processes > 1:
             parts: list[Any] = [None] * self.worker.processes
-            dist.all_gather_object(parts, found)
-            found = {number: predictions for part in parts for number, predictions in part.items()}
-        found = dict(sorted(found.items()))
+            dist.all_gather_object(parts, seen)
+            seen = [batch for part in parts for batch in part]
+        predictions = [of_image for found, _ in seen for of_image in found]
         if self.dashboard:
-            shown = range(min(PICTURES, len(found)))
-            self.dashboard.log_pictures(steps, [self.val_set[n].image for n in shown], [found[n] for n in shown])
-        return {f"val_{k}": v for k, v in average_precision(self.truth, to_coco_results(found)).items()}
+            shown = self.val_set.__getitems__(torch.arange(min(PICTURES, len(self.val_set))))
+            self.dashboard.log_pictures(steps, [scene.image for scene in shown], predictions[: len(shown)])
+        truth, results = join_coco([truth for _, truth in seen]), to_coco_results(dict(enumerate(predictions)))
+        return {f"val_{name}": value for name, value in average_precision(truth, results).items()}
 
     @property
     def averaged(self) -> Yolact:
@@ -199,6 +202,7 @@ class _Run:
             "precision": choose_precision(self.settings),
             "resumed_at": progress.resumed_at,
             "epochs": progress.epochs,
+            "labels": list(self.labels),
             "settings": dataclasses.asdict(self.settings),
         }
 
