@@ -132,7 +132,10 @@ def make_schedule(settings: RunSettings, optimizer: torch.optim.Optimizer, total
         slopes = partial(_trapezoid, total_steps=total_steps)
         return torch.optim.lr_scheduler.LambdaLR(optimizer, slopes)
     # Warm up over a fifth, then decay to nothing: a constant rate wanders about the minimum at the end.
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=0.2)
+    # Adam's momentum falls while the rate rises; Muon's stays, as in its authors' training.
+    adam = "betas" in optimizer.defaults
+    top = settings.learning_rate
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, top, total_steps, pct_start=0.2, cycle_momentum=adam)
 
 
 def average_buffers(worker: Worker, model: nn.Module) -> None:
