@@ -146,6 +146,18 @@ def average_buffers(worker: Worker, model: nn.Module) -> None:
             buffer.copy_(buffer / worker.processes)
 
 
+def broadcast(worker: Worker, value: Any) -> Any:
+    """Give all processes the first one's value, which must pickle; what the others pass is not looked at.
+
+    Files are read so where all must have the same, even if their views of the storage differ.
+    """
+    if worker.processes == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def sum_cpu_seconds(worker: Worker, since: float) -> float:
     """Processor time of all processes of the run together, each since its `time.process_time` was `since`."""
     seconds = torch.tensor(time.process_time() - since, device=worker.device)
