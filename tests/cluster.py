@@ -23,16 +23,17 @@ import pyarrow.parquet as pq
 import pyspark
 
 from helpers.config import PROJECT
+from helpers.hosts.java import local_options
 
 T = TypeVar("T")
 
 SPARK_HOME = Path(pyspark.__file__).parent
 LOOPBACK = "127.0.0.1"
-# Six JVMs share this machine, each for seconds: code is not worth compiling twice.
-SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+# Six JVMs share this machine, each for seconds: code is not worth compiling twice, nor classes reading from jars.
+SHORT_LIVED = local_options()
 # What pyspark's own daemon prints in local mode when Spark closes the pipe of a task because another one has failed.
 DAEMONS_OWN = re.compile(r"Traceback .*\n  File .*/pyspark/daemon\.py.*\n(?:  .*\n)*\w+Error(?:: .*)?\n")
-PATIENCE = 120.0  # seconds until a process that shows no sign of what is waited for is taken for hung
+PATIENCE = 300.0  # seconds until a process that shows no sign of what is waited for is taken for hung
 POLL = 0.02
 
 

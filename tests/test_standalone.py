@@ -20,13 +20,16 @@ def test_a_sweep_on_a_cluster_leaves_records_and_no_process(samples, bundle_uri,
         processes = [worker for worker in cluster.workers if worker.is_running()]
         assert len(processes) == 1
         assert all(len(os.sched_getaffinity(thread.id)) == 1 for thread in processes[0].threads())
-        sweep({**cluster.settings, "paths.runs": str(tmp_path / "runs")}, [run])
+        slow = {**run, "output": str(tmp_path / "slow"), "slowed": (processes[0].pid, 0.1)}
+        sweep({**cluster.settings, "paths.runs": str(tmp_path / "runs")}, [run, slow])
     assert not any(process.is_running() for process in processes)
     (made,) = read_runs(str(tmp_path / "out")).to_dict("records")
     assert made["master"] == cluster.url and (made["images"], made["workers"]) == (64, 1)
     tasks = read_tasks(str(tmp_path / "out"))
     assert len(tasks) == 3 and tasks["process"].nunique() == tasks["executor"].nunique() == 1
     assert (tasks["load_seconds"] == 0).all()  # of the run that warms up, which is not among these
+    slowed = read_tasks(str(tmp_path / "slow"))
+    assert slowed["cpu_seconds"].sum() < 0.5 * slowed["seconds"].sum()  # two threads in a tenth of the time
 
 
 def test_what_is_started_on_a_core_stays_there_and_nothing_else_does():

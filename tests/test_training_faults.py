@@ -18,9 +18,9 @@ from helpers.training.classifier import TrainingSettings
 from helpers.training.dashboards import read_scalars
 
 INTERVAL = 25  # steps from one checkpoint to the next
-SETTINGS = {"epochs": 3, "batch_size": 64, "train_images": 9600, "test_images": 1000, "precision": "fp32"}
+SETTINGS = {"epochs": 3, "batch_size": 64, "train_images": 6400, "test_images": 1000, "precision": "fp32"}
 SETTINGS |= {"checkpoint_steps": INTERVAL, "seed": 3}
-STEPS = 450
+STEPS = 300
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from helpers.images.pictures import DRAWN_SCORE
 from helpers.metrics import average_precision, boundary_iou, mask_iou
@@ -31,7 +32,9 @@ def predict(engine: Engine, images: Iterable[np.ndarray], manifest: Manifest, ar
         arrays: that post-processing needs.
     """
     process, size = POSTPROCESSORS[manifest.task], (manifest.input.width, manifest.input.height)
-    return [process(engine(image[None]), [size], manifest, manifest.postprocess, arrays)[0] for image in images]
+    # numpy's threads for an image's small matrices cost more than they save beside the engine's, and tasks have none.
+    with threadpool_limits(1, user_api="blas"):
+        return [process(engine(image[None]), [size], manifest, manifest.postprocess, arrays)[0] for image in images]
 
 
 def to_truth(predictions: Sequence[list[Prediction]], manifest: Manifest) -> Truth:

@@ -20,44 +20,61 @@ from pathlib import Path
 import psutil
 
 from helpers.errors import HostError
-from helpers.hosts.java import check_java
+from helpers.hosts.java import check_java, local_options
 
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 PATIENCE = 60.0  # seconds until a process that shows no sign of life is taken for dead
-# A short life: code is not worth compiling twice, and several JVMs share the machine.
-SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-PERIOD = 0.1  # seconds in which a slowed process runs once and stands once
+PERIOD = 0.04  # seconds in which a slowed process runs once and stands once; a task should last many
 
 
 @dataclass(frozen=True)
 class Standalone:
-    """The master's address, and the workers' processes."""
+    """The master's address, the workers' processes, and the folder for logs and the workers' files."""
 
     url: str
     workers: list[psutil.Process]
+    folder: Path = Path()
 
     @property
     def settings(self) -> dict[str, str]:
         """What a session needs to be told, as `load_config(**settings)` takes it."""
-        conf = {"driver.host": LOOPBACK, "executor.memory": "512m", "executor.extraJavaOptions": SHORT_LIVED}
+        conf = {"driver.host": LOOPBACK, "executor.memory": "512m", "executor.extraJavaOptions": local_options()}
         return {"spark.master": self.url, **{f"spark.conf.spark.{key}": value for key, value in conf.items()}}
 
-    @contextlib.contextmanager
-    def slowed(self, worker: int, share: float) -> Iterator[None]:
-        """Let one worker's Python processes run only a share of the time, as on a slower machine, for a block.
+    def add_worker(self) -> None:
+        """Start one more worker of one core and 1 GiB, on a core of its own as long as there are any.
 
-        They are stopped and continued by signals, as `cpulimit` does; the JVM is not, or it would be taken for dead.
+        Raises:
+            HostError: it does not come up.
         """
-        ended = threading.Event()
-        thread = threading.Thread(target=_stop_and_go, args=(self.workers[worker], share, ended), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        place = len(self.workers)
+        log = self.folder / f"worker{place}.log"
+        options = ["--cores", "1", "--memory", "1g", "--work-dir", str(self.folder / f"work{place}"), self.url]
+        with held_to([place]):
+            self.workers.append(_start("worker.Worker", log, *options))
+        _wait_for("Successfully registered", log, self.workers[place])
+
+    def slowed(self, worker: int, share: float) -> contextlib.AbstractContextManager[None]:
+        """Slow one worker down for a block (`slowed`)."""
+        return slowed(self.workers[worker], share)
+
+
+@contextlib.contextmanager
+def slowed(worker: psutil.Process, share: float) -> Iterator[None]:
+    """Let a worker's Python processes run only a share of the time, as on a slower machine, for a block.
+
+    They are stopped and continued by signals, as `cpulimit` does; the JVM is not, or it would be taken for dead.
+    """
+    ended = threading.Event()
+    thread = threading.Thread(target=_stop_and_go, args=(worker, share, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextlib.contextmanager
@@ -82,7 +99,7 @@ def held_to(cores: Sequence[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def standalone(folder: str | Path, workers: int = 2) -> Iterator[Standalone]:
-    """Start a master, and workers of one core and 1 GiB each, on a core of their own as long as there are any.
+    """Start a master and workers (`Standalone.add_worker`).
 
     Args:
         folder: for logs and the workers' files.
@@ -94,20 +111,14 @@ def standalone(folder: str | Path, workers: int = 2) -> Iterator[Standalone]:
     check_java()
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    processes: list[psutil.Process] = []
+    master, cluster = _start("master.Master", place / "master.log"), Standalone("", [])
     try:
-        processes.append(_start("master.Master", place / "master.log"))
-        url = _wait_for(r"spark://[\d.]+:\d+", place / "master.log", processes[0])
-        for i in range(workers):
-            log = place / f"worker{i}.log"
-            options = ["--cores", "1", "--memory", "1g", "--work-dir", str(place / f"work{i}"), url]
-            with held_to([i]):
-                processes.append(_start("worker.Worker", log, *options))
-        for i in range(workers):
-            _wait_for("Successfully registered", place / f"worker{i}.log", processes[1 + i])
-        yield Standalone(url, processes[1:])
+        cluster = Standalone(_wait_for(r"spark://[\d.]+:\d+", place / "master.log", master), [], place)
+        for _ in range(workers):
+            cluster.add_worker()
+        yield cluster
     finally:
-        for process in reversed(processes):
+        for process in (*reversed(cluster.workers), master):
             _end(process)
 
 
@@ -121,7 +132,7 @@ def _start(kind: str, log: Path, *options: str) -> psutil.Process:
         "PYSPARK_PYTHON": sys.executable,
         "SPARK_LOCAL_DIRS": str(log.parent / "local"),
         "SPARK_DAEMON_MEMORY": "256m",
-        "SPARK_DAEMON_JAVA_OPTS": SHORT_LIVED,
+        "SPARK_DAEMON_JAVA_OPTS": local_options(),
     }
     command = [str(home / "bin" / "spark-class"), f"org.apache.spark.deploy.{kind}"]
     command += ["--host", LOOPBACK, "--port", "0", "--webui-port", "0", *options]

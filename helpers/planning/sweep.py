@@ -13,9 +13,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import psutil
+
 from helpers.config import PROJECT
 from helpers.errors import RunError
-from helpers.planning.standalone import held_to
+from helpers.planning.standalone import held_to, slowed
 from helpers.results.records import RUNS
 from helpers.storage import open_storage
 
@@ -25,7 +27,8 @@ def sweep(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], cores:
 
     Args:
         settings: of the session, as `load_config` takes them.
-        runs: of each `source`, `model` and `output`, and what of the settings differs.
+        runs: of each `source`, `model` and `output`, and what of the settings differs; where a worker shall be slower
+            meanwhile, `slowed`: the id of its process and the share of the time that it may run (`standalone.slowed`).
         cores: how many the process is held to with all that it starts; None for all there are. `local[1]` alone
             means one task at a time, whose threads and JVM may take more than one core.
 
@@ -54,10 +57,12 @@ def main() -> None:
     spark = get_spark(load_config(**shared))
     first = {run["model"]: run for run in reversed(job["runs"])}
     for run in [*first.values(), *job["runs"]]:
-        own = {name: value for name, value in run.items() if name not in ("source", "model", "output")}
+        own = {name: value for name, value in run.items() if name not in ("source", "model", "output", "slowed")}
         config = load_config(**{**shared, **own})
         open_storage(run["output"], config).delete(RUNS)
-        pipeline.run(spark, run["source"], run["model"], run["output"], config)
+        worker, share = run.get("slowed", (None, 1.0))
+        with slowed(psutil.Process(worker), share) if worker else contextlib.nullcontext():
+            pipeline.run(spark, run["source"], run["model"], run["output"], config)
     spark.stop()
 
 

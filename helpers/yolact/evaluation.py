@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+from threadpoolctl import threadpool_limits
 
 from helpers.metrics import average_precision
 from helpers.yolact.detection import Parameters, find_instances
@@ -40,10 +41,12 @@ def segment(network: Yolact, images: Sequence[np.ndarray]) -> list[list[dict[str
         with torch.inference_mode():
             outputs = network(normalise(network, inputs.to(network.priors.device)))
         loc, conf, mask, priors, proto = (output.float().cpu().numpy() for output in outputs)
-        found += [
-            find_instances(heads, priors, parameters, size, image.shape[1::-1], labels)
-            for *heads, image in zip(loc, conf, mask, proto, batch, strict=True)
-        ]
+        # numpy's threads for an image's small matrices cost more than they save, and tasks of the pipeline have none.
+        with threadpool_limits(1, user_api="blas"):
+            found += [
+                find_instances(heads, priors, parameters, size, image.shape[1::-1], labels)
+                for *heads, image in zip(loc, conf, mask, proto, batch, strict=True)
+            ]
     return found
 
 
