@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 RECIPE = TrainingSettings(
     architecture="fashion_resnet",
-    epochs=10,
+    epochs=9,
     batch_size=256,
     optimizer="muon",
     learning_rate=0.1,
@@ -23,7 +23,7 @@ RECIPE = TrainingSettings(
     label_smoothing=0.1,
     mirror=True,
     shift=1,
-    evaluate_every=10,
+    evaluate_every=9,
 )
 
 
