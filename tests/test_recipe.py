@@ -18,6 +18,7 @@ from helpers.training.augmentation import augment
 from helpers.training.classifier import open_sets, train
 from helpers.training.dashboards import read_scalars
 from helpers.training.distributed import train_on_spark
+from helpers.training.muon import HIDDEN_MOMENTUM, HIDDEN_RATE, MOMENTUM, Muon, orthogonalise
 from helpers.training.recipe import RECIPE
 
 SMALL = dataclasses.replace(
@@ -107,6 +108,36 @@ def test_the_same_seed_augments_in_the_same_way():
     assert torch.equal(changed[0], changed[1]) and not torch.equal(changed[0], changed[2])
 
 
+def test_a_hidden_convolution_moves_as_torchs_muon_moves_a_matrix_and_the_rest_as_by_sgd():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Conv2d(8, 12, 1), torch.nn.Conv2d(12, 6, 1))
+    first, tall, wide = network
+    hidden = [torch.nn.Parameter(layer.weight.detach().flatten(1).clone()) for layer in (tall, wide)]
+    others = [torch.nn.Parameter(p.detach().clone()) for p in (first.weight, first.bias, tall.bias, wide.bias)]
+    ours = Muon(network.parameters(), lr=0.1, weight_decay=0.3)
+    theirs = torch.optim.Muon(hidden, lr=0.1 * HIDDEN_RATE, weight_decay=0.3, momentum=HIDDEN_MOMENTUM)
+    plain = torch.optim.SGD(others, lr=0.1, momentum=MOMENTUM, nesterov=True)
+    for _ in range(4):
+        for parameter in network.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        for matrix, layer in zip(hidden, (tall, wide), strict=True):
+            matrix.grad = layer.weight.grad.flatten(1)
+        for parameter, same in zip(others, (first.weight, first.bias, tall.bias, wide.bias), strict=True):
+            parameter.grad = same.grad
+        for optimizer in (ours, theirs, plain):
+            optimizer.step()
+    for matrix, layer in zip(hidden, (tall, wide), strict=True):
+        torch.testing.assert_close(layer.weight.flatten(1), matrix, atol=2e-3, rtol=0)  # of steps of about 0.1
+    for parameter, same in zip(others, (first.weight, first.bias, tall.bias, wide.bias), strict=True):
+        torch.testing.assert_close(same, parameter)
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
+def test_what_is_made_orthogonal_turns_all_directions_alike(shape):
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape))) / max(1, shape[0] / shape[1]) ** 0.5
+    assert values.min() > 0.4 and values.max() < 1.4
+
+
 def test_training_learns_and_tests_once(run, reports, fashion_mnist_root):
     run_dir, result = run
     assert result["epochs"][1]["train_loss"] < 0.9 * result["epochs"][0]["train_loss"]
@@ -158,7 +189,7 @@ def test_events_hold_every_step(run):
         assert scalars[f"train/{measure}"]["step"].tolist() == list(range(1, 81))
         assert (scalars[f"train/{measure}"]["value"] > 0).all()
     rates = scalars["train/learning_rate"]["value"]
-    assert rates.max() == pytest.approx(0.1, rel=0.1) and rates.iloc[-1] < 0.002
+    assert rates.max() == pytest.approx(RECIPE.learning_rate, rel=0.1) and rates.iloc[-1] < 0.002
 
 
 def test_the_projector_has_a_thousand_points_with_pictures(run):

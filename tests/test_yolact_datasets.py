@@ -36,6 +36,7 @@ SIZE, COUNT, HELD_OUT = 160, 50, 6
 SETTINGS = SceneSettings(
     epochs=1, batch_size=8, train_scenes=16, val_scenes=HELD_OUT, schedule="one-cycle", precision="fp32"
 )
+WEIGHTS = PROJECT / "notebooks" / "weights" / "yolact_scenes.pt"
 OWN = {
     0: (90, "top"),
     1: (7, "trousers"),
@@ -216,7 +217,7 @@ def test_training_on_files_is_training_on_the_scenes_in_them(folder, held_out, f
 
 
 def test_validation_on_files_measures_the_network(held_out, fashion_mnist_root, tmp_path):
-    network = load_network(get_architecture("yolact_scenes"), PROJECT / "notebooks" / "weights" / "yolact_scenes.pt")
+    network = load_network(get_architecture("yolact_scenes"), WEIGHTS)
     scenes = open_scenes(SETTINGS, None, fashion_mnist_root, "val", SIZE)[0].__getitems__(torch.arange(HELD_OUT))
     found = segment(network, [scene.image for scene in scenes])
     expected = average_precision(to_coco(scenes), to_coco_results(dict(enumerate(found))))
@@ -238,17 +239,24 @@ def own_classes(folder: str, target: Path) -> str:
     return str(target)
 
 
-def test_two_spark_tasks_train_a_network_of_own_classes_which_becomes_a_bundle(spark, folder, held_out, tmp_path):
+def test_two_spark_tasks_train_a_network_of_own_classes_which_becomes_a_bundle(
+    spark, folder, held_out, tmp_path, capsys
+):
     place = own_classes(folder, tmp_path / "own")
     settings = replace(
         SETTINGS,
         training_set=pack(spark, place, str(tmp_path / "shards")),
         validation_set=own_classes(held_out, tmp_path / "own_held_out"),
+        initial_weights=str(WEIGHTS),
     )
     run = tmp_path / "run"
     result = train_on_spark(spark, settings, str(tmp_path / "no_data"), str(run), processes=2, train=train)
     labels = ["trousers", "boot", "top"]
     assert result["labels"] == labels and result["processes"] == 2 and 0 <= result["val_AP"] <= 1
+    assert "weights, but for prediction_layers.0.conf_layer and semantic_seg_conv" in capsys.readouterr().out
+    started, ended = (torch.load(path, weights_only=True) for path in (WEIGHTS, run / "checkpoint.pt"))
+    for name in ("backbone.stem.0.weight", "backbone.stem.1.running_var", "fpn.lat_layers.0.weight"):
+        assert torch.nn.functional.cosine_similarity(started[name].ravel(), ended[name].ravel(), dim=0) > 0.9
     bundle = export("yolact_scenes", run / "checkpoint.pt", open_storage(str(tmp_path / "bundle")))
     assert list(bundle.manifest.labels) == labels and Parameters(**bundle.manifest.postprocess)
     assert [output.shape for output in bundle.manifest.outputs if output.name == "conf"] == [(1575, 4)]

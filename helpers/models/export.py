@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from helpers.config import Config
-from helpers.errors import BundleError, first_line
+from helpers.errors import BundleError
 from helpers.models.architectures import Architecture, get_architecture
 from helpers.models.bundle import Bundle, Manifest, OutputSpec, save_bundle
 from helpers.models.graph import count_flops, name_by_module
@@ -46,19 +46,15 @@ def load_network(architecture: Architecture, checkpoint: Path) -> "torch.nn.Modu
         BundleError: the file is missing or damaged, or its weights are of another network; names the first that
             differs.
     """
-    import torch
+    from helpers.models.weights import find_difference, read_weights
 
-    try:
-        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BundleError(f"{checkpoint}: no such checkpoint; notebook 01 makes one, or name your own") from None
-    except Exception as error:  # for bytes that are no checkpoint, torch raises whatever its parsers come across
-        raise BundleError(f"{checkpoint} is no PyTorch checkpoint or is damaged: {first_line(error)}") from None
-    if not isinstance(weights, dict):
-        raise BundleError(f"{checkpoint} holds a {type(weights).__name__}, not a state dictionary")
-    weights = architecture.mend(weights)
+    weights = read_weights(architecture, checkpoint, str(checkpoint))
     network = architecture.build()
-    _check_weights(network.state_dict(), weights, checkpoint, architecture.name)
+    difference = find_difference(network.state_dict(), weights)
+    if difference:
+        # Of a YOLACT's layers these first show another number of classes.
+        remedy = "; keep the result.json of its training beside it" if "conf_layer" in difference else ""
+        raise BundleError(f"{checkpoint} is not a checkpoint of {architecture.name}: {difference}{remedy}")
     network.load_state_dict(weights)
     return network.eval()
 
@@ -244,17 +240,3 @@ def _npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     return file.getvalue()
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if hasattr(value, "shape") else f"a {type(value).__name__}"
-
-
-def _check_weights(expected: dict, found: dict, checkpoint: Path, name: str) -> None:
-    for key in [*expected, *found]:
-        have = _shape(found[key]) if key in found else "missing"
-        want = _shape(expected[key]) if key in expected else "unknown"
-        if have != want:
-            # Of a YOLACT's layers these first show another number of classes.
-            remedy = "; keep the result.json of its training beside it" if "conf_layer" in key else ""
-            raise BundleError(f"{checkpoint} is not a checkpoint of {name}: {key} is {have}, expected {want}{remedy}")

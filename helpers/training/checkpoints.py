@@ -22,7 +22,7 @@ from torch import nn
 
 from helpers.errors import StorageError, TrainingError, first_line
 from helpers.storage import Storage, open_storage
-from helpers.training.workers import NOTICE, RunSettings, Worker, average_buffers
+from helpers.training.workers import NOTICE, RunSettings, Worker, average_buffers, broadcast
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +80,7 @@ class Checkpoints:
         Raises:
             TrainingError: the checkpoint is of a run with other settings.
         """
-        content = self._find() if self.worker.rank == 0 else None
-        if self.worker.processes > 1:
-            # From one process, so that all have the same even where their views of the storage differ.
-            box = [content]
-            dist.broadcast_object_list(box, src=0)
-            content = box[0]
+        content = broadcast(self.worker, self._find() if self.worker.rank == 0 else None)
         if content is None:
             return Progress()
         saved = _load(content)

@@ -22,6 +22,7 @@ from helpers.training.checkpoints import Checkpoints, Progress
 from helpers.training.dashboards import TrainingDashboard
 from helpers.training.datasets import Batch, LabelledImages, MappedImages, open_images, read_batches
 from helpers.training.loop import run_epochs
+from helpers.training.muon import Muon
 from helpers.training.optimization import Optimization
 from helpers.training.projector import log_embedding
 from helpers.training.workers import (
@@ -48,8 +49,7 @@ class TrainingSettings(RunSettings):
 
     architecture: Literal["fashion_cnn", "fashion_resnet"] = "fashion_cnn"
     width: Positive | None = None  # channels of the first convolution, which the others go by; None: the network's own
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # Nesterov's, of sgd
+    optimizer: Literal["adamw", "muon"] = "adamw"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mirror: bool = False  # half of the images
     shift: Annotated[int, Field(ge=0, lt=28)] = 0  # pixels, up to, either way and in both directions
@@ -150,9 +150,9 @@ class _Run:
         torch.manual_seed(settings.seed * worker.processes + worker.rank)  # each process augments in its own way
         self.steps_an_epoch = len(training_set) // settings.batch_size
         total_steps = settings.epochs * self.steps_an_epoch
-        self.optimization = Optimization(
-            settings, worker, self.model, _make_optimizer(settings, self.model), total_steps
-        )
+        kind = Muon if settings.optimizer == "muon" else torch.optim.AdamW
+        optimizer = kind(self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.optimization = Optimization(settings, worker, self.model, optimizer, total_steps)
         self.parts = {"model": self.model, **self.optimization.parts}
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
@@ -186,14 +186,6 @@ class _Run:
         loss = nn.functional.cross_entropy(logits, labels).item()
         accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
         return {f"{self.kind}_loss": loss, f"{self.kind}_accuracy": accuracy}
-
-
-def _make_optimizer(settings: TrainingSettings, model: nn.Module) -> torch.optim.Optimizer:
-    common: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    if settings.optimizer == "sgd":
-        nesterov = settings.momentum > 0
-        return torch.optim.SGD(model.parameters(), momentum=settings.momentum, nesterov=nesterov, **common)
-    return torch.optim.AdamW(model.parameters(), **common)
 
 
 def _print_progress(epoch: int, epochs: int, measures: dict[str, float]) -> None:

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 RECIPE = TrainingSettings(
     architecture="fashion_resnet",
-    epochs=14,
-    optimizer="sgd",
+    epochs=10,
+    batch_size=256,
+    optimizer="muon",
     learning_rate=0.1,
-    weight_decay=5e-4,
+    weight_decay=0.02,
     label_smoothing=0.1,
     mirror=True,
     shift=1,
-    evaluate_every=14,
+    evaluate_every=10,
 )
 
 

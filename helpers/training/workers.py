@@ -132,7 +132,10 @@ def make_schedule(settings: RunSettings, optimizer: torch.optim.Optimizer, total
         slopes = partial(_trapezoid, total_steps=total_steps)
         return torch.optim.lr_scheduler.LambdaLR(optimizer, slopes)
     # Warm up over a fifth, then decay to nothing: a constant rate wanders about the minimum at the end.
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=0.2)
+    # Adam's momentum falls while the rate rises; Muon's stays, as in its authors' training.
+    adam = "betas" in optimizer.defaults
+    top = settings.learning_rate
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, top, total_steps, pct_start=0.2, cycle_momentum=adam)
 
 
 def average_buffers(worker: Worker, model: nn.Module) -> None:
@@ -141,6 +144,18 @@ def average_buffers(worker: Worker, model: nn.Module) -> None:
         for buffer in model.buffers():
             dist.all_reduce(buffer)
             buffer.copy_(buffer / worker.processes)
+
+
+def broadcast(worker: Worker, value: Any) -> Any:
+    """Give all processes the first one's value, which must pickle; what the others pass is not looked at.
+
+    Files are read so where all must have the same, even if their views of the storage differ.
+    """
+    if worker.processes == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def sum_cpu_seconds(worker: Worker, since: float) -> float:

@@ -11,6 +11,7 @@
     losses           what training minimises                                     torch
     augmentation     scenes changed at random, and their truth with them         torch
     datasets         made scenes, or images and COCO annotations in any storage  torch
+    finetuning       the weights to start from                                   torch
     training         on either, alone or in several processes                    torch
 
 Executors import `detection` and `masks`, so importing this package imports no torch.

@@ -33,11 +33,13 @@ from helpers.training.workers import (
     choose_precision,
     join_workers,
     save,
+    sum_cpu_seconds,
 )
 from helpers.yolact import build
 from helpers.yolact.configurations import get_configuration
 from helpers.yolact.datasets import AugmentedScenes, open_scenes
 from helpers.yolact.evaluation import BATCH, normalise, segment, to_coco_results
+from helpers.yolact.finetuning import load_initial_weights
 from helpers.yolact.losses import Target, compute_losses
 from helpers.yolact.network import Yolact
 from helpers.yolact.priors import level_sizes
@@ -59,6 +61,7 @@ class SceneSettings(RunSettings):
     validation_set: str | None = None  # likewise, with the same classes
     train_scenes: Positive | None = None  # an epoch: of stored ones the first, None: all; of made ones None: 6000
     val_scenes: Positive | None = None  # likewise; of made ones None: 200
+    initial_weights: str | None = None  # a checkpoint anywhere, see `finetuning`; None: random weights
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998  # of the weights' moving average, which is what is kept
     largest_gradient: Annotated[float, Field(gt=0)] = 10.0  # norm; a step whose gradient is longer is shortened
 
@@ -83,11 +86,13 @@ def train(settings: SceneSettings, data_root: str, run_dir: str) -> dict[str, An
         TrainingError: the batch does not divide over the processes, there is less than one batch, or an unfinished run
             with other settings is there.
         DataError: there is no data set, it is damaged, or validation has other classes than training.
+        BundleError: the initial weights are missing, damaged or of another architecture.
     """
+    cpu_started = time.process_time()
     with join_workers(settings) as worker:
         if settings.training_set is None or settings.validation_set is None:
             fashion_mnist.download(data_root)
-        return _Run(settings, worker, data_root, run_dir).train()
+        return _Run(settings, worker, data_root, run_dir).train(cpu_started)
 
 
 class _Run:
@@ -124,19 +129,22 @@ class _Run:
         self.average = AveragedModel(self.network, multi_avg_fn=self._average, use_buffers=True)
         self.dashboard: SegmentationDashboard | None = None
 
-    def train(self) -> dict[str, Any]:
+    def train(self, cpu_started: float) -> dict[str, Any]:
         settings, worker, started = self.settings, self.worker, time.perf_counter()
         parts = {"network": self.network, "average": self.average, **self.optimization.parts}
         checkpoints = Checkpoints(settings, worker, self.run_dir, parts)
         progress = checkpoints.restore()
+        if settings.initial_weights and not progress.resumed_at:
+            load_initial_weights(self.network, settings.initial_weights, settings, worker)
+            self.average.module.load_state_dict(self.network.state_dict())
         if worker.rank == 0:
             self.dashboard = SegmentationDashboard(self.run_dir, progress.steps)
         for measures in run_epochs(self, settings, worker, progress, checkpoints, self.dashboard):
-            result = self._summarise(progress, time.perf_counter() - started)
+            result = self._summarise(progress, time.perf_counter() - started, cpu_started)
             if self.dashboard:
                 save(self.averaged, result, self.run_dir)
                 _print_progress(progress.epoch, settings.epochs, measures)
-        result = self._summarise(progress, time.perf_counter() - started)
+        result = self._summarise(progress, time.perf_counter() - started, cpu_started)
         if self.dashboard:
             self.dashboard.close()
             save(self.averaged, result, self.run_dir)
@@ -190,13 +198,13 @@ class _Run:
         decay = min(self.settings.ema_decay, (1 + int(updates)) / (10 + int(updates)))
         get_ema_multi_avg_fn(decay)(average, current, updates)
 
-    def _summarise(self, progress: Progress, seconds: float) -> dict[str, Any]:
+    def _summarise(self, progress: Progress, seconds: float, cpu_started: float) -> dict[str, Any]:
         last = progress.epochs[-1]
         return {
             **{name: value for name, value in last.items() if name.startswith("val_")},
             "scenes_per_second": float(np.median([measures["scenes_per_second"] for measures in progress.epochs])),
             "seconds": seconds,
-            "cpu_seconds": self._cpu_seconds(),
+            "cpu_seconds": sum_cpu_seconds(self.worker, cpu_started),
             "processes": self.worker.processes,
             "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
             "precision": choose_precision(self.settings),
@@ -205,12 +213,6 @@ class _Run:
             "labels": list(self.labels),
             "settings": dataclasses.asdict(self.settings),
         }
-
-    def _cpu_seconds(self) -> float:
-        seconds = torch.tensor(time.process_time(), device=self.worker.device)
-        if self.worker.processes > 1:
-            dist.all_reduce(seconds)
-        return float(seconds)
 
 
 def _groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

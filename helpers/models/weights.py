@@ -1,0 +1,46 @@
+"""A checkpoint's weights: read without running code that may be in the file, and compared with a network's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from helpers.errors import BundleError, first_line
+from helpers.models.architectures import Architecture
+
+
+def read_weights(architecture: Architecture, checkpoint: Path | BinaryIO, name: str) -> dict[str, Any]:
+    """Read a state dictionary for networks of an architecture, without what these never load.
+
+    Args:
+        architecture: of the network that the weights are for.
+        checkpoint: the file.
+        name: of the file, for errors.
+
+    Raises:
+        BundleError: the file is missing or damaged, or holds something else.
+    """
+    try:
+        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BundleError(f"{name}: no such checkpoint; notebook 01 makes one, or name your own") from None
+    except Exception as error:  # for bytes that are no checkpoint, torch raises whatever its parsers come across
+        raise BundleError(f"{name} is no PyTorch checkpoint or is damaged: {first_line(error)}") from None
+    if not isinstance(weights, dict):
+        raise BundleError(f"{name} holds a {type(weights).__name__}, not a state dictionary")
+    return architecture.mend(weights)
+
+
+def find_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """Describe the first key or shape in which one state dictionary is not as another; None where there is none."""
+    for key in [*expected, *found]:
+        have = _shape(found[key]) if key in found else "missing"
+        want = _shape(expected[key]) if key in expected else "unknown"
+        if have != want:
+            return f"{key} is {have}, expected {want}"
+    return None
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if hasattr(value, "shape") else f"a {type(value).__name__}"
