@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from helpers.errors import RunError
-from helpers.planning.standalone import Standalone, held_to, standalone
+from helpers.planning.standalone import held_to, slowed, standalone
 from helpers.planning.sweep import sweep
 from helpers.results.records import read_runs, read_tasks
 
@@ -55,7 +55,6 @@ def test_a_slowed_worker_gets_a_share_of_the_processor_and_all_of_it_afterwards(
     workers = [psutil.Popen([sys.executable, "-c", BURNER]) for _ in range(2)]
     try:
         burners = [_child(worker) for worker in workers]
-        cluster = Standalone("", workers)
 
         def burnt(seconds: float) -> float:
             """What the first burns of what the second does meanwhile."""
@@ -64,7 +63,7 @@ def test_a_slowed_worker_gets_a_share_of_the_processor_and_all_of_it_afterwards(
             after = [sum(burner.cpu_times()[:2]) for burner in burners]
             return (after[0] - before[0]) / (after[1] - before[1])
 
-        with cluster.slowed(0, share=0.2):
+        with slowed(workers[0], share=0.2):
             assert burnt(3.0) < 0.6
         assert burners[0].status() != psutil.STATUS_STOPPED
         assert burnt(1.5) > 0.6

@@ -56,10 +56,6 @@ class Standalone:
             self.workers.append(_start("worker.Worker", log, *options))
         _wait_for("Successfully registered", log, self.workers[place])
 
-    def slowed(self, worker: int, share: float) -> contextlib.AbstractContextManager[None]:
-        """Slow one worker down for a block (`slowed`)."""
-        return slowed(self.workers[worker], share)
-
 
 @contextlib.contextmanager
 def slowed(worker: psutil.Process, share: float) -> Iterator[None]:

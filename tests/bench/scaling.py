@@ -67,12 +67,12 @@ def measure(work: Path, place: Path, repeats: int, fewer: int) -> None:
     others += jobs("local-2", "yolact", "3 tasks", 3) + jobs("local-2", "yolact", "twice the images", share=2)
     sweep({"spark.master": "local[1]"}, same("local-1"), cores=1)
     sweep({"spark.master": "local[2]"}, same("local-2") + others, cores=2)
-    for workers in (1, 2):
-        with standalone(place / f"cluster-{workers}", workers) as cluster:
-            sweep(cluster.settings, same(f"cluster-{workers}"), cores=workers)
-    with standalone(place / "cluster-slow", 2) as cluster, cluster.slowed(1, SLOW):
+    with standalone(place / "cluster", 1) as cluster:
+        sweep(cluster.settings, same("cluster-1"), cores=1)
+        cluster.add_worker()
         slow = jobs("slow", "light", "24 tasks", 24) + jobs("slow", "light", "2 tasks", 2)
-        sweep(cluster.settings, slow + jobs("slow", "yolact", "8 tasks"), cores=2)
+        slow = [{**job, "slowed": (cluster.workers[1].pid, SLOW)} for job in slow + jobs("slow", "yolact", "8 tasks")]
+        sweep(cluster.settings, same("cluster-2") + slow, cores=2)
 
 
 def report(place: Path) -> None:
