@@ -189,15 +189,11 @@ class _Run:
 
 
 def _print_progress(epoch: int, epochs: int, measures: dict[str, float]) -> None:
-    kinds = {"test": "test", "val": "validation"}
-    found = [
-        f"{kinds[kind]} accuracy {measures[f'{kind}_accuracy']:.4f}, "
-        for kind in kinds
-        if f"{kind}_accuracy" in measures
-    ]
+    found = [(name.replace("_", " "), measures.get(name)) for name in ("test_accuracy", "val_accuracy")]
+    accuracy = "".join(f"{name} {value:.4f}, " for name, value in found if value is not None)
     print(
         f"{PROGRESS}{epoch}/{epochs}: training loss {measures['train_loss']:.3f}, "
-        f"{''.join(found)}{measures['images_per_second']:,.0f} images/s",
+        f"{accuracy}{measures['images_per_second']:,.0f} images/s",
         flush=True,
     )
 
