@@ -5,7 +5,7 @@
 Makes its own photographs and models, runs both models in warm sessions of `local[1]`, `local[2]` and of a standalone
 cluster of one and of two one-core workers, and prints medians, their ratios, and predictions beside what was measured.
 What is of one core is held to one, the driver included; with two workers each has a core of its own, and the driver
-shares both. About twelve minutes; use a machine that does nothing else meanwhile.
+shares both. About ten minutes; use a machine that does nothing else meanwhile.
 """
 
 import argparse
