@@ -35,7 +35,7 @@ class Standalone:
 
     url: str
     workers: list[psutil.Process]
-    folder: Path = Path()
+    folder: Path
 
     @property
     def settings(self) -> dict[str, str]:
@@ -107,14 +107,15 @@ def standalone(folder: str | Path, workers: int = 2) -> Iterator[Standalone]:
     check_java()
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    master, cluster = _start("master.Master", place / "master.log"), Standalone("", [])
+    master = _start("master.Master", place / "master.log")
+    started: list[psutil.Process] = []
     try:
-        cluster = Standalone(_wait_for(r"spark://[\d.]+:\d+", place / "master.log", master), [], place)
+        cluster = Standalone(_wait_for(r"spark://[\d.]+:\d+", place / "master.log", master), started, place)
         for _ in range(workers):
             cluster.add_worker()
         yield cluster
     finally:
-        for process in (*reversed(cluster.workers), master):
+        for process in (*reversed(started), master):
             _end(process)
 
 
