@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from helpers.errors import TrainingError
+from helpers.training import classifier
 from helpers.training.checkpoints import Checkpoints, Progress, newest_step
 from helpers.training.classifier import TrainingSettings, train
 from helpers.training.dashboards import read_scalars
@@ -187,6 +188,20 @@ def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_one_before(fashion
         train(SMALL, fashion_mnist_root, str(tmp_path))
     assert files(tmp_path) == ["step-000000004.pt"]
     assert (tmp_path / "checkpoints" / "step-000000004.pt").read_bytes() == before
+
+
+def test_a_run_killed_after_its_last_epoch_is_only_brought_to_its_end(fashion_mnist_root, tmp_path, whole):
+    def killed(*_):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "save", killed)
+        with pytest.raises(Killed):
+            train(SMALL, fashion_mnist_root, str(tmp_path))
+    result = train(SMALL, fashion_mnist_root, str(tmp_path))
+    assert_equal(tmp_path, result, *whole, ["train/loss"])
+    assert result["resumed_at"] == [len(read_scalars(str(tmp_path))["train/loss"])]
+    assert "final/test_accuracy" in read_scalars(str(tmp_path)) and files(tmp_path) == []
 
 
 def test_half_precision_scales_the_loss_and_resumes(fashion_mnist_root, tmp_path):

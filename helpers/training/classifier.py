@@ -15,7 +15,7 @@ from torch import nn
 from helpers.data import fashion_mnist
 from helpers.errors import TrainingError
 from helpers.models.architectures import get_architecture
-from helpers.models.fashion_cnn import compute_logits, normalise, predict
+from helpers.models.fashion_cnn import compute_logits, normalise
 from helpers.models.fashion_resnet import FashionResNet
 from helpers.training.augmentation import augment
 from helpers.training.checkpoints import Checkpoints, Progress
@@ -100,10 +100,12 @@ def train(
                 _print_progress(progress.epoch, settings.epochs, measures)
             if report and f"{run.kind}_accuracy" in measures:
                 report(progress.epoch, measures[f"{run.kind}_accuracy"])
+        if not len(run.logits):  # interrupted after its last epoch
+            run.evaluate(progress.steps)
         result = _summarise(run, progress, time.perf_counter() - started, sum_cpu_seconds(worker, cpu_started))
         if run_dir and dashboard and checkpoints:
             images, labels = np.array(evaluated.images), evaluated.labels
-            probabilities = predict(run.heads, torch.from_numpy(images).to(worker.device))
+            probabilities = run.logits.softmax(dim=1).cpu().numpy()
             dashboard.log_final(model, images, labels, probabilities, _hyperparameters(settings), run.kind)
             if isinstance(model, FashionResNet):  # the last layer of the other has more channels than a projector takes
                 log_embedding(dashboard, model, images, labels)
@@ -153,6 +155,7 @@ class _Run:
         kind = Muon if settings.optimizer == "muon" else torch.optim.AdamW
         optimizer = kind(self.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self.optimization = Optimization(settings, worker, self.model, optimizer, total_steps)
+        self.logits = torch.zeros(0)  # of the last evaluation
         self.parts = {"model": self.model, **self.optimization.parts}
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
@@ -183,6 +186,7 @@ class _Run:
         logits[share] = own
         if worker.processes > 1:
             dist.all_reduce(logits)
+        self.logits = logits
         loss = nn.functional.cross_entropy(logits, labels).item()
         accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
         return {f"{self.kind}_loss": loss, f"{self.kind}_accuracy": accuracy}
