@@ -26,14 +26,14 @@ setup: .venv/.ready java $(CLASSES) $(DATA)
 	@touch $@
 
 java: .venv/.ready
-	@$(BIN)/python -m helpers.hosts.java >/dev/null 2>&1 \
+	@$(BIN)/python -m helpers.java >/dev/null 2>&1 \
 	  || { [ -n "$(APT)" ] && echo "== Java ==" && $(APT) update -qq && $(APT) install -y -qq openjdk-17-jre-headless; } \
-	  || { $(BIN)/python -m helpers.hosts.java; exit 1; }
+	  || { $(BIN)/python -m helpers.java; exit 1; }
 
 # Spark starts without it too, only later; so a JVM that cannot make it stops nothing.
 $(CLASSES): .venv/.ready | java
 	@echo "== Spark's classes, archived =="
-	-@$(BIN)/python -m helpers.hosts.classes
+	-@$(BIN)/python conf/classes.py
 
 # 3.35.0 is the newest for node 20, and any node that runs it will do.
 azurite: .venv/.ready
@@ -69,8 +69,8 @@ test: setup azurite
 
 pack: out/pack/executors.tar.gz
 
-out/pack/executors.tar.gz: .venv/.ready helpers/hosts/pack.py
-	$(BIN)/python -m helpers.hosts.pack
+out/pack/executors.tar.gz: .venv/.ready conf/pack.py
+	$(BIN)/python conf/pack.py
 
 lint: .venv/.ready
 	$(BIN)/ruff format --check .
@@ -83,7 +83,7 @@ notebooks: setup
 
 # Once the repository has an address: what opens the notebooks in Colab.
 badges: .venv/.ready
-	$(BIN)/python -m helpers.hosts.badges $(REPOSITORY)
+	$(BIN)/python conf/badges.py $(REPOSITORY)
 
 clean:
 	rm -rf out .venv *.egg-info

@@ -86,7 +86,7 @@ def export(options: argparse.Namespace, config: Config) -> int:
 def plan(options: argparse.Namespace, config: Config) -> int:
     """What a run would take elsewhere, from the records of runs that were made."""
     from helpers.planning.cost_model import fit
-    from helpers.planning.planner import PARTS, Cluster, curve, predict
+    from helpers.planning.planner import PARTS, Cluster, curve, plot_curve, predict
     from helpers.results.records import read_runs, read_tasks
 
     try:
@@ -102,8 +102,6 @@ def plan(options: argparse.Namespace, config: Config) -> int:
     found = predict(model, options.images, cluster, options.partitions, **others)
     table = curve(model, options.images, cluster, **others)
     if options.plot:
-        from helpers.planning.plots import plot_curve
-
         plot_curve(table, cluster.executors, cluster.price).savefig(options.plot, dpi=120)
     print(found.report())
     if model.computing < BUSY:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from helpers.config import PROJECT, Config, detect_profile
 from helpers.errors import HostError, UserError
-from helpers.hosts.java import check_java
+from helpers.java import check_java
 from helpers.session import check_answers, count_cores, find_environment, shown_master
 from helpers.storage import open_storage
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from helpers.config import PROJECT, Config
 from helpers.errors import HostError, first_line
-from helpers.hosts.java import check_java, local_options
+from helpers.java import check_java, local_options
 
 if TYPE_CHECKING:
     import pyarrow as pa

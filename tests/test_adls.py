@@ -38,7 +38,6 @@ from urllib.parse import parse_qs
 
 import pytest
 from azure.storage.filedatalake import FileSystemSasPermissions, generate_file_system_sas
-from cluster import wait_for
 from dfs_facade import ACCOUNT, BUSY, CUT, DROP, DROP_AFTERWARDS, EXPIRE, KEY, Refusal, Request
 from pyspark import cloudpickle
 
@@ -50,6 +49,7 @@ from helpers.storage import StorageOptions, adls, client, credentials, lease, op
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.credentials import redact, resolve
 from helpers.storage.prefetch import map_groups
+from studies.cluster import wait_for
 
 ALL = FileSystemSasPermissions(read=True, write=True, create=True, add=True, delete=True, list=True)
 

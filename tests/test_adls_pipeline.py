@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from azure.storage.filedatalake import DataLakeLeaseClient, FileSystemSasPermissions, generate_file_system_sas
-from cluster import Cluster, Finished, Run, python_workers, start_run, wait_for
+from cluster import Finished, Run, python_workers, start_run
 from dfs_facade import ACCOUNT, BUSY, DROP, DROP_AFTERWARDS, EXPIRE, KEY, DfsFacade, Request
 from nbclient import NotebookClient
 from test_results import stage, table
@@ -30,6 +30,7 @@ from helpers.errors import StorageError
 from helpers.results.store import ResultStore
 from helpers.storage import StorageOptions, client
 from helpers.storage.adls import AdlsStorage
+from studies.cluster import Cluster, wait_for
 
 PICTURES, COPIES, SIDE = 12, 5, 1000  # different images, how often each is there, pixels: a run has a middle
 PARTITIONS = 20
@@ -275,7 +276,7 @@ def test_on_a_cluster_a_killed_executor_loses_nothing_and_the_token_is_shown_now
     events.mkdir()
     told = {"enabled": "true", "compress": "false", "dir": f"file:{events}"}
     listened = [f"spark.conf.spark.eventLog.{name}={value}" for name, value in told.items()]
-    run = place.start(*cluster.settings(), *listened, profile="cluster")
+    run = place.start(*cluster.assignments, *listened, profile="cluster")
     place.wait_until_staged(run, 2)
     launched = cluster.launched()
     cluster.executors()[0].kill()
@@ -294,7 +295,7 @@ def test_on_a_cluster_a_killed_executor_loses_nothing_and_the_token_is_shown_now
 def test_a_variable_that_only_the_driver_has_is_one_clear_error(place, secret, cluster, monkeypatch):
     monkeypatch.setenv("ONLY_HERE", os.environ["ADLS_SAS"])
     place.credential = "env:ONLY_HERE"
-    finished = place.start(*cluster.settings(), profile="cluster").finish()
+    finished = place.start(*cluster.assignments, profile="cluster").finish()
     finished.assert_one_clear_error("env:ONLY_HERE", "every Spark worker")
 
 

@@ -32,7 +32,7 @@ import psutil
 import pyarrow as pa
 import pytest
 from bombs import bilevel_png
-from cluster import Finished, python_workers, start_run, wait_for
+from cluster import Finished, python_workers, start_run
 from PIL import Image
 
 from helpers.cli import main
@@ -40,6 +40,7 @@ from helpers.ingest import readers
 from helpers.ingest.listing import list_images, manifest, plan
 from helpers.pipeline import make_task
 from helpers.results.sample import draw_sample
+from studies.cluster import wait_for
 
 WIDTH, HEIGHT = 60, 40
 WORKER_MEGABYTES = 900  # decoding 20,000 x 20,000 pixels alone takes 1,144

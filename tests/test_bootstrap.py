@@ -1,4 +1,4 @@
-from helpers.hosts import bootstrap
+from conf import bootstrap
 
 
 def test_nothing_is_missing_where_the_project_is_installed():

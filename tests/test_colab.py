@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from test_house_rules import NOTEBOOKS, code_cells, files, notebook, source
 
+from conf import badges, bootstrap
 from helpers.config import PROJECT
 from helpers.errors import UserError
-from helpers.hosts import badges, bootstrap
 
 NOT_ON_COLAB = {"tqdm", "openvino"}  # taken away from what is preinstalled: one needs numpy, and notebook 04 both
 OPENED = "04_ingest.ipynb"

@@ -17,11 +17,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cluster import LOOPBACK, SHORT_LIVED, SPARK_HOME, Process, read_rows, start_run, wait_for
+from cluster import read_rows, start_run
 
 from helpers import pipeline
 from helpers.config import PROJECT, load_config
 from helpers.ingest import listing as ingest
+from helpers.java import local_options
+from studies.cluster import LOOPBACK, SPARK_HOME, Process, wait_for
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0[4-7]_*.ipynb"))
 EPOCHS = 3  # enough for the accuracy that notebook 07 asserts
@@ -58,7 +60,7 @@ def server(tmp_path_factory) -> Iterator[str]:
         "connect.grpc.binding.port": "0",
         "driver.host": LOOPBACK,
         "ui.enabled": "false",
-        "driver.extraJavaOptions": SHORT_LIVED,
+        "driver.extraJavaOptions": local_options(),
     }
     command += [part for key, value in settings.items() for part in ("--conf", f"spark.{key}={value}")]
     command += ["--class", "org.apache.spark.sql.connect.service.SparkConnectServer", "spark-internal"]

@@ -14,10 +14,10 @@ from databricks.bundles.jobs import Job
 from databricks.bundles.volumes import Volume
 from test_house_rules import NOTEBOOKS, files
 
+from conf.bootstrap import _pins
+from conf.pack import executor_packages
 from helpers.config import PROJECT, Config, load_config
 from helpers.errors import ConfigError
-from helpers.hosts.bootstrap import _pins
-from helpers.hosts.pack import executor_packages
 
 TARGETS = ["dev", "prod"]
 JOBS = ["notebooks", "stages_serverless"]

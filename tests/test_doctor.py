@@ -5,11 +5,11 @@ import contextlib
 import socket
 
 import pytest
-from cluster import LOOPBACK
 
 from helpers import doctor
 from helpers.config import load_config
 from helpers.doctor import Finding, examine
+from studies.cluster import LOOPBACK
 
 
 def look(name: str, profile: str, **settings: str) -> Finding:

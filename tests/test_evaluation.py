@@ -8,6 +8,7 @@ from helpers import plots
 from helpers.metrics import boundary_iou
 from helpers.models import evaluation
 from helpers.models.bundle import InputSpec, Manifest
+from studies import accuracy
 
 SIDE = 40
 
@@ -85,7 +86,7 @@ def test_the_accuracy_of_a_classification_is_the_share_of_right_classes():
 
 
 def test_truth_can_be_drawn_like_predictions(truth):
-    shown = evaluation.to_predictions(
+    shown = accuracy.to_predictions(
         {**truth, "annotations": [a | {"bbox": [20, 10, 10, 20]} for a in truth["annotations"]]}, 1
     )
     assert shown == [instance(RIGHT, 1.0)]
@@ -93,11 +94,11 @@ def test_truth_can_be_drawn_like_predictions(truth):
 
 def test_tables_have_a_row_for_each_format(truth):
     predictions = {"one": [[instance(LEFT)], [instance(RIGHT)]], "other": [[instance(HALF)], [instance(RIGHT, 0.29)]]}
-    precision = evaluation.precision_table(predictions, truth)
+    precision = accuracy.precision_table(predictions, truth)
     assert precision.loc["one"].tolist() == pytest.approx([100] * 4)
     assert precision.loc["other", "mask AP50"] == pytest.approx(100)  # the half has an overlap of 0.5
     assert precision.loc["other", "mask AP75"] == pytest.approx(100 * 0.5 * 51 / 101)  # it ranks before the other
-    overlap = evaluation.overlap_table(predictions, truth, ratios=(0.02, 0.05))
+    overlap = accuracy.overlap_table(predictions, truth, ratios=(0.02, 0.05))
     assert overlap.loc["one"].tolist() == [1, 1, 1]
     # Of the first image a half is drawn; of the second nothing, because it is too improbable.
     assert overlap.loc["other", "mask IoU"] == pytest.approx(0.25)

@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cluster import Finished, start_run, stopped, wait_for
+from cluster import Finished, start_run, stopped
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -43,6 +43,7 @@ from helpers.ingest.listing import list_images, manifest, plan
 from helpers.results.store import ResultStore, replaced, without
 from helpers.stages import RESULT_SCHEMA
 from helpers.storage import LocalStorage, open_storage
+from studies.cluster import wait_for
 
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
 EARLIER, NEW = 12, 48  # images of a first run, and those that come later

@@ -14,9 +14,9 @@ from helpers.models import export, runtime
 from helpers.models.architectures import get_architecture
 from helpers.models.bundle import load_bundle
 from helpers.models.fashion_cnn import FashionCNN, compute_logits
-from helpers.models.formats import onnx_engine, torch_engine
 from helpers.models.runtime import compile_options, get_model, has_bf16
 from helpers.storage import open_storage
+from studies.formats import onnx_engine, torch_engine
 
 BATCHES = [1, 3, 64]
 TOLERANCE = 1e-4

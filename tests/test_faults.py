@@ -28,9 +28,10 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from cluster import Cluster, Finished, Run, python_workers, read_rows, staged_rows, start_run, wait_for
+from cluster import Finished, Run, python_workers, read_rows, staged_rows, start_run
 
 from helpers.cli import main
+from studies.cluster import Cluster, wait_for
 
 PICTURES, COPIES = 20, 7  # different images, and how often each is there
 SIDE = 1200  # pixels: a task's images take long enough that a run has a middle
@@ -85,7 +86,7 @@ class Place:
 
     def start_on(self, cluster: Cluster, **changes) -> Run:
         cluster.complete()
-        return self.start(*cluster.settings(), profile="cluster", **changes)
+        return self.start(*cluster.assignments, profile="cluster", **changes)
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import torch
 from helpers import plots
 from helpers.data import scenes
 from helpers.errors import DataError
-from helpers.models import benchmark, export, formats
+from helpers.models import export
 from helpers.models.architectures import get_architecture
 from helpers.storage import open_storage
+from studies import benchmark, formats
 
 HEADS = {"loc": 4, "conf": 11, "mask": 16}
 

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from cluster import LOOPBACK, Cluster, Process, Run, start_run
+from cluster import Run, start_run
 from test_house_rules import EXECUTOR_MODULES
 
+from conf import pack
 from helpers import pipeline
 from helpers.config import PROJECT, load_config
 from helpers.errors import HostError
-from helpers.hosts import pack
 from helpers.ingest import listing as ingest
 from helpers.session import find_environment, pack_helpers
+from studies.cluster import LOOPBACK, Cluster, Process
 
 REQUIREMENTS = (PROJECT / "requirements.txt").read_text(encoding="utf-8")
 MEGABYTES = 400  # the most that the archive may have
@@ -87,7 +88,9 @@ def test_workers_without_our_packages_cannot_run_a_task(
 ):
     """Which is what makes the next test one of the archive."""
     monkeypatch.setenv("PYSPARK_PYTHON", bare_python)
-    run = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *cluster.settings(), profile="cluster")
+    run = start_run(
+        samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *cluster.assignments, profile="cluster"
+    )
     run.finish().assert_one_clear_error("No module named", "make pack", "spark.environment")
 
 
@@ -95,7 +98,7 @@ def test_workers_without_our_packages_run_from_the_archive(
     cluster, samples, bundle_uri, archive, tmp_path, monkeypatch
 ):
     monkeypatch.delenv("PYSPARK_PYTHON", raising=False)
-    settings = [*cluster.settings(), f"spark.environment={archive}"]
+    settings = [*cluster.assignments, f"spark.environment={archive}"]
     run = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *settings, profile="cluster").finish()
     assert (run.summary["ok"], run.summary["failed"]) == (60, 4), run.errors
     task = pipeline.make_task(str(samples), bundle_uri, str(tmp_path / "unused"), load_config("local"))

@@ -15,10 +15,9 @@ from helpers.planning.planner import (
     Cluster,
     best_partitions,
     curve,
-    play,
     predict,
 )
-from helpers.planning.simulation import Speculation, draw_failures, simulate
+from studies.simulation import Speculation, draw_failures, play, simulate
 
 MODEL = CostModel(
     session_seconds=4.0,

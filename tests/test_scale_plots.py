@@ -8,10 +8,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers.planning import plots
-from helpers.planning.planner import Cluster, curve
-from helpers.planning.simulation import simulate
+from helpers.planning.planner import Cluster, curve, plot_curve
 from helpers.stages.task import STAGES
+from studies import scale_figures as plots
+from studies.simulation import simulate
 
 TITLES = {"even": "two equal", "slow": "one slowed"}
 
@@ -49,7 +49,7 @@ def figures(tasks) -> dict[str, Figure]:
         "timeline": plots.plot_timeline(tasks, TITLES),
         "stages": plots.plot_stages(tasks, TITLES),
         "predictions": plots.plot_predictions(compared),
-        "curve": plots.plot_curve(curve(MODEL, 1_000_000, cluster), 16, 0.4),
+        "curve": plot_curve(curve(MODEL, 1_000_000, cluster), 16, 0.4),
     }
 
 

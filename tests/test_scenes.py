@@ -7,11 +7,11 @@ import pytest
 from pycocotools.coco import COCO
 
 from helpers.data.fashion_mnist import CLASSES
-from helpers.data.scenes import SIZE, Scenes, boxes_of, encode_mask, frames, to_coco, write_scenes, write_video
+from helpers.data.scenes import SIZE, Scenes, boxes_of, frames, to_coco, write_scenes, write_video
 from helpers.data.sprites import Sprite
 from helpers.errors import ConfigError, DataError
+from helpers.images import rle
 from helpers.images.decoding import decode
-from helpers.yolact.masks import decode_mask
 
 COUNT = 40
 
@@ -111,7 +111,7 @@ def test_pycocotools_reads_the_exact_masks_boxes_and_labels(coco, made):
 
 @pytest.mark.parametrize("fill", [np.zeros, np.ones])
 def test_a_mask_of_nothing_and_of_everything_is_encoded(fill):
-    assert (decode_mask(encode_mask(fill((3, 5), bool))) == fill((3, 5), bool)).all()
+    assert (rle.decode(rle.encode(fill((3, 5), bool))) == fill((3, 5), bool)).all()
 
 
 def test_written_images_are_the_scenes_and_the_annotations_lie_apart(fashion_mnist_root, tmp_path, made):

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import session
+from helpers import java, session
 from helpers.config import PROJECT, load_config
 from helpers.errors import HostError
-from helpers.hosts import java
-from helpers.hosts.java import check_java
+from helpers.java import check_java
 from helpers.session import (
     PACKAGES_REMEDY,
     check_answers,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.planning.simulation import Schedule, Speculation, draw_failures, simulate
+from studies.simulation import Schedule, Speculation, draw_failures, simulate
 
 TIMES = st.lists(st.floats(0.01, 100), min_size=1, max_size=60)
 SPEEDS = st.lists(st.floats(0.1, 10), min_size=1, max_size=12)

@@ -7,9 +7,9 @@ import psutil
 import pytest
 
 from helpers.errors import RunError
-from helpers.planning.standalone import held_to, slowed, standalone
-from helpers.planning.sweep import sweep
 from helpers.results.records import read_runs, read_tasks
+from studies.cluster import held_to, slowed, standalone
+from studies.sweep import sweep
 
 BURNER = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
 
@@ -17,7 +17,7 @@ BURNER = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while T
 def test_a_sweep_on_a_cluster_leaves_records_and_no_process(samples, bundle_uri, tmp_path):
     run = {"source": str(samples), "model": bundle_uri, "output": str(tmp_path / "out"), "partitioning.partitions": 3}
     with standalone(tmp_path / "cluster", workers=1) as cluster:
-        processes = [worker for worker in cluster.workers if worker.is_running()]
+        processes = [psutil.Process(worker.popen.pid) for worker in cluster.workers]
         assert len(processes) == 1
         assert all(len(os.sched_getaffinity(thread.id)) == 1 for thread in processes[0].threads())
         slow = {**run, "output": str(tmp_path / "slow"), "slowed": (processes[0].pid, 0.1)}

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster import PATIENCE, SHORT_LIVED, Cluster, Process, wait_for
 
 from helpers.config import PROJECT
+from helpers.java import local_options
 from helpers.training.checkpoints import newest_step
 from helpers.training.classifier import TrainingSettings
 from helpers.training.dashboards import read_scalars
+from studies.cluster import PATIENCE, Cluster, Process, wait_for
 
 INTERVAL = 25  # steps from one checkpoint to the next
 SETTINGS = {"epochs": 3, "batch_size": 64, "train_images": 6400, "test_images": 1000, "precision": "fp32"}
@@ -55,8 +56,8 @@ class Job:
 def job(cluster, fashion_mnist_root, tmp_path) -> Iterator[Job]:
     cluster.complete()
     command = [sys.executable, str(PROJECT / "tests" / "training_job.py"), "2", fashion_mnist_root]
-    command += [str(tmp_path / "run"), json.dumps(SETTINGS), *cluster.settings()]
-    environment = {"PYTHONPATH": str(PROJECT), "SPARK_SUBMIT_OPTS": SHORT_LIVED}
+    command += [str(tmp_path / "run"), json.dumps(SETTINGS), *cluster.assignments]
+    environment = {"PYTHONPATH": str(PROJECT), "SPARK_SUBMIT_OPTS": local_options()}
     started = Job(tmp_path / "run", Process([*command], tmp_path / "job.log", environment))
     yield started
     started.process.kill()

@@ -15,8 +15,9 @@ from test_datasets import spy, worker
 from helpers.config import PROJECT
 from helpers.data.coco import read_annotations, to_mask
 from helpers.data.fashion_mnist import CLASSES
-from helpers.data.scenes import Scenes, encode_mask, to_coco, write_scenes
+from helpers.data.scenes import Scenes, to_coco, write_scenes
 from helpers.errors import BundleError, DataError
+from helpers.images import rle
 from helpers.images.decoding import load
 from helpers.metrics import average_precision
 from helpers.models.architectures import get_architecture
@@ -109,7 +110,7 @@ def test_masks_are_those_of_pycocotools():
     truth.imgs = {1: {"height": height, "width": width}}
     mask = np.zeros((height, width), bool)
     mask[3:20, 7:50] = mask[30:, 0] = True
-    compressed = encode_mask(mask)
+    compressed = rle.encode(mask)
     runs = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False))
     uncompressed = {"size": [height, width], "counts": np.diff(runs, prepend=0, append=mask.size).tolist()}
     polygons = [[5.5, 3.2, 40.1, 8, 22, 30.7], [50, 20, 65, 20, 65, 45, 50, 45]]  # the second reaches beyond the image

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from helpers.yolact.masks import compress, decode_mask, encode_masks
+from helpers.images.rle import decode
+from helpers.yolact.masks import encode_masks
 
 ROUNDING = 1e-5  # float32 probabilities that were computed in another order
 
@@ -37,7 +38,7 @@ def check(proto, coefficients, boxes, width: int, height: int, threshold: float 
         differing = expected[found != (expected > threshold)]
         np.testing.assert_allclose(differing, threshold, atol=ROUNDING)
         assert coco.encode(np.asfortranarray(found))["counts"] == mask["counts"].encode()
-        np.testing.assert_array_equal(decode_mask(mask), found.astype(bool))
+        np.testing.assert_array_equal(decode(mask), found.astype(bool))
         inside += int(found.sum())
     return inside
 
@@ -100,7 +101,7 @@ def test_a_box_without_area_has_the_cells_around_it():
 
 
 def test_a_mask_stays_within_a_cell_and_a_half_of_its_box():
-    found = decode_mask(encode_masks(*constant(9), np.array([[0.25, 0.5, 0.5, 0.75]], np.float32), 1380, 1380)[0])
+    found = decode(encode_masks(*constant(9), np.array([[0.25, 0.5, 0.5, 0.75]], np.float32), 1380, 1380)[0])
     rows, columns = np.nonzero(found)
     for places, (low, high) in ((rows, (0.5, 0.75)), (columns, (0.25, 0.5))):
         assert 0 <= low * 1380 - places.min() <= 20 and 0 <= places.max() + 1 - high * 1380 <= 20
@@ -120,21 +121,3 @@ def test_no_detections_have_no_masks():
 def test_an_encoding_survives_json():
     mask = encode_masks(*example(3), 640, 480)[0]
     assert json.loads(json.dumps(mask)) == mask
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.lists(st.integers(0, 2**20), min_size=1, max_size=12), max_size=5))
-def test_run_lengths_are_written_as_pycocotools_writes_them(lists):
-    runs = [np.array(run) for run in lists]
-    total = [int(run.sum()) for run in runs]
-    expected = [
-        coco.frPyObjects({"size": [pixels, 1], "counts": run.tolist()}, pixels, 1)["counts"].decode()
-        for run, pixels in zip(runs, total, strict=True)
-    ]
-    assert compress(runs) == expected
-
-
-def test_the_largest_run_lengths_are_written():
-    runs = np.array([2**31 - 1, 0, 5, 2**30, 2**31 - 1, 3])
-    expected = coco.frPyObjects({"size": [1, 1], "counts": runs.tolist()}, 1, 1)["counts"].decode()
-    assert compress([runs]) == [expected]

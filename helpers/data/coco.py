@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from pycocotools import mask as coco_mask
 
 from helpers.errors import DataError
+from helpers.images import rle
 from helpers.storage import open_storage
-from helpers.yolact.masks import decode_mask
 
 ANNOTATIONS = "annotations.json"
 CORNERS = 3  # of a polygon, at least; pycocotools takes two for a box
@@ -88,7 +88,7 @@ def to_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, dict):
         if segmentation.get("size") != [height, width] or not isinstance(segmentation.get("counts"), str | list):
             raise ValueError(f"it is no run-length encoding of {height} rows and {width} columns")
-        return decode_mask(segmentation)
+        return rle.decode(segmentation)
     polygons = [np.array(polygon, float) for polygon in segmentation if len(polygon) >= 2 * CORNERS]
     # Far from the image pycocotools crashes.
     if not all((np.abs(polygon) <= FARTHEST * max(height, width)).all() for polygon in polygons):

@@ -19,8 +19,8 @@ import numpy as np
 from helpers.data import fashion_mnist
 from helpers.data.sprites import Sprite, add_grain, make_background
 from helpers.errors import ConfigError, DataError
+from helpers.images import rle
 from helpers.storage import open_storage
-from helpers.yolact.masks import compress
 
 SIZE = 160  # pixels of a side, that item sizes are relative to
 ITEMS = (3, 6)  # of a scene: at least and at most, though some may find no place
@@ -61,7 +61,7 @@ class Scene:
                 "label": fashion_mnist.CLASSES[label],
                 "score": 1.0,
                 "box": dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)),
-                "mask": encode_mask(mask),
+                "mask": rle.encode(mask),
             }
             for label, box, mask in zip(self.labels.tolist(), self.boxes.tolist(), self.masks, strict=True)
         ]
@@ -145,13 +145,6 @@ def boxes_of(masks: np.ndarray) -> np.ndarray:
     return np.stack([*low, *high], axis=1).astype(np.float32)
 
 
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """Write a mask, bool `[height, width]`, in COCO's run-length encoding, as pycocotools reads it."""
-    pixels = mask.T.ravel()
-    ends = np.flatnonzero(np.diff(pixels, prepend=False))
-    return {"size": list(mask.shape), "counts": compress([np.diff(ends, prepend=0, append=pixels.size)])[0]}
-
-
 def to_coco(
     scenes: Iterable[Scene], first_image: int = 0, labels: Sequence[str] = fashion_mnist.CLASSES
 ) -> dict[str, Any]:
@@ -170,7 +163,7 @@ def to_coco(
                     "id": next(identities),
                     "image_id": number,
                     "category_id": label,
-                    "segmentation": encode_mask(mask),
+                    "segmentation": rle.encode(mask),
                     "area": int(mask.sum()),
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "iscrowd": 0,

@@ -8,8 +8,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from helpers.images import rle
 from helpers.images.decoding import Image
-from helpers.yolact.masks import decode_mask
 
 SMALLEST_SIDE = 224  # pixels; smaller images are enlarged, so that a caption is readable ...
 LARGEST_SIDE = 1024  # ... but a thin one only so far
@@ -54,7 +54,7 @@ def picture_name(path: str) -> str:
 def _draw_detection(canvas: Image, prediction: dict[str, Any], scale: int) -> None:
     color = color_of(prediction["class_id"])
     if prediction["mask"]:
-        inside = _enlarge(decode_mask(prediction["mask"]), scale)
+        inside = _enlarge(rle.decode(prediction["mask"]), scale)
         canvas[inside] = (canvas[inside] * (1 - OPACITY) + np.array(color) * OPACITY).astype(np.uint8)
     x1, y1, x2, y2 = (round(prediction["box"][side] * scale) for side in ("x1", "y1", "x2", "y2"))
     cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), color, 2)

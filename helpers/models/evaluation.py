@@ -5,21 +5,31 @@ format. Both are per image, in the images' order. No torch.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from helpers.images.pictures import DRAWN_SCORE
-from helpers.metrics import average_precision, boundary_iou, mask_iou
+from helpers.metrics import average_precision
 from helpers.models.bundle import Manifest
 from helpers.stages.postprocessing import POSTPROCESSORS, Arrays, Prediction
-from helpers.yolact.masks import decode_mask
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 Engine = Callable[[np.ndarray], Arrays]  # uint8 [B, H, W, C] -> float32 [B, ...] by name
 Truth = dict[str, Any] | Sequence[int]
-RATIOS = tuple(ratio / 1000 for ratio in range(5, 51, 5))  # of boundary IoU: 0.005 to 0.05
+
+
+def compiled_engine(compiled: "ov.CompiledModel") -> Engine:
+    """A model that OpenVINO has compiled."""
+
+    def infer(images: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = compiled(images, share_inputs=True)
+        return {output.get_any_name(): outputs[output] for output in compiled.outputs}
+
+    return infer
 
 
 def predict(engine: Engine, images: Iterable[np.ndarray], manifest: Manifest, arrays: Arrays) -> list[list[Prediction]]:
@@ -88,68 +98,3 @@ def to_results(predictions: Iterable[list[Prediction]], truth: dict[str, Any]) -
         for image, found in zip(truth["images"], predictions, strict=True)
         for p in found
     ]
-
-
-def to_predictions(truth: dict[str, Any], place: int) -> list[Prediction]:
-    """The instances of one of the truth's images as predictions without doubt, to be drawn."""
-    identity, names = truth["images"][place]["id"], {c["id"]: c["name"] for c in truth["categories"]}
-    labels = list(names.values())
-    found = []
-    for annotation in truth["annotations"]:
-        if annotation["image_id"] == identity:
-            left, top, width, height = annotation["bbox"]
-            label = names[annotation["category_id"]]
-            box = {"x1": left, "y1": top, "x2": left + width, "y2": top + height}
-            mask = annotation["segmentation"]
-            found.append({"class_id": labels.index(label), "label": label, "score": 1.0, "box": box, "mask": mask})
-    return found
-
-
-def precision_table(predictions: Mapping[str, Sequence[list[Prediction]]], truth: dict[str, Any]) -> pd.DataFrame:
-    """Mask AP and boundary AP of each format, in points of 100: one row a format."""
-    rows = {}
-    for name, found in predictions.items():
-        results = to_results(found, truth)
-        mask, boundary = average_precision(truth, results), average_precision(truth, results, boundary_ratio=0.02)
-        rows[name] = {
-            "mask AP": mask["AP"],
-            "mask AP50": mask["AP50"],
-            "mask AP75": mask["AP75"],
-            "boundary AP": boundary["AP"],
-        }
-    return 100 * pd.DataFrame.from_dict(rows, orient="index").rename_axis("format")
-
-
-def overlap_table(
-    predictions: Mapping[str, Sequence[list[Prediction]]], truth: dict[str, Any], ratios: Sequence[float] = RATIOS
-) -> pd.DataFrame:
-    """Agreement of what is drawn as foreground with the truth's, mean of all images.
-
-    The foreground of an image is all of its masks together, whatever their classes, so a value tells of outlines only.
-
-    Returns:
-        One row a format, one column `mask IoU` and one for the boundary IoU at each dilation ratio.
-    """
-    expected = [
-        foreground([a["segmentation"] for a in truth["annotations"] if a["image_id"] == image["id"]], image)
-        for image in truth["images"]
-    ]
-    rows = {}
-    for name, found in predictions.items():
-        masks = [
-            foreground([p["mask"] for p in instances if p["score"] >= DRAWN_SCORE], image)
-            for instances, image in zip(found, truth["images"], strict=True)
-        ]
-        pairs = list(zip(masks, expected, strict=True))
-        rows[name] = {"mask IoU": np.mean([mask_iou(*pair) for pair in pairs])} | {
-            ratio: np.mean([boundary_iou(*pair, ratio) for pair in pairs]) for ratio in ratios
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("format")
-
-
-def foreground(masks: Iterable[dict[str, Any]], image: Mapping[str, int]) -> np.ndarray:
-    """The union of run-length encoded masks of an image: bool `[height, width]`."""
-    union = np.zeros((image["height"], image["width"]), bool)
-    for mask in masks:
-        union |= decode_mask(mask)
-    return union

@@ -19,7 +19,6 @@ import numpy as np
 from helpers.errors import BundleError
 from helpers.models import evaluation
 from helpers.models.bundle import Manifest
-from helpers.models.formats import compiled_engine
 from helpers.models.graph import MULTIPLYING
 from helpers.models.runtime import compile_options
 from helpers.stages.postprocessing import Arrays
@@ -138,7 +137,9 @@ class Measure:
     def of(cls, model: "ov.Model", validation: Validation, manifest: Manifest, arrays: Arrays) -> "Measure":
         """Prepare to measure on these images."""
         kind = "accuracy" if manifest.task == "classification" else "mask AP"
-        found = evaluation.predict(compiled_engine(compile_exactly(model)), validation.images, manifest, arrays)
+        found = evaluation.predict(
+            evaluation.compiled_engine(compile_exactly(model)), validation.images, manifest, arrays
+        )
         truth = validation.truth
         max_drop = validation.max_drop
         if truth is None:
@@ -155,7 +156,7 @@ class Measure:
     ) -> tuple[float, list[float]]:
         """Measure a model on some of the images, given with their numbers: of all together, and of each."""
         numbers, images = zip(*items, strict=True)
-        predictions = evaluation.predict(compiled_engine(compiled), images, self.manifest, self.arrays)
+        predictions = evaluation.predict(evaluation.compiled_engine(compiled), images, self.manifest, self.arrays)
         found = dict(zip(numbers, predictions, strict=True))
         each = [evaluation.score({number: of_image}, self.truth) for number, of_image in found.items()]
         return evaluation.score(found, self.truth), each

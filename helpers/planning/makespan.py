@@ -1,6 +1,6 @@
 """When the last of many about equal tasks ends, in closed form.
 
-It is what `helpers.planning.simulation` gives event by event. Pure: numpy only.
+A simulation of the stage, event by event, gives the same (`tests/test_planner.py`). Pure: numpy only.
 """
 
 import heapq

@@ -2,19 +2,22 @@
 
     run time = session + listing + start of the pass + the slots' work, their overhead and their tail + publishing
 
-What each part takes comes from the records of a short run (`cost_model`). Spark keeps the slots busy as `simulation`
-does event by event and `makespan` says in closed form. Pure: numpy and pandas only.
+What each part takes comes from the records of a short run (`cost_model`). When the last task ends, `makespan` says in
+closed form. Pure: numpy and pandas only; `plot_curve` draws with matplotlib.
 """
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from helpers.planning.cost_model import CostModel
 from helpers.planning.makespan import expected_makespan
-from helpers.planning.simulation import Schedule, Speculation, draw_failures, simulate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CANDIDATES = 60  # numbers of partitions that are tried
 PARTS = ("session", "listing", "start", "work", "overhead", "retries", "tail", "publish")
@@ -157,7 +160,7 @@ def predict(
     partitions = max(1, min(partitions, images))
     speeds = cluster.slot_speeds(model)
     total = speeds.sum()
-    task = _task_seconds(model, images, partitions)
+    task = task_seconds(model, images, partitions)
     used = min(partitions, cluster.slots)
     work = model.mean_image_seconds * images / total
     overhead = (model.task_seconds * partitions + model.worker_seconds * used) / total
@@ -190,33 +193,6 @@ def best_partitions(model: CostModel, images: int, cluster: Cluster, failure_rat
     return min(tried, key=lambda n: predict(model, images, cluster, n, failure_rate=failure_rate).seconds)
 
 
-def play(
-    model: CostModel,
-    images: int,
-    cluster: Cluster,
-    partitions: int,
-    *,
-    failure_rate: float = 0.0,
-    speculation: Speculation | None = None,
-    seed: int = 0,
-) -> Schedule:
-    """Simulate the pass of a run whose tasks fluctuate as they did in the calibration, from its first task on.
-
-    A slot's speed is the same from beginning to end: that tasks are faster beside idle cores is left out.
-    """
-    rng = np.random.default_rng(seed)
-    spread = math.sqrt(math.log1p(model.variation**2))
-    seconds = _task_seconds(model, images, partitions) * rng.lognormal(-(spread**2) / 2, spread, partitions)
-    speeds = cluster.slot_speeds(model)
-    return simulate(
-        seconds,
-        speeds,
-        ready=model.worker_seconds / speeds,
-        failures=draw_failures(failure_rate, partitions, rng) if failure_rate else None,
-        speculation=speculation,
-    )
-
-
 def curve(
     model: CostModel, images: int, cluster: Cluster, image_bytes: float | None = None, failure_rate: float = 0.0
 ) -> pd.DataFrame:
@@ -244,5 +220,41 @@ def curve(
     return table
 
 
-def _task_seconds(model: CostModel, images: int, partitions: int) -> float:
+def plot_curve(table: pd.DataFrame, executors: int, price: float = 0.0) -> "Figure":
+    """Draw time, and cost where there is a price, against executors.
+
+    Args:
+        table: of `curve`.
+        executors: the number to mark.
+        price: of one executor for an hour.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
+    figure = Figure(figsize=(8.0, 3.4), layout="constrained")
+    axis = figure.subplots()
+    unit, scale = next(
+        (u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if table["seconds"].min() >= 2 * s or s == 1
+    )
+    axis.plot(table["executors"], table["seconds"] / scale, marker="o", label="time")
+    axis.axvline(executors, color="gray", linestyle=":")
+    axis.set(xlabel="executors", ylabel=f"time, {unit}", xscale="log", yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.set_xticks(table["executors"], [str(n) for n in table["executors"]])
+    axis.minorticks_off()
+    row = table.set_index("executors").loc[executors]
+    title = f"{executors} executors take {row['seconds'] / scale:.1f} {unit}"
+    if price:
+        right = axis.twinx()
+        right.plot(table["executors"], table["cost"], marker="s", color="C1", label="cost")
+        right.set(ylabel="cost", ylim=(0, 1.2 * table["cost"].max()))
+        title += f" for {row['cost']:,.2f}"
+        axis.legend(handles=[axis.get_lines()[0], right.get_lines()[0]], loc="upper center")
+    axis.set_title(f"{title}, at an efficiency of {row['efficiency']:.0%}")
+    return figure
+
+
+def task_seconds(model: CostModel, images: int, partitions: int) -> float:
+    """What a task takes that has its share of the images, on a slot of speed 1."""
     return model.task_seconds + model.mean_image_seconds * images / partitions

@@ -1,4 +1,4 @@
-"""From prototypes and coefficients to masks in COCO's run-length encoding, at the size of the image. numpy only.
+"""From prototypes and coefficients to masks in COCO's run-length encoding, at the size of the image. No torch.
 
 The definition: combine the prototypes, crop at the box, enlarge bilinearly to the image's size, keep what is above
 the threshold. A mask so made is never held here. Down a column of the image an enlarged mask is a line from prototype
@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 
-CHARACTER = 48  # the first of the 64 that COCO's encoding uses
-MORE, SIGN = 32, 16  # bits of a character: another follows; the number is negative
-MOST_CHARACTERS = 7  # of a number of 32 bits
+from helpers.images.rle import encode_runs
 
 
 @dataclass(frozen=True)
@@ -71,59 +69,7 @@ def encode_masks(
     windows = zip(_cells(boxes[:, 1::2], rows), _cells(boxes[:, ::2], columns), strict=True)
     axes = Axis.of(rows, height), Axis.of(columns, width)
     runs = [_runs(mask, window, axes, threshold) for mask, window in zip(combined, windows, strict=True)]
-    return [{"size": [height, width], "counts": counts} for counts in compress(runs)]
-
-
-def compress(runs: list[np.ndarray]) -> list[str]:
-    """Write run lengths, one integer array a mask, as COCO's strings.
-
-    From the fourth on, a run is written as its difference to the one before last; a number is written in groups of
-    five bits, the lowest first.
-    """
-    if not runs:
-        return []
-    rest = np.concatenate([_differences(run) for run in runs]).astype(np.int32)
-    characters = np.empty((len(rest), MOST_CHARACTERS), np.uint8)
-    written = np.zeros(characters.shape, bool)
-    open_ = np.ones(len(rest), bool)
-    for position in range(MOST_CHARACTERS):
-        written[:, position] = open_
-        bits = rest & (MORE - 1)
-        rest >>= 5
-        open_ &= rest != -((bits & SIGN) >> 4)
-        characters[:, position] = bits + (open_ * np.int32(MORE) + CHARACTER)
-        if not open_.any():
-            break
-    text, lengths = characters[written].tobytes().decode("ascii"), written.sum(axis=1)
-    ends = np.cumsum(lengths)[np.cumsum([len(run) for run in runs]) - 1]
-    return [text[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def decode_mask(mask: dict[str, Any]) -> np.ndarray:
-    """Read a mask in COCO's encoding, compressed or a list of runs: bool `[height, width]`.
-
-    Raises:
-        ValueError: the runs are not those of an image of the mask's size.
-    """
-    height, width = mask["size"]
-    runs = mask["counts"] if isinstance(mask["counts"], list) else _decompress(mask["counts"])
-    if sum(runs) != height * width or min(runs) < 0:  # pycocotools would give what is in memory by chance
-        raise ValueError(f"its runs come to {sum(runs)} pixels and the image has {height * width}")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-
-
-def _decompress(text: str) -> list[int]:
-    """The run lengths that `compress` has written."""
-    runs: list[int] = []
-    value, shift = 0, 0
-    for character in text.encode("ascii"):
-        bits = character - CHARACTER
-        value, shift = value | (bits & (MORE - 1)) << shift, shift + 5
-        if not bits & MORE:
-            value -= (1 << shift) if bits & SIGN else 0
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value, shift = 0, 0
-    return runs
+    return encode_runs(runs, width, height)
 
 
 def _cells(sides: np.ndarray, cells: int) -> list[tuple[int, int]]:
@@ -192,9 +138,3 @@ def _crossings(lines: np.ndarray, top: int, axis: Axis, threshold: float) -> np.
     # Two ends at one place are none: a column's last run and the next one's first are the same run.
     ends, count = np.unique(np.concatenate(edges), return_counts=True)
     return ends[count % 2 == 1]
-
-
-def _differences(run: np.ndarray) -> np.ndarray:
-    changes = run.copy()
-    changes[3:] -= run[1:-2]
-    return changes

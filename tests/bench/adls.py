@@ -1,6 +1,6 @@
 """The fused run over ADLS Gen2 (Azurite) against the same run over a local folder, the server's work set apart.
 
-    .venv/bin/python tests/bench/adls.py [--work FOLDER] [--repeats 3] [--latency MILLISECONDS] [--quick]
+    PYTHONPATH=notebooks:tests .venv/bin/python tests/bench/adls.py [--work FOLDER] [--repeats 3] [--latency MILLISECONDS] [--quick]
 
 Runs have one core and one slot, the server the other core, so that the ratio is of the product's own work and waiting.
 Every ratio comes from this one run. Use a machine that does nothing else meanwhile; the processor time of the tasks'
@@ -29,18 +29,16 @@ import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 from azure.storage.blob import ContainerClient
+from dfs_facade import ACCOUNT, KEY
 from measure import measure
 
 from helpers.config import load_config, parse_assignments
-from helpers.data.workloads import make_bundle, make_photographs
 from helpers.ingest.listing import list_images, manifest, plan
 from helpers.pipeline import make_task
 from helpers.storage import open_storage
+from studies.workloads import make_bundle, make_photographs
 
 TESTS = Path(__file__).parent.parent
-sys.path.insert(0, str(TESTS))
-from dfs_facade import ACCOUNT, KEY  # noqa: E402
-
 IMAGES = 2000
 PROFILED = 300
 RUN_CORE, SERVER_CORE = "0", "1"

@@ -1,6 +1,6 @@
 """Time of YOLACT's post-processing on one thread, and of the specification's own steps (`tests/yolact_oracle.py`).
 
-    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests python tests/bench/masks.py
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=notebooks:tests .venv/bin/python tests/bench/masks.py
 
 Prints a line for each size of image and of boxes: our milliseconds, the specification's, and their ratio. Heads are
 synthetic, 400 probable anchors around 14 objects; `boxes` says which share of the image each box has.

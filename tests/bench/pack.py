@@ -1,6 +1,6 @@
 """What the packed environment adds to a run's start: workers that unpack it beside workers that have the packages.
 
-    .venv/bin/python tests/bench/pack.py [--work FOLDER] [--repeats 3]
+    PYTHONPATH=.:notebooks:tests .venv/bin/python tests/bench/pack.py [--work FOLDER] [--repeats 3]
 
 A standalone cluster of two one-core workers on this machine. Every run is a command of its own over a few photographs,
 so its executors are new and unpack the archive; shipping it over a network is not in the times. Under two minutes.
@@ -19,12 +19,11 @@ from datetime import date
 from pathlib import Path
 
 import psutil
+from cluster import start_run
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from cluster import Cluster, start_run  # noqa: E402
-
-from helpers.data.workloads import make_bundle, make_photographs  # noqa: E402
-from helpers.hosts import pack  # noqa: E402
+from conf import pack
+from studies.cluster import Cluster
+from studies.workloads import make_bundle, make_photographs
 
 PHOTOGRAPHS = 16
 
@@ -55,7 +54,7 @@ def main() -> None:
             place = cluster.folder / f"run{repeat}"
             start = time.perf_counter()
             run = start_run(
-                photographs, str(options.work / "light"), place, place.with_suffix(".log"), *cluster.settings(),
+                photographs, str(options.work / "light"), place, place.with_suffix(".log"), *cluster.assignments,
                 *shipped, "pictures=0", profile="cluster",
             ).finish()  # fmt: skip
             assert run.summary["ok"] == PHOTOGRAPHS, run.errors

@@ -1,6 +1,6 @@
 """Strong scaling from one to two cores and executors, and how well other runs are predicted from one of them.
 
-    .venv/bin/python tests/bench/scaling.py [--work FOLDER] [--repeats 3] [--quick]
+    PYTHONPATH=notebooks:tests .venv/bin/python tests/bench/scaling.py [--work FOLDER] [--repeats 3] [--quick]
 
 Makes its own photographs and models, runs both models in warm sessions of `local[1]`, `local[2]` and of a standalone
 cluster of one and of two one-core workers, and prints medians, their ratios, and predictions beside what was measured.
@@ -18,12 +18,12 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-from helpers.data.workloads import make_bundle, make_photographs
 from helpers.planning.cost_model import fit
 from helpers.planning.planner import Cluster, predict
-from helpers.planning.standalone import standalone
-from helpers.planning.sweep import sweep
 from helpers.results.records import read_runs, read_tasks
+from studies.cluster import standalone
+from studies.sweep import sweep
+from studies.workloads import make_bundle, make_photographs
 
 IMAGES = {"light": 1200, "yolact": 16}
 DIFFERENT = 200  # photographs; more are copies
@@ -69,9 +69,11 @@ def measure(work: Path, place: Path, repeats: int, fewer: int) -> None:
     sweep({"spark.master": "local[2]"}, same("local-2") + others, cores=2)
     with standalone(place / "cluster", 1) as cluster:
         sweep(cluster.settings, same("cluster-1"), cores=1)
-        cluster.add_worker()
+        cluster.complete(2)
         slow = jobs("slow", "light", "24 tasks", 24) + jobs("slow", "light", "2 tasks", 2)
-        slow = [{**job, "slowed": (cluster.workers[1].pid, SLOW)} for job in slow + jobs("slow", "yolact", "8 tasks")]
+        slow = [
+            {**job, "slowed": (cluster.workers[1].popen.pid, SLOW)} for job in slow + jobs("slow", "yolact", "8 tasks")
+        ]
         sweep(cluster.settings, same("cluster-2") + slow, cores=2)
 
 

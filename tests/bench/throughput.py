@@ -1,6 +1,6 @@
 """The fused Spark run against a tight single-process program and against the usual Spark idiom, on this machine.
 
-    .venv/bin/python tests/bench/throughput.py [--work FOLDER] [--repeats 3] [--quick]
+    PYTHONPATH=notebooks:tests .venv/bin/python tests/bench/throughput.py [--work FOLDER] [--repeats 3] [--quick]
 
 Makes its own photographs and models, runs each way in processes of its own, checks that all predict the same, and
 prints two tables; every ratio comes from this one run. Use a machine that does nothing else meanwhile.
@@ -20,7 +20,7 @@ import psutil
 import pyarrow.parquet as pq
 from measure import measure
 
-from helpers.data.workloads import make_bundle, make_photographs
+from studies.workloads import make_bundle, make_photographs
 
 HERE = Path(__file__).parent
 LIGHT, HEAVY, FEWER = 2000, 200, 500  # images: of each model, and to see whether memory grows with their number

@@ -1,7 +1,7 @@
 """What the notebooks need of the repository's address: the Colab badge and the first cell's `git clone`.
 
-    python -m helpers.hosts.badges        the first cell and a badge to Colab's dialogue for GitHub
-    python -m helpers.hosts.badges URL    a badge that opens the notebook, and a cell that clones
+    python conf/badges.py        the first cell and a badge to Colab's dialogue for GitHub
+    python conf/badges.py URL    a badge that opens the notebook, and a cell that clones
 
 The address is nowhere else; run it once after the repository has got one (`make badges REPOSITORY=URL`).
 """
@@ -26,7 +26,7 @@ if {{"COLAB_RELEASE_TAG", "DATABRICKS_RUNTIME_VERSION"}} & set(os.environ):  # e
         os.system(f"git clone --quiet --depth 1 {{{address}}} project")
         os.chdir("project/notebooks")
     root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "helpers").is_dir())
-    runpy.run_path(f"{{root}}/helpers/hosts/bootstrap.py", run_name="__main__")"""
+    runpy.run_path(f"{{root}}/conf/bootstrap.py", run_name="__main__")"""
 
 
 def apply(notebook: dict[str, Any], name: str, repository: str | None) -> dict[str, Any]:

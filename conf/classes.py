@@ -1,4 +1,4 @@
-"""An archive of Spark's classes for the JVM, made at set-up: `python -m helpers.hosts.classes`.
+"""An archive of Spark's classes for the JVM, made at set-up: `python conf/classes.py`.
 
 Most of a small job's start is the JVM reading and verifying thousands of classes from Spark's jars. An archive of them
 in the JVM's own form (class-data sharing, JEP 350) halves that. It belongs to one Java and one set of jars; the JVM
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from helpers.config import load_config
 from helpers.errors import HostError
-from helpers.hosts.java import ARCHIVE, check_java
+from helpers.java import ARCHIVE, check_java
 from helpers.session import get_spark
 
 
@@ -27,8 +27,7 @@ def make_archive() -> None:
         unfinished = Path(folder, ARCHIVE.name)
         # In a process of its own, because the JVM writes the archive when it ends. It ends after the process that
         # started it, and holds the pipe open until then.
-        program = f"from helpers.hosts.classes import _load; _load({str(unfinished)!r})"
-        command = [sys.executable, "-c", program]
+        command = [sys.executable, __file__, str(unfinished)]
         process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if not unfinished.exists():
             raise HostError(f"no archive of Spark's classes was made:\n{process.stdout[-2000:]}")
@@ -43,6 +42,6 @@ def _load(archive: str) -> None:
 
 if __name__ == "__main__":
     try:
-        make_archive()
+        _load(sys.argv[1]) if sys.argv[1:] else make_archive()
     except HostError as error:
         sys.exit(str(error))

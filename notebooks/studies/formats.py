@@ -12,11 +12,10 @@ import numpy as np
 
 from helpers.models.architectures import Architecture
 from helpers.models.bundle import Bundle, InputSpec
-from helpers.models.evaluation import Engine
+from helpers.models.evaluation import Engine, compiled_engine
 from helpers.models.runtime import compile_options, get_model, read_graph
 
 if TYPE_CHECKING:
-    import openvino as ov
     import torch
 
 
@@ -58,16 +57,6 @@ def onnx_engine(path: Path, architecture: Architecture, threads: int = 1) -> Eng
 def openvino_engine(bundle: Bundle, threads: int = 1) -> Engine:
     """A model bundle in OpenVINO for the shortest latency, in the arithmetic that its manifest names."""
     return compiled_engine(get_model(bundle, threads=threads).compiled)
-
-
-def compiled_engine(compiled: "ov.CompiledModel") -> Engine:
-    """A model that OpenVINO has compiled."""
-
-    def infer(images: np.ndarray) -> dict[str, np.ndarray]:
-        found = compiled(images, share_inputs=True)
-        return {output.get_any_name(): found[output] for output in compiled.outputs}
-
-    return infer
 
 
 def run_parallel(bundle: Bundle, images: Sequence[np.ndarray], threads: int) -> float:

@@ -8,6 +8,7 @@ workers that have their model, and can be compared.
 import contextlib
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,9 @@ import psutil
 
 from helpers.config import PROJECT
 from helpers.errors import RunError
-from helpers.planning.standalone import held_to, slowed
 from helpers.results.records import RUNS
 from helpers.storage import open_storage
+from studies.cluster import held_to, slowed
 
 
 def sweep(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], cores: int | None = None) -> None:
@@ -28,7 +29,7 @@ def sweep(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], cores:
     Args:
         settings: of the session, as `load_config` takes them.
         runs: of each `source`, `model` and `output`, and what of the settings differs; where a worker shall be slower
-            meanwhile, `slowed`: the id of its process and the share of the time that it may run (`standalone.slowed`).
+            meanwhile, `slowed`: the id of its process and the share of the time that it may run (`cluster.slowed`).
         cores: how many the process is held to with all that it starts; None for all there are. `local[1]` alone
             means one task at a time, whose threads and JVM may take more than one core.
 
@@ -36,12 +37,21 @@ def sweep(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], cores:
         RunError: the process failed; the message has the end of what it said.
     """
     job = json.dumps({"settings": dict(settings), "runs": [dict(run) for run in runs]})
-    command = [sys.executable, "-m", "helpers.planning.sweep"]
+    command = [sys.executable, "-m", "studies.sweep"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     with contextlib.nullcontext() if cores is None else held_to(range(cores)):
-        found = subprocess.run(command, cwd=PROJECT, input=job, capture_output=True, text=True, check=False)
-    if found.returncode:
+        process = subprocess.run(
+            command,
+            cwd=PROJECT / "notebooks",
+            env=environment,
+            input=job,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if process.returncode:
         raise RunError(
-            f"the runs on {settings.get('spark.master', 'the default master')} failed:\n{found.stderr[-2000:]}"
+            f"the runs on {settings.get('spark.master', 'the default master')} failed:\n{process.stderr[-2000:]}"
         )
 
 

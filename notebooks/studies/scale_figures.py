@@ -1,4 +1,4 @@
-"""Figures of measured and predicted runs, from the tables of `helpers.results.records` and `helpers.planning.planner`.
+"""Figures of measured and predicted runs, from the tables of `helpers.results.records`.
 
 Each has one message, which is its title and is computed from what it shows.
 """
@@ -12,7 +12,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, ScalarFormatter
 from PIL import Image
 
 from helpers.stages.task import STAGES
@@ -205,32 +204,6 @@ def plot_predictions(table: pd.DataFrame) -> Figure:
     errors = (unseen["predicted"] / unseen["measured"] - 1).abs()
     axis.set_title(f"{len(unseen)} predictions, off by {errors.median():.0%} (median) and {errors.max():.0%} (worst)")
     axis.legend()
-    return figure
-
-
-@_drawn
-def plot_curve(table: pd.DataFrame, executors: int, price: float = 0.0) -> Figure:
-    """Time, and cost where there is a price, against executors (`planner.curve`); `executors` is marked."""
-    figure, axis = _axes()
-    unit, scale = next(
-        (u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if table["seconds"].min() >= 2 * s or s == 1
-    )
-    axis.plot(table["executors"], table["seconds"] / scale, marker="o", label="time")
-    axis.axvline(executors, color="grey", linestyle=":")
-    axis.set(xlabel="executors", ylabel=f"time, {unit}", xscale="log", yscale="log")
-    chosen = table.set_index("executors").loc[executors]
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(ScalarFormatter())
-    axis.set_xticks(table["executors"], [str(n) for n in table["executors"]])
-    axis.minorticks_off()
-    title = f"{executors} executors take {chosen['seconds'] / scale:.1f} {unit}"
-    if price:
-        right = axis.twinx()
-        right.plot(table["executors"], table["cost"], marker="s", color="C1", label="cost")
-        right.set(ylabel="cost", ylim=(0, 1.2 * table["cost"].max()))
-        title += f" for {chosen['cost']:,.2f}"
-        axis.legend(handles=[axis.get_lines()[0], right.get_lines()[0]], loc="upper center")
-    axis.set_title(f"{title}, at an efficiency of {chosen['efficiency']:.0%}")
     return figure
 
 

@@ -18,7 +18,7 @@ from helpers.errors import DataError
 from helpers.images.decoding import fit
 from helpers.models.bundle import Bundle, InputSpec
 from helpers.models.evaluation import Engine
-from helpers.models.formats import run_parallel
+from studies.formats import run_parallel
 
 BATCH = 64
 LATENCY_CALLS = 200

@@ -2,17 +2,22 @@
 
 A slot that is free takes the first task that waits (list scheduling: Graham, 1966). A failed task goes to the front of
 the queue, as in `TaskSetManager`. With speculation, a slot that has nothing to do runs a copy of a task that takes much
-longer than the median, and what ends first counts. Locality is ignored. Pure: numpy only.
+longer than the median, and what ends first counts. Locality is ignored. `helpers.planning.makespan` has
+the mean in closed form.
 """
 
 import bisect
 import heapq
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
+
+from helpers.planning.cost_model import CostModel
+from helpers.planning.planner import Cluster, task_seconds
 
 COLUMNS = ("task", "slot", "start", "end")
 
@@ -83,6 +88,33 @@ def simulate(
         return _without_trouble(work, pace, begin)
     repeats = np.zeros(work.size, int) if failures is None else np.asarray(failures, int)
     return _Stage(work, pace, repeats, failure_point, max_failures, speculation).run(begin)
+
+
+def play(
+    model: CostModel,
+    images: int,
+    cluster: Cluster,
+    partitions: int,
+    *,
+    failure_rate: float = 0.0,
+    speculation: Speculation | None = None,
+    seed: int = 0,
+) -> Schedule:
+    """Simulate the pass of a run whose tasks fluctuate as they did in the calibration, from its first task on.
+
+    A slot's speed is the same from beginning to end: that tasks are faster beside idle cores is left out.
+    """
+    rng = np.random.default_rng(seed)
+    spread = math.sqrt(math.log1p(model.variation**2))
+    seconds = task_seconds(model, images, partitions) * rng.lognormal(-(spread**2) / 2, spread, partitions)
+    speeds = cluster.slot_speeds(model)
+    return simulate(
+        seconds,
+        speeds,
+        ready=model.worker_seconds / speeds,
+        failures=draw_failures(failure_rate, partitions, rng) if failure_rate else None,
+        speculation=speculation,
+    )
 
 
 def draw_failures(rate: float, tasks: int, rng: np.random.Generator) -> np.ndarray:

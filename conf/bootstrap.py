@@ -13,7 +13,7 @@ import tempfile
 from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = PROJECT / "requirements.txt"
 JAVA_HOME = "/usr/lib/jvm/java-17-openjdk-amd64"  # where Debian's package puts it
 
@@ -64,7 +64,7 @@ def find_fixed() -> list[str]:
 def install_java() -> None:
     """Install Java with apt-get where Spark's is missing or too old and this process may; else Spark will say so."""
     from helpers.errors import HostError
-    from helpers.hosts.java import check_java
+    from helpers.java import check_java
 
     try:
         check_java()

@@ -1,6 +1,6 @@
 """The Java that Spark runs on: whether there is one, and how it is started.
 
-python -m helpers.hosts.java    which Java Spark will start; exits with 1 and the remedy if there is none
+python -m helpers.java    which Java Spark will start; exits with 1 and the remedy if there is none
 """
 
 import os
@@ -16,7 +16,7 @@ MINIMUM_JAVA = 17
 JAVA_REMEDY = "install it with `apt-get install openjdk-17-jre-headless` (Debian), `brew install openjdk@17` (macOS) \
 or from adoptium.net, and set JAVA_HOME if it is not on the PATH"
 
-ARCHIVE = Path(sys.prefix, "spark-classes.jsa")  # see `helpers.hosts.classes`
+ARCHIVE = Path(sys.prefix, "spark-classes.jsa")  # made by `conf/classes.py`
 
 
 def local_options() -> str:

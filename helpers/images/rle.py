@@ -1,0 +1,62 @@
+"""Masks in COCO's run-length encoding, as results and annotations hold them. Executors import this module.
+
+An encoded mask is `{"size": [height, width], "counts": str}`: the lengths of the runs down the image's columns, those
+of the background first. pycocotools writes it; reading is here, because pycocotools takes counts on trust and crashes
+on damaged ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco
+
+Mask = dict[str, Any]
+
+CHARACTER = 48  # the first of the 64 that the encoding uses
+MORE, SIGN = 32, 16  # bits of a character: another follows; the number is negative
+
+
+def encode(mask: np.ndarray) -> Mask:
+    """Encode a mask, `[height, width]`, bool or not zero inside."""
+    return _as_text(coco.encode(np.asfortranarray(mask != 0, np.uint8)))
+
+
+def encode_runs(runs: Sequence[np.ndarray], width: int, height: int) -> list[Mask]:
+    """Encode the masks of one image from their run lengths, an integer array per mask."""
+    masks = [{"size": [height, width], "counts": lengths.tolist()} for lengths in runs]
+    return [_as_text(encoded) for encoded in coco.frPyObjects(masks, height, width)] if masks else []
+
+
+def decode(mask: Mask) -> np.ndarray:
+    """Read a mask, its counts a string or a list of run lengths: bool `[height, width]`.
+
+    Raises:
+        ValueError: the runs are not those of an image of the mask's size.
+    """
+    height, width = mask["size"]
+    runs = mask["counts"] if isinstance(mask["counts"], list) else _run_lengths(mask["counts"])
+    if sum(runs) != height * width or min(runs, default=0) < 0:
+        raise ValueError(f"its runs come to {sum(runs)} pixels and the image has {height * width}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _run_lengths(text: str) -> list[int]:
+    """A number is written in groups of five bits, the lowest first; from the fourth on, as a difference.
+
+    The difference is to the run before the last.
+    """
+    runs: list[int] = []
+    value, shift = 0, 0
+    for character in text.encode("ascii"):
+        bits = character - CHARACTER
+        value, shift = value | (bits & (MORE - 1)) << shift, shift + 5
+        if not bits & MORE:
+            value -= (1 << shift) if bits & SIGN else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, shift = 0, 0
+    return runs
+
+
+def _as_text(encoded: dict[str, Any]) -> Mask:
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
