@@ -1,6 +1,7 @@
-"""The fused run over ADLS Gen2 (Azurite) against the same run over a local folder, the server's work set apart.
+r"""The fused run over ADLS Gen2 (Azurite) against the same run over a local folder, the server's work set apart.
 
-    PYTHONPATH=notebooks:tests .venv/bin/python tests/bench/adls.py [--work FOLDER] [--repeats 3] [--latency MILLISECONDS] [--quick]
+    PYTHONPATH=notebooks:tests .venv/bin/python tests/bench/adls.py \
+        [--work FOLDER] [--repeats 3] [--latency MILLISECONDS] [--quick]
 
 Runs have one core and one slot, the server the other core, so that the ratio is of the product's own work and waiting.
 Every ratio comes from this one run. Use a machine that does nothing else meanwhile; the processor time of the tasks'
