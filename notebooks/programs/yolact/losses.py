@@ -1,4 +1,4 @@
-"""The losses that YOLACT is trained with (Bolya et al., ICCV 2019, sections 3.3 and 5). torch."""
+"""The losses that YOLACT is trained with (Bolya et al., ICCV 2019, sections 3.3 and 5)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from helpers.yolact.matching import BACKGROUND, encode, match
+from yolact.matching import BACKGROUND, encode, match
 
 # Section 3.3 gives the first three ("1, 1.5, and 6.125"), section 5 the last.
 WEIGHTS = {"class": 1.0, "box": 1.5, "mask": 6.125, "semantic": 1.0}
@@ -37,7 +37,7 @@ def compute_losses(outputs: tuple[torch.Tensor, ...], targets: Sequence[Target])
     """Compare what the network gives in training mode with the truth.
 
     Returns:
-        The weighted terms `class`, `box`, `mask` and `semantic`; their sum is what is minimised. The first three are
+        The weighted terms `class`, `box`, `mask` and `semantic`; their sum is what is minimized. The first three are
         means over the batch's positive anchors, the last over its images.
     """
     loc, conf, coefficients, priors, proto, semantic = (output.float() for output in outputs)
@@ -60,7 +60,7 @@ def class_loss(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits: float32 `[B, A, classes]`, the background first.
-        classes: int64 `[B, A]`: 0 the background, negative what is not to be learnt.
+        classes: int64 `[B, A]`: 0 the background, negative what is not to be learned.
     """
     with torch.no_grad():
         # How far from the background a negative is taken to be: its loss.
@@ -118,7 +118,7 @@ def semantic_loss(logits: torch.Tensor, target: Target) -> torch.Tensor:
 
 
 def _classes(matched: torch.Tensor, targets: Sequence[Target]) -> torch.Tensor:
-    """Class of the softmax for each anchor, int64 `[B, A]`: from 1 for objects, 0 background, -1 not to be learnt."""
+    """Class of the softmax for each anchor, int64 `[B, A]`: from 1 for objects, 0 background, -1 not to be learned."""
     classes = torch.where(matched == BACKGROUND, 0, -1)
     for row, owners, target in zip(classes, matched, targets, strict=True):
         row[owners >= 0] = target.labels[owners[owners >= 0]] + 1

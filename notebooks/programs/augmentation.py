@@ -5,25 +5,25 @@ from torch import nn
 
 
 def augment(
-    images: torch.Tensor, epoch: int = 0, mirror: bool = False, shift: int = 0, cutout: int = 0
+    images: torch.Tensor, epoch: int = 0, horizontal_flip: bool = False, shift: int = 0, cutout: int = 0
 ) -> torch.Tensor:
     """Change each image of a batch in its own way, as torch's random numbers have it.
 
     Args:
         images: uint8 `[B, side, side]`.
-        epoch: in the next one the other half is mirrored, so that two epochs show all of both (Jordan,
+        epoch: in the next one the other half is flipped, so that two epochs show all of both (Jordan,
             arXiv:2404.00498, section 3.6).
-        mirror: turn half of them over; which half, their pixels decide.
+        horizontal_flip: turn half of them over; which half, their pixels decide.
         shift: pixels by which an image moves at most, in each direction; what comes in is black.
-        cutout: pixels, the side of a square that is blackened, whose centre lies anywhere (DeVries and Taylor,
+        cutout: pixels, the side of a square that is blackened, whose center lies anywhere (DeVries and Taylor,
             arXiv:1708.04552).
     """
-    if not (mirror or shift or cutout):
+    if not (horizontal_flip or shift or cutout):
         return images
     count, side, device = len(images), images.shape[-1], images.device
     places = torch.arange(side, device=device)
     rows, columns = torch.randint(0, 2 * shift + 1, (2, count, 1), device=device) + places
-    if mirror:
+    if horizontal_flip:
         turned = (images.sum((1, 2)) + epoch) % 2 == 1
         columns = torch.where(turned[:, None], columns.flip(1), columns)
     padded = nn.functional.pad(images, (shift,) * 4)

@@ -1,7 +1,7 @@
-"""Muon, an optimiser that learns more from a step than momentum does: for networks whose training has few steps.
+"""Muon, an optimizer that learns more from a step than momentum does: for networks whose training has few steps.
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). PyTorch's own takes matrices alone, so
-that every network with convolutions and biases would need two optimisers, two schedules and a copy of its weights.
+that every network with convolutions and biases would need two optimizers, two schedules and a copy of its weights.
 """
 
 from collections.abc import Iterable
@@ -47,11 +47,11 @@ class Muon(torch.optim.Optimizer):
                 change = parameter.grad + group["beta"] * momentum
                 if group["hidden"]:
                     rate *= HIDDEN_RATE
-                    change = orthogonalise(change.flatten(1)).view(change.shape)
+                    change = orthogonalize(change.flatten(1)).view(change.shape)
                 parameter.mul_(1 - rate * group["weight_decay"]).add_(change, alpha=-rate)
 
 
-def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
+def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     """The orthogonal matrix nearest to one, float32 `[rows, columns]`, roughly: singular values of 0.5 to 1.5.
 
     Those of a matrix with more rows than columns are larger by the root of that ratio.

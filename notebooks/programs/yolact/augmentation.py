@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import torch
 
-from helpers.data.scenes import Scene, boxes_of
-from helpers.yolact.losses import Target
+from yolact.losses import Target
+from yolact.scenes import Scene, boxes_of
 
 CROPPED = 0.5  # of the images
 SMALLEST_CROP = 0.7  # of the image's side
@@ -55,7 +55,7 @@ def _window(height: int, width: int, rng: np.random.Generator) -> tuple[slice, s
 
 
 def _relight(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    # One table a channel, so that the light's colour changes too.
+    # One table a channel, so that the light's color changes too.
     contrast = rng.uniform(1 - LIGHT, 1 + LIGHT, 3)
     shift = 255 * rng.uniform(-LIGHT, LIGHT) / 2
     table = (np.arange(256)[:, None] - 127.5) * contrast + 127.5 + shift

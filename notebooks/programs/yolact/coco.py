@@ -1,4 +1,4 @@
-"""Instances as COCO describes them: FOLDER/annotations.json and FOLDER/images. No torch, no Spark.
+"""Instances as COCO describes them: FOLDER/annotations.json and FOLDER/images.
 
 What is read is a table with a row for each image, which stays small where Python's objects would take ten times the
 file, and which Spark takes too. Masks are made one by one, when their image is read.
@@ -71,7 +71,7 @@ def read_annotations(place: str, config: Any = None, empty: bool = False) -> Ann
 
 
 def to_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Rasterise a segmentation as pycocotools does.
+    """Rasterize a segmentation as pycocotools does.
 
     Args:
         segmentation: polygons `[[x1, y1, x2, y2, ...], ...]`, or a run-length encoding with `size` and `counts`, a

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import optuna
 import pyarrow as pa
+from helpers.training.dashboards import Dashboard
+from helpers.training.workers import Positive
 from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
@@ -29,8 +31,6 @@ from pydantic.dataclasses import dataclass
 from helpers.errors import TrainingError
 from helpers.session import get_slots, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
-from helpers.training.dashboards import Dashboard
-from helpers.training.workers import Positive
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -16,7 +16,7 @@ from helpers.yolact.network import Yolact
 BATCH = 32
 
 
-def normalise(network: Yolact, images: torch.Tensor) -> torch.Tensor:
+def normalize(network: Yolact, images: torch.Tensor) -> torch.Tensor:
     """Turn uint8 `[B, S, S, 3]`, red, green, blue, into the network's float32 input `[B, 3, S, S]`."""
     configuration = network.configuration
     mean, std = images.new_tensor([configuration.mean, configuration.std], dtype=torch.float32)
@@ -39,7 +39,7 @@ def segment(network: Yolact, images: Sequence[np.ndarray]) -> list[list[dict[str
         batch = images[start : start + BATCH]
         inputs = torch.from_numpy(np.stack([cv2.resize(image, (size, size)) for image in batch]))
         with torch.inference_mode():
-            outputs = network(normalise(network, inputs.to(network.priors.device)))
+            outputs = network(normalize(network, inputs.to(network.priors.device)))
         loc, conf, mask, priors, proto = (output.float().cpu().numpy() for output in outputs)
         # numpy's threads for an image's small matrices cost more than they save, and tasks of the pipeline have none.
         with threadpool_limits(1, user_api="blas"):

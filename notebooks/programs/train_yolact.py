@@ -9,18 +9,8 @@ import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from helpers.data import fashion_mnist
 from helpers.data.scenes import join_coco, to_coco
-from helpers.errors import DataError
-from helpers.metrics import average_precision
-from helpers.training.checkpoints import Checkpoints, Progress
 from helpers.training.dashboards import SegmentationDashboard
-from helpers.training.datasets import read_batches
 from helpers.training.loop import run_epochs
 from helpers.training.optimization import Optimization
 from helpers.training.workers import (
@@ -35,12 +25,22 @@ from helpers.training.workers import (
     save,
     sum_cpu_seconds,
 )
-from helpers.yolact import build
-from helpers.yolact.configurations import get_configuration
 from helpers.yolact.datasets import AugmentedScenes, open_scenes
-from helpers.yolact.evaluation import BATCH, normalise, segment, to_coco_results
+from helpers.yolact.evaluation import BATCH, normalize, segment, to_coco_results
 from helpers.yolact.finetuning import load_initial_weights
 from helpers.yolact.losses import Target, compute_losses
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from helpers.data import fashion_mnist
+from helpers.errors import DataError
+from helpers.metrics import average_precision
+from helpers.training.checkpoints import Checkpoints, Progress
+from helpers.training.datasets import read_batches
+from helpers.yolact import build
+from helpers.yolact.configurations import get_configuration
 from helpers.yolact.network import Yolact
 from helpers.yolact.priors import level_sizes
 
@@ -158,7 +158,7 @@ class _Run:
 
     def step(self, batch: tuple[torch.Tensor, list[Target]]) -> dict[str, float]:
         images, targets = batch[0].to(self.worker.device), [target.to(self.worker.device) for target in batch[1]]
-        outputs = self.optimization.forward(normalise(self.network, images))
+        outputs = self.optimization.forward(normalize(self.network, images))
         terms = compute_losses(outputs, targets)
         loss = torch.stack(list(terms.values())).sum()
         descent = self.optimization.descend(loss)

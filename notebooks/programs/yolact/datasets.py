@@ -7,18 +7,18 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-
-from helpers.data import fashion_mnist
 from helpers.data.coco import ANNOTATIONS, read_annotations, to_mask
 from helpers.data.scenes import Scene, Scenes
+from helpers.training.workers import RunSettings, Worker, batches_of
+from helpers.yolact.augmentation import augment
+from helpers.yolact.losses import Target
+
+from helpers.data import fashion_mnist
 from helpers.errors import DataError
 from helpers.models.bundle import InputSpec
 from helpers.storage import open_storage
 from helpers.training.datasets import DataSet, Folder, Shards, load
 from helpers.training.shards import INDEX
-from helpers.training.workers import RunSettings, Worker, batches_of
-from helpers.yolact.augmentation import augment
-from helpers.yolact.losses import Target
 
 SceneSet = DataSet[list[Scene]]
 GENERATED = {"train": 6000, "val": 200}  # scenes, where a number is not given

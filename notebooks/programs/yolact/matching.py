@@ -1,4 +1,4 @@
-"""Which anchor is to predict which object (section 3.2: as in SSD, Liu et al., ECCV 2016, section 2.2). torch."""
+"""Which anchor is to predict which object (section 3.2: as in SSD, Liu et al., ECCV 2016, section 2.2)."""
 
 import torch
 
@@ -12,7 +12,7 @@ def match(priors: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """Give each anchor an object, the background, or nothing to learn.
 
     Args:
-        priors: anchors float32 `[A, 4]`: centre and size.
+        priors: anchors float32 `[A, 4]`: center and size.
         boxes: of the objects, float32 `[n, 4]`: corners, relative to the image as the anchors are.
 
     Returns:
@@ -35,8 +35,8 @@ def match(priors: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 
 def encode(boxes: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
     """Offsets `[n, 4]` that `detection.decode` turns, with the anchors `[n, 4]`, into boxes (corners, `[n, 4]`)."""
-    centres, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    shifts = (centres - priors[:, :2]) / (float(CENTRE_VARIANCE) * priors[:, 2:])
+    centers, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    shifts = (centers - priors[:, :2]) / (float(CENTRE_VARIANCE) * priors[:, 2:])
     return torch.cat([shifts, torch.log(sizes / priors[:, 2:]) / float(SIZE_VARIANCE)], dim=1)
 
 

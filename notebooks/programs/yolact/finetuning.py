@@ -10,14 +10,14 @@ from helpers.errors import BundleError
 from helpers.models.architectures import get_architecture
 from helpers.models.weights import find_difference, read_weights
 from helpers.storage import open_storage
-from helpers.training.workers import NOTICE, RunSettings, Worker, broadcast
+from helpers.training import Group
 from helpers.yolact.network import Yolact
 
 CLASS_LAYERS = re.compile(r"prediction_layers\.0\.conf_layer\.|semantic_seg_conv\.")  # whose outputs are classes
 
 
-def load_initial_weights(network: Yolact, uri: str, settings: RunSettings, worker: Worker) -> None:
-    """Give a network the weights of a checkpoint, the statistics of its batch norms included; every process calls it.
+def load_initial_weights(network: Yolact, uri: str, group: Group, config: Any = None) -> None:
+    """Give a network the weights of a checkpoint, the statistics of its batch norms included; every rank calls it.
 
     Layers whose number of outputs depends on the classes stay as they are where the checkpoint has another number of
     these. Rank 0 reads the file, for all, and says what has become of it.
@@ -25,14 +25,14 @@ def load_initial_weights(network: Yolact, uri: str, settings: RunSettings, worke
     Args:
         network: what to change.
         uri: of the checkpoint, a state dictionary; the official ones are such.
-        settings: how object storage is reached.
-        worker: this process.
+        group: of the ranks.
+        config: its `storage` says how object storage is reached.
 
     Raises:
         BundleError: the checkpoint is missing or damaged, or is of another architecture; names the first weight that
             differs.
     """
-    content = broadcast(worker, _read(uri, settings) if worker.rank == 0 else None)
+    content = group.broadcast(_read(uri, config) if group.rank == 0 else None)
     architecture = get_architecture(network.configuration.name)
     weights = read_weights(architecture, io.BytesIO(content), uri)
     difference = find_difference(_expect(network, weights), weights)
@@ -41,19 +41,19 @@ def load_initial_weights(network: Yolact, uri: str, settings: RunSettings, worke
     own = network.state_dict()
     kept = {key: value for key, value in own.items() if value.shape != weights[key].shape}
     network.load_state_dict({**weights, **kept})
-    if worker.rank == 0:
+    if group.rank == 0:
         layers = " and ".join(dict.fromkeys(key.rpartition(".")[0] for key in kept))
         exception = f", but for {layers}, which it has for another number of classes" if kept else ""
-        print(f"{NOTICE}{uri}: the training starts from its weights{exception}", flush=True)
+        print(f"checkpoint {uri}: the training starts from its weights{exception}", flush=True)
 
 
-def _read(uri: str, settings: RunSettings) -> bytes:
+def _read(uri: str, config: Any) -> bytes:
     try:
-        return open_storage(uri, settings).read("")
+        return open_storage(uri, config).read("")
     except OSError as error:
         raise BundleError(
-            f"{uri}: this checkpoint cannot be read ({error.strerror or error}); name another with initial_weights, "
-            "or None to start from random weights"
+            f"{uri}: this checkpoint cannot be read ({error.strerror or error}); name another with "
+            "--initial-weights, or none to start from random weights"
         ) from None
 
 

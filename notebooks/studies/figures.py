@@ -85,7 +85,7 @@ def as_jpeg(figure: Figure, quality: int = 60) -> Picture:
 
 
 def plot_images(images: Sequence[Image], titles: Sequence[str], columns: int = 8) -> Figure:
-    """A grid of BGR or grey images, each under its title."""
+    """A grid of BGR or gray images, each under its title."""
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, WIDTH / columns * 1.25 * rows), layout="constrained")
     for axis in np.ravel(axes):

@@ -2,29 +2,24 @@
 
 A data set of instance segmentation that anyone can make: a scene is fixed by the seed, the split and its number. Items
 lie at random places, sizes and angles, and later ones cover parts of earlier ones; a mask is what is left to see of its
-item. The splits share no item. It also makes clips of moving items. It does not augment: see `yolact.augmentation`.
+item. The splits share no item. It does not augment: see `augmentation`.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import count as numbers_from
-from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from helpers.data import fashion_mnist
-from helpers.data.sprites import Sprite, add_grain, make_background
-from helpers.errors import ConfigError, DataError
-from helpers.storage import open_storage
+import fashion_data
+from helpers.errors import ConfigError
 from helpers.yolact.masks import compress
+from yolact.sprites import Sprite, add_grain, make_background
 
 SIZE = 160  # pixels of a side, that item sizes are relative to
 ITEMS = (3, 6)  # of a scene: at least and at most, though some may find no place
-MARGIN = 0.12  # of the image's side: an item's centre keeps off the edge
+MARGIN = 0.12  # of the image's side: an item's center keeps off the edge
 LEAST_VISIBLE = 0.6  # of an item's area, the rest being behind later ones or beyond the edge
 ATTEMPTS = 12  # to find a place for an item
 VALIDATION_FROM = 55_000  # training images from here on are for validation alone
@@ -39,7 +34,7 @@ class Scene:
     Attributes:
         image: uint8 `[height, width, 3]`, red, green, blue.
         masks: bool `[n, height, width]`, the visible pixels of each item; no two items of a made scene share one.
-        labels: int64 `[n]`, indices into the classes: of a made scene `fashion_mnist.CLASSES`.
+        labels: int64 `[n]`, indices into the classes: of a made scene `fashion_data.CLASSES`.
         items: int64 `[n]`, which images of the training or test set they are; empty where the scene was not made.
     """
 
@@ -58,7 +53,7 @@ class Scene:
         return [
             {
                 "class_id": label,
-                "label": fashion_mnist.CLASSES[label],
+                "label": fashion_data.CLASSES[label],
                 "score": 1.0,
                 "box": dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)),
                 "mask": encode_mask(mask),
@@ -74,7 +69,7 @@ class Scenes:
         """Open the items; each is read when a scene takes it.
 
         Args:
-            root: where `fashion_mnist.download` put the data set.
+            root: where `fashion_data.download` put the data set.
             split: `train`, `val` or `test`.
             seed: another seed gives other scenes of the same items.
             height: of the images in pixels; items grow with the shorter side.
@@ -87,7 +82,7 @@ class Scenes:
         if split not in SPLITS:
             raise ConfigError(f"split is {split!r}, not one of {', '.join(SPLITS)}")
         train, part = SPLITS[split]
-        self.images, self.labels = fashion_mnist.map_files(root, train)
+        self.images, self.labels = fashion_data.load(root, train)
         self.candidates = np.arange(len(self.images))[part]
         self.seed, self.split, self.height, self.width = seed, split, height, width
         self.zoom = min(height, width) / SIZE
@@ -113,26 +108,6 @@ class Scenes:
         found = np.array(items, np.int64)
         return Scene(add_grain(rng, image), np.stack(masks), self.labels[found], found)
 
-    def frames(self, number: int, count: int) -> Iterator[np.ndarray]:
-        """Frames of one clip, uint8 `[height, width, 3]`: items drift, turn and breathe over a still background.
-
-        The path of an item is a sum of slow waves, so that it is smooth, stays within the image and never ends.
-        """
-        rng = self._generator(number)
-        background = make_background(rng, self.height, self.width)
-        chosen = rng.choice(self.candidates, ITEMS[1], replace=False)
-        sprites = [Sprite.of(self.images[item], rng, self.zoom) for item in chosen]
-        phases = rng.uniform(0, 2 * np.pi, (len(sprites), 4))
-        speeds = rng.uniform(0.02, 0.06, (len(sprites), 4))  # radians a frame
-        for moment in range(count):
-            image = background.copy()
-            waves = np.sin(phases + speeds * moment)
-            for sprite, (across, down, turn, breath) in zip(sprites, waves, strict=True):
-                moved = replace(sprite, angle=sprite.angle + 20 * turn, scale=sprite.scale * (1 + 0.15 * breath))
-                x, y = self.width * (0.5 + 0.38 * across), self.height * (0.5 + 0.38 * down)
-                moved.cover(x, y, self.height, self.width).paint(image)
-            yield image.astype(np.uint8)
-
     def _generator(self, number: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, list(SPLITS).index(self.split), number])
 
@@ -153,7 +128,7 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 
 
 def to_coco(
-    scenes: Iterable[Scene], first_image: int = 0, labels: Sequence[str] = fashion_mnist.CLASSES
+    scenes: Iterable[Scene], first_image: int = 0, labels: Sequence[str] = fashion_data.CLASSES
 ) -> dict[str, Any]:
     """Describe scenes as COCO does: images, annotations and categories.
 
@@ -191,56 +166,6 @@ def join_coco(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def file_name(number: int) -> str:
     """Name of a scene's image file."""
     return f"{number:05d}.png"
-
-
-def write_scenes(scenes: Scenes, folder: str, count: int) -> str:
-    """Write the first scenes as files: `FOLDER/images/00000.png` and on, and `FOLDER/annotations.json`.
-
-    The annotations are apart, so that the image folder is a source of images as users have them, and come last: where
-    they are there and describe these scenes, nothing is written.
-
-    Returns:
-        Where the images are.
-    """
-    storage = open_storage(folder)
-    # The first scene shows the split, the seed, the size, and any change to how scenes are made.
-    info = {"scenes": count, "first": hashlib.sha256(scenes[0].image.tobytes()).hexdigest()}
-    if not (storage.exists("annotations.json") and json.loads(storage.read("annotations.json")).get("info") == info):
-        storage.delete("annotations.json")
-        storage.delete("images")
-        made = [scenes[number] for number in range(count)]
-        for number, scene in enumerate(made):
-            _, png = cv2.imencode(".png", cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR))
-            storage.write(f"images/{file_name(number)}", png.tobytes())
-        storage.write("annotations.json", json.dumps({"info": info, **to_coco(made)}).encode())
-    return f"{folder}/images"
-
-
-def frames(seed: int, count: int, root: str, height: int = SIZE, width: int = SIZE) -> Iterator[np.ndarray]:
-    """Frames of a clip of moving test items, uint8 `[height, width, 3]`, red, green, blue; see `Scenes.frames`."""
-    return Scenes(root, "test", seed, height, width).frames(0, count)
-
-
-def write_video(path: Path, frames: Iterable[np.ndarray], rate: float = 25) -> Path:
-    """Write frames as a video file, motion JPEG for `.avi` and MPEG-4 for `.mp4`.
-
-    Raises:
-        DataError: OpenCV cannot write such a file there, or there are no frames.
-    """
-    code = cv2.VideoWriter.fourcc(*("MJPG" if path.suffix == ".avi" else "mp4v"))
-    writer = None
-    for frame in frames:
-        if writer is None:
-            writer = cv2.VideoWriter(str(path), code, rate, (frame.shape[1], frame.shape[0]))
-            if not writer.isOpened():
-                raise DataError(
-                    f"OpenCV cannot write a video to {path}: use an .avi or .mp4 file in a folder that exists"
-                )
-        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-    if writer is None:
-        raise DataError(f"there are no frames to write to {path}")
-    writer.release()
-    return path
 
 
 def _place(rng: np.random.Generator, height: int, width: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A residual network for 28x28 grey images, better than `fashion_cnn` and still trained on a CPU in minutes."""
+"""A residual network for 28x28 gray images, better than `FashionCNN` and still trained on a CPU in minutes."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ class FashionResNet(nn.Module):
     """A 3x3 convolution at full resolution, three stages that halve it (14, 7, 3), mean, one linear layer.
 
     In the manner of the ResNet-9 of Page, "How to train your ResNet", part 4 (2018), where a stage pools before it
-    normalises: on a CPU with matrix units elementwise work takes longer than convolution, and this quarters it. The
+    normalizes: on a CPU with matrix units elementwise work takes longer than convolution, and this quarters it. The
     first convolution is narrow for the same reason, and keeps the resolution because 28x28 pixels have few details.
     """
 
@@ -27,11 +27,15 @@ class FashionResNet(nn.Module):
         self.classifier = nn.Linear(16 * width, classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map normalised float32 images `[B, 1, 28, 28]` to logits `[B, classes]`."""
-        return self.classifier(self.embed(images))
+        """Map normalized float32 images `[B, 1, 28, 28]` to logits `[B, classes]`.
+
+        In evaluation they are the mean of an image's and of its mirror image's.
+        """
+        logits = self.classifier(self.embed(images))
+        return logits if self.training else (logits + self.classifier(self.embed(images.flip(3)))) / 2
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """The last hidden layer, `[B, 16 * width]`, of normalised images."""
+        """The last hidden layer, `[B, 16 * width]`, of normalized images."""
         return self.features(images).mean((2, 3))
 
 
@@ -56,15 +60,3 @@ class Stage(nn.Module):
         """Map `[B, inputs, height, width]` to `[B, outputs, height // 2, width // 2]`."""
         reduced = self.reduce(images)
         return reduced + self.residual(reduced)
-
-
-class MirrorAveraged(nn.Module):
-    """The mean of a network's logits for an image and for its mirror image, which is what a bundle computes."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map normalised float32 images `[B, 1, 28, 28]` to logits `[B, classes]`."""
-        return (self.network(images) + self.network(images.flip(3))) / 2

@@ -1,4 +1,4 @@
-"""What scenes are painted with: textured backgrounds, and Fashion-MNIST items in any colour, size and place."""
+"""What scenes are painted with: textured backgrounds, and Fashion-MNIST items in any color, size and place."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -14,28 +14,28 @@ EDGE = 16  # brightness, of 255, from which a pixel is the item's; the backgroun
 
 @dataclass(frozen=True)
 class Cover:
-    """An item at its place: what it covers and with which colours; `area` counts what lies beyond the image too."""
+    """An item at its place: what it covers and with which colors; `area` counts what lies beyond the image too."""
 
     mask: np.ndarray  # bool [height, width]
     area: int
     top: int
     left: int
     opacity: np.ndarray  # float32 [rows, columns, 1], of the part within the image
-    colours: np.ndarray  # float32 [rows, columns, 3]
+    colors: np.ndarray  # float32 [rows, columns, 3]
 
     def paint(self, image: np.ndarray) -> None:
         """Lay the item over an image, in place; edges are blended over about a pixel."""
         rows, columns = self.opacity.shape[:2]
         part = image[self.top : self.top + rows, self.left : self.left + columns]
-        part[:] = part * (1 - self.opacity) + self.colours * self.opacity
+        part[:] = part * (1 - self.opacity) + self.colors * self.opacity
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """An item, its colours and its size and angle."""
+    """An item, its colors and its size and angle."""
 
     layers: np.ndarray  # uint8 [28, 28, 2]: brightness and opacity
-    dark: np.ndarray  # float32 [3]: the colour of the item's black
+    dark: np.ndarray  # float32 [3]: the color of the item's black
     bright: np.ndarray  # float32 [3]: and of its white
     scale: float
     angle: float  # degrees
@@ -54,7 +54,7 @@ class Sprite:
         return cls(np.ascontiguousarray(layers), dark, bright, scale, rng.uniform(-ANGLE, ANGLE))
 
     def cover(self, x: float, y: float, height: int, width: int) -> Cover:
-        """Put the item's centre at a place of an image of that size."""
+        """Put the item's center at a place of an image of that size."""
         turn = cv2.getRotationMatrix2D((SIDE / 2 - 0.5, SIDE / 2 - 0.5), self.angle, self.scale)
         reach = int(np.ceil(SIDE / 2 * np.abs(turn[0, :2]).sum())) + 1
         column, row = int(x), int(y)
@@ -66,12 +66,12 @@ class Sprite:
         mask = np.zeros((height, width), bool)
         top, left = max(top, 0), max(left, 0)
         mask[top : top + opacity.shape[0], left : left + opacity.shape[1]] = opacity[..., 0] >= 0.5
-        colours = self.dark + (self.bright - self.dark) * brightness
-        return Cover(mask, int((warped[..., 1] >= 128).sum()), top, left, opacity, colours)
+        colors = self.dark + (self.bright - self.dark) * brightness
+        return Cover(mask, int((warped[..., 1] >= 128).sum()), top, left, opacity, colors)
 
 
 def make_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Blotches and waves in two colours that are not far apart, as of cloth, wood or stone: float32."""
+    """Blotches and waves in two colors that are not far apart, as of cloth, wood or stone: float32."""
     blotches = np.zeros((height, width), np.float32)
     for cells in (3, 8, 24):
         noise = rng.normal(0, 1, (cells, cells)).astype(np.float32)
@@ -80,8 +80,8 @@ def make_background(rng: np.random.Generator, height: int, width: int) -> np.nda
     across = np.float32(np.cos(angle)) * np.arange(width, dtype=np.float32)
     down = np.float32(np.sin(angle)) * np.arange(height, dtype=np.float32)[:, None]
     waves = np.sin((across + down) * np.float32(2 * np.pi / length)) * np.float32(rng.uniform(0, 1))
-    colour, towards = rng.uniform(30, 225, 3), rng.uniform(-45, 45, 3)
-    channels = [(blotches + waves) * np.float32(towards[c]) + np.float32(colour[c]) for c in range(3)]
+    color, towards = rng.uniform(30, 225, 3), rng.uniform(-45, 45, 3)
+    channels = [(blotches + waves) * np.float32(towards[c]) + np.float32(color[c]) for c in range(3)]
     return np.clip(cv2.merge(channels), 0, 255)
 
 

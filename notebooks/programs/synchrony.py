@@ -15,14 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
-from helpers.data import fashion_mnist
-from helpers.errors import TrainingError
-from helpers.models.fashion_cnn import FashionCNN, compute_logits, normalise
+from helpers.models.fashion_cnn import FashionCNN, compute_logits, normalize
 from helpers.training.workers import (
     Positive,
     RunSettings,
@@ -33,6 +26,13 @@ from helpers.training.workers import (
     join_workers,
     save,
 )
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers.data import fashion_mnist
+from helpers.errors import TrainingError
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # images, labels: the loss
 
@@ -104,7 +104,7 @@ def _make_step(settings: SynchronySettings, worker: Worker, model: nn.Module) ->
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         nonlocal steps_done
         network.train()
-        loss = nn.functional.cross_entropy(network(normalise(images)), labels)
+        loss = nn.functional.cross_entropy(network(normalize(images)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -124,7 +124,7 @@ def _stale_step(model: nn.Module, optimizer: torch.optim.Optimizer, staleness: i
         model.train()
         history.append({name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()})
         late = history[0]
-        loss = nn.functional.cross_entropy(torch.func.functional_call(model, late, (normalise(images),)), labels)
+        loss = nn.functional.cross_entropy(torch.func.functional_call(model, late, (normalize(images),)), labels)
         gradients = torch.autograd.grad(loss, list(late.values()))
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             parameter.grad = gradient
