@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.training.classifier import TrainingSettings, train
+from helpers.training.dashboards import read_scalars
+from helpers.training.optimization import Optimization
+from helpers.training.workers import RunSettings, Worker
 from torch import nn
 
 from helpers.errors import TrainingError
 from helpers.training import classifier
 from helpers.training.checkpoints import Checkpoints, Progress, newest_step
-from helpers.training.classifier import TrainingSettings, train
-from helpers.training.dashboards import read_scalars
-from helpers.training.optimization import Optimization
-from helpers.training.workers import RunSettings, Worker
 from helpers.yolact import training as yolact
 
 # 10 steps an epoch, so that a checkpoint every 4 falls into the middle of one.

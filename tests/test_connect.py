@@ -87,10 +87,11 @@ def models(fashion_mnist_root, tmp_path_factory) -> Path:
     if (made / "fashion_cnn-int8" / "manifest.json").exists():
         return made
     from helpers.data.fashion_mnist import write_images
+    from helpers.training.classifier import TrainingSettings, train
+
     from helpers.models.architectures import get_architecture
     from helpers.models.export import calibration_images, export
     from helpers.storage import open_storage
-    from helpers.training.classifier import TrainingSettings, train
 
     folder = tmp_path_factory.mktemp("models")
     train(TrainingSettings(epochs=EPOCHS), fashion_mnist_root, str(folder / "run"))

@@ -9,15 +9,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-
 from helpers.data import fashion_mnist
 from helpers.data.scenes import Scenes
+from helpers.training.classifier import TrainingSettings, train
+from helpers.training.workers import Worker
+
 from helpers.errors import DataError
 from helpers.storage import LocalStorage
-from helpers.training.classifier import TrainingSettings, train
 from helpers.training.datasets import Folder, MappedImages, Shards, open_images, read_batches
 from helpers.training.shards import write_shards
-from helpers.training.workers import Worker
 
 SETTINGS = TrainingSettings(batch_size=60, epochs=1, precision="fp32", test_images=200)
 COUNT = 1234

@@ -6,14 +6,14 @@ import onnxruntime
 import openvino as ov
 import pytest
 import torch
+from helpers.data.fashion_mnist import CLASSES, load
+from helpers.models.fashion_cnn import FashionCNN, compute_logits
 
 from helpers.config import PROJECT
-from helpers.data.fashion_mnist import CLASSES, load
 from helpers.errors import BundleError
 from helpers.models import export, runtime
 from helpers.models.architectures import get_architecture
 from helpers.models.bundle import load_bundle
-from helpers.models.fashion_cnn import FashionCNN, compute_logits
 from helpers.models.formats import onnx_engine, torch_engine
 from helpers.models.runtime import compile_options, get_model, has_bf16
 from helpers.storage import open_storage

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-
 from helpers.data import fashion_mnist
+
 from helpers.errors import DataError
 
 

@@ -6,9 +6,9 @@ import onnx
 import pandas as pd
 import pytest
 import torch
+from helpers.data import scenes
 
 from helpers import plots
-from helpers.data import scenes
 from helpers.errors import DataError
 from helpers.models import benchmark, export, formats
 from helpers.models.architectures import get_architecture

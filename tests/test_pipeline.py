@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bombs import bilevel_png
+from helpers.data import fashion_mnist
 
 from helpers import pipeline
 from helpers.config import Config, load_config
-from helpers.data import fashion_mnist
 from helpers.errors import BundleError, ConfigError, RunError, StorageError, UserError
 from helpers.ingest.listing import list_images
 from helpers.models.bundle import load_bundle, save_bundle

@@ -5,21 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from helpers.data import fashion_mnist
-from helpers.errors import BundleError, TrainingError
-from helpers.models.architectures import get_architecture
-from helpers.models.export import export, load_network
 from helpers.models.fashion_cnn import compute_logits
 from helpers.models.fashion_resnet import FashionResNet, MirrorAveraged
-from helpers.models.runtime import get_model
-from helpers.storage import open_storage
 from helpers.training.augmentation import augment
 from helpers.training.classifier import open_sets, train
 from helpers.training.dashboards import read_scalars
 from helpers.training.distributed import train_on_spark
 from helpers.training.muon import HIDDEN_MOMENTUM, HIDDEN_RATE, MOMENTUM, Muon, orthogonalise
 from helpers.training.recipe import RECIPE
+
+from helpers.errors import BundleError, TrainingError
+from helpers.models.architectures import get_architecture
+from helpers.models.export import export, load_network
+from helpers.models.runtime import get_model
+from helpers.storage import open_storage
 
 SMALL = dataclasses.replace(
     RECIPE, epochs=2, batch_size=64, width=4, train_images=1280, held_out=1000, evaluate_every=1

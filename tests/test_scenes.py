@@ -4,11 +4,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-
 from helpers.data.fashion_mnist import CLASSES
 from helpers.data.scenes import SIZE, Scenes, boxes_of, encode_mask, frames, to_coco, write_scenes, write_video
 from helpers.data.sprites import Sprite
+from pycocotools.coco import COCO
+
 from helpers.errors import ConfigError, DataError
 from helpers.images.decoding import decode
 from helpers.yolact.masks import decode_mask

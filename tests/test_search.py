@@ -8,6 +8,9 @@ from pathlib import Path
 
 import optuna
 import pytest
+from helpers.training.dashboards import read_scalars
+from helpers.training.recipe import RECIPE, make_objective
+from helpers.training.search import SearchSettings, open_study, search
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -18,9 +21,6 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from helpers.errors import TrainingError
 from helpers.storage import open_storage
-from helpers.training.dashboards import read_scalars
-from helpers.training.recipe import RECIPE, make_objective
-from helpers.training.search import SearchSettings, open_study, search
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the tasks cannot import a test
 

@@ -4,13 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from helpers.data import fashion_mnist
-from helpers.errors import TrainingError
 from helpers.models.fashion_cnn import FashionCNN, normalise
 from helpers.training.distributed import train_on_spark
 from helpers.training.synchrony import SynchronySettings, train
 from helpers.training.workers import Worker, batches_of
+
+from helpers.errors import TrainingError
 
 SMALL = SynchronySettings(epochs=1, batch_size=64, train_images=960, test_images=200, learning_rate=0.02)
 

@@ -5,12 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
-
 from helpers.data import fashion_mnist
-from helpers.errors import HostError, TrainingError
-from helpers.models.architectures import get_architecture
-from helpers.models.export import load_network
 from helpers.models.fashion_cnn import MEAN, STD, FashionCNN, normalise, predict
 from helpers.training.classifier import TrainingSettings, train
 from helpers.training.dashboards import (
@@ -30,6 +25,11 @@ from helpers.training.workers import (
     join_workers,
     make_schedule,
 )
+from pydantic import ValidationError
+
+from helpers.errors import HostError, TrainingError
+from helpers.models.architectures import get_architecture
+from helpers.models.export import load_network
 
 ALONE = Worker(0, 1, torch.device("cpu"))
 

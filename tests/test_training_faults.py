@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 from cluster import PATIENCE, SHORT_LIVED, Cluster, Process, wait_for
+from helpers.training.classifier import TrainingSettings
+from helpers.training.dashboards import read_scalars
 
 from helpers.config import PROJECT
 from helpers.training.checkpoints import newest_step
-from helpers.training.classifier import TrainingSettings
-from helpers.training.dashboards import read_scalars
 
 INTERVAL = 25  # steps from one checkpoint to the next
 SETTINGS = {"epochs": 3, "batch_size": 64, "train_images": 6400, "test_images": 1000, "precision": "fp32"}

@@ -9,28 +9,28 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers.data.coco import read_annotations, to_mask
+from helpers.data.fashion_mnist import CLASSES
+from helpers.data.scenes import Scenes, encode_mask, to_coco, write_scenes
+from helpers.training.classifier import TrainingSettings
+from helpers.training.distributed import train_on_spark
+from helpers.yolact.datasets import AugmentedScenes, open_scenes
+from helpers.yolact.evaluation import segment, to_coco_results
+from helpers.yolact.training import SceneSettings, train
 from pycocotools.coco import COCO
 from test_datasets import spy, worker
 
 from helpers.config import PROJECT
-from helpers.data.coco import read_annotations, to_mask
-from helpers.data.fashion_mnist import CLASSES
-from helpers.data.scenes import Scenes, encode_mask, to_coco, write_scenes
 from helpers.errors import BundleError, DataError
 from helpers.images.decoding import load
 from helpers.metrics import average_precision
 from helpers.models.architectures import get_architecture
 from helpers.models.export import export, load_network
 from helpers.storage import LocalStorage, StorageOptions, open_storage
-from helpers.training.classifier import TrainingSettings
 from helpers.training.datasets import open_images, read_batches
-from helpers.training.distributed import train_on_spark
 from helpers.training.shards import write_shards
 from helpers.yolact import training
-from helpers.yolact.datasets import AugmentedScenes, open_scenes
 from helpers.yolact.detection import Parameters
-from helpers.yolact.evaluation import segment, to_coco_results
-from helpers.yolact.training import SceneSettings, train
 
 SIZE, COUNT, HELD_OUT = 160, 50, 6
 SETTINGS = SceneSettings(

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.data.scenes import Scenes, to_coco, write_scenes
+from helpers.yolact.evaluation import segment, to_coco_results
+from helpers.yolact.training import SceneSettings, train
 from test_checkpoints import Killed, interrupted
 from test_yolact_datasets import own_classes
 
 from helpers.config import PROJECT
-from helpers.data.scenes import Scenes, to_coco, write_scenes
 from helpers.errors import BundleError
 from helpers.metrics import average_precision
 from helpers.models.architectures import get_architecture
 from helpers.models.export import load_network
 from helpers.storage import StorageOptions, open_storage
 from helpers.yolact import build, training
-from helpers.yolact.evaluation import segment, to_coco_results
-from helpers.yolact.training import SceneSettings, train
 
 WEIGHTS = PROJECT / "notebooks" / "weights" / "yolact_scenes.pt"
 STEPS, SEEN = 2, 12

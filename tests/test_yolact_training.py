@@ -6,23 +6,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.data.scenes import Scenes, to_coco
+from helpers.training.dashboards import read_scalars
+from helpers.training.distributed import train_on_spark
+from helpers.yolact.augmentation import augment, make_target
+from helpers.yolact.evaluation import segment, to_coco_results
+from helpers.yolact.losses import Target, compute_losses
+from helpers.yolact.matching import BACKGROUND, IGNORED, encode, match
+from helpers.yolact.training import SceneSettings, train
 
 from helpers.config import PROJECT
-from helpers.data.scenes import Scenes, to_coco
 from helpers.errors import TrainingError
 from helpers.metrics import average_precision
 from helpers.models.architectures import get_architecture
 from helpers.models.export import export, load_network
 from helpers.storage import open_storage
-from helpers.training.dashboards import read_scalars
-from helpers.training.distributed import train_on_spark
 from helpers.yolact import losses
-from helpers.yolact.augmentation import augment, make_target
 from helpers.yolact.detection import decode
-from helpers.yolact.evaluation import segment, to_coco_results
-from helpers.yolact.losses import Target, compute_losses
-from helpers.yolact.matching import BACKGROUND, IGNORED, encode, match
-from helpers.yolact.training import SceneSettings, train
 
 WEIGHTS = PROJECT / "notebooks" / "weights" / "yolact_scenes.pt"
 QUICK = SceneSettings(

@@ -6,10 +6,11 @@ python tests/training_job.py PROCESSES DATA RUN_DIR '{"epochs": 2}' [spark.maste
 import json
 import sys
 
-from helpers.config import load_config
-from helpers.session import get_spark
 from helpers.training.classifier import TrainingSettings
 from helpers.training.distributed import train_on_spark
+
+from helpers.config import load_config
+from helpers.session import get_spark
 
 if __name__ == "__main__":
     processes, data, run_dir, settings, *overrides = sys.argv[1:]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what a checker of types sees of the same names
         share_batches,
     )
     from helpers.training.group import Group, Pace, fastest_dtype, join_group, save_network  # noqa: F401
-    from helpers.training.launch import train_on_spark  # noqa: F401
+    from helpers.training.launch import ship_siblings, train_on_spark  # noqa: F401
     from helpers.training.shards import write_shards  # noqa: F401
 
 _FACE = {
@@ -36,7 +36,7 @@ _FACE = {
     "datasets": ("Batch", "DataSet", "Folder", "Form", "MappedImages", "Shards")
     + ("count_steps", "is_sharded", "load_image", "read_batches", "share_batches"),
     "group": ("Group", "Pace", "fastest_dtype", "join_group", "save_network"),
-    "launch": ("train_on_spark",),
+    "launch": ("ship_siblings", "train_on_spark"),
     "shards": ("write_shards",),
 }
 _MODULES = {name: module for module, names in _FACE.items() for name in names}

@@ -24,7 +24,7 @@ from torch import nn
 from helpers.errors import StorageError, TrainingError, first_line
 from helpers.storage import Storage, open_storage
 from helpers.training.group import Group
-from helpers.training.launch import CHECKPOINT_NOTE, RUN_ID
+from helpers.training.rank import CHECKPOINT_NOTE, RUN_ID
 
 log = logging.getLogger(__name__)
 

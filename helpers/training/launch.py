@@ -7,12 +7,12 @@ own traceback, nothing is read out of logs, and hosts need no folder in common.
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import logging
 import os
 import re
-import runpy
 import secrets
 import signal
 import socket
@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +32,7 @@ import pyarrow as pa
 
 from helpers.errors import ConfigError, HostError, TrainingError, first_line
 from helpers.session import local_slots, ship_helpers, spark_failure, spark_schema
+from helpers.training import rank
 
 if TYPE_CHECKING:
     from pyspark import BarrierTaskContext
@@ -47,8 +47,6 @@ TASK_LOST = re.compile(r"ExecutorLostFailure|Python worker exited unexpectedly|T
 POLL_SECONDS = 2.0  # from one look at the other ranks to the next
 GRACE_SECONDS = 10.0  # for the other ranks to say what they know, once one has failed
 LINES, LAST_LINES = 1000, 40  # of a rank's output: kept, and shown for a failure that left no traceback
-CHECKPOINT_NOTE = "CHECKPOINT_NOTE"  # environment variable: the file in which rank 0 notes the step of its checkpoint
-RUN_ID = "TORCHELASTIC_RUN_ID"  # environment variable of torchrun: the same when ranks are started again
 OUTCOME = pa.schema({"outcome": pa.string()})
 
 
@@ -99,6 +97,17 @@ def train_on_spark(
             step = f" of step {error.step}" if error.step else ""
             log.warning("a rank was lost, going on from the newest checkpoint%s: %s", step, first_line(error))
     raise ValueError("attempts must be at least 1")
+
+
+def ship_siblings(spark: "SparkSession", program: str | Path) -> None:
+    """Make the modules and packages in a program's folder, and `helpers`, importable in the tasks of a session."""
+    ship_helpers(spark)
+    content = _pack(Path(program).resolve())
+    name = f"{Path(program).stem}-{hashlib.sha256(content).hexdigest()[:12]}.zip"
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder, name)
+        archive.write_bytes(content)
+        spark.addArtifacts(str(archive), pyfile=True)
 
 
 class _AttemptError(Exception):
@@ -230,17 +239,17 @@ class _Task:
 
     def _run(self, context: "BarrierTaskContext", folder: Path) -> dict[str, Any]:
         zipfile.ZipFile(io.BytesIO(self.files)).extractall(folder / "program")
-        rank, failure, note = context.partitionId(), folder / "failure.json", folder / "checkpoint"
-        command = [sys.executable, "-c", f"from {__name__} import be_rank; be_rank()", failure]
+        program, failure, note = folder / "program" / self.program, folder / "failure.json", folder / "checkpoint"
+        number = context.partitionId()
         child = subprocess.Popen(
-            [*map(str, command), str(folder / "program" / self.program), *self.arguments],
-            env={**os.environ, **self._environment(context), CHECKPOINT_NOTE: str(note), RUN_ID: self.run},
+            [sys.executable, "-m", rank.__name__, str(failure), str(program), *self.arguments],
+            env={**os.environ, **self._environment(context), rank.CHECKPOINT_NOTE: str(note), rank.RUN_ID: self.run},
             stdin=subprocess.PIPE,  # the rank ends when this is closed, which it is when this process ends
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
         try:
-            output = _Output(child, self.console if rank == 0 else None, self.run)
+            output = _Output(child, self.console if number == 0 else None, self.run)
             _wait(child, context)
         finally:
             child.kill()
@@ -251,17 +260,17 @@ class _Task:
         if failure.exists():
             left |= json.loads(failure.read_text())
         step = note.read_text() if note.exists() else None
-        return {"rank": rank, "code": code, "step": step, **left, **output.finish()}
+        return {"rank": number, "code": code, "step": step, **left, **output.finish(code)}
 
     def _environment(self, context: "BarrierTaskContext") -> dict[str, str]:
-        rank = context.partitionId()
-        own: dict[str, Any] = {"host": context.getTaskInfos()[rank].address.rpartition(":")[0], "port": _free_port()}
+        number = context.partitionId()
+        own: dict[str, Any] = {"host": context.getTaskInfos()[number].address.rpartition(":")[0], "port": _free_port()}
         own["gpu"] = _visible_device(context.resources()["gpu"].addresses[0]) if self.use_gpu else None
         ranks = [json.loads(other) for other in context.allGather(json.dumps(own))]
-        neighbors = [number for number, other in enumerate(ranks) if other["host"] == own["host"]]
+        neighbors = [place for place, other in enumerate(ranks) if other["host"] == own["host"]]
         environment = {
-            "RANK": rank,
-            "LOCAL_RANK": neighbors.index(rank),
+            "RANK": number,
+            "LOCAL_RANK": neighbors.index(number),
             "WORLD_SIZE": len(ranks),
             "LOCAL_WORLD_SIZE": len(neighbors),
             "MASTER_ADDR": ranks[0]["host"],
@@ -271,7 +280,7 @@ class _Task:
             "PYTHONUNBUFFERED": 1,
         }
         if self.use_gpu:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(ranks[number]["gpu"] for number in neighbors)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(ranks[place]["gpu"] for place in neighbors)
         return {name: str(value) for name, value in environment.items()}
 
 
@@ -288,13 +297,13 @@ class _Output:
         self.reader = threading.Thread(target=self._read, args=(child.stdout,), daemon=True)
         self.reader.start()
 
-    def finish(self) -> dict[str, Any]:
-        """What the driver gets to know of it, once the rank has ended."""
+    def finish(self, code: int) -> dict[str, Any]:
+        """What the driver gets to know of it, once the rank has ended with an exit status."""
         self.reader.join(GRACE_SECONDS)  # what the rank has started may hold its output open
         result = None
-        try:
-            result = json.loads(self.result or "null")
-        except ValueError:
+        with contextlib.suppress(ValueError):
+            result = json.loads(self.result) if code == 0 else None
+        if self.result and result is None:
             self._take(self.result)
         if self.connection:
             self.connection.close()
@@ -344,25 +353,3 @@ def _visible_device(address: str) -> str:
     """Spark counts the GPUs that its executor sees."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     return seen.split(",")[int(address)] if seen else address
-
-
-def be_rank() -> None:
-    """Run the program that the command line names, as `__main__`; if it fails, write why to the file named first."""
-    failure, program, *arguments = sys.argv[1:]
-    threading.Thread(target=_end_with_task, daemon=True).start()
-    sys.argv, sys.path[0] = [program, *arguments], str(Path(program).parent)
-    try:
-        runpy.run_path(program, run_name="__main__")
-    except SystemExit:
-        raise
-    except BaseException as error:
-        told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(), "ended": time.time()}
-        Path(failure).write_text(json.dumps(told))
-        sys.exit(1)  # the driver shows it
-
-
-def _end_with_task() -> None:
-    # Not through `sys.stdin`, whose lock the interpreter could not take at its end.
-    while os.read(0, 1):
-        continue
-    os._exit(1)

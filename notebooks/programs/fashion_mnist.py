@@ -52,8 +52,8 @@ CHARTS = {
     "accuracy": ["train/accuracy", "val/accuracy", "test/accuracy"],
     "throughput": ["train/images_per_second", r"throughput/rank_\d+"],
 }
-# A recipe that a CPU affords in minutes, chosen on 10,000 held-out training images; `tests/bench/recipe.py` measures what
-# it reaches on the test images.
+# A recipe that a CPU affords in minutes, chosen on 10,000 held-out training images; `tests/bench/recipe.py` measures
+# what it reaches on the test images.
 RECIPE = ["--network", "fashion_resnet", "--epochs", "9", "--evaluate-every", "9", "--batch-size", "256"]
 RECIPE += ["--optimizer", "muon", "--learning-rate", "0.1", "--weight-decay", "0.02", "--label-smoothing", "0.1"]
 RECIPE += ["--horizontal-flip", "--shift", "1"]
@@ -153,7 +153,7 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
 
         torch.manual_seed(options.seed)
         network = NETWORKS[options.network](**({"width": options.width} if options.width else {}))
-        network.to(group.device, memory_format=torch.channels_last)
+        network.to(group.device).to(memory_format=torch.channels_last)
         torch.manual_seed(options.seed * group.world_size + group.rank)  # each rank augments in its own way
         # Batch norm's statistics are averaged for an evaluation and a checkpoint; they need no broadcast at every step.
         model = DistributedDataParallel(network, forward_sync_buffers=False) if group.world_size > 1 else network
@@ -196,7 +196,7 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
                 with torch.autocast(group.device.type, dtype, enabled=dtype != torch.float32):
                     logits = model(normalize(images)).float()
                 loss = nn.functional.cross_entropy(logits, labels, label_smoothing=options.label_smoothing)
-                learning_rate = schedule.get_last_lr()[0]
+                learning_rate = float(schedule.get_last_lr()[0])
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 pace.end_backward()
@@ -227,9 +227,9 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
             progress.add_epoch({"images_per_second": rate} | evaluation)
             if group.rank == 0:
                 said = f", {kind} accuracy {evaluation[f'{kind}_accuracy']:.4f}" if evaluation else ""
-                loss = progress.epochs[-1]["train_loss"]
+                mean = progress.epochs[-1]["train_loss"]
                 print(
-                    f"epoch {epoch}/{options.epochs}: training loss {loss:.3f}{said}, {rate:,.0f} images/s", flush=True
+                    f"epoch {epoch}/{options.epochs}: training loss {mean:.3f}{said}, {rate:,.0f} images/s", flush=True
                 )
             if board:
                 tags = {name.replace("_", "/", 1): value for name, value in evaluation.items()}  # test/accuracy

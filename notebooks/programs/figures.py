@@ -12,15 +12,20 @@ from matplotlib.figure import Figure
 
 from helpers.images.pictures import draw
 
-DPI = 80  # keeps executed notebooks small
+WIDTH, DPI = 12.0, 80  # inches, and pixels per inch, which keep executed notebooks small
+
+
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure, `height` and `width` in inches."""
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def plot_grid(
-    images: Sequence[np.ndarray],
+    images: Sequence[np.ndarray] | np.ndarray,
     titles: Sequence[str] = (),
     colors: Sequence[str] = (),
     columns: int = 8,
-    width: float = 10.4,
+    width: float = WIDTH,
 ) -> Figure:
     """Draw images side by side.
 
@@ -32,7 +37,7 @@ def plot_grid(
         width: of the figure in inches.
     """
     rows, side = math.ceil(len(images) / columns), width / columns
-    figure = Figure(figsize=(width, side * (1.15 if titles else 1.0) * rows), dpi=DPI, layout="constrained")
+    figure = new_figure(side * (1.15 if titles else 1.0) * rows, width)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in panels:
         panel.set_axis_off()
@@ -78,7 +83,7 @@ def plot_confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: 
     """Draw how often each true class (row) was taken for each class (column); arguments as for `plot_predictions`."""
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-    figure = Figure(figsize=(6.4, 5.6), dpi=DPI, layout="constrained")
+    figure = new_figure(5.6, width=6.4)
     matrix = confusion_matrix(labels, predictions, labels=range(len(classes)))
     display = ConfusionMatrixDisplay(matrix, display_labels=classes)
     display.plot(ax=figure.subplots(), cmap="Blues", xticks_rotation=45, values_format="d", colorbar=False)

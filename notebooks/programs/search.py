@@ -11,26 +11,24 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 import pyarrow as pa
-from helpers.training.dashboards import Dashboard
-from helpers.training.workers import Positive
 from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 
+import fashion_mnist
 from helpers.errors import TrainingError
 from helpers.session import get_slots, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
+from helpers.tracking.tensorboard import TensorBoard
+from helpers.training import ship_siblings
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -45,21 +43,24 @@ OUTCOME = pa.schema([pa.field("outcome", pa.string())])
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class SearchSettings:
-    """How much is tried, and when a trial is given up."""
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How trials are chosen and given up, in Optuna's terms."""
 
-    trials: Positive = 20  # to end up with, complete or pruned; those of earlier searches in the folder count
-    maximise: bool = True
-    random_trials: Positive = 5  # before the sampler learns from results, and before any trial is pruned
-    free_reports: Annotated[int, Field(ge=0)] = 1  # of a trial, before it may be pruned
-    parallel: Positive | None = None  # trials at once; None: as many as Spark has slots
-    resume: bool = True  # go on with the study in the folder; False: start over
-    seed: int = 0
+    direction: Literal["maximize", "minimize"] = "maximize"
+    n_startup_trials: int = 5  # before the sampler learns from results, and before any trial is pruned
+    n_warmup_steps: int = 1  # reports of a trial, before it may be pruned
 
 
 def search(
-    spark: "SparkSession", objective: Objective, space: Space, settings: SearchSettings, run_dir: str
+    spark: "SparkSession",
+    objective: Objective,
+    space: Space,
+    run_dir: str,
+    trials: int = 20,
+    rules: Rules = Rules(),
+    parallel: int | None = None,
+    resume: bool = True,
 ) -> optuna.Study:
     """Try parameters in parallel Spark tasks, going on from what the study in the folder already has.
 
@@ -70,11 +71,15 @@ def search(
 
     Args:
         spark: the session; a trial is a job of one task.
-        objective: pickled into the task. It may be any that Optuna takes, as long as it asks for nothing but `space`.
+        objective: pickled into the task, which can import the modules of this folder. It may be any that Optuna takes,
+            as long as it asks for nothing but `space`.
         space: a distribution for each parameter.
-        settings: how much to try.
-        run_dir: where the study lies, in the format of Optuna's journal files, and TensorBoard's events: one run a
+        run_dir: where the study lies, in the format of Optuna's journal files, and TensorBoard's events: one run per
             trial, `trial-0000` and on, with its reports and its row of the HParams dashboard.
+        trials: to end up with, complete or pruned; those of earlier searches in the folder count.
+        rules: how they are chosen.
+        parallel: trials at once; by default as many as Spark has slots.
+        resume: go on with the study in the folder; False: start over.
 
     Returns:
         The study, with all trials.
@@ -83,31 +88,61 @@ def search(
         TrainingError: no trial succeeded, or another search is at work in the folder.
     """
     storage = open_storage(run_dir)
+    ship_siblings(spark, __file__)
     try:
         with storage.lock("search.lock"):
-            return _search(spark, objective, space, settings, storage)
+            if not resume:
+                _delete(storage)
+            study = open_study(storage, rules)
+            _run_trials(spark, objective, dict(space), study, storage, trials, rules, parallel or get_slots(spark))
     except BlockingIOError:
         raise TrainingError(f"another search is at work in {run_dir}: wait for it, or name another folder") from None
+    if not study.get_trials(states=(TrialState.COMPLETE,)):
+        failures = [trial.user_attrs.get("error") for trial in study.get_trials(states=(TrialState.FAIL,))]
+        raise TrainingError(f"none of {len(study.trials)} trials succeeded; the last failed with: {failures[-1]}")
+    return study
 
 
-def open_study(storage: Storage, settings: SearchSettings) -> optuna.Study:
+def make_objective(arguments: Sequence[str]) -> Objective:
+    """The accuracy of `fashion_mnist.py` on validation images; a trial's parameters are its options by name.
+
+    Args:
+        arguments: of its command line, `--validation-images` among them.
+    """
+
+    def objective(trial: Trial) -> float:
+        def report(epoch: int, accuracy: float) -> None:
+            trial.report(accuracy, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        options = fashion_mnist.parse(list(arguments))
+        vars(options).update(trial.params)
+        return fashion_mnist.train(options, report)["val_accuracy"]
+
+    return objective
+
+
+def open_study(storage: Storage, rules: Rules) -> optuna.Study:
     """Open the study in a folder, or begin one.
 
     Raises:
         TrainingError: the study there goes the other way.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    direction = _direction(settings)
     study = optuna.create_study(
-        storage=JournalStorage(_Journal(storage)), study_name=NAME, direction=direction, load_if_exists=True
+        storage=JournalStorage(_Journal(storage)), study_name=NAME, direction=rules.direction, load_if_exists=True
     )
-    if study.direction != direction:
-        wanted = direction.name.lower()
-        raise TrainingError(f"the study in {storage.root} is not to {wanted}: name another folder, or delete it")
-    # A seed alone would repeat the random trials of the search that began the study.
-    seed = settings.seed + len(study.get_trials(deepcopy=False))
+    if study.direction.name.lower() != rules.direction:
+        raise TrainingError(
+            f"the study in {storage.root} is not to {rules.direction}: name another folder, or delete it"
+        )
+    # A constant seed would repeat the random trials of the search that began the study.
     study.sampler = optuna.samplers.TPESampler(
-        n_startup_trials=settings.random_trials, constant_liar=True, multivariate=True, seed=seed
+        n_startup_trials=rules.n_startup_trials,
+        constant_liar=True,
+        multivariate=True,
+        seed=len(study.get_trials(deepcopy=False)),
     )
     return study
 
@@ -127,29 +162,29 @@ class _Journal(BaseJournalBackend):
         self.storage.write(STUDY, "".join(f"{line}\n" for line in self.lines).encode())
 
 
-def _search(
-    spark: "SparkSession", objective: Objective, space: Space, settings: SearchSettings, storage: Storage
-) -> optuna.Study:
-    if not settings.resume:
-        _delete(storage)
-    study = open_study(storage, settings)
+def _run_trials(
+    spark: "SparkSession",
+    objective: Objective,
+    space: dict[str, BaseDistribution],
+    study: optuna.Study,
+    storage: Storage,
+    trials: int,
+    rules: Rules,
+    parallel: int,
+) -> None:
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)  # of a driver that has died: nobody works on it any more
 
     def run_one(_: int) -> None:
-        trial = study.ask(dict(space))
+        trial = study.ask(space)
         finished = study.get_trials(states=(TrialState.COMPLETE,))
-        outcome = _run_on_spark(spark, _Task(objective, dict(space), trial.params, finished, settings))
+        outcome = _run_on_spark(spark, _Task(objective, space, trial.params, finished, rules))
         _record(study, trial, outcome)
         _log_to_tensorboard(storage, study.trials[trial.number])
 
-    missing = settings.trials - len(study.get_trials(states=ENDED))
-    with ThreadPoolExecutor(settings.parallel or get_slots(spark)) as pool:
+    missing = trials - len(study.get_trials(states=ENDED))
+    with ThreadPoolExecutor(parallel) as pool:
         list(pool.map(run_one, range(missing)))
-    if not study.get_trials(states=(TrialState.COMPLETE,)):
-        failures = [trial.user_attrs.get("error") for trial in study.get_trials(states=(TrialState.FAIL,))]
-        raise TrainingError(f"none of {len(study.trials)} trials succeeded; the last failed with: {failures[-1]}")
-    return study
 
 
 def _delete(storage: Storage) -> None:
@@ -167,7 +202,7 @@ class _Task:
     space: dict[str, BaseDistribution]
     parameters: dict[str, Any]
     finished: list[FrozenTrial]
-    settings: SearchSettings
+    rules: Rules
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for _ in batches:
@@ -176,8 +211,8 @@ class _Task:
     def run(self) -> dict[str, Any]:
         """Carry the trial out with Optuna's own objects, in a study of this task that knows the complete trials."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        pruner = optuna.pruners.MedianPruner(self.settings.random_trials, self.settings.free_reports)
-        study = optuna.create_study(direction=_direction(self.settings), pruner=pruner)
+        pruner = optuna.pruners.MedianPruner(self.rules.n_startup_trials, self.rules.n_warmup_steps)
+        study = optuna.create_study(direction=self.rules.direction, pruner=pruner)
         study.add_trials(self.finished)
         study.enqueue_trial(self.parameters)
         trial, started = study.ask(self.space), time.time()
@@ -192,10 +227,6 @@ class _Task:
             outcome |= {"state": "FAIL", "error": "".join(traceback.format_exception_only(error)).strip()}
         reports = list(study.trials[trial.number].intermediate_values.items())
         return {**outcome, "reports": reports, "started": started, "ended": time.time()}
-
-
-def _direction(settings: SearchSettings) -> StudyDirection:
-    return StudyDirection.MAXIMIZE if settings.maximise else StudyDirection.MINIMIZE
 
 
 def _run_on_spark(spark: "SparkSession", task: _Task) -> dict[str, Any]:
@@ -222,9 +253,9 @@ def _log_to_tensorboard(storage: Storage, trial: FrozenTrial) -> None:
     """Write the trial's run, unless it ended without any result to show."""
     if trial.state not in ENDED or trial.value is None:
         return
-    dashboard = Dashboard(storage.join(f"trial-{trial.number:04d}"))
+    board = TensorBoard(storage.join(f"trial-{trial.number:04d}"))
     for step, value in trial.intermediate_values.items():
-        dashboard.writer.add_scalar("objective", value, step)
+        board.log_scalars({"objective": value}, step)
     # The value of a pruned trial is its last report.
-    dashboard.writer.add_hparams(trial.params, {"final/objective": trial.value}, run_name=".")
-    dashboard.close()
+    board.log_hyperparameters(trial.params, {"final/objective": trial.value})
+    board.close()

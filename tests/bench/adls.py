@@ -29,10 +29,10 @@ import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 from azure.storage.blob import ContainerClient
+from helpers.data.workloads import make_bundle, make_photographs
 from measure import measure
 
 from helpers.config import load_config, parse_assignments
-from helpers.data.workloads import make_bundle, make_photographs
 from helpers.ingest.listing import list_images, manifest, plan
 from helpers.pipeline import make_task
 from helpers.storage import open_storage

@@ -22,8 +22,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from cluster import Cluster, start_run  # noqa: E402
-
 from helpers.data.workloads import make_bundle, make_photographs  # noqa: E402
+
 from helpers.hosts import pack  # noqa: E402
 
 PHOTOGRAPHS = 16

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-
-from helpers.config import PROJECT
 from helpers.training.classifier import train
 from helpers.training.recipe import RECIPE
+
+from helpers.config import PROJECT
 
 KEPT = ("test_accuracy", "parameters")
 

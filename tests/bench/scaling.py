@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
-
 from helpers.data.workloads import make_bundle, make_photographs
+
 from helpers.planning.cost_model import fit
 from helpers.planning.planner import Cluster, predict
 from helpers.planning.standalone import standalone

@@ -18,9 +18,8 @@ import numpy as np
 import pandas as pd
 import psutil
 import pyarrow.parquet as pq
-from measure import measure
-
 from helpers.data.workloads import make_bundle, make_photographs
+from measure import measure
 
 HERE = Path(__file__).parent
 LIGHT, HEAVY, FEWER = 2000, 200, 500  # images: of each model, and to see whether memory grows with their number

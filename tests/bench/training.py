@@ -16,12 +16,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from helpers.config import PROJECT, load_config
 from helpers.data import fashion_mnist
-from helpers.session import get_spark
 from helpers.training.classifier import TrainingSettings, train
 from helpers.training.dashboards import read_scalars
 from helpers.training.distributed import train_on_spark
+
+from helpers.config import PROJECT, load_config
+from helpers.session import get_spark
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

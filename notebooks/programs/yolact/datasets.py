@@ -1,4 +1,4 @@
-"""What YOLACT learns from: scenes made when they are asked for, or a user's own images in COCO's form; augmented."""
+"""What YOLACT learns from: scenes made when they are asked for, or your own images in COCO's form; augmented."""
 
 import json
 from collections.abc import Iterator
@@ -7,38 +7,36 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from helpers.data.coco import ANNOTATIONS, read_annotations, to_mask
-from helpers.data.scenes import Scene, Scenes
-from helpers.training.workers import RunSettings, Worker, batches_of
-from helpers.yolact.augmentation import augment
-from helpers.yolact.losses import Target
 
-from helpers.data import fashion_mnist
+import fashion_data
 from helpers.errors import DataError
 from helpers.models.bundle import InputSpec
-from helpers.storage import open_storage
-from helpers.training.datasets import DataSet, Folder, Shards, load
-from helpers.training.shards import INDEX
+from helpers.training import DataSet, Folder, Group, Shards, is_sharded, load_image, share_batches
+from yolact.augmentation import augment
+from yolact.coco import ANNOTATIONS, read_annotations, to_mask
+from yolact.losses import Target
+from yolact.scenes import Scene, Scenes
 
 SceneSet = DataSet[list[Scene]]
 GENERATED = {"train": 6000, "val": 200}  # scenes, where a number is not given
 
 
 def open_scenes(
-    settings: RunSettings, place: str | None, root: str, split: str, size: int, count: int | None = None
+    place: str | None, root: str, split: str, size: int, count: int | None = None, seed: int = 0, config: Any = None
 ) -> tuple[SceneSet, tuple[str, ...]]:
     """Open a data set of instance segmentation.
 
     Images on which nothing is annotated are left out of a folder's training set; its validation set has them.
 
     Args:
-        settings: how object storage is reached, and the seed of scenes that are made.
         place: a folder with `annotations.json`, COCO's instances, and `images`, or the target of `write_shards`; None
             for scenes of Fashion-MNIST items.
-        root: where `fashion_mnist.download` put these.
+        root: where `fashion_data.download` put these.
         split: `train` or `val`.
         size: side of the scenes in pixels; images are stretched to it, as for inference.
         count: take the first only.
+        seed: of scenes that are made.
+        config: its `storage` says how object storage is reached.
 
     Returns:
         The scenes, and the names of the classes.
@@ -47,15 +45,15 @@ def open_scenes(
         DataError: the data set is not there, or is not such a one.
     """
     if place is None:
-        scenes = Scenes(root, split, settings.seed, size, size)
-        return GeneratedScenes(scenes, count or GENERATED[split]), fashion_mnist.CLASSES
-    if open_storage(place, settings).exists(INDEX):
-        shards = Shards(place, settings, _Annotated(size), count)
+        scenes = Scenes(root, split, seed, size, size)
+        return GeneratedScenes(scenes, count or GENERATED[split]), fashion_data.CLASSES
+    if is_sharded(place, config):
+        shards = Shards(place, Annotated(size), count, config)
         if not shards.labels:
             raise DataError(f"{place} does not say which classes its scenes have: give write_shards their labels")
         return shards, shards.labels
-    table, labels = read_annotations(place, settings, empty=split != "train")
-    return Folder(place, settings, _Annotated(size), table.slice(0, count), ANNOTATIONS), labels
+    table, labels = read_annotations(place, config, empty=split != "train")
+    return Folder(place, Annotated(size), table.slice(0, count), ANNOTATIONS, config), labels
 
 
 class GeneratedScenes:
@@ -70,9 +68,9 @@ class GeneratedScenes:
     def __getitems__(self, indices: torch.Tensor) -> list[Scene]:
         return [self.scenes[number] for number in indices.tolist()]
 
-    def batches(self, settings: RunSettings, worker: Worker, epoch: int, first: int) -> Iterator[torch.Tensor]:
+    def shares(self, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
         """Of a random order of the epoch's own."""
-        for share in batches_of(settings, worker, self.count, epoch, first):
+        for share in share_batches(self.count, group, batch_size, seed, epoch, first):
             yield epoch * self.count + share
 
 
@@ -91,7 +89,7 @@ class AugmentedScenes:
         return augment(scene, self.cells, np.random.default_rng([self.seed, self.epoch, number]))
 
 
-class _Annotated:
+class Annotated:
     """A stored image and its instances, stretched to the network's size."""
 
     columns = frozenset(("width", "height", "annotations"))
@@ -100,8 +98,9 @@ class _Annotated:
         self.spec = InputSpec(size, size, "rgb", (0.0,) * 3, (1.0,) * 3)
 
     def make(self, content: memoryview, row: dict[str, Any]) -> Scene:
+        """Of one image."""
         file, expected = row["file"], (row["width"], row["height"])
-        image, size = load(content, self.spec, file)
+        image, size = load_image(content, self.spec, file)
         if size != expected:
             raise DataError(
                 f"{file} has {size[0]} x {size[1]} pixels (turned upright), its annotations are of {expected[0]} x "
@@ -114,6 +113,7 @@ class _Annotated:
         return Scene(image, np.array([masks[index] for index in seen], bool).reshape(shape), labels)
 
     def join(self, made: list[Scene]) -> list[Scene]:
+        """Of a batch."""
         return made
 
     def _mask(self, segmentation: str, size: tuple[int, int], file: str) -> np.ndarray:

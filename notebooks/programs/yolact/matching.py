@@ -41,7 +41,7 @@ def encode(boxes: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
 
 
 def to_corners(priors: torch.Tensor) -> torch.Tensor:
-    """Centre and size to corners, `[n, 4]` each."""
+    """Center and size to corners, `[n, 4]` each."""
     return torch.cat([priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2], dim=1)
 
 

@@ -89,7 +89,7 @@ class Scenes:
 
     def __getitem__(self, number: int) -> Scene:
         """Make a scene."""
-        rng = self._generator(number)
+        rng = self.generator(number)
         image = make_background(rng, self.height, self.width)
         masks: list[np.ndarray] = []
         items: list[int] = []
@@ -108,7 +108,8 @@ class Scenes:
         found = np.array(items, np.int64)
         return Scene(add_grain(rng, image), np.stack(masks), self.labels[found], found)
 
-    def _generator(self, number: int) -> np.random.Generator:
+    def generator(self, number: int) -> np.random.Generator:
+        """What decides about a scene."""
         return np.random.default_rng([self.seed, list(SPLITS).index(self.split), number])
 
 
