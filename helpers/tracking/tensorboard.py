@@ -1,7 +1,7 @@
 """TensorBoard's events, written and read back: one directory is one run, and tags are named group/name.
 
-The event file is TensorBoard's own, so that a run on the driver needs no torch. What only a training shows (curves,
-hyper-parameters, the graph) comes from `torch.utils.tensorboard`, which is imported where it is called.
+The event file is TensorBoard's own, so that a run on the driver needs no torch. What only a training shows (curves, the
+graph, charts) comes from `torch.utils.tensorboard`, which is imported where it is called.
 """
 
 import io
@@ -94,11 +94,11 @@ class TensorBoard:
 
     def log_hyperparameters(self, values: Mapping[str, Any], results: Mapping[str, float]) -> None:
         """Write what the run was told, where it is a number or a text, and what it came to in the end, by its tags."""
-        from torch.utils.tensorboard.summary import hparams
+        from tensorboard.plugins.hparams.summary_v2 import HParam, Metric, hparams_config_pb, hparams_pb
 
         shown = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
-        for summary in hparams(shown, dict(results)):
-            self._add(summary)
+        self._add(hparams_config_pb([*map(HParam, shown)], [*map(Metric, results)]))
+        self._add(hparams_pb(shown, trial_id=str(self.run_dir)))
         self.log_scalars(results, 0)
 
     def log_graph(self, network: "torch.nn.Module", example: "torch.Tensor") -> None:
