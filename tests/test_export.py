@@ -6,9 +6,9 @@ import onnxruntime
 import openvino as ov
 import pytest
 import torch
-from helpers.data.fashion_mnist import CLASSES, load
-from helpers.models.fashion_cnn import FashionCNN, compute_logits
 
+from fashion_data import CLASSES, load
+from fashion_mnist import FashionCNN, compute_logits
 from helpers.config import PROJECT
 from helpers.errors import BundleError
 from helpers.models import export, runtime

@@ -132,8 +132,8 @@ def test_a_graph_openvino_cannot_read_names_the_bundle(copy, graph):
 def test_another_networks_weights_in_the_same_graph_are_another_model(bundle, tmp_path):
     # OpenVINO keeps compiled graphs on disk; it must not hand out the first network's weights.
     import torch
-    from helpers.models.fashion_cnn import FashionCNN, compute_logits
 
+    from fashion_mnist import FashionCNN, compute_logits
     from helpers.models.export import export
 
     images = pixels(3)

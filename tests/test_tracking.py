@@ -38,16 +38,17 @@ def test_a_new_run_replaces_the_one_before(tmp_path):
     assert values(tmp_path, "train/loss") == [2.0]
 
 
-def test_a_run_that_goes_on_voids_what_came_after_the_checkpoint(tmp_path):
-    first = TensorBoard(str(tmp_path))
-    for step in range(1, 6):
-        first.log_scalars({"train/loss": 1.0}, step)
-    first.close()
-    second = TensorBoard(str(tmp_path), steps=3)  # within the same second, too
-    second.log_scalars({"train/loss": 2.0}, 4)
-    second.close()
-    losses = read_scalars(str(tmp_path))["train/loss"]
-    assert losses["step"].tolist() == [1, 2, 3, 4] and losses["value"].tolist() == [1.0, 1.0, 1.0, 2.0]
+@pytest.mark.parametrize("others", [0, 12])
+def test_a_run_that_goes_on_voids_what_came_after_the_checkpoint(tmp_path, others):
+    for number in range(others):  # writers of a process are numbered, and 10 is no larger than 9 in a file's name
+        TensorBoard(str(tmp_path / f"other {number}")).close()
+    for steps, loss in ((0, 1.0), (3, 2.0), (4, 3.0)):
+        board = TensorBoard(str(tmp_path / "run"), steps)
+        for step in range(steps + 1, steps + 4):
+            board.log_scalars({"train/loss": loss}, step)
+        board.close()
+    losses = read_scalars(str(tmp_path / "run"))["train/loss"]
+    assert losses["step"].tolist() == [1, 2, 3, 4, 5, 6, 7] and losses["value"].tolist() == [1, 1, 1, 2, 3, 3, 3]
 
 
 def test_events_reach_storage_that_cannot_append(monkeypatch, tmp_path):
@@ -91,10 +92,8 @@ def test_an_embedding_replaces_the_one_before(tmp_path):
         board = TensorBoard(str(tmp_path))
         board.log_embedding(np.arange(2.0 * count).reshape(count, 2), list("abcdef"[:count]), pictures)
         board.close()
-    config = text_format.Parse(
-        (tmp_path / "projector_config.pbtxt").read_text(), projector_config_pb2.ProjectorConfig()
-    )
-    (embedding,) = config.embeddings
+    text = (tmp_path / "projector_config.pbtxt").read_text()
+    (embedding,) = text_format.Parse(text, projector_config_pb2.ProjectorConfig()).embeddings
     assert np.loadtxt(tmp_path / embedding.tensor_path, delimiter="\t").tolist() == [
         [2.0 * i, 2.0 * i + 1] for i in range(5)
     ]

@@ -50,8 +50,11 @@ class TensorBoard:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        for old in [] if steps else Path(run_dir).glob(EVENT_FILES):
-            old.unlink()
+        for old in Path(run_dir).glob(EVENT_FILES):
+            if steps:  # readers take the files in the order of their names, which tell seconds
+                clock.sleep(min(max(int(old.name.split(".")[3]) + 1 - clock.time(), 0.0), 1.0))
+            else:
+                old.unlink()
         self.run_dir = Path(run_dir)
         self.staging = tempfile.TemporaryDirectory() if run_dir.startswith(WHOLE_FILES_ONLY) else None
         self.folder = Path(self.staging.name if self.staging else run_dir)
