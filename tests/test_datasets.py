@@ -11,7 +11,7 @@ import torch
 from trainings import alone, train_fashion
 
 import fashion_data
-from fashion_data import open_images
+from fashion_sets import open_images
 from helpers.errors import DataError
 from helpers.storage import LocalStorage
 from helpers.training import Folder, MappedImages, Shards, read_batches, write_shards

@@ -9,6 +9,7 @@ import torch
 from trainings import PROGRAMS, places, train_fashion
 
 import fashion_data
+import fashion_sets
 from augmentation import augment
 from fashion_mnist import RECIPE, compute_logits, parse
 from fashion_resnet import FashionResNet
@@ -166,7 +167,7 @@ def test_validation_images_are_reported_and_the_test_images_left_alone(held_out_
 
 def test_validation_images_are_not_trained_on(fashion_mnist_root):
     options = parse(["--validation-images", "10000", *places(fashion_mnist_root)])
-    rest, held_out = fashion_data.open_sets(options)
+    rest, held_out = fashion_sets.open_sets(options)
     assert len(rest) == 50_000 and len(held_out) == 10_000
     whole, _ = fashion_data.load(fashion_mnist_root, train=True)
     parts = np.concatenate([rest.images, held_out.images])

@@ -15,7 +15,8 @@ from test_datasets import spy
 from trainings import PROGRAMS, alone, places, train_scenes, weights
 
 import train_yolact
-from fashion_data import CLASSES, open_images
+from fashion_data import CLASSES
+from fashion_sets import open_images
 from helpers.config import PROJECT
 from helpers.errors import BundleError, DataError
 from helpers.images.decoding import load

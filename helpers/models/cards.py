@@ -94,14 +94,16 @@ def load_network_class(card: Card, path: Path) -> Callable[[], "torch.nn.Module"
     Raises:
         BundleError: the file or the class is missing, fails to import, or needs arguments.
     """
-    file, _, name = card.network.rpartition(":")
+    file, colon, name = card.network.rpartition(":")
+    if not colon:
+        raise BundleError(f"{path}: network is {card.network!r}: write FILE.py:CLASS")
     source = _find(file, path, "network")
     try:
         found = getattr(_import(source), name, None)
     except Exception as error:  # a user's code may raise anything
         raise BundleError(f"{source} cannot be imported: {type(error).__name__}: {first_line(error)}") from None
     if not callable(found):
-        raise BundleError(f"{source} has no class {name!r}, which {path} names; write FILE.py:CLASS")
+        raise BundleError(f"{source} has no class {name!r}, which {path} names")
     try:
         inspect.signature(found).bind()
     except TypeError as error:

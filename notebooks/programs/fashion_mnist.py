@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fashion_data
+import fashion_sets
 from augmentation import augment
 from fashion_data import CLASSES
 from fashion_resnet import FashionResNet
@@ -147,7 +148,7 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
     with join_group(options.device, options.threads) as group:
         fashion_data.download(options.data)
         storage = argparse.Namespace(storage=StorageOptions(options.endpoint, options.credential))
-        training_set, evaluated = fashion_data.open_sets(options, storage)
+        training_set, evaluated = fashion_sets.open_sets(options, storage)
         kind = "val" if options.validation_images else "test"
         steps_per_epoch = count_steps(training_set, options.batch_size, group)
 

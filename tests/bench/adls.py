@@ -29,17 +29,19 @@ import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 from azure.storage.blob import ContainerClient
-from helpers.data.workloads import make_bundle, make_photographs
 from measure import measure
 
-from helpers.config import load_config, parse_assignments
+from helpers.config import PROJECT, load_config, parse_assignments
 from helpers.ingest.listing import list_images, manifest, plan
 from helpers.pipeline import make_task
 from helpers.storage import open_storage
 
 TESTS = Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(PROJECT / "notebooks"))
 from dfs_facade import ACCOUNT, KEY  # noqa: E402
+
+from studies.workloads import make_bundle, make_photographs  # noqa: E402
 
 IMAGES = 2000
 PROFILED = 300

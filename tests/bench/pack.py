@@ -20,11 +20,14 @@ from pathlib import Path
 
 import psutil
 
+from helpers.config import PROJECT
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(PROJECT / "notebooks"))
 from cluster import Cluster, start_run  # noqa: E402
-from helpers.data.workloads import make_bundle, make_photographs  # noqa: E402
 
 from helpers.hosts import pack  # noqa: E402
+from studies.workloads import make_bundle, make_photographs  # noqa: E402
 
 PHOTOGRAPHS = 16
 

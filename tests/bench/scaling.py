@@ -11,19 +11,23 @@ shares both. About ten minutes; use a machine that does nothing else meanwhile.
 import argparse
 import platform
 import shutil
+import sys
 import tempfile
 from datetime import date
 from pathlib import Path
 
 import pandas as pd
 import psutil
-from helpers.data.workloads import make_bundle, make_photographs
 
+from helpers.config import PROJECT
 from helpers.planning.cost_model import fit
 from helpers.planning.planner import Cluster, predict
 from helpers.planning.standalone import standalone
 from helpers.planning.sweep import sweep
 from helpers.results.records import read_runs, read_tasks
+
+sys.path.insert(0, str(PROJECT / "notebooks"))
+from studies.workloads import make_bundle, make_photographs  # noqa: E402
 
 IMAGES = {"light": 1200, "yolact": 16}
 DIFFERENT = 200  # photographs; more are copies

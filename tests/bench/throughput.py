@@ -18,8 +18,12 @@ import numpy as np
 import pandas as pd
 import psutil
 import pyarrow.parquet as pq
-from helpers.data.workloads import make_bundle, make_photographs
 from measure import measure
+
+from helpers.config import PROJECT
+
+sys.path.insert(0, str(PROJECT / "notebooks"))
+from studies.workloads import make_bundle, make_photographs  # noqa: E402
 
 HERE = Path(__file__).parent
 LIGHT, HEAVY, FEWER = 2000, 200, 500  # images: of each model, and to see whether memory grows with their number
