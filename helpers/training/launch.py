@@ -31,7 +31,8 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow as pa
 
 from helpers.errors import ConfigError, HostError, TrainingError, first_line
-from helpers.session import local_slots, ship_helpers, spark_failure, spark_schema
+from helpers.session import local_slots, pack_helpers, ship_helpers, spark_failure, spark_schema
+from helpers.storage import LocalStorage
 from helpers.training import rank
 
 if TYPE_CHECKING:
@@ -103,11 +104,10 @@ def ship_siblings(spark: "SparkSession", program: str | Path) -> None:
     """Make the modules and packages in a program's folder, and `helpers`, importable in the tasks of a session."""
     ship_helpers(spark)
     content = _pack(Path(program).resolve())
-    name = f"{Path(program).stem}-{hashlib.sha256(content).hexdigest()[:12]}.zip"
-    with tempfile.TemporaryDirectory() as folder:
-        archive = Path(folder, name)
-        archive.write_bytes(content)
-        spark.addArtifacts(str(archive), pyfile=True)
+    # Executors fetch it when they need it, so it stays, beside the package's own.
+    archive = pack_helpers().with_name(f"siblings-{hashlib.sha256(content).hexdigest()[:12]}.zip")
+    LocalStorage(str(archive.parent)).write(archive.name, content)
+    spark.addArtifacts(str(archive), pyfile=True)
 
 
 class _AttemptError(Exception):
