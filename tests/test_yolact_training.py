@@ -67,7 +67,7 @@ def test_offsets_are_what_detection_decodes():
 def test_class_loss_takes_the_three_hardest_negatives_for_each_positive():
     logits = torch.zeros(1, 7, 3)
     logits[0, :, 1] = torch.tensor([0.0, 5, 4, 3, 2, 1, 9])
-    classes = torch.tensor([[1, 0, 0, 0, 0, 0, -1]])  # the last, and hardest, is not to be learnt
+    classes = torch.tensor([[1, 0, 0, 0, 0, 0, -1]])  # the last, and hardest, is not to be learned
     negatives = [math.log(2 + math.exp(score)) for score in (5, 4, 3)]
     assert losses.class_loss(logits, classes).item() == pytest.approx(math.log(3) + sum(negatives), rel=1e-5)
     assert losses.class_loss(logits, classes.clamp(max=0)).item() == 0
@@ -92,7 +92,7 @@ def test_mask_loss_is_the_mean_over_the_objects_box():
         assert found == pytest.approx(math.log(2) * 36 / 16)
     proto[...], proto[2:6, 2:6] = -20, 20
     assert losses.mask_loss(proto, coefficients, matched, target).item() == pytest.approx(0, abs=1e-6)
-    # Half a cell is learnt as one half.
+    # Half a cell is learned as one half.
     target.masks[0, 2:6, 2:6] = 0.5
     proto[2:6, 2:6] = 0
     assert losses.mask_loss(proto, coefficients, matched, target).item() == pytest.approx(math.log(2), rel=1e-5)

@@ -76,7 +76,7 @@ def train_on_spark(
             same way again is not repeated.
 
     Returns:
-        The JSON object that rank 0 prints as its last line; None where it prints none.
+        The last JSON object that rank 0 prints on a line of its own; None where it prints none.
 
     Raises:
         ConfigError: there is no such program.
@@ -137,7 +137,7 @@ def _pack(program: Path) -> bytes:
     packages = [file.parent for file in program.parent.glob("*/__init__.py")]
     files = {program, *program.parent.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))}
     archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as packed:
         for file in sorted(files):
             packed.write(file, file.relative_to(program.parent))
     return archive.getvalue()
@@ -145,7 +145,7 @@ def _pack(program: Path) -> bytes:
 
 def _attempt(spark: "SparkSession", task: "_Task", processes: int) -> dict[str, Any] | None:
     with _Console.open(spark, task.run) as console:
-        listening = dataclasses.replace(task, console=console.server_address if console else None)
+        listening = dataclasses.replace(task, console=console.place if console else None)
         ranks = spark.range(0, processes, 1, processes).mapInArrow(listening, spark_schema(OUTCOME), barrier=True)
         try:
             rows = ranks.collect()
@@ -181,7 +181,8 @@ class _Console(socketserver.ThreadingTCPServer):
 
     def __init__(self, host: str, run: str):
         super().__init__((host, 0), _ConsoleHandler)
-        self.run, self.shown, self.ended = run, 0, threading.Event()
+        self.place, self.run = (host, self.server_address[1]), run
+        self.shown, self.ended = 0, threading.Event()
 
     @classmethod
     @contextlib.contextmanager
@@ -198,9 +199,10 @@ class _Console(socketserver.ThreadingTCPServer):
                 threading.Thread(target=console.serve_forever, daemon=True).start()
             try:
                 yield console
+                if console and console.shown:
+                    console.ended.wait(GRACE_SECONDS)  # for lines that are still under way
             finally:
                 if console:
-                    console.ended.wait(GRACE_SECONDS if console.shown else 0)  # for lines that are still under way
                     console.shutdown()
 
 
@@ -250,13 +252,13 @@ class _Task:
         )
         try:
             output = _Output(child, self.console if number == 0 else None, self.run)
-            _wait(child, context)
+            ended = _wait(child, context)
         finally:
             child.kill()
             child.wait()
         code = child.returncode
         ending = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
-        left = {"error": ending, "traceback": "", "ended": time.time()}
+        left = {"error": ending, "traceback": "", "ended": ended}
         if failure.exists():
             left |= json.loads(failure.read_text())
         step = note.read_text() if note.exists() else None
@@ -328,15 +330,16 @@ class _Output:
             self.connection = None  # the driver gets the rest with the outcome
 
 
-def _wait(child: subprocess.Popen, context: "BarrierTaskContext") -> None:
-    """Wait until every rank has ended; once one has failed, the others are stopped soon."""
-    deadline = float("inf")
+def _wait(child: subprocess.Popen, context: "BarrierTaskContext") -> float:
+    """Wait until every rank has ended, and return when this one has; once one has failed, the others are stopped."""
+    deadline, ended = float("inf"), 0.0
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(POLL_SECONDS)
+            ended = ended or time.time()
         codes = [json.loads(code) for code in context.allGather(json.dumps(child.poll()))]
         if None not in codes:
-            return
+            return ended
         if any(codes):
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:

@@ -21,7 +21,8 @@ def be_rank() -> None:
     """Run the program that the command line names, as `__main__`; if it fails, write why to the file named first."""
     failure, program, *arguments = sys.argv[1:]
     threading.Thread(target=_end_with_task, daemon=True).start()
-    sys.argv, sys.path[0] = [program, *arguments], str(Path(program).parent)
+    sys.argv = [program, *arguments]
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(program).parent)]  # in the place of the working directory
     try:
         runpy.run_path(program, run_name="__main__")
     except SystemExit:

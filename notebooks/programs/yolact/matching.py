@@ -2,7 +2,7 @@
 
 import torch
 
-from helpers.yolact.detection import CENTRE_VARIANCE, SIZE_VARIANCE
+from helpers.yolact.detection import CENTER_VARIANCE, SIZE_VARIANCE
 
 POSITIVE, NEGATIVE = 0.5, 0.4  # intersection over union, from and below which an anchor is of an object or of none
 BACKGROUND, IGNORED = -1, -2
@@ -36,7 +36,7 @@ def match(priors: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 def encode(boxes: torch.Tensor, priors: torch.Tensor) -> torch.Tensor:
     """Offsets `[n, 4]` that `detection.decode` turns, with the anchors `[n, 4]`, into boxes (corners, `[n, 4]`)."""
     centers, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    shifts = (centers - priors[:, :2]) / (float(CENTRE_VARIANCE) * priors[:, 2:])
+    shifts = (centers - priors[:, :2]) / (float(CENTER_VARIANCE) * priors[:, 2:])
     return torch.cat([shifts, torch.log(sizes / priors[:, 2:]) / float(SIZE_VARIANCE)], dim=1)
 
 
