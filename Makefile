@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=out/notebooks/%)
-SOURCES := $(wildcard helpers/*.py helpers/*/*.py conf/*)
+SOURCES := $(wildcard helpers/*.py helpers/*/*.py conf/* conf/cards/*) $(wildcard notebooks/programs/*.py notebooks/programs/*/*.py notebooks/studies/*.py)
 CLASSES := .venv/spark-classes.jsa
 AZURITE := .venv/node/node_modules/azurite
 DATA := out/data/FashionMNIST/.ready
@@ -44,8 +44,8 @@ azurite: .venv/.ready
 
 $(DATA): | .venv/.ready
 	@echo "== Fashion-MNIST =="
-	$(BIN)/python -m helpers.data.fashion_mnist \
-	  || { [ -n "$(APT)" ] && $(APT) update -qq && $(APT) install -y -qq dataset-fashion-mnist && $(BIN)/python -m helpers.data.fashion_mnist; }
+	$(BIN)/python notebooks/programs/fashion_data.py \
+	  || { [ -n "$(APT)" ] && $(APT) update -qq && $(APT) install -y -qq dataset-fashion-mnist && $(BIN)/python notebooks/programs/fashion_data.py; }
 	@touch $@
 
 run: setup $(EXECUTED)

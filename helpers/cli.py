@@ -139,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=run)
 
     command = commands.add_parser("export", parents=[shared], help="a PyTorch checkpoint to a model bundle")
-    command.add_argument("--architecture", required=True, metavar="NAME", help="for example fashion_cnn")
+    command.add_argument(
+        "--architecture", required=True, metavar="NAME", help="a card in conf/cards, the .yaml of one, or a YOLACT"
+    )
     command.add_argument("--checkpoint", required=True, metavar="FILE", help="a PyTorch state dictionary")
     command.add_argument("--output", required=True, metavar="URI", help="where the bundle goes")
     command.add_argument(

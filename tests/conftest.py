@@ -8,11 +8,11 @@ import dfs_facade
 import pytest
 from dfs_facade import DfsFacade
 
+import fashion_data
 from helpers.config import Config, load_config
-from helpers.data import fashion_mnist
-from helpers.data.samples import write_samples
 from helpers.session import get_spark
 from helpers.storage import open_storage
+from studies.samples import write_images, write_samples
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,7 @@ def spark():
 @pytest.fixture(scope="session")
 def fashion_mnist_root() -> str:
     root = load_config("local").paths.data
-    fashion_mnist.download(root)
+    fashion_data.download(root)
     return root
 
 
@@ -43,7 +43,7 @@ def samples(fashion_mnist_root, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def test_images(fashion_mnist_root, tmp_path_factory) -> Path:
     """The 10,000 test images as PNG files."""
-    return fashion_mnist.write_images(fashion_mnist_root, str(tmp_path_factory.mktemp("test_set")))
+    return write_images(fashion_mnist_root, str(tmp_path_factory.mktemp("test_set")))
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory) -> Path:
     """An untrained fashion_cnn, the same in every session."""
     import torch
 
-    from helpers.models.fashion_cnn import FashionCNN
+    from fashion_mnist import FashionCNN
 
     path = tmp_path_factory.mktemp("checkpoint") / "untrained.pt"
     with torch.random.fork_rng():

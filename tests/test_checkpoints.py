@@ -1,7 +1,6 @@
 """An interrupted training: what it goes on from, and that nobody could tell afterwards."""
 
 import io
-import json
 import random
 import zipfile
 from dataclasses import replace
@@ -11,64 +10,55 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from trainings import alone, train_fashion, train_scenes, weights
 
+import fashion_mnist
 from helpers.errors import TrainingError
-from helpers.training import classifier
-from helpers.training.checkpoints import Checkpoints, Progress, newest_step
-from helpers.training.classifier import TrainingSettings, train
-from helpers.training.dashboards import read_scalars
-from helpers.training.optimization import Optimization
-from helpers.training.workers import RunSettings, Worker
-from helpers.yolact import training as yolact
+from helpers.storage import StorageOptions, open_storage
+from helpers.tracking.tensorboard import read_scalars
+from helpers.training import Checkpoints, Pace, Progress, newest_step
+from helpers.training.rank import RUN_ID
 
-# 10 steps an epoch, so that a checkpoint every 4 falls into the middle of one.
-SMALL = TrainingSettings(
-    epochs=3, batch_size=64, train_images=640, test_images=300, precision="fp32", checkpoint_steps=4
-)
-SCENES = yolact.SceneSettings(
-    epochs=2, batch_size=8, train_scenes=24, val_scenes=4, precision="fp32", checkpoint_steps=2
-)
-ALONE = Worker(0, 1, torch.device("cpu"))
+# 6 steps an epoch, so that a checkpoint every 4 falls into the middle of one.
+SMALL = ["--epochs", "3", "--batch-size", "32", "--train-images", "192", "--test-images", "100", "--width", "8"]
+SMALL += ["--precision", "fp32", "--checkpoint-steps", "4"]
+SCENES = ["--epochs", "2", "--batch-size", "4", "--train-scenes", "12", "--validation-scenes", "2"]
+SCENES += ["--warm-up-steps", "1", "--precision", "fp32", "--checkpoint-steps", "2"]
 
 
 class Killed(BaseException):
     """What no handler of errors catches."""
 
 
-def interrupt(monkeypatch, step: int) -> None:
-    """Have the training end in the middle of a step."""
-    descend = Optimization.descend
+def interrupted(train, arguments: list[str], root: str, run_dir: Path, after: int) -> None:
+    """Have a training end in the middle of a step, as soon as so many are done."""
+    end_backward, left = Pace.end_backward, after
 
-    def stop(self, loss):
-        nonlocal step
-        step -= 1
-        if step < 0:
+    def stop(pace):
+        nonlocal left
+        left -= 1
+        if left < 0:
             raise Killed
-        return descend(self, loss)
+        end_backward(pace)
 
-    monkeypatch.setattr(Optimization, "descend", stop)
-
-
-def interrupted(train, settings, root: str, run_dir: Path, after: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, after)
+        patch.setattr(Pace, "end_backward", stop)
         with pytest.raises(Killed):
-            train(settings, root, str(run_dir))
+            train(arguments, root, run_dir)
 
 
 def files(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").glob("*"))
 
 
-def weights(run_dir: Path) -> torch.Tensor:
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    return torch.cat([value.flatten().double() for value in state.values()])
+def vector(run_dir: Path) -> torch.Tensor:
+    return torch.cat([value.flatten().double() for value in weights(run_dir).values()])
 
 
 @pytest.fixture(scope="module")
 def whole(fashion_mnist_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return folder, train(SMALL, fashion_mnist_root, str(folder))
+    return folder, train_fashion(SMALL, fashion_mnist_root, folder)
 
 
 def assert_equal(resumed: Path, result: dict, whole: Path, expected: dict, names: list[str]) -> None:
@@ -77,16 +67,16 @@ def assert_equal(resumed: Path, result: dict, whole: Path, expected: dict, names
     for name in names:
         assert scalars[name]["step"].tolist() == undisturbed[name]["step"].tolist()
         np.testing.assert_allclose(scalars[name]["value"], undisturbed[name]["value"], rtol=1e-4, err_msg=name)
-    torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(vector(resumed), vector(whole), rtol=1e-4, atol=1e-6)
     for mine, theirs in zip(result["epochs"], expected["epochs"], strict=True):
         assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("after, resumed_at", [(15, 12), (20, 20)], ids=["mid-epoch", "between epochs"])
+@pytest.mark.parametrize("after, resumed_at", [(9, 8), (12, 12)], ids=["mid-epoch", "between epochs"])
 def test_a_resumed_training_equals_an_uninterrupted_one(whole, fashion_mnist_root, tmp_path, after, resumed_at):
-    interrupted(train, SMALL, fashion_mnist_root, tmp_path, after)
+    interrupted(train_fashion, SMALL, fashion_mnist_root, tmp_path, after)
     assert not (tmp_path / "result.json").exists()
-    result = train(SMALL, fashion_mnist_root, str(tmp_path))
+    result = train_fashion(SMALL, fashion_mnist_root, tmp_path)
     assert result["resumed_at"] == [resumed_at]
     names = ["train/loss", "train/accuracy", "train/learning_rate", "train/gradient_norm", "test/loss", "test/accuracy"]
     assert_equal(tmp_path, result, *whole, names)
@@ -95,20 +85,20 @@ def test_a_resumed_training_equals_an_uninterrupted_one(whole, fashion_mnist_roo
 
 
 def test_training_on_scenes_resumes_too(fashion_mnist_root, tmp_path):
-    expected = yolact.train(SCENES, fashion_mnist_root, str(tmp_path / "whole"))
-    interrupted(yolact.train, SCENES, fashion_mnist_root, tmp_path / "run", after=5)
-    result = yolact.train(SCENES, fashion_mnist_root, str(tmp_path / "run"))
+    expected = train_scenes(SCENES, fashion_mnist_root, tmp_path / "whole")
+    interrupted(train_scenes, SCENES, fashion_mnist_root, tmp_path / "run", after=5)
+    result = train_scenes(SCENES, fashion_mnist_root, tmp_path / "run")
     assert result["resumed_at"] == [4]  # the moving average of the weights goes on as well
     names = ["train/loss", "train/mask_loss", "train/gradient_norm"]
     assert_equal(tmp_path / "run", result, tmp_path / "whole", expected, names)
 
 
 def test_a_run_interrupted_twice_goes_on_twice(whole, fashion_mnist_root, tmp_path):
-    interrupted(train, SMALL, fashion_mnist_root, tmp_path, after=9)
-    assert files(tmp_path) == ["step-000000004.pt", "step-000000008.pt"]
-    interrupted(train, SMALL, fashion_mnist_root, tmp_path, after=9)
+    interrupted(train_fashion, SMALL, fashion_mnist_root, tmp_path, after=9)
+    assert files(tmp_path) == ["step-000000006.pt", "step-000000008.pt"]
+    interrupted(train_fashion, SMALL, fashion_mnist_root, tmp_path, after=9)
     assert files(tmp_path) == ["step-000000012.pt", "step-000000016.pt"]  # older ones are gone
-    result = train(SMALL, fashion_mnist_root, str(tmp_path))
+    result = train_fashion(SMALL, fashion_mnist_root, tmp_path)
     assert result["resumed_at"] == [8, 16]
     assert_equal(tmp_path, result, *whole, ["train/loss"])
 
@@ -118,15 +108,15 @@ def test_a_run_interrupted_twice_goes_on_twice(whole, fashion_mnist_root, tmp_pa
     [lambda content: content[: len(content) // 2], lambda content: b"", lambda content: flip(content)],
     ids=["truncated", "empty", "one bit"],
 )
-def test_a_damaged_checkpoint_is_skipped_with_a_warning(whole, fashion_mnist_root, tmp_path, caplog, damage):
-    interrupted(train, SMALL, fashion_mnist_root, tmp_path, after=15)
-    newest = tmp_path / "checkpoints" / "step-000000012.pt"
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, caplog, damage):
+    checkpoints = Checkpoints(str(tmp_path), alone(), {"network": nn.Linear(9, 9)}, {})
+    for steps in (4, 8):
+        checkpoints.save(Progress(steps=steps))
+    newest = tmp_path / "step-000000008.pt"
     newest.write_bytes(damage(newest.read_bytes()))
-    result = train(SMALL, fashion_mnist_root, str(tmp_path))
+    assert checkpoints.restore().resumed_at == [4]
     (record,) = caplog.records
     assert f"{newest} is damaged and skipped" in record.message and record.levelname == "WARNING"
-    assert result["resumed_at"] == [10]  # the one before, of the epoch's end
-    assert_equal(tmp_path, result, *whole, ["train/loss"])
 
 
 def flip(content: bytes) -> bytes:
@@ -136,26 +126,42 @@ def flip(content: bytes) -> bytes:
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-def test_a_run_with_other_settings_is_not_thrown_away(whole, fashion_mnist_root, tmp_path):
-    interrupted(train, SMALL, fashion_mnist_root, tmp_path, after=9)
-    other = replace(SMALL, learning_rate=1e-3, threads=2)
-    with pytest.raises(TrainingError, match=r"step-0+8.pt .*\(learning_rate 0.005 there, 0.001 here\).*resume=False"):
-        train(other, fashion_mnist_root, str(tmp_path))
-    assert files(tmp_path) == ["step-000000004.pt", "step-000000008.pt"]
-    # How a run is carried out may change.
-    started_over = train(replace(SMALL, resume=False, epochs=1, threads=2), fashion_mnist_root, str(tmp_path))
+def test_a_run_with_other_settings_is_not_thrown_away(fashion_mnist_root, tmp_path):
+    interrupted(train_fashion, SMALL, fashion_mnist_root, tmp_path, after=5)
+    other = [*SMALL, "--learning-rate", "0.001", "--threads", "2"]
+    with pytest.raises(TrainingError, match=r"step-0+4.pt .*\(learning_rate 0.005 there, 0.001 here\).*start over"):
+        train_fashion(other, fashion_mnist_root, tmp_path)
+    assert files(tmp_path) == ["step-000000004.pt"]
+    started_over = train_fashion([*other, "--no-resume", "--epochs", "1"], fashion_mnist_root, tmp_path)
     assert started_over["resumed_at"] == [] and len(started_over["epochs"]) == 1
 
 
 def test_how_a_run_is_carried_out_may_change_between_its_parts(fashion_mnist_root, tmp_path):
-    interrupted(train, SMALL, fashion_mnist_root, tmp_path, after=9)
-    result = train(replace(SMALL, checkpoint_steps=None, loaders=1), fashion_mnist_root, str(tmp_path))
-    assert result["resumed_at"] == [8]
+    interrupted(train_fashion, SMALL, fashion_mnist_root, tmp_path, after=9)
+    changed = [*SMALL, "--checkpoint-steps", "99", "--num-workers", "1", "--threads", "2"]
+    assert train_fashion(changed, fashion_mnist_root, tmp_path)["resumed_at"] == [8]
+
+
+def test_ranks_that_are_started_again_go_on_though_their_run_started_over(tmp_path, monkeypatch):
+    def restore(run: str | None) -> Progress:
+        if run:
+            monkeypatch.setenv(RUN_ID, run)
+        else:
+            monkeypatch.delenv(RUN_ID, raising=False)
+        checkpoints = Checkpoints(str(tmp_path), alone(), {}, {}, resume=False)
+        progress = checkpoints.restore()
+        progress.steps += 1
+        checkpoints.save(progress)
+        return progress
+
+    for run, steps in (("one", 1), ("one", 2), ("another", 1), ("another", 2), (None, 1), (None, 1)):
+        assert restore(run).steps == steps
+        assert newest_step(str(tmp_path)) == steps  # those of the run before are gone
 
 
 def test_a_checkpoint_holds_every_source_of_randomness(tmp_path):
     network = nn.Linear(2, 2)
-    checkpoints = Checkpoints(RunSettings(), ALONE, str(tmp_path), {"network": network})
+    checkpoints = Checkpoints(str(tmp_path), alone(), {"network": network}, {})
     assert checkpoints.restore() == Progress()
     progress = Progress(epoch=1, batches=3, steps=13, measured=[{"loss": 0.5}], epochs=[{"train_loss": 1.0}])
     checkpoints.save(progress)
@@ -165,29 +171,27 @@ def test_a_checkpoint_holds_every_source_of_randomness(tmp_path):
         network.weight.zero_()
     assert checkpoints.restore() == replace(progress, resumed_at=[13])
     assert draw() == drawn and network.weight.abs().sum() > 0
-    assert newest_step(RunSettings(), str(tmp_path)) == 13
+    assert newest_step(str(tmp_path)) == 13
 
 
 def test_checkpoints_go_to_any_storage(fashion_mnist_root, tmp_path, adls_root, dfs):
-    from helpers.storage import StorageOptions, open_storage
-
-    options = StorageOptions(dfs.endpoint, "env:ADLS_KEY")
-    settings = replace(SMALL, checkpoints=f"{adls_root}/run 1", storage=options)
-    interrupted(train, settings, fashion_mnist_root, tmp_path, after=9)
-    assert newest_step(settings, str(tmp_path)) == 8 and not (tmp_path / "checkpoints").exists()
-    assert train(settings, fashion_mnist_root, str(tmp_path))["resumed_at"] == [8]
-    assert list(open_storage(adls_root, settings).list()) == []
-    assert "env:ADLS_KEY" in json.loads((tmp_path / "result.json").read_text())["settings"]["storage"]["credential"]
+    place = ["--checkpoints", f"{adls_root}/run 1", "--endpoint", dfs.endpoint, "--credential", "env:ADLS_KEY"]
+    config = type("Config", (), {"storage": StorageOptions(dfs.endpoint, "env:ADLS_KEY")})
+    interrupted(train_fashion, [*SMALL, *place], fashion_mnist_root, tmp_path, after=9)
+    assert newest_step(f"{adls_root}/run 1", config) == 8 and not (tmp_path / "checkpoints").exists()
+    assert train_fashion([*SMALL, *place], fashion_mnist_root, tmp_path)["resumed_at"] == [8]
+    assert list(open_storage(adls_root, config).list()) == []
 
 
-def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_one_before(fashion_mnist_root, tmp_path, monkeypatch):
-    interrupted(train, SMALL, fashion_mnist_root, tmp_path, after=6)
-    before = (tmp_path / "checkpoints" / "step-000000004.pt").read_bytes()
+def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_one_before(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(str(tmp_path), alone(), {"network": nn.Linear(2, 2)}, {})
+    checkpoints.save(Progress(steps=4))
+    before = (tmp_path / "step-000000004.pt").read_bytes()
     monkeypatch.setattr("helpers.storage.local.os.replace", lambda *names: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
-        train(SMALL, fashion_mnist_root, str(tmp_path))
-    assert files(tmp_path) == ["step-000000004.pt"]
-    assert (tmp_path / "checkpoints" / "step-000000004.pt").read_bytes() == before
+        checkpoints.save(Progress(steps=8))
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000004.pt"]
+    assert (tmp_path / "step-000000004.pt").read_bytes() == before
 
 
 def test_a_run_killed_after_its_last_epoch_is_only_brought_to_its_end(fashion_mnist_root, tmp_path, whole):
@@ -195,10 +199,10 @@ def test_a_run_killed_after_its_last_epoch_is_only_brought_to_its_end(fashion_mn
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "save", killed)
+        patch.setattr(fashion_mnist, "save_network", killed)
         with pytest.raises(Killed):
-            train(SMALL, fashion_mnist_root, str(tmp_path))
-    result = train(SMALL, fashion_mnist_root, str(tmp_path))
+            train_fashion(SMALL, fashion_mnist_root, tmp_path)
+    result = train_fashion(SMALL, fashion_mnist_root, tmp_path)
     assert_equal(tmp_path, result, *whole, ["train/loss"])
     assert result["resumed_at"] == [len(read_scalars(str(tmp_path))["train/loss"])]
     assert "final/test_accuracy" in read_scalars(str(tmp_path)) and files(tmp_path) == []
@@ -206,11 +210,11 @@ def test_a_run_killed_after_its_last_epoch_is_only_brought_to_its_end(fashion_mn
 
 def test_half_precision_scales_the_loss_and_resumes(fashion_mnist_root, tmp_path):
     # A processor computes in half precision, but slowly.
-    settings = replace(SMALL, precision="fp16", epochs=2, batch_size=16, train_images=48, test_images=50, width=4)
-    settings = replace(settings, checkpoint_steps=2)
-    interrupted(train, settings, fashion_mnist_root, tmp_path, after=5)
+    half = [*SMALL, "--precision", "fp16", "--epochs", "2", "--batch-size", "16", "--train-images", "48"]
+    half += ["--test-images", "50", "--width", "4", "--checkpoint-steps", "2"]
+    interrupted(train_fashion, half, fashion_mnist_root, tmp_path, after=5)
     saved = torch.load(tmp_path / "checkpoints" / "step-000000004.pt", weights_only=True)
     assert saved["parts"]["scaler"]["scale"] > 1
-    result = train(settings, fashion_mnist_root, str(tmp_path))
+    result = train_fashion(half, fashion_mnist_root, tmp_path)
     assert result["precision"] == "fp16" and result["resumed_at"] == [4]
     assert result["epochs"][1]["train_loss"] < result["epochs"][0]["train_loss"]

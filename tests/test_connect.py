@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cluster import read_rows, start_run
+from trainings import train_fashion
 
 from helpers import pipeline
 from helpers.config import PROJECT, load_config
@@ -48,6 +49,30 @@ for reader in ("files", "spark"):
     outputs = pipeline.infer(pipeline.preprocess(images, model, config), model, config)
     pq.write_table(pipeline.postprocess(outputs, model, config).toArrow(), f"{target}/{reader}.parquet")
 set_where_allowed(spark, {"spark.executor.memory": "1g"})
+"""
+
+TRAINING = """
+import sys
+from helpers.config import load_config
+from helpers.session import get_spark
+from helpers.errors import TrainingError
+from helpers.training import train_on_spark
+
+program, remote = sys.argv[1:]
+spark = get_spark(load_config("local", spark={"mode": "connect", "master": remote}))
+print(train_on_spark(spark, program, ["well"], processes=2))
+try:
+    train_on_spark(spark, program, ["badly"], processes=2)
+except TrainingError as error:
+    print(str(error).splitlines()[0])
+"""
+PROGRAM = """
+import json, os, sys
+import helpers.training
+print("this is rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"])
+if sys.argv[1] == "badly" and os.environ["RANK"] == "1":
+    raise ValueError("so it is told")
+print(json.dumps({"rank": int(os.environ["RANK"])}))
 """
 
 
@@ -88,14 +113,13 @@ def models(fashion_mnist_root, tmp_path_factory) -> Path:
     made = Path(load_config("local").paths.models)
     if (made / "fashion_cnn-int8" / "manifest.json").exists():
         return made
-    from helpers.data.fashion_mnist import write_images
     from helpers.models.architectures import get_architecture
     from helpers.models.export import calibration_images, export
     from helpers.storage import open_storage
-    from helpers.training.classifier import TrainingSettings, train
+    from studies.samples import write_images
 
     folder = tmp_path_factory.mktemp("models")
-    train(TrainingSettings(epochs=EPOCHS), fashion_mnist_root, str(folder / "run"))
+    train_fashion(["--epochs", str(EPOCHS)], fashion_mnist_root, folder / "run")
     calibration = write_images(fashion_mnist_root, str(folder / "calibration"), train=True, count=1000)
     config = load_config("local")
     images = calibration_images(open_storage(str(calibration)), get_architecture("fashion_cnn"), config)
@@ -141,6 +165,16 @@ def test_where_no_server_answers_there_is_one_clear_error_at_once(samples, bundl
     run = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *settings).finish()
     run.assert_one_clear_error(f"{LOOPBACK}:{port}", "start-connect-server.sh", "spark.master")
     assert "planted" not in run.errors
+
+
+def test_a_program_is_trained_over_a_server(server, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-c", TRAINING, str(tmp_path / "program.py"), server]
+    client = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
+    assert client.returncode == 0, client.stderr
+    well, result, badly, *rest = client.stdout.splitlines()
+    assert well == badly == "this is rank 0 of 2" and result == "{'rank': 0}"
+    assert rest[-1] == "rank 1 of 2 failed with ValueError: so it is told"
 
 
 def test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs(models, tmp_path):

@@ -2,36 +2,30 @@
 
 import json
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from trainings import alone, train_fashion
 
-from helpers.data import fashion_mnist
-from helpers.data.scenes import Scenes
+import fashion_data
+from fashion_sets import open_images
 from helpers.errors import DataError
 from helpers.storage import LocalStorage
-from helpers.training.classifier import TrainingSettings, train
-from helpers.training.datasets import Folder, MappedImages, Shards, open_images, read_batches
-from helpers.training.shards import write_shards
-from helpers.training.workers import Worker
+from helpers.training import Folder, MappedImages, Shards, read_batches, write_shards
+from studies.samples import write_images
+from yolact.scenes import Scenes
 
-SETTINGS = TrainingSettings(batch_size=60, epochs=1, precision="fp32", test_images=200)
-COUNT = 1234
-
-
-def worker(rank: int = 0, processes: int = 1) -> Worker:
-    return Worker(rank, processes, torch.device("cpu"))
+COUNT, BATCH = 1234, 60
 
 
 @pytest.fixture(scope="module")
 def folder(fashion_mnist_root, tmp_path_factory) -> Path:
     """Training images as PNG files, with their labels."""
-    root = tmp_path_factory.mktemp("labelled")
-    fashion_mnist.write_images(fashion_mnist_root, str(root), train=True, count=COUNT)
+    root = tmp_path_factory.mktemp("labeled")
+    write_images(fashion_mnist_root, str(root), train=True, count=COUNT)
     return root
 
 
@@ -39,7 +33,7 @@ def folder(fashion_mnist_root, tmp_path_factory) -> Path:
 def shards(spark, folder, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("shards")
     labels = spark.read.parquet(str(folder / "labels.parquet"))
-    assert write_shards(labels, str(folder / "images"), str(target), images_a_shard=100) == COUNT
+    assert write_shards(labels, str(folder / "images"), str(target), images_per_shard=100) == COUNT
     return target
 
 
@@ -47,19 +41,19 @@ def shards(spark, folder, tmp_path_factory) -> Path:
 def sets(fashion_mnist_root, folder, shards) -> dict:
     """The same images in each kind of place."""
     return {
-        "files": open_images(SETTINGS, None, fashion_mnist_root, COUNT),
-        "folder": open_images(SETTINGS, str(folder), fashion_mnist_root),
-        "shards": open_images(SETTINGS, str(shards), fashion_mnist_root),
+        "files": open_images(None, fashion_mnist_root, COUNT),
+        "folder": open_images(str(folder), fashion_mnist_root),
+        "shards": open_images(str(shards), fashion_mnist_root),
     }
 
 
-def test_each_kind_of_place_is_recognised(sets):
+def test_each_kind_of_place_is_recognized(sets):
     assert [type(images) for images in sets.values()] == [MappedImages, Folder, Shards]
     assert [len(images) for images in sets.values()] == [COUNT] * 3
 
 
 def shown(images, epoch: int, rank: int = 0, processes: int = 1, first: int = 0, seed: int = 0) -> list[torch.Tensor]:
-    return list(images.batches(replace(SETTINGS, seed=seed), worker(rank, processes), epoch, first))
+    return list(images.shares(alone(rank, processes), BATCH, seed, epoch, first))
 
 
 @pytest.mark.parametrize("place", ["files", "folder", "shards"])
@@ -67,11 +61,11 @@ def shown(images, epoch: int, rank: int = 0, processes: int = 1, first: int = 0,
 def test_shares_are_equal_disjoint_and_decided_by_seed_and_epoch(sets, place, processes):
     images = sets[place]
     shares = [shown(images, 3, rank, processes) for rank in range(processes)]
-    assert {len(share) for share in shares} == {COUNT // SETTINGS.batch_size}
-    assert {len(batch) for share in shares for batch in share} == {SETTINGS.batch_size // processes}
+    assert {len(share) for share in shares} == {COUNT // BATCH}
+    assert {len(batch) for share in shares for batch in share} == {BATCH // processes}
     taken = torch.cat([batch for share in shares for batch in share]).tolist()
     assert len(taken) == len(set(taken)) and set(taken) <= set(range(COUNT))
-    assert len(taken) > COUNT - SETTINGS.batch_size
+    assert len(taken) > COUNT - BATCH
     again = shown(images, 3, 0, processes)
     assert all(torch.equal(mine, other) for mine, other in zip(shares[0], again, strict=True))
     for other in (shown(images, 4, 0, processes), shown(images, 3, 0, processes, seed=1)):
@@ -102,7 +96,7 @@ def test_a_rank_reads_the_files_of_its_share_alone(sets, monkeypatch):
     monkeypatch.setattr(LocalStorage, "read", spy(LocalStorage.read, read))
     batches = shown(images, 0, rank=1, processes=2)
     assert read == []
-    for _ in read_batches(images, batches, SETTINGS, worker(1, 2)):
+    for _ in read_batches(images, batches, alone(1, 2)):
         pass
     assert sorted(read) == sorted(images.table["file"][int(index)].as_py() for index in torch.cat(batches))
 
@@ -110,11 +104,11 @@ def test_a_rank_reads_the_files_of_its_share_alone(sets, monkeypatch):
 def test_a_rank_reads_the_shards_of_its_share_alone_and_each_once(shards, monkeypatch):
     read: list[list[str]] = []
     for rank in range(2):
-        images = open_images(SETTINGS, str(shards), "")
+        images = open_images(str(shards), "")
         with monkeypatch.context() as patch:
             read.append([])
             patch.setattr(LocalStorage, "read", spy(LocalStorage.read, read[-1]))
-            for _ in read_batches(images, shown(images, 0, rank, 2), SETTINGS, worker(rank, 2)):
+            for _ in read_batches(images, shown(images, 0, rank, 2), alone(rank, 2)):
                 pass
         assert len(read[-1]) == len(set(read[-1]))
     assert len(set(read[0]) & set(read[1])) <= 1  # the one in which the stretches meet
@@ -129,48 +123,44 @@ def spy(function, calls: list):
     return called
 
 
-def test_the_files_are_mapped_and_not_read(fashion_mnist_root):
-    images, labels = fashion_mnist.map_files(fashion_mnist_root, train=True)
-    loaded, known = fashion_mnist.load(fashion_mnist_root, train=True)
-    assert isinstance(images.base, np.memmap) and not images.flags.writeable
-    assert np.array_equal(images, loaded) and np.array_equal(labels, known)
-    assert isinstance(Scenes(fashion_mnist_root, "train").images.base, np.memmap)
-    with pytest.raises(DataError, match="call helpers.data.fashion_mnist.download"):
-        fashion_mnist.map_files("/nowhere", train=True)
+def test_the_files_are_mapped_and_not_changed(fashion_mnist_root):
+    images, _ = fashion_data.load(fashion_mnist_root, train=True)
+    assert isinstance(images.base, np.memmap) and isinstance(Scenes(fashion_mnist_root, "train").images.base, np.memmap)
+    before = images[0].copy()
+    images[0] = 7
+    assert (fashion_data.load(fashion_mnist_root, train=True)[0][0] == before).all()
 
 
 def test_loaders_leave_no_signal_handler_behind(sets):
     """With one, this process would die when any child ends, on a processor with AMX (see `read_batches`)."""
     images, before = sets["files"], signal.getsignal(signal.SIGCHLD)
-    assert len(list(read_batches(images, shown(images, 0)[:2], replace(SETTINGS, loaders=1), worker()))) == 2
+    assert len(list(read_batches(images, shown(images, 0)[:2], alone(), num_workers=1))) == 2
     assert signal.getsignal(signal.SIGCHLD) == before
 
 
 def test_loaders_read_ahead_without_changing_what_is_read(sets):
     images = sets["folder"]
     state = torch.get_rng_state()
-    one, two = (
-        list(read_batches(images, shown(images, 0)[:4], replace(SETTINGS, loaders=loaders), worker()))
-        for loaders in (0, 1)
-    )
+    one, two = (list(read_batches(images, shown(images, 0)[:4], alone(), num_workers)) for num_workers in (0, 1))
     for (pixels, labels), (others, same) in zip(one, two, strict=True):
         assert torch.equal(pixels, others) and torch.equal(labels, same)
     assert torch.equal(torch.get_rng_state(), state)  # reading takes nothing of the training's randomness
 
 
-def test_the_classifier_learns_from_each_kind_of_place(folder, shards, fashion_mnist_root, tmp_path):
-    results = {}
-    for name, place in {"files": None, "folder": str(folder), "shards": str(shards)}.items():
-        settings = replace(SETTINGS, training_set=place, train_images=None if place else COUNT)
-        results[name] = train(settings, fashion_mnist_root, str(tmp_path / name))["epochs"][0]["train_loss"]
-    assert results["folder"] == pytest.approx(results["files"], rel=1e-4)  # the same order of the same images
-    assert results["shards"] == pytest.approx(results["files"], rel=0.2)
+def test_the_classifier_learns_from_each_kind_of_place(folder, shards, fashion_mnist_root):
+    few = ["--epochs", "1", "--batch-size", "60", "--precision", "fp32", "--test-images", "10"]
+    places = {"files": ["--train-images", str(COUNT)], "folder": ["--training-set", str(folder)]}
+    places["shards"] = ["--training-set", str(shards)]
+    losses = {name: train_fashion([*few, *place], fashion_mnist_root) for name, place in places.items()}
+    losses = {name: result["epochs"][0]["train_loss"] for name, result in losses.items()}
+    assert losses["folder"] == pytest.approx(losses["files"], rel=1e-4)  # the same order of the same images
+    assert losses["shards"] == pytest.approx(losses["files"], rel=0.2)
 
 
 def test_shards_written_again_replace_the_earlier_ones(spark, folder, shards, tmp_path):
     labels = spark.read.parquet(str(folder / "labels.parquet"))
-    for count, images_a_shard in ((400, 50), (100, 50)):
-        write_shards(labels.limit(count), str(folder / "images"), str(tmp_path), images_a_shard)
+    for count, images_per_shard in ((400, 50), (100, 50)):
+        write_shards(labels.limit(count), str(folder / "images"), str(tmp_path), images_per_shard)
     index = json.loads((tmp_path / "_index.json").read_text())["shards"]
     assert {shard["file"] for shard in index} == {path.name for path in tmp_path.glob("*.parquet")}
     assert sum(shard["rows"] for shard in index) == pq.read_table(tmp_path, columns=["label"]).num_rows == 100
@@ -182,7 +172,7 @@ def test_a_missing_or_damaged_image_is_named(spark, folder, tmp_path):
     (fashion_mnist_like / "a.png").write_bytes(b"no image")
     table = spark.createDataFrame([("a.png", 1), ("gone.png", 2)], "file string, label int")
     pq.write_table(table.toArrow(), tmp_path / "labels.parquet")
-    images = open_images(SETTINGS, str(tmp_path), "")
+    images = open_images(str(tmp_path), "")
     for index, message in enumerate(("a.png: the file is not an image", "gone.png: .*labels.parquet")):
         with pytest.raises(DataError, match=message):
             images.__getitems__(torch.tensor([index]))
@@ -190,6 +180,6 @@ def test_a_missing_or_damaged_image_is_named(spark, folder, tmp_path):
         write_shards(table, str(fashion_mnist_like), str(tmp_path / "shards"))
     assert not (tmp_path / "shards" / "_index.json").exists()
     with pytest.raises(DataError, match="neither labels.parquet"):
-        open_images(SETTINGS, str(fashion_mnist_like), "")
-    with pytest.raises(DataError, match="no labelled images"):
+        open_images(str(fashion_mnist_like), "")
+    with pytest.raises(DataError, match="no labeled images"):
         write_shards(table.limit(0), str(fashion_mnist_like), str(tmp_path / "shards"))

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from helpers import plots
 from helpers.metrics import boundary_iou
 from helpers.models import evaluation
 from helpers.models.bundle import InputSpec, Manifest
-from studies import accuracy
+from studies import accuracy, figures
 
 SIDE = 40
 
@@ -103,7 +102,7 @@ def test_tables_have_a_row_for_each_format(truth):
     # Of the first image a half is drawn; of the second nothing, because it is too improbable.
     assert overlap.loc["other", "mask IoU"] == pytest.approx(0.25)
     assert overlap.loc["other", 0.05] == pytest.approx(boundary_iou(HALF, LEFT, 0.05) / 2)
-    values, differences = plots.plot_overlaps(overlap, reference="one").axes
+    values, differences = figures.plot_overlaps(overlap, reference="one").axes
     assert [len(axis.get_legend().get_texts()) for axis in (values, differences)] == [2, 1]
     shown = [line.get_ydata() for line in differences.get_lines() if len(line.get_xdata()) == 2]
     assert any(np.allclose(y, 1000 * (overlap.loc["other", [0.02, 0.05]] - 1)) for y in shown)

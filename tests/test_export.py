@@ -7,13 +7,13 @@ import openvino as ov
 import pytest
 import torch
 
+from fashion_data import CLASSES, load
+from fashion_mnist import FashionCNN, compute_logits
 from helpers.config import PROJECT
-from helpers.data.fashion_mnist import CLASSES, load
 from helpers.errors import BundleError
 from helpers.models import export, runtime
 from helpers.models.architectures import get_architecture
 from helpers.models.bundle import load_bundle
-from helpers.models.fashion_cnn import FashionCNN, compute_logits
 from helpers.models.quantization import Validation
 from helpers.models.runtime import compile_options, get_model, has_bf16
 from helpers.storage import open_storage

@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import plots
-from helpers.data import scenes
 from helpers.errors import DataError
 from helpers.models import export
 from helpers.models.architectures import get_architecture
 from helpers.storage import open_storage
-from studies import benchmark, formats
+from studies import benchmark, figures, formats
+from studies.samples import make_frames, write_video
+from yolact.scenes import Scenes
 
 HEADS = {"loc": 4, "conf": 11, "mask": 16}
 
@@ -57,7 +57,7 @@ def engines(architecture, network, bundle, folder):
 
 @pytest.fixture(scope="module")
 def clip(folder, fashion_mnist_root):
-    return scenes.write_video(folder / "clip.avi", scenes.frames(1, 7, fashion_mnist_root))
+    return write_video(folder / "clip.avi", make_frames(Scenes(fashion_mnist_root, "test", seed=1), 7))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,8 @@ def shifted(outputs: dict, images: np.ndarray) -> dict:
 
 def test_frames_of_a_video_are_prepared_for_the_network(clip, frames, architecture, fashion_mnist_root):
     assert len(frames) == 7 and all(frame.shape == architecture.input.shape for frame in frames)
-    for frame, original in zip(frames, scenes.frames(1, 7, fashion_mnist_root), strict=True):
+    originals = make_frames(Scenes(fashion_mnist_root, "test", seed=1), 7)
+    for frame, original in zip(frames, originals, strict=True):
         # Compressed, so not the same; in another order of colours it would be far off.
         assert np.abs(cv2.blur(frame, (9, 9)).astype(float) - cv2.blur(original, (9, 9))).mean() < 6
 
@@ -149,4 +150,4 @@ def test_ratios_of_two_networks_stand_beside_what_was_published():
     assert table.loc["ONNX"].tolist() == ["0.40", "0.52"]
     assert table.loc["torch.compile"].tolist() == ["0.50", "not measured"]
     assert table.iloc[-1].tolist() == ["0.70 to 0.83"] * 2
-    assert len(plots.plot_ratios(tables, benchmark.PUBLISHED).axes) == 2
+    assert len(figures.plot_ratios(tables, benchmark.PUBLISHED).axes) == 2

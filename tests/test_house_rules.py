@@ -14,7 +14,7 @@ from helpers.config import PROJECT
 
 EXECUTOR_MODULES = ["stages", "stages.task", "images.decoding", "images.video", "ingest.frames", "models.bundle"]
 EXECUTOR_MODULES += ["storage", "storage.adls", "storage.credentials", "storage.lease", "storage.prefetch"]
-EXECUTOR_MODULES += ["training.shards"]
+EXECUTOR_MODULES += ["training.shards", "training.rank"]
 HEAVY = {"torch", "torchvision", "pydantic", "onnx", "nncf", "matplotlib", "tensorboard"}
 NOT_IN_CONNECT = {"SparkContext", "sparkContext", "_sc", "_jvm", "_jsc", "_jdf", "_jsparkSession"}
 NOT_IN_CONNECT |= {"rdd", "RDD", "parallelize", "foreachPartition"}
@@ -54,9 +54,11 @@ def source(cell: dict) -> str:
 
 
 def sources() -> dict[str, str]:
-    """Python of helpers and notebooks by where it stands."""
-    modules = [path for path in files() if PROJECT / "helpers" in path.parents and path.suffix == ".py"]
-    found = {str(path.relative_to(PROJECT / "helpers")): path.read_text(encoding="utf-8") for path in modules}
+    """Python of helpers, by its place there, and of the notebooks and their programs."""
+    found = {}
+    for root in (PROJECT / "helpers", PROJECT / "notebooks"):
+        modules = [path for path in files() if root in path.parents and path.suffix == ".py"]
+        found |= {str(path.relative_to(root)): path.read_text(encoding="utf-8") for path in modules}
     for path in NOTEBOOKS:
         found[path.name] = "\n".join(source(cell) for cell in code_cells(path))
     return found
@@ -96,7 +98,9 @@ def names_in(text: str) -> set[str]:
 
 def test_nothing_is_used_that_spark_connect_or_serverless_lacks():
     found = sources()
-    assert {"pipeline.py", "session.py", "yolact/network.py"} <= set(found) and len(found) > len(NOTEBOOKS) + 10
+    assert {"pipeline.py", "yolact/network.py", "programs/search.py", "studies/samples.py"} <= set(found) and len(
+        found
+    ) > len(NOTEBOOKS) + 10
     for name, text in found.items():
         assert not names_in(text) & NOT_IN_CONNECT, name
         assert not attributes(text) & NOT_ON_SERVERLESS, name
@@ -110,10 +114,59 @@ def test_the_search_for_what_spark_connect_lacks_finds_it(text):
     assert not names_in("from functools import partial; spark.createDataFrame(table)") & NOT_IN_CONNECT
 
 
-def test_modules_are_small_enough_to_read_in_one_sitting():
-    modules = list((PROJECT / "helpers").rglob("*.py"))
-    assert len(modules) > 10
-    assert {path.name: n for path in modules if (n := len(path.read_text().splitlines())) > 300} == {}
+def imported(text: str) -> set[str]:
+    """The top-level names of all imports, those within functions included."""
+    nodes = list(ast.walk(ast.parse(text)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.partition(".")[0] for name in names}
+
+
+def paths_in(text: str) -> list[str]:
+    """Texts that name the folder of notebooks, docstrings left out."""
+    tree = ast.parse(text)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings]
+    return [c.value for c in constants if isinstance(c.value, str) and re.search(r"\bnotebooks(/|$)", c.value)]
+
+
+def test_helpers_know_nothing_of_the_notebooks():
+    places = [PROJECT / "notebooks", PROJECT / "notebooks" / "programs"]
+    theirs = {path.stem for place in places for path in place.iterdir() if path.suffix in ("", ".py")} | {"notebooks"}
+    assert {"programs", "studies", "fashion_mnist", "train_yolact", "yolact", "search"} <= theirs
+    modules = {name: text for name, text in sources().items() if (PROJECT / "helpers" / name).is_file()}
+    assert len(modules) > 50
+    del modules["hosts/badges.py"]  # whose work is to rewrite them
+    for name, text in modules.items():
+        assert not imported(text) & theirs, name
+        assert not paths_in(text), name
+
+
+@pytest.mark.parametrize("text", ["def f():\n    from yolact.losses import match", "import studies.figures as f"])
+def test_the_search_for_imports_of_notebooks_finds_them(text):
+    assert imported(text) & {"yolact", "studies"}
+    assert not imported("from helpers.yolact import build\nfrom . import studies") & {"yolact", "studies"}
+
+
+def test_the_search_for_paths_of_notebooks_finds_them():
+    assert paths_in("PROJECT / 'notebooks'") and paths_in("f'{root}/notebooks/programs/x.py'")
+    assert not paths_in('"""What notebooks/programs has."""') and not paths_in("'notebook 01 makes one'")
+
+
+def test_what_a_run_reaches_imports_no_torch(samples, bundle_uri, tmp_path):
+    script = """
+import sys
+sys.modules.update({name: None for name in ("torch", "torchvision", "onnx", "nncf", "optuna", "sklearn")})
+from helpers.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", script, "run", "--source", str(samples), "--model", bundle_uri]
+    command += ["--output", str(tmp_path / "out"), "--set", "pictures=2", "--set", "spark.master=local[1]"]
+    answer = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert (
+        json.loads(answer.stdout.splitlines()[-1])["ok"] == 60 and len(list((tmp_path / "out/pictures").iterdir())) == 2
+    )
 
 
 def texts_of(path: Path) -> str:

@@ -133,8 +133,8 @@ def test_another_networks_weights_in_the_same_graph_are_another_model(bundle, tm
     # OpenVINO keeps compiled graphs on disk; it must not hand out the first network's weights.
     import torch
 
+    from fashion_mnist import FashionCNN, compute_logits
     from helpers.models.export import export
-    from helpers.models.fashion_cnn import FashionCNN, compute_logits
 
     images = pixels(3)
     for seed in (1, 2):

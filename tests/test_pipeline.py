@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from bombs import bilevel_png
 
+import fashion_data
 from helpers import pipeline
 from helpers.config import Config, load_config
-from helpers.data import fashion_mnist
 from helpers.errors import BundleError, ConfigError, RunError, StorageError, UserError
 from helpers.ingest.listing import list_images
 from helpers.models.bundle import load_bundle, save_bundle
@@ -370,7 +370,7 @@ def test_all_ten_thousand_predictions_equal_the_bundles_without_spark(
     assert rows == alone.sort_by("path").to_pylist()
 
     # Neither files nor stages: OpenVINO on the data set's arrays.
-    pixels = fashion_mnist.load(fashion_mnist_root, train=False)[0][..., None]
+    pixels = fashion_data.load(fashion_mnist_root, train=False)[0][..., None]
     model = ov.Core().compile_model(Path(bundle_uri, "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     logits = np.concatenate([model(pixels[i : i + 500])["logits"] for i in range(0, 10_000, 500)])
     scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

@@ -8,7 +8,7 @@ import openvino as ov
 import pytest
 import torch
 
-from helpers.data.fashion_mnist import load
+from fashion_data import load
 from helpers.models import evaluation, export, quantization
 from helpers.models.architectures import get_architecture
 from helpers.models.bundle import load_bundle

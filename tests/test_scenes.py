@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from helpers.data.fashion_mnist import CLASSES
-from helpers.data.scenes import SIZE, Scenes, boxes_of, frames, to_coco, write_scenes, write_video
-from helpers.data.sprites import Sprite
+from fashion_data import CLASSES
 from helpers.errors import ConfigError, DataError
 from helpers.images import rle
 from helpers.images.decoding import decode
+from studies.samples import make_frames, write_scenes, write_video
+from yolact.scenes import SIZE, Scenes, boxes_of, to_coco
+from yolact.sprites import Sprite
 
 COUNT = 40
 
@@ -83,7 +84,7 @@ def test_masks_are_what_is_seen_of_each_item(fashion_mnist_root, monkeypatch):
         assert mask.sum() >= 0.6 * cover.area
 
 
-def test_pixels_of_a_mask_have_the_items_colours():
+def test_pixels_of_a_mask_have_the_items_colors():
     item = np.full((28, 28), 200, np.uint8)
     sprite = Sprite(
         np.dstack([item, np.full_like(item, 255)]), np.zeros(3, np.float32), np.float32([255, 0, 0]), 2.0, 0.0
@@ -134,17 +135,20 @@ def test_an_unknown_split_is_refused(fashion_mnist_root):
 
 
 def test_a_clip_moves_smoothly_and_is_the_same_each_time(fashion_mnist_root):
-    clip = list(frames(0, 12, fashion_mnist_root, height=120, width=200))
+    clip = list(make_frames(Scenes(fashion_mnist_root, "test", 0, 120, 200), 12))
     assert {frame.shape for frame in clip} == {(120, 200, 3)} and clip[0].dtype == np.uint8
     steps = [np.abs(clip[i].astype(int) - clip[i + 1]).mean() for i in range(11)]
     far = np.abs(clip[0].astype(int) - clip[-1]).mean()
     assert 0 < max(steps) < 0.6 * far
-    assert all((a == b).all() for a, b in zip(clip, frames(0, 12, fashion_mnist_root, 120, 200), strict=True))
+    assert all(
+        (a == b).all()
+        for a, b in zip(clip, make_frames(Scenes(fashion_mnist_root, "test", 0, 120, 200), 12), strict=True)
+    )
 
 
 @pytest.mark.parametrize("suffix", [".avi", ".mp4"])
 def test_a_clip_becomes_a_video_file(fashion_mnist_root, tmp_path, suffix):
-    clip = list(frames(0, 5, fashion_mnist_root))
+    clip = list(make_frames(Scenes(fashion_mnist_root, "test"), 5))
     capture = cv2.VideoCapture(str(write_video(tmp_path / f"clip{suffix}", clip)))
     for frame in clip:
         read, picture = capture.read()
@@ -154,6 +158,6 @@ def test_a_clip_becomes_a_video_file(fashion_mnist_root, tmp_path, suffix):
 
 def test_a_video_that_cannot_be_written_is_a_clear_error(fashion_mnist_root, tmp_path):
     with pytest.raises(DataError, match="cannot write a video"):
-        write_video(tmp_path / "nowhere" / "clip.avi", frames(0, 2, fashion_mnist_root))
+        write_video(tmp_path / "nowhere" / "clip.avi", make_frames(Scenes(fashion_mnist_root, "test"), 2))
     with pytest.raises(DataError, match="no frames"):
         write_video(tmp_path / "clip.avi", [])

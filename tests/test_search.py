@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import signal
@@ -15,12 +14,13 @@ from optuna.trial import TrialState
 from pyspark import cloudpickle
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams import plugin_data_pb2
+from trainings import places
 
+from fashion_mnist import RECIPE
 from helpers.errors import TrainingError
 from helpers.storage import open_storage
-from helpers.training.dashboards import read_scalars
-from helpers.training.recipe import RECIPE, make_objective
-from helpers.training.search import SearchSettings, open_study, search
+from helpers.tracking.tensorboard import read_scalars
+from search import Rules, make_objective, open_study, search
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the tasks cannot import a test
 
@@ -40,7 +40,7 @@ def states(study: optuna.Study) -> list[str]:
 def found(spark, tmp_path_factory):
     """A search of a known function: its folder and its study."""
     run_dir = str(tmp_path_factory.mktemp("search"))
-    return run_dir, search(spark, parabola, SPACE, SearchSettings(trials=24), run_dir)
+    return run_dir, search(spark, parabola, SPACE, run_dir, trials=24)
 
 
 def test_the_search_beats_chance(found):
@@ -76,21 +76,20 @@ def test_hparams_has_one_run_a_trial(found):
 
 
 def test_a_study_is_taken_up_where_it_was_left(spark, tmp_path):
-    first = search(spark, parabola, SPACE, SearchSettings(trials=3), str(tmp_path))
-    second = search(spark, parabola, SPACE, SearchSettings(trials=5), str(tmp_path))
+    first = search(spark, parabola, SPACE, str(tmp_path), trials=3)
+    second = search(spark, parabola, SPACE, str(tmp_path), trials=5)
     assert [trial.params for trial in second.trials[:3]] == [trial.params for trial in first.trials]
     assert len(second.trials) == 5 and len({trial.params["x"] for trial in second.trials}) == 5
-    third = search(spark, parabola, SPACE, SearchSettings(trials=5), str(tmp_path))
+    third = search(spark, parabola, SPACE, str(tmp_path), trials=5)
     assert len(third.trials) == 5  # nothing left to do
-    fresh = search(spark, parabola, SPACE, SearchSettings(trials=2, resume=False), str(tmp_path))
+    fresh = search(spark, parabola, SPACE, str(tmp_path), trials=2, resume=False)
     assert len(fresh.trials) == 2
     assert sorted(path.name for path in tmp_path.glob("trial-*")) == ["trial-0000", "trial-0001"]
 
 
 def test_trials_of_a_driver_that_died_are_failed_and_tried_anew(spark, tmp_path):
-    settings = SearchSettings(trials=2)
-    open_study(open_storage(str(tmp_path)), settings).ask(SPACE)
-    study = search(spark, parabola, SPACE, settings, str(tmp_path))
+    open_study(open_storage(str(tmp_path)), Rules()).ask(SPACE)
+    study = search(spark, parabola, SPACE, str(tmp_path), trials=2)
     assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
@@ -105,7 +104,7 @@ def test_trials_run_at_the_same_time_in_processes_of_their_own(spark, tmp_path):
             time.sleep(0.05)
         return float(len(list(meeting.iterdir())))
 
-    study = search(spark, wait_for_the_other, SPACE, SearchSettings(trials=2), str(tmp_path / "run"))
+    study = search(spark, wait_for_the_other, SPACE, str(tmp_path / "run"), trials=2)
     assert [trial.value for trial in study.trials] == [2.0, 2.0]
     first, second = (trial.user_attrs for trial in study.trials)
     assert max(first["started"], second["started"]) < min(first["ended"], second["ended"])
@@ -117,8 +116,7 @@ def test_a_failing_trial_is_recorded_and_the_others_go_on(spark, tmp_path):
             raise ValueError(f"x is {trial.params['x']:.3f}")
         return parabola(trial)
 
-    settings = SearchSettings(trials=12, random_trials=12)
-    study = search(spark, fail_below_zero, SPACE, settings, str(tmp_path))
+    study = search(spark, fail_below_zero, SPACE, str(tmp_path), trials=12, rules=Rules(n_startup_trials=12))
     failed = study.get_trials(states=(TrialState.FAIL,))
     assert failed and len(study.get_trials(states=(TrialState.COMPLETE,))) == 12 - len(failed)
     assert all(trial.user_attrs["error"] == f"ValueError: x is {trial.params['x']:.3f}" for trial in failed)
@@ -127,7 +125,7 @@ def test_a_failing_trial_is_recorded_and_the_others_go_on(spark, tmp_path):
 
 def test_a_value_that_is_no_number_is_a_failure(spark, tmp_path):
     with pytest.raises(TrainingError, match="none of 2 trials succeeded.*not a number"):
-        search(spark, lambda trial: float("nan"), SPACE, SearchSettings(trials=2), str(tmp_path))
+        search(spark, lambda trial: float("nan"), SPACE, str(tmp_path), trials=2)
 
 
 def test_a_killed_task_is_repeated_with_the_same_parameters(spark, tmp_path):
@@ -140,7 +138,7 @@ def test_a_killed_task_is_repeated_with_the_same_parameters(spark, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         return parabola(trial)
 
-    study = search(spark, die_once, SPACE, SearchSettings(trials=1), str(tmp_path / "run"))
+    study = search(spark, die_once, SPACE, str(tmp_path / "run"), trials=1)
     assert states(study) == ["COMPLETE"]
     assert [json.loads(line) for line in seen.read_text().splitlines()] == [study.trials[0].params] * 2
 
@@ -153,8 +151,8 @@ def test_poor_trials_are_pruned_and_shown_as_far_as_they_went(spark, tmp_path):
                 raise optuna.TrialPruned
         return 10 * trial.params["slope"]
 
-    settings = SearchSettings(trials=16, random_trials=4, free_reports=2, parallel=1)
-    study = search(spark, climb, {"slope": FloatDistribution(0, 1)}, settings, str(tmp_path))
+    rules, space = Rules(n_startup_trials=4, n_warmup_steps=2), {"slope": FloatDistribution(0, 1)}
+    study = search(spark, climb, space, str(tmp_path), trials=16, rules=rules, parallel=1)
     pruned = study.get_trials(states=(TrialState.PRUNED,))
     assert pruned and states(study)[:4] == ["COMPLETE"] * 4
     for trial in pruned:
@@ -172,21 +170,22 @@ def test_the_smallest_can_be_the_best(spark, tmp_path):
     def parabola_upwards(trial: optuna.Trial) -> float:
         return -parabola(trial)
 
-    study = search(spark, parabola_upwards, SPACE, SearchSettings(trials=4, maximise=False), str(tmp_path))
+    study = search(spark, parabola_upwards, SPACE, str(tmp_path), trials=4, rules=Rules("minimize"))
     assert study.best_value == min(trial.value for trial in study.trials)
     with pytest.raises(TrainingError, match="not to maximize.*another folder"):
-        search(spark, parabola, SPACE, SearchSettings(trials=8), str(tmp_path))
+        search(spark, parabola, SPACE, str(tmp_path), trials=8)
 
 
 def test_two_searches_in_one_folder_are_refused(spark, tmp_path):
     with open_storage(str(tmp_path)).lock("search.lock"), pytest.raises(TrainingError, match="another search"):
-        search(spark, parabola, SPACE, SearchSettings(), str(tmp_path))
+        search(spark, parabola, SPACE, str(tmp_path))
 
 
-def test_the_recipe_is_searched_by_its_settings(spark, fashion_mnist_root, tmp_path):
+def test_the_recipe_is_searched_by_its_arguments(spark, fashion_mnist_root, tmp_path):
     space = {"learning_rate": FloatDistribution(0.01, 0.3, log=True), "shift": IntDistribution(0, 2)}
-    settings = dataclasses.replace(RECIPE, epochs=2, width=2, train_images=640, held_out=300, evaluate_every=1)
-    study = search(spark, make_objective(settings, fashion_mnist_root), space, SearchSettings(trials=2), str(tmp_path))
+    few = [*RECIPE, "--epochs", "2", "--evaluate-every", "1", "--width", "2", "--train-images", "512"]
+    objective = make_objective([*few, "--validation-images", "300", *places(fashion_mnist_root)])
+    study = search(spark, objective, space, str(tmp_path), trials=2)
     assert states(study) == ["COMPLETE", "COMPLETE"]
     assert [list(trial.intermediate_values) for trial in study.trials] == [[1, 2]] * 2
     assert all(0 < trial.value < 1 for trial in study.trials)

@@ -1,35 +1,46 @@
-import dataclasses
-from pathlib import Path
+import contextlib
+import re
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from trainings import PROGRAMS, alone, places, weights
 
-from helpers.data import fashion_mnist
+import fashion_data
+import synchrony
+from fashion_mnist import FashionCNN, normalize
 from helpers.errors import TrainingError
-from helpers.models.fashion_cnn import FashionCNN, normalise
-from helpers.training.distributed import train_on_spark
-from helpers.training.synchrony import SynchronySettings, train
-from helpers.training.workers import Worker, batches_of
+from helpers.training import share_batches, train_on_spark
 
-SMALL = SynchronySettings(epochs=1, batch_size=64, train_images=960, test_images=200, learning_rate=0.02)
+RATE = 0.02
+SMALL = ["--epochs", "1", "--batch-size", "64", "--train-images", "960", "--test-images", "200"]
 
 
-def parameters_of(run_dir: str) -> torch.Tensor:
+def parameters_of(run_dir: Any) -> torch.Tensor:
     network = FashionCNN()
-    network.load_state_dict(torch.load(Path(run_dir, "checkpoint.pt"), weights_only=True))
+    network.load_state_dict(weights(run_dir))
     return torch.nn.utils.parameters_to_vector(network.parameters()).detach()
+
+
+def train(data: str, run_dir: Any, *arguments: str) -> dict[str, Any]:
+    return synchrony.train(synchrony.parse([*SMALL, *places(data, run_dir), *arguments]))
+
+
+def shares(images: int):
+    """The batches of the first epoch."""
+    return share_batches(images, alone(), batch_size=64, seed=0, epoch=0)
 
 
 @pytest.fixture(scope="module")
 def spark_runs(spark, fashion_mnist_root, tmp_path_factory):
     """Two Spark tasks that all-reduce, and that average every step and every fifth: folders and results by name."""
-    ways = {"all-reduce": {}, "local-1": {"every": 1}, "local-5": {"every": 5}}
+    ways = {"all-reduce": [], "local-1": ["--every", "1"], "local-5": ["--every", "5"]}
     runs = {}
-    for name, change in ways.items():
+    for name, way in ways.items():
         run_dir = str(tmp_path_factory.mktemp(name))
-        settings = dataclasses.replace(SMALL, synchrony=name.partition("-1")[0].partition("-5")[0], **change)
-        runs[name] = run_dir, train_on_spark(spark, settings, fashion_mnist_root, run_dir, 2, train=train)
+        arguments = [*SMALL, *places(fashion_mnist_root, run_dir), "--synchrony", re.sub(r"-\d", "", name), *way]
+        runs[name] = run_dir, train_on_spark(spark, PROGRAMS / "synchrony.py", arguments, processes=2)
     return runs
 
 
@@ -49,51 +60,49 @@ def test_averaging_more_seldom_is_something_else_and_learns_too(spark_runs):
 
 
 def test_no_staleness_is_ordinary_sgd_exactly(fashion_mnist_root, tmp_path):
-    result = train(dataclasses.replace(SMALL, synchrony="stale"), fashion_mnist_root, str(tmp_path))
-    images, labels = (torch.as_tensor(a[:960]) for a in fashion_mnist.load(fashion_mnist_root, train=True))
-    torch.manual_seed(SMALL.seed)
+    result = train(fashion_mnist_root, tmp_path, "--synchrony", "stale")
+    images, labels = (torch.as_tensor(a[:960]) for a in fashion_data.load(fashion_mnist_root, train=True))
+    torch.manual_seed(0)
     network, losses = FashionCNN(), []
-    optimizer = torch.optim.SGD(network.parameters(), lr=SMALL.learning_rate)
+    optimizer = torch.optim.SGD(network.parameters(), lr=RATE)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for indices in batches_of(SMALL, Worker(0, 1, torch.device("cpu")), 960, epoch=0):
-        loss = torch.nn.functional.cross_entropy(network(normalise(images[indices])), labels[indices])
+    for indices in shares(960):
+        loss = torch.nn.functional.cross_entropy(network(normalize(images[indices])), labels[indices])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     torch.set_num_threads(threads)
     assert result["loss"] == losses
-    assert torch.equal(parameters_of(str(tmp_path)), torch.nn.utils.parameters_to_vector(network.parameters()).detach())
+    assert torch.equal(parameters_of(tmp_path), torch.nn.utils.parameters_to_vector(network.parameters()).detach())
 
 
 def test_the_later_gradients_are_the_worse_they_serve(fashion_mnist_root, tmp_path):
     finals = []
     for staleness in (0, 4, 12):
-        settings = dataclasses.replace(SMALL, learning_rate=0.005, synchrony="stale", staleness=staleness, epochs=2)
-        finals.append(float(np.mean(train(settings, fashion_mnist_root, str(tmp_path))["loss"][-5:])))
+        way = ["--synchrony", "stale", "--staleness", str(staleness), "--learning-rate", "0.005", "--epochs", "2"]
+        finals.append(float(np.mean(train(fashion_mnist_root, tmp_path, *way)["loss"][-5:])))
     assert 1.1 * finals[0] < finals[1] and 1.1 * finals[1] < finals[2]
 
 
 def test_a_late_gradient_is_of_the_parameters_before(fashion_mnist_root, tmp_path):
     """With a delay of one, the first two gradients are both those of the initial parameters."""
-    run_dirs = [str(tmp_path / name) for name in ("one", "two")]
-    steps = [dataclasses.replace(SMALL, synchrony="stale", staleness=1, train_images=64 * n) for n in (1, 2)]
-    for run_dir, settings in zip(run_dirs, steps, strict=True):
-        train(settings, fashion_mnist_root, run_dir)
-    images, labels = (torch.as_tensor(a[:128]) for a in fashion_mnist.load(fashion_mnist_root, train=True))
-    torch.manual_seed(SMALL.seed)
+    run_dir = tmp_path / "two"
+    train(fashion_mnist_root, run_dir, "--synchrony", "stale", "--staleness", "1", "--train-images", "128")
+    images, labels = (torch.as_tensor(a[:128]) for a in fashion_data.load(fashion_mnist_root, train=True))
+    torch.manual_seed(0)
     network = FashionCNN()
     start = torch.nn.utils.parameters_to_vector(network.parameters()).detach()
     moved = torch.zeros_like(start)
-    for indices in batches_of(SMALL, Worker(0, 1, torch.device("cpu")), 128, epoch=0):
-        loss = torch.nn.functional.cross_entropy(network(normalise(images[indices])), labels[indices])
+    for indices in shares(128):
+        loss = torch.nn.functional.cross_entropy(network(normalize(images[indices])), labels[indices])
         gradients = torch.autograd.grad(loss, list(network.parameters()))
-        moved -= SMALL.learning_rate * torch.nn.utils.parameters_to_vector(gradients)
-    torch.testing.assert_close(parameters_of(run_dirs[1]), start + moved, rtol=1e-4, atol=1e-6)
+        moved -= RATE * torch.nn.utils.parameters_to_vector(gradients)
+    torch.testing.assert_close(parameters_of(run_dir), start + moved, rtol=1e-4, atol=1e-6)
 
 
-def test_stale_gradients_of_several_processes_are_refused(spark, fashion_mnist_root, tmp_path):
-    settings = dataclasses.replace(SMALL, synchrony="stale")
+def test_stale_gradients_of_several_ranks_are_refused(fashion_mnist_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(synchrony, "join_group", lambda: contextlib.nullcontext(alone(0, 2)))
     with pytest.raises(TrainingError, match="train with one process"):
-        train_on_spark(spark, settings, fashion_mnist_root, str(tmp_path), 2, train=train)
+        train(fashion_mnist_root, tmp_path, "--synchrony", "stale")

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from trainings import PROGRAMS, places
 
 from helpers.config import PROJECT
 from helpers.java import local_options
-from helpers.training.checkpoints import newest_step
-from helpers.training.classifier import TrainingSettings
-from helpers.training.dashboards import read_scalars
+from helpers.tracking.tensorboard import read_scalars
+from helpers.training import newest_step, rank
 from studies.cluster import PATIENCE, Cluster, Process, wait_for
 
 INTERVAL = 25  # steps from one checkpoint to the next
-SETTINGS = {"epochs": 3, "batch_size": 64, "train_images": 6400, "test_images": 1000, "precision": "fp32"}
-SETTINGS |= {"checkpoint_steps": INTERVAL, "seed": 3}
+ARGUMENTS = ["--epochs", "3", "--batch-size", "64", "--train-images", "6400", "--test-images", "1000", "--seed", "3"]
+ARGUMENTS += ["--precision", "fp32", "--checkpoint-steps", str(INTERVAL), "--no-resume"]
 STEPS = 300
 
 
@@ -41,7 +41,7 @@ class Job:
 
     def reached(self) -> int:
         assert self.process.popen.poll() is None, f"the training ended:\n{self.process.errors}"
-        return newest_step(TrainingSettings(), str(self.run_dir))
+        return newest_step(f"{self.run_dir}/checkpoints")
 
     def finish(self) -> dict:
         try:
@@ -55,8 +55,9 @@ class Job:
 @pytest.fixture
 def job(cluster, fashion_mnist_root, tmp_path) -> Iterator[Job]:
     cluster.complete()
-    command = [sys.executable, str(PROJECT / "tests" / "training_job.py"), "2", fashion_mnist_root]
-    command += [str(tmp_path / "run"), json.dumps(SETTINGS), *cluster.assignments]
+    arguments = [*ARGUMENTS, *places(fashion_mnist_root, tmp_path / "run")]
+    command = [sys.executable, str(PROJECT / "tests" / "training_job.py"), "2", str(PROGRAMS / "fashion_mnist.py")]
+    command += [json.dumps(arguments), *cluster.assignments]
     environment = {"PYTHONPATH": str(PROJECT), "SPARK_SUBMIT_OPTS": local_options()}
     started = Job(tmp_path / "run", Process([*command], tmp_path / "job.log", environment))
     yield started
@@ -64,13 +65,13 @@ def job(cluster, fashion_mnist_root, tmp_path) -> Iterator[Job]:
 
 
 def ranks(cluster: Cluster) -> dict[int, psutil.Process]:
-    """The training processes by their rank; torchrun gives each a session of its own."""
+    """The training processes by their rank."""
     found = {}
     with contextlib.suppress(psutil.NoSuchProcess):
         for executor in cluster.executors():
             for process in executor.children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if process.cmdline()[-1].endswith("/train.py") and "LOCAL_RANK" in process.environ():
+                    if rank.__name__ in process.cmdline():
                         found[int(process.environ()["RANK"])] = process
     return found
 
@@ -79,23 +80,26 @@ def _ended(process: psutil.Process) -> bool:
     return not process.is_running()
 
 
-def test_killed_ranks_cost_no_more_than_an_interval_each(cluster, job):
+def test_killed_ranks_and_executors_cost_no_more_than_an_interval_each(cluster, job):
     reached: list[int] = []
-    for rank in (1, 0):  # rank 0 is the one that writes the checkpoints
+    for lost in ("rank 1", "rank 0", "executor"):  # rank 0 is the one that writes the checkpoints
         until = job.reached() + 2 * INTERVAL
         wait_for("two checkpoints", lambda until=until: job.reached() >= until)
         processes = ranks(cluster)
         assert set(processes) == {0, 1}
         reached.append(job.reached())
-        processes[rank].kill()
-        # Long before `patience_minutes`, after which an exchange of gradients is given up.
-        wait_for("the end of the other", partial(_ended, processes[1 - rank]), patience=60)
+        (cluster.executors()[0] if lost == "executor" else processes[int(lost[-1])]).kill()
+        # Long before the patience after which an exchange of gradients is given up.
+        for process in processes.values():
+            wait_for("the end of both", partial(_ended, process), patience=60)
     result = job.finish()
-    assert len(result["resumed_at"]) == 2
+    assert len(result["resumed_at"]) == 3
     for done, resumed_at in zip(reached, result["resumed_at"], strict=True):
         assert done <= resumed_at < STEPS and resumed_at % INTERVAL == 0
-        assert f"a training process was lost, going on after step {resumed_at}" in job.process.errors
-    # One curve without a gap or a step twice, and a network that has learnt all the way.
+    assert (
+        f"a rank was lost, going on from the newest checkpoint of step {result['resumed_at'][0]}" in job.process.errors
+    )
+    # One curve without a gap or a step twice, and a network that has learned all the way.
     losses = read_scalars(str(job.run_dir))["train/loss"]
     assert losses["step"].tolist() == list(range(1, STEPS + 1))
     assert result["epochs"][2]["train_loss"] < result["epochs"][1]["train_loss"] < result["epochs"][0]["train_loss"]

@@ -4,18 +4,20 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
-from test_datasets import spy, worker
+from test_datasets import spy
+from trainings import PROGRAMS, alone, places, train_scenes, weights
 
+import train_yolact
+from fashion_data import CLASSES
+from fashion_sets import open_images
 from helpers.config import PROJECT
-from helpers.data.coco import read_annotations, to_mask
-from helpers.data.fashion_mnist import CLASSES
-from helpers.data.scenes import Scenes, to_coco, write_scenes
 from helpers.errors import BundleError, DataError
 from helpers.images import rle
 from helpers.images.decoding import load
@@ -23,20 +25,16 @@ from helpers.metrics import average_precision
 from helpers.models.architectures import get_architecture
 from helpers.models.export import export, load_network
 from helpers.storage import LocalStorage, StorageOptions, open_storage
-from helpers.training.classifier import TrainingSettings
-from helpers.training.datasets import open_images, read_batches
-from helpers.training.distributed import train_on_spark
-from helpers.training.shards import write_shards
-from helpers.yolact import training
-from helpers.yolact.datasets import AugmentedScenes, open_scenes
+from helpers.training import read_batches, train_on_spark, write_shards
 from helpers.yolact.detection import Parameters
-from helpers.yolact.evaluation import segment, to_coco_results
-from helpers.yolact.training import SceneSettings, train
+from studies.samples import write_scenes
+from yolact.coco import read_annotations, to_mask
+from yolact.datasets import AugmentedScenes, open_scenes
+from yolact.evaluation import segment, to_coco_results
+from yolact.scenes import Scenes, to_coco
 
 SIZE, COUNT, HELD_OUT = 160, 50, 6
-SETTINGS = SceneSettings(
-    epochs=1, batch_size=8, train_scenes=16, val_scenes=HELD_OUT, schedule="one-cycle", precision="fp32"
-)
+FEW = ["--epochs", "1", "--batch-size", "8", "--precision", "fp32", "--warm-up-steps", "1"]
 WEIGHTS = PROJECT / "notebooks" / "weights" / "yolact_scenes.pt"
 OWN = {
     0: (90, "top"),
@@ -69,16 +67,14 @@ def shards(spark, folder, tmp_path_factory) -> str:
 def sets(fashion_mnist_root, folder, shards) -> dict:
     """The same scenes made, from files and from shards."""
     places = {"made": None, "folder": folder, "shards": shards}
-    opened = {
-        name: open_scenes(SETTINGS, place, fashion_mnist_root, "train", SIZE, COUNT) for name, place in places.items()
-    }
+    opened = {name: open_scenes(place, fashion_mnist_root, "train", SIZE, COUNT) for name, place in places.items()}
     assert {labels for _, labels in opened.values()} == {CLASSES}
     return {name: scenes for name, (scenes, _) in opened.items()}
 
 
 def pack(spark, place: str, target: str) -> str:
     table, labels = read_annotations(place)
-    count = write_shards(spark.createDataFrame(table), f"{place}/images", target, images_a_shard=8, labels=labels)
+    count = write_shards(spark.createDataFrame(table), f"{place}/images", target, images_per_shard=8, labels=labels)
     assert count == table.num_rows
     return target
 
@@ -133,7 +129,7 @@ def test_sparse_ids_crowds_and_images_without_annotations(tmp_path):
     assert json.loads(rows[1]["annotations"][0]["segmentation"]) == SQUARE
     everything = read_annotations(place, empty=True).table.to_pylist()
     assert [len(row["annotations"]) for row in everything] == [1, 0, 2, 0]
-    scenes = [open_scenes(SETTINGS, place, "", split, SIZE)[0] for split in ("train", "val")]
+    scenes = [open_scenes(place, "", split, SIZE)[0] for split in ("train", "val")]
     assert [len(one) for one in scenes] == [2, 4]
     assert scenes[1].__getitems__(torch.tensor([1]))[0].masks.shape == (0, SIZE, SIZE)
 
@@ -142,7 +138,7 @@ def test_images_are_prepared_as_for_inference_and_masks_with_them(tmp_path):
     half = {"size": [80, 240], "counts": [0, 80 * 60, 80 * 180]}  # the left quarter
     speck = [[5, 5, 6, 5, 6, 6, 5, 6]]  # a pixel of the image and less than half of one of the scene
     place = annotate(tmp_path, [annotation(segmentation=half), annotation(segmentation=speck)], [(80, 240)], CATEGORIES)
-    (scene,) = open_scenes(SETTINGS, place, "", "train", 40)[0].__getitems__(torch.tensor([0]))
+    (scene,) = open_scenes(place, "", "train", 40)[0].__getitems__(torch.tensor([0]))
     spec = replace(get_architecture("yolact_scenes").input, width=40, height=40)
     assert (scene.image == load((tmp_path / "images" / "100.png").read_bytes(), spec, 10**6)[0]).all()
     assert scene.labels.tolist() == [0] and scene.masks.shape == (1, 40, 40) and scene.masks.dtype == bool
@@ -162,8 +158,7 @@ def test_the_same_scenes_come_from_each_kind_of_place(sets):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_shares_of_scenes_are_disjoint_complete_and_decided_by_seed_and_epoch(sets, place, processes):
     def shown(epoch: int, rank: int = 0, seed: int = 0) -> list[list[int]]:
-        settings = replace(SETTINGS, seed=seed, batch_size=10)
-        return [share.tolist() for share in sets[place].batches(settings, worker(rank, processes), epoch, 0)]
+        return [share.tolist() for share in sets[place].shares(alone(rank, processes), 10, seed, epoch)]
 
     taken = [number for rank in range(processes) for share in shown(1, rank) for number in share]
     epoch = range(COUNT, 2 * COUNT) if place == "made" else range(COUNT)  # each epoch has made scenes of its own
@@ -175,27 +170,26 @@ def test_shares_of_scenes_are_disjoint_complete_and_decided_by_seed_and_epoch(se
 def test_a_rank_reads_the_images_of_its_share_alone(sets, monkeypatch):
     scenes, read = sets["folder"], []
     monkeypatch.setattr(LocalStorage, "read", spy(LocalStorage.read, read))
-    batches = list(scenes.batches(SETTINGS, worker(1, 2), 0, 0))
-    for images, targets in read_batches(AugmentedScenes(scenes, 40, 0, 0), batches, SETTINGS, worker(1, 2)):
+    batches = list(scenes.shares(alone(1, 2), 8, 0, 0))
+    for images, targets in read_batches(AugmentedScenes(scenes, 40, 0, 0), batches, alone(1, 2)):
         assert images.shape == (4, SIZE, SIZE, 3) and images.dtype == torch.uint8 and len(targets) == 4
     assert sorted(read) == sorted(f"{number:05d}.png" for number in torch.cat(batches).tolist())
 
 
 def test_a_number_of_scenes_takes_the_first(folder, shards):
     for place in (folder, shards):
-        scenes, _ = open_scenes(SETTINGS, place, "", "train", SIZE, 21)
-        taken = torch.cat(list(scenes.batches(replace(SETTINGS, batch_size=7), worker(), 0, 0)))
+        scenes, _ = open_scenes(place, "", "train", SIZE, 21)
+        taken = torch.cat(list(scenes.shares(alone(), 7, 0, 0)))
         assert len(scenes) == 21 and sorted(taken.tolist()) == list(range(21))
         assert len(scenes.__getitems__(taken)) == 21
 
 
 def test_scenes_are_read_from_adls(folder, sets, adls_root, dfs):
-    options = StorageOptions(dfs.endpoint, "env:ADLS_KEY")
-    settings = replace(SETTINGS, storage=options)
-    storage = open_storage(adls_root, settings)
+    config = SimpleNamespace(storage=StorageOptions(dfs.endpoint, "env:ADLS_KEY"))
+    storage = open_storage(adls_root, config)
     for path in ("annotations.json", *(f"images/{number:05d}.png" for number in range(4))):
         storage.write(path, Path(folder, path).read_bytes())
-    scenes, labels = open_scenes(settings, adls_root, "", "train", SIZE)
+    scenes, labels = open_scenes(adls_root, "", "train", SIZE, config=config)
     assert labels == CLASSES and len(scenes) == COUNT
     both = [one.__getitems__(torch.tensor([3, 0])) for one in (scenes, sets["made"])]
     for found, expected in zip(*both, strict=True):
@@ -205,28 +199,29 @@ def test_scenes_are_read_from_adls(folder, sets, adls_root, dfs):
 
 
 def test_training_on_files_is_training_on_the_scenes_in_them(folder, held_out, fashion_mnist_root, tmp_path):
-    stored = replace(SETTINGS, training_set=folder, validation_set=held_out, val_scenes=None, loaders=1)
+    few = [*FEW, "--train-scenes", "16"]
+    stored = [*few, "--training-set", folder, "--validation-set", held_out, "--num-workers", "1"]
     results = [
-        train(settings, fashion_mnist_root, str(tmp_path / str(number)))
-        for number, settings in enumerate((SETTINGS, stored))
+        train_scenes([*few, "--validation-scenes", str(HELD_OUT)], fashion_mnist_root, tmp_path / "made"),
+        train_scenes(stored, fashion_mnist_root, tmp_path / "stored"),
     ]
     made, read = ({k: v for k, v in result["epochs"][0].items() if "second" not in k} for result in results)
     assert read == pytest.approx(made, rel=1e-6) and {"train_mask_loss", "val_AP"} <= set(made)
     assert results[0]["labels"] == results[1]["labels"] == list(CLASSES)
+    own = own_classes(folder, tmp_path / "own")
     with pytest.raises(DataError, match="training has the classes trousers.*validation T-shirt.*the same categories"):
-        train(replace(stored, training_set=own_classes(folder, tmp_path / "own")), "", str(tmp_path / "none"))
+        train_scenes([*stored, "--training-set", own], "", tmp_path / "none")
 
 
-def test_validation_on_files_measures_the_network(held_out, fashion_mnist_root, tmp_path):
+def test_validation_on_files_measures_the_network(held_out, fashion_mnist_root):
     network = load_network(get_architecture("yolact_scenes"), WEIGHTS)
-    scenes = open_scenes(SETTINGS, None, fashion_mnist_root, "val", SIZE)[0].__getitems__(torch.arange(HELD_OUT))
+    scenes = open_scenes(None, fashion_mnist_root, "val", SIZE)[0].__getitems__(torch.arange(HELD_OUT))
     found = segment(network, [scene.image for scene in scenes])
     expected = average_precision(to_coco(scenes), to_coco_results(dict(enumerate(found))))
-    settings = replace(SETTINGS, validation_set=held_out, val_scenes=None)
-    run = training._Run(settings, worker(), fashion_mnist_root, str(tmp_path))
-    run.average.module.load_state_dict(network.state_dict())
-    measured = run.evaluate(0)
+    validation_set, labels = open_scenes(held_out, "", "val", SIZE)
+    measured, predictions = train_yolact.evaluate(network, validation_set, labels, alone())
     assert measured == {f"val_{name}": value for name, value in expected.items()} and measured["val_AP"] > 0.3
+    assert predictions == found
 
 
 def own_classes(folder: str, target: Path) -> str:
@@ -243,19 +238,16 @@ def own_classes(folder: str, target: Path) -> str:
 def test_two_spark_tasks_train_a_network_of_own_classes_which_becomes_a_bundle(
     spark, folder, held_out, tmp_path, capsys
 ):
-    place = own_classes(folder, tmp_path / "own")
-    settings = replace(
-        SETTINGS,
-        training_set=pack(spark, place, str(tmp_path / "shards")),
-        validation_set=own_classes(held_out, tmp_path / "own_held_out"),
-        initial_weights=str(WEIGHTS),
-    )
-    run = tmp_path / "run"
-    result = train_on_spark(spark, settings, str(tmp_path / "no_data"), str(run), processes=2, train=train)
+    place, run = own_classes(folder, tmp_path / "own"), tmp_path / "run"
+    arguments = [*FEW, "--train-scenes", "16", *places(str(tmp_path / "no_data"), run)]
+    arguments += ["--training-set", pack(spark, place, str(tmp_path / "shards"))]
+    arguments += ["--validation-set", own_classes(held_out, tmp_path / "own_held_out")]
+    arguments += ["--validation-scenes", str(HELD_OUT), "--initial-weights", str(WEIGHTS)]
+    result = train_on_spark(spark, PROGRAMS / "train_yolact.py", arguments, processes=2)
     labels = ["trousers", "boot", "top"]
     assert result["labels"] == labels and result["processes"] == 2 and 0 <= result["val_AP"] <= 1
     assert "weights, but for prediction_layers.0.conf_layer and semantic_seg_conv" in capsys.readouterr().out
-    started, ended = (torch.load(path, weights_only=True) for path in (WEIGHTS, run / "checkpoint.pt"))
+    started, ended = torch.load(WEIGHTS, weights_only=True), weights(run)
     for name in ("backbone.stem.0.weight", "backbone.stem.1.running_var", "fpn.lat_layers.0.weight"):
         assert torch.nn.functional.cosine_similarity(started[name].ravel(), ended[name].ravel(), dim=0) > 0.9
     bundle = export("yolact_scenes", run / "checkpoint.pt", open_storage(str(tmp_path / "bundle")))
@@ -302,7 +294,7 @@ def test_annotations_that_cannot_be_used_are_named(tmp_path, annotations, messag
 )
 def test_a_segmentation_that_cannot_be_used_is_named_with_its_image(tmp_path, segmentation, message):
     place = annotate(tmp_path, [annotation(segmentation=segmentation)], [(20, 30)], CATEGORIES)
-    scenes, _ = open_scenes(SETTINGS, place, "", "train", SIZE)
+    scenes, _ = open_scenes(place, "", "train", SIZE)
     with pytest.raises(DataError, match=rf"100.png: a segmentation of it cannot be read: .*{message}"):
         scenes.__getitems__(torch.tensor([0]))
 
@@ -313,7 +305,7 @@ def test_a_missing_damaged_or_other_image_is_named(tmp_path):
     (tmp_path / "images" / "100.png").unlink()
     (tmp_path / "images" / "101.png").write_bytes(b"no image")
     cv2.imwrite(str(tmp_path / "images" / "102.png"), np.zeros((10, 20, 3), np.uint8))
-    scenes, _ = open_scenes(SETTINGS, place, "", "train", SIZE)
+    scenes, _ = open_scenes(place, "", "train", SIZE)
     for index, message in enumerate(
         (
             "100.png: the file is gone.*annotations.json",
@@ -327,9 +319,9 @@ def test_a_missing_damaged_or_other_image_is_named(tmp_path):
 
 def test_a_place_without_scenes_is_named(spark, folder, shards, tmp_path):
     with pytest.raises(DataError, match="holds no scenes: it has neither annotations.json"):
-        open_scenes(SETTINGS, str(tmp_path), "", "train", SIZE)
+        open_scenes(str(tmp_path), "", "train", SIZE)
     with pytest.raises(DataError, match="another kind, without label:"):
-        open_images(TrainingSettings(), shards, "")
+        open_images(shards, "")
     table = spark.createDataFrame(read_annotations(folder).table).limit(2)
     for rows, message in (
         (table.selectExpr("file", "1 as label"), "without annotations, height, width"),
@@ -337,7 +329,7 @@ def test_a_place_without_scenes_is_named(spark, folder, shards, tmp_path):
     ):
         write_shards(rows, f"{folder}/images", str(tmp_path / "shards"))
         with pytest.raises(DataError, match=message):
-            open_scenes(SETTINGS, str(tmp_path / "shards"), "", "train", SIZE)
+            open_scenes(str(tmp_path / "shards"), "", "train", SIZE)
     (tmp_path / "annotations.json").write_text("{")
     with pytest.raises(DataError, match="annotations.json is not a file of COCO's instances: JSONDecodeError"):
-        open_scenes(SETTINGS, str(tmp_path), "", "train", SIZE)
+        open_scenes(str(tmp_path), "", "train", SIZE)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.data.fashion_mnist import CLASSES
+from fashion_data import CLASSES
 from helpers.errors import BundleError
 from helpers.models import export
 from helpers.models.architectures import get_architecture

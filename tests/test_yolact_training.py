@@ -1,40 +1,41 @@
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from trainings import PROGRAMS, places, train_scenes, weights
 
+import train_yolact
 from helpers.config import PROJECT
-from helpers.data.scenes import Scenes, to_coco
 from helpers.errors import TrainingError
 from helpers.metrics import average_precision
 from helpers.models.architectures import get_architecture
 from helpers.models.export import export, load_network
 from helpers.storage import open_storage
-from helpers.training.dashboards import read_scalars
-from helpers.training.distributed import train_on_spark
-from helpers.yolact import losses
-from helpers.yolact.augmentation import augment, make_target
+from helpers.tracking.tensorboard import read_scalars
+from helpers.training import train_on_spark
+from helpers.yolact import build
 from helpers.yolact.detection import decode
-from helpers.yolact.evaluation import segment, to_coco_results
-from helpers.yolact.losses import Target, compute_losses
-from helpers.yolact.matching import BACKGROUND, IGNORED, encode, match
-from helpers.yolact.training import SceneSettings, train
+from yolact import losses
+from yolact.augmentation import augment, make_target
+from yolact.evaluation import segment, to_coco_results
+from yolact.losses import Target, compute_losses
+from yolact.matching import BACKGROUND, IGNORED, encode, match
+from yolact.scenes import Scenes, to_coco
 
 WEIGHTS = PROJECT / "notebooks" / "weights" / "yolact_scenes.pt"
-QUICK = SceneSettings(
-    epochs=2, batch_size=16, train_scenes=96, val_scenes=8, learning_rate=1e-3, schedule="one-cycle", precision="fp32"
-)
+EPOCHS, STEPS, RATE, WARM_UP = 2, 8, 1e-3, 3
+QUICK = ["--epochs", str(EPOCHS), "--batch-size", "8", "--train-scenes", str(8 * STEPS), "--validation-scenes", "4"]
+QUICK += ["--learning-rate", str(RATE), "--warm-up-steps", str(WARM_UP), "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
 def run(fashion_mnist_root, tmp_path_factory):
     """A few steps on one process: the run directory and the result."""
     folder = str(tmp_path_factory.mktemp("yolact"))
-    return folder, train(QUICK, fashion_mnist_root, folder)
+    return folder, train_scenes(QUICK, fashion_mnist_root, folder)
 
 
 def test_anchors_are_matched_by_overlap():
@@ -66,7 +67,7 @@ def test_offsets_are_what_detection_decodes():
 def test_class_loss_takes_the_three_hardest_negatives_for_each_positive():
     logits = torch.zeros(1, 7, 3)
     logits[0, :, 1] = torch.tensor([0.0, 5, 4, 3, 2, 1, 9])
-    classes = torch.tensor([[1, 0, 0, 0, 0, 0, -1]])  # the last, and hardest, is not to be learnt
+    classes = torch.tensor([[1, 0, 0, 0, 0, 0, -1]])  # the last, and hardest, is not to be learned
     negatives = [math.log(2 + math.exp(score)) for score in (5, 4, 3)]
     assert losses.class_loss(logits, classes).item() == pytest.approx(math.log(3) + sum(negatives), rel=1e-5)
     assert losses.class_loss(logits, classes.clamp(max=0)).item() == 0
@@ -91,7 +92,7 @@ def test_mask_loss_is_the_mean_over_the_objects_box():
         assert found == pytest.approx(math.log(2) * 36 / 16)
     proto[...], proto[2:6, 2:6] = -20, 20
     assert losses.mask_loss(proto, coefficients, matched, target).item() == pytest.approx(0, abs=1e-6)
-    # Half a cell is learnt as one half.
+    # Half a cell is learned as one half.
     target.masks[0, 2:6, 2:6] = 0.5
     proto[2:6, 2:6] = 0
     assert losses.mask_loss(proto, coefficients, matched, target).item() == pytest.approx(math.log(2), rel=1e-5)
@@ -164,12 +165,17 @@ def test_a_few_steps_lower_every_loss(run):
 
 def test_the_run_leaves_its_dashboard_and_its_network(run):
     folder, result = run
-    scalars = read_scalars(folder)
+    scalars, steps = read_scalars(folder), EPOCHS * STEPS
     for name in ("loss", "class_loss", "box_loss", "mask_loss", "semantic_loss", "learning_rate", "scenes_per_second"):
-        assert scalars[f"train/{name}"]["step"].tolist() == list(range(1, 13))
+        assert scalars[f"train/{name}"]["step"].tolist() == list(range(1, steps + 1))
     parts = sum(scalars[f"train/{name}_loss"]["value"] for name in losses.WEIGHTS)
     np.testing.assert_allclose(parts, scalars["train/loss"]["value"], rtol=1e-4)
-    assert scalars["val/AP50"]["step"].tolist() == [6, 12]
+    # A trapezoid, which is the same for any number of epochs until it falls.
+    rates = [
+        RATE * min((step + 1) / WARM_UP, 1, (steps - step) / (train_yolact.DECAY * steps)) for step in range(steps)
+    ]
+    np.testing.assert_allclose(scalars["train/learning_rate"]["value"], rates, rtol=1e-5)
+    assert scalars["val/AP50"]["step"].tolist() == [STEPS, steps]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert EventAccumulator(folder).Reload().Tags()["images"] == ["predictions/validation"]
@@ -180,19 +186,36 @@ def test_the_run_leaves_its_dashboard_and_its_network(run):
 
 def test_two_spark_tasks_train_the_network_of_one_process(run, spark, fashion_mnist_root, tmp_path):
     folder, single = run
-    result = train_on_spark(spark, QUICK, fashion_mnist_root, str(tmp_path), processes=2, train=train)
-    assert result["processes"] == 2 and result["settings"] == asdict(QUICK)
+    arguments = [*QUICK, *places(fashion_mnist_root, tmp_path)]
+    result = train_on_spark(spark, PROGRAMS / "train_yolact.py", arguments, processes=2)
+    told = {**single["settings"], "run_dir": str(tmp_path)}
+    assert result["processes"] == 2 and result["settings"] == told
     assert result["epochs"][1]["train_loss"] < 0.8 * result["epochs"][0]["train_loss"]
     assert result["epochs"][0]["train_loss"] == pytest.approx(single["epochs"][0]["train_loss"], rel=0.2)
     # Batch norm and hard negatives see half batches, so the two are close rather than equal.
-    load = [torch.load(Path(path, "checkpoint.pt"), weights_only=True) for path in (folder, tmp_path)]
-    weights = [torch.cat([value.flatten() for key, value in one.items() if "fpn" in key]) for one in load]
-    assert torch.nn.functional.cosine_similarity(*weights, dim=0) > 0.99
+    pyramids = [
+        torch.cat([v.flatten() for key, v in weights(path).items() if "fpn" in key]) for path in (folder, tmp_path)
+    ]
+    assert torch.nn.functional.cosine_similarity(*pyramids, dim=0) > 0.99
+
+
+def test_a_long_gradient_is_shortened_and_shown_as_it_was(fashion_mnist_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_yolact, "MAX_GRAD_NORM", 1e-12)
+    one_step = [*QUICK, "--epochs", "1", "--train-scenes", "8", "--weight-decay", "0", "--validation-scenes", "1"]
+    train_scenes(one_step, fashion_mnist_root, tmp_path)
+    assert read_scalars(str(tmp_path))["train/gradient_norm"]["value"].iloc[0] > 1
+    torch.manual_seed(0)
+    network = build("yolact_scenes")
+    train_yolact.initialize(network)
+    # So short a gradient moves no weight, which AdamW would otherwise do by about the learning rate.
+    torch.testing.assert_close(
+        weights(tmp_path)["proto_net.0.weight"], network.proto_net[0].weight, rtol=0, atol=RATE / 20
+    )
 
 
 def test_less_than_one_batch_is_refused(fashion_mnist_root, tmp_path):
     with pytest.raises(TrainingError, match="8 training images are fewer than one batch of 32"):
-        train(SceneSettings(train_scenes=8), fashion_mnist_root, str(tmp_path))
+        train_scenes(["--train-scenes", "8"], fashion_mnist_root, tmp_path)
 
 
 def test_the_shipped_weights_find_unseen_items(fashion_mnist_root):
@@ -207,7 +230,7 @@ def test_the_shipped_weights_find_unseen_items(fashion_mnist_root):
 
 def test_the_shipped_weights_say_how_they_were_made():
     record = json.loads(WEIGHTS.with_suffix(".json").read_text())
-    assert SceneSettings(**record["settings"]).epochs == len(record["epochs"])
+    assert record["settings"]["epochs"] == len(record["epochs"])
     assert record["cpu_minutes"] <= 80 and record["val_AP50"] == record["epochs"][-1]["val_AP50"]
 
 

@@ -1,12 +1,14 @@
 """The networks this project can export, and what their bundles' manifests say of input, labels and post-processing."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import BundleError
 from helpers.models.bundle import InputSpec
+from helpers.models.cards import CARDS, find_cards, load_network_class, read_card
 from helpers.yolact.configurations import CONFIGURATIONS, get_configuration
 
 if TYPE_CHECKING:
@@ -24,8 +26,7 @@ class Architecture:
     """How to build a network and what it is for.
 
     Attributes:
-        build: returns the `torch.nn.Module`, which takes normalised float32 `[B, channels, height, width]`. A
-            classifier's takes `width`, the channels of its first convolution.
+        build: returns the `torch.nn.Module`, which takes normalized float32 `[B, channels, height, width]`.
         outputs: names of the exported outputs, in order.
         mend: takes a checkpoint's state dictionary and returns what the network must load without exception.
         heads: takes the network and returns the module to export, the one that has `outputs`.
@@ -48,38 +49,35 @@ def get_architecture(name: str, labels: Sequence[str] = ()) -> Architecture:
     """Look an architecture up by name; torch is imported here, not with this module.
 
     Args:
-        name: of the architecture.
+        name: a card in `conf/cards`, the path of a card, or a YOLACT network (`helpers.yolact.configurations`).
         labels: classes in the place of its own, for a YOLACT that was trained on other data.
 
     Raises:
-        BundleError: there is none of that name, or its classes are fixed.
+        BundleError: there is none of that name, its card or what that names cannot be used, or its classes are fixed.
     """
-    if name not in _ARCHITECTURES:
-        raise BundleError(f"no architecture {name!r}; there are {', '.join(_ARCHITECTURES)}")
-    if labels and name not in CONFIGURATIONS:
+    if name in CONFIGURATIONS:
+        return _yolact(name, labels)
+    if labels:
         raise BundleError(f"{name} has fixed classes; only YOLACT architectures take those of a data set")
-    return _yolact(name, labels) if labels else _ARCHITECTURES[name]()
+    if name.endswith((".yaml", ".yml")):
+        return _from_card(Path(name))
+    if name in find_cards():
+        return _from_card(CARDS / f"{name}.yaml")
+    known = ", ".join([*find_cards(), *CONFIGURATIONS])
+    raise BundleError(f"no architecture {name!r}; there are {known}, or name the .yaml of a model card")
 
 
-def _fashion_cnn() -> Architecture:
-    from helpers.data.fashion_mnist import CLASSES
-    from helpers.models.fashion_cnn import MEAN, STD, FashionCNN
-
+def _from_card(path: Path) -> Architecture:
+    card = read_card(path)
     return Architecture(
-        name="fashion_cnn",
-        task="classification",
-        build=FashionCNN,
-        input=InputSpec(height=28, width=28, color="gray", mean=(MEAN,), std=(STD,)),
-        outputs=("logits",),
-        labels=tuple(CLASSES),
-        postprocess={"top_k": 3},
+        name=path.stem,
+        task=card.task,
+        build=load_network_class(card, path),
+        input=card.spec,
+        outputs=tuple(card.outputs.values()),
+        labels=card.labels,
+        postprocess=dict(card.postprocess),
     )
-
-
-def _fashion_resnet() -> Architecture:
-    from helpers.models.fashion_resnet import FashionResNet, MirrorAveraged
-
-    return replace(_fashion_cnn(), name="fashion_resnet", build=FashionResNet, heads=MirrorAveraged)
 
 
 def _yolact(name: str, labels: Sequence[str] = ()) -> Architecture:
@@ -101,10 +99,3 @@ def _yolact(name: str, labels: Sequence[str] = ()) -> Architecture:
         heads=RawHeads,
         arrays=lambda: {"priors.npy": make_priors(configuration)},
     )
-
-
-_ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
-    "fashion_cnn": _fashion_cnn,
-    "fashion_resnet": _fashion_resnet,
-    **{name: partial(_yolact, name) for name in CONFIGURATIONS},
-}

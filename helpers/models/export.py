@@ -175,6 +175,7 @@ def make_bundle(
     """Save a converted model as a bundle of one precision; arguments as for `export` and `quantization.quantize`."""
     if precision not in PRECISIONS:
         raise BundleError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
+    _check_labels(model, architecture)
     arrays = architecture.arrays()
     manifest = Manifest(
         name=f"{architecture.name}-{precision}",
@@ -212,6 +213,18 @@ def calibration_images(storage: Storage, architecture: Architecture, config: Con
             yield load(storage.read(path), architecture.input, config.ingest.max_pixels)[0]
         except (OSError, UnreadableImageError) as error:
             log.warning("%s is not used for calibration: %s", path, error)
+
+
+def _check_labels(model: "ov.Model", architecture: Architecture) -> None:
+    if architecture.task != "classification":
+        return
+    (output,) = model.outputs
+    width = output.get_partial_shape()[1].get_length()
+    if width != len(architecture.labels):
+        raise BundleError(
+            f"{architecture.name} has {len(architecture.labels)} labels, and its network tells {width} classes apart: "
+            "correct the labels of its card"
+        )
 
 
 def _labels_beside(checkpoint: Path) -> list[str]:

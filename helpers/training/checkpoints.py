@@ -1,40 +1,39 @@
 """What an interrupted training goes on from: everything that decides its next step, in one file, written atomically.
 
-A checkpoint holds the state of the network, the optimiser, the schedule and whatever else the run names; the random
-number generators of every process; and how far the run has come, with the position in the epoch's order of the data,
-which seed and epoch fix. A finished run has none: its network is `checkpoint.pt` in the run directory.
+A checkpoint holds the state of the network, the optimizer, the schedule and whatever else the program names; the random
+number generators of every rank; and how far the training has come, with the position in the epoch's order of the data,
+which seed and epoch fix. A finished training has none: its network is `checkpoint.pt` in the run directory.
 """
 
 import dataclasses
 import io
 import json
 import logging
+import os
 import random
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from helpers.errors import StorageError, TrainingError, first_line
 from helpers.storage import Storage, open_storage
-from helpers.training.workers import NOTICE, RunSettings, Worker, average_buffers, broadcast
+from helpers.training.group import Group
+from helpers.training.rank import CHECKPOINT_NOTE, RUN_ID
 
 log = logging.getLogger(__name__)
 
 KEPT = 2  # should the newest be damaged, there is one before it
 NAME = "step-{:09d}.pt"
-# What may differ between the run that wrote a checkpoint and the one that goes on: none of it decides the outcome.
-HOW_AND_WHERE = {"device", "threads", "patience_minutes", "loaders", "resume"}
-HOW_AND_WHERE |= {"checkpoint_steps", "checkpoints", "storage"}
 
 
 class Stateful(Protocol):
-    """A part of a run: a network, an optimiser, a schedule."""
+    """A part of a training: a network, an optimizer, a schedule."""
 
     def state_dict(self) -> dict[str, Any]:
         """Its state, of tensors, numbers, text and containers of them."""
@@ -45,14 +44,14 @@ class Stateful(Protocol):
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come."""
+    """How far a training has come."""
 
     epoch: int = 0  # how many are finished
     batches: int = 0  # of the epoch under way
     steps: int = 0  # of all epochs
     measured: list[dict[str, float]] = dataclasses.field(default_factory=list)  # at each step of the epoch under way
     epochs: list[dict[str, float]] = dataclasses.field(default_factory=list)  # what each finished one came to
-    resumed_at: list[int] = dataclasses.field(default_factory=list)  # the steps after which the run went on
+    resumed_at: list[int] = dataclasses.field(default_factory=list)  # the steps after which the training went on
 
     def add_step(self, measures: dict[str, float]) -> None:
         """Count a step."""
@@ -61,33 +60,53 @@ class Progress:
         self.steps += 1
 
     def add_epoch(self, measures: dict[str, float]) -> None:
-        """Count an epoch."""
-        self.epochs.append(measures)
+        """Count an epoch; to what it came to are added the means of what was measured at its steps, as `train_NAME`."""
+        names = self.measured[0] if self.measured else ()
+        means = {f"train_{name}": float(np.mean([step[name] for step in self.measured])) for name in names}
+        self.epochs.append({**means, **measures})
         self.epoch, self.batches, self.measured = self.epoch + 1, 0, []
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process calls the methods; rank 0 reads and writes."""
+    """The checkpoints of one training. Every rank calls the methods; rank 0 reads and writes."""
 
-    def __init__(self, settings: RunSettings, worker: Worker, run_dir: str, parts: Mapping[str, Stateful]):
-        """Name the parts whose state is kept; `settings.checkpoints` or else the run directory is the place."""
-        self.settings, self.worker, self.parts = settings, worker, parts
-        self.storage = storage_of(settings, run_dir)
+    def __init__(
+        self,
+        place: str,
+        group: Group,
+        parts: Mapping[str, Stateful],
+        settings: Mapping[str, Any],
+        resume: bool = True,
+        config: Any = None,
+    ):
+        """Name the place and what is kept.
+
+        Args:
+            place: a location of any kind, for the checkpoints of this training alone.
+            group: of the ranks.
+            parts: what has a state, by a name.
+            settings: all that decides the outcome; a training goes on from a checkpoint with the same ones only.
+            resume: go on from an interrupted training's newest checkpoint; False: start over, and remove it.
+            config: its `storage` says how object storage is reached.
+        """
+        self.storage, self.group, self.parts, self.resume = open_storage(place, config), group, parts, resume
+        self.settings = json.loads(json.dumps(settings))
+        self.run = os.environ.get(RUN_ID)
 
     def restore(self) -> Progress:
-        """Put every part in the state of the newest valid checkpoint, and tell how far the run had come.
+        """Put every part in the state of the newest valid checkpoint, and tell how far the training had come.
 
         Raises:
-            TrainingError: the checkpoint is of a run with other settings.
+            TrainingError: the checkpoint is of a training with other settings.
         """
-        content = broadcast(self.worker, self._find() if self.worker.rank == 0 else None)
+        content = self.group.broadcast(self._find() if self.group.rank == 0 else None)
         if content is None:
             return Progress()
         saved = _load(content)
         for name, part in self.parts.items():
             part.load_state_dict(saved["parts"][name])
-        if len(saved["random"]) == self.worker.processes:
-            _set_random(saved["random"][self.worker.rank])
+        if len(saved["random"]) == self.group.world_size:
+            _set_random(saved["random"][self.group.rank])
         progress = Progress(**saved["progress"])
         progress.resumed_at.append(progress.steps)
         return progress
@@ -96,16 +115,14 @@ class Checkpoints:
         """Write a checkpoint and remove the older ones but the last."""
         for part in self.parts.values():
             if isinstance(part, nn.Module):
-                average_buffers(self.worker, part)  # what the file holds is then what every process has
-        states = [_get_random()]
-        if self.worker.processes > 1:
-            states *= self.worker.processes
-            dist.all_gather_object(states, _get_random())
-        if self.worker.rank == 0:
+                self.group.average(part.buffers())  # what the file holds is then what every rank has
+        states = self.group.gather(_get_random())
+        if self.group.rank == 0:
             content = io.BytesIO()
             torch.save(
                 {
-                    "settings": _shown(self.settings),
+                    "run": self.run,
+                    "settings": self.settings,
                     "progress": dataclasses.asdict(progress),
                     "parts": {name: part.state_dict() for name, part in self.parts.items()},
                     "random": states,
@@ -113,59 +130,53 @@ class Checkpoints:
                 content,
             )
             self.storage.write(NAME.format(progress.steps), content.getvalue())
+            if note := os.environ.get(CHECKPOINT_NOTE):
+                Path(note).write_text(str(progress.steps))
             for _, path in list(_files(self.storage))[KEPT:]:
                 self.storage.delete(path)
 
     def clear(self) -> None:
         """Remove all of them."""
-        if self.worker.rank == 0:
-            remove(self.storage)
+        if self.group.rank == 0:
+            for _, path in list(_files(self.storage)):
+                self.storage.delete(path)
 
     def _find(self) -> bytes | None:
-        if not self.settings.resume:
-            remove(self.storage)
-        for step, path in _files(self.storage):
+        for step, path in list(_files(self.storage)):
             try:
                 content = self.storage.read(path)
                 saved = _load(content)
             except (
                 Exception
             ) as error:  # for bytes that are no checkpoint, torch raises whatever its parsers come across
-                log.warning("%s%s is damaged and skipped: %s", NOTICE, path, first_line(error))
+                log.warning("checkpoint %s is damaged and skipped: %s", path, first_line(error))
                 continue
+            # Ranks that `train_on_spark` has started again go on from their own in any case.
+            if not self.resume and (self.run is None or saved["run"] != self.run):
+                break
             self._check(path, saved["settings"])
-            print(f"{NOTICE}of step {step}: the training goes on from here", flush=True)
+            print(f"checkpoint of step {step}: the training goes on from here", flush=True)
             return content
+        if not self.resume:
+            self.clear()
         return None
 
     def _check(self, path: str, theirs: dict[str, Any]) -> None:
-        ours = _shown(self.settings)
         different = [
-            f"{name} {theirs.get(name, 'unknown')} there, {ours.get(name, 'unknown')} here"
-            for name in sorted({*ours, *theirs} - HOW_AND_WHERE)
-            if theirs.get(name) != ours.get(name)
+            f"{name} {theirs.get(name, 'unknown')} there, {self.settings.get(name, 'unknown')} here"
+            for name in sorted({*self.settings, *theirs})
+            if theirs.get(name) != self.settings.get(name)
         ]
         if different:
             raise TrainingError(
-                f"checkpoint {path} is of an unfinished run with other settings ({'; '.join(different)}): go on with "
-                "those, name another run_dir, or start over with resume=False, which removes it"
+                f"checkpoint {path} is of an unfinished training with other settings ({'; '.join(different)}): go on "
+                "with those, name another run directory, or start over without resuming, which removes it"
             )
 
 
-def storage_of(settings: RunSettings, run_dir: str) -> Storage:
-    """Where the checkpoints of a run are."""
-    return open_storage(settings.checkpoints or f"{run_dir}/checkpoints", settings)
-
-
-def remove(storage: Storage) -> None:
-    """Remove all checkpoints."""
-    for _, path in list(_files(storage)):
-        storage.delete(path)
-
-
-def newest_step(settings: RunSettings, run_dir: str) -> int:
+def newest_step(place: str, config: Any = None) -> int:
     """The step of the newest checkpoint, damaged or not; 0 where there is none."""
-    return next((step for step, _ in _files(storage_of(settings, run_dir))), 0)
+    return next((step for step, _ in _files(open_storage(place, config))), 0)
 
 
 def _files(storage: Storage) -> Iterator[tuple[int, str]]:
@@ -186,10 +197,6 @@ def _load(content: bytes) -> dict[str, Any]:
     if damaged:
         raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def _shown(settings: RunSettings) -> dict[str, Any]:
-    return json.loads(json.dumps({"kind": type(settings).__name__, **dataclasses.asdict(settings)}))
 
 
 def _get_random() -> dict[str, Any]:

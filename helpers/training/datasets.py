@@ -1,13 +1,13 @@
-"""Images for training: each process reads its own share of each batch, from where the data set lies.
+"""Images for training: each rank reads its own share of each batch, from where the data set lies.
 
-There are three kinds of place: Fashion-MNIST's own files, a folder of image files, and the shards of `shards`. Seed,
-epoch and rank alone decide who reads what, so no process asks another, and nothing is pickled into a task. What is made
-of a stored image is a `Form`'s to say: here it gets its label, in `yolact.datasets` the masks of what is on it.
+There are three kinds of place: arrays, a folder of image files, and the shards of `shards`. Seed, epoch and rank alone
+decide who reads what, so no rank asks another, and nothing is pickled into a task. A program's `Form` says what is made
+of a stored image: it gets a label, or the masks of what is on it.
 """
 
 import json
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
@@ -15,26 +15,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
-from helpers.data import fashion_mnist
-from helpers.errors import DataError
+from helpers.errors import DataError, TrainingError
 from helpers.images import decoding
 from helpers.images.headers import Size
 from helpers.models.bundle import InputSpec
-from helpers.models.fashion_cnn import MEAN, STD
 from helpers.storage import open_storage
 from helpers.storage.prefetch import map_groups
+from helpers.training.group import Group
 from helpers.training.shards import INDEX
-from helpers.training.workers import RunSettings, Worker, batches_of
 
-LABELS = "labels.parquet"  # of an image folder: file string, label int
-LABELLED = ("file", "label", "content")  # columns of shards whose index does not name them
-SHUFFLED = 4  # shards whose images are mixed, and which a process holds in memory
+LABELED = ("file", "label", "content")  # columns of shards whose index does not name them
+SHUFFLED = 4  # shards whose images are mixed, and which a rank holds in memory
 MAX_PIXELS = 178_956_970  # a larger image is a decompression bomb; ingest.max_pixels has the same
-GREY = InputSpec(28, 28, "gray", (MEAN,), (STD,))
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # images, uint8 [B, 28, 28], and labels, int64 [B]
+Batch = tuple[torch.Tensor, torch.Tensor]  # images, uint8, and labels, int64 [B]
 B_co = TypeVar("B_co", covariant=True)
 
 
@@ -47,11 +43,8 @@ class DataSet(Protocol[B_co]):
     def __getitems__(self, indices: torch.Tensor) -> B_co:
         """The images of indices `[B]`, and what is known of them."""
 
-    def batches(self, settings: RunSettings, worker: Worker, epoch: int, first: int) -> Iterator[torch.Tensor]:
-        """This worker's share, indices, of each batch of an epoch, from a step on; every worker's has one size."""
-
-
-LabelledImages = DataSet[Batch]
+    def shares(self, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
+        """This rank's share, indices, of each batch of an epoch, from a step on; every rank's has one size."""
 
 
 class Form(Protocol):
@@ -66,42 +59,52 @@ class Form(Protocol):
         """Of a batch."""
 
 
-def open_images(settings: RunSettings, place: str | None, root: str, count: int | None = None) -> LabelledImages:
-    """Open a training set.
-
-    Args:
-        settings: how object storage is reached.
-        place: a folder with `labels.parquet` and `images`, or the target of `write_shards`; None for Fashion-MNIST.
-        root: where `fashion_mnist.download` put that.
-        count: take the first only.
+def count_steps(images: Sized, batch_size: int, group: Group) -> int:
+    """How many steps an epoch has; the last, incomplete batch is left out.
 
     Raises:
-        DataError: the data set is not there.
+        TrainingError: there is not one batch, or no share of it for each rank.
     """
-    if place is None:
-        return MappedImages(*fashion_mnist.map_files(root, train=True), count)
-    if open_storage(place, settings).exists(INDEX):
-        return Shards(place, settings, _Labelled(), count)
-    return Folder(place, settings, _Labelled(), _read_labels(place, settings).slice(0, count), LABELS)
+    if batch_size % group.world_size:
+        raise TrainingError(f"batch size {batch_size} does not divide over {group.world_size} ranks")
+    if len(images) < batch_size:
+        raise TrainingError(f"{len(images)} training images are fewer than one batch of {batch_size}")
+    return len(images) // batch_size
 
 
-def read_batches(images: Any, batches: Iterable[torch.Tensor], settings: RunSettings, worker: Worker) -> Iterator[Any]:
-    """Read batches, ahead of their use where `settings.loaders` are to do so.
+def share_batches(
+    images: int, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0
+) -> Iterator[torch.Tensor]:
+    """This rank's share, int64 indices, of each batch of an epoch, in a random order of all images.
+
+    Together the shares of step k are the batch that a single process would take at step k. `first` is the step to
+    begin with.
+    """
+    everything: Any = range(images)  # which the sampler asks for its length alone
+    sampler: DistributedSampler = DistributedSampler(
+        everything, group.world_size, group.rank, seed=seed, drop_last=True
+    )
+    sampler.set_epoch(epoch)
+    share = torch.tensor(list(sampler)).split(batch_size // group.world_size)
+    yield from share[first : images // batch_size]
+
+
+def read_batches(images: Any, shares: Iterable[torch.Tensor], group: Group, num_workers: int = 0) -> Iterator[Any]:
+    """Read batches, ahead of their use where loaders are to do so.
 
     Args:
         images: has `__getitems__`, as a `DataSet` does.
-        batches: indices, as its `batches` gives them.
-        settings: how many loaders.
-        worker: with a GPU, batches are put where it fetches them fastest.
+        shares: indices, as its `shares` gives them.
+        group: with a GPU, batches are put where it fetches them fastest.
+        num_workers: loaders, processes that read ahead for this rank; 0: it reads itself.
     """
-    pinned = worker.device.type == "cuda"
     # A generator of its own: else each epoch would draw from the one that the training's own randomness comes from.
     loader = DataLoader(
         images,
-        batch_sampler=batches,  # type: ignore[arg-type] # tensors instead of lists of integers
+        batch_sampler=shares,  # type: ignore[arg-type] # tensors instead of lists of integers
         collate_fn=_unchanged,
-        num_workers=settings.loaders,
-        pin_memory=pinned,
+        num_workers=num_workers,
+        pin_memory=group.device.type == "cuda",
         generator=torch.Generator(),
     )
     handler = signal.getsignal(signal.SIGCHLD)
@@ -115,7 +118,7 @@ def read_batches(images: Any, batches: Iterable[torch.Tensor], settings: RunSett
 
 
 class MappedImages:
-    """Images in an array, which may be a mapped file."""
+    """Images in an array, which may be a mapped file, and their labels, int64."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, count: int | None = None):
         self.images, self.labels = images[:count], labels[:count]
@@ -126,33 +129,33 @@ class MappedImages:
     def __getitems__(self, indices: Any) -> Batch:
         return torch.from_numpy(np.array(self.images[indices])), torch.from_numpy(self.labels[indices])
 
-    def batches(self, settings: RunSettings, worker: Worker, epoch: int, first: int) -> Iterator[torch.Tensor]:
+    def shares(self, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
         """Of a random order of all."""
-        return batches_of(settings, worker, len(self), epoch, first)
+        return share_batches(len(self), group, batch_size, seed, epoch, first)
 
 
 class Folder:
     """Image files below FOLDER/images, and a table with a row for each."""
 
-    def __init__(self, place: str, settings: RunSettings, form: Form, table: pa.Table, source: str):
+    def __init__(self, place: str, form: Form, table: pa.Table, source: str, config: Any = None):
         """Read no image.
 
         Args:
             place: the folder.
-            settings: how object storage is reached.
             form: what to make of an image.
             table: `file` string, relative to FOLDER/images, and what the form needs.
             source: what the table was read from, for errors.
+            config: its `storage` says how object storage is reached.
         """
-        self.storage, self.form, self.source = open_storage(f"{place}/images", settings), form, source
+        self.storage, self.form, self.source = open_storage(f"{place}/images", config), form, source
         self.table = table.combine_chunks()  # Arrow's: millions of Python objects would take ten times the memory
 
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def batches(self, settings: RunSettings, worker: Worker, epoch: int, first: int) -> Iterator[torch.Tensor]:
+    def shares(self, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
         """Of a random order of all."""
-        return batches_of(settings, worker, len(self), epoch, first)
+        return share_batches(len(self), group, batch_size, seed, epoch, first)
 
     def __getitems__(self, indices: Any) -> Any:
         rows = self.table.take(pa.array(np.asarray(indices))).to_pylist()
@@ -169,21 +172,21 @@ class Folder:
 
 
 class Shards:
-    """What `write_shards` has written: each process reads the shards that its share of an epoch lies in, one by one.
+    """What `write_shards` has written: each rank reads the shards that its share of an epoch lies in, one by one.
 
-    The order is random over shards and over the images of a few at a time. With another number of processes an epoch
-    has other batches.
+    The order is random over shards and over the images of a few at a time. With another number of ranks an epoch has
+    other batches.
     """
 
-    def __init__(self, place: str, settings: RunSettings, form: Form, count: int | None = None):
+    def __init__(self, place: str, form: Form, count: int | None = None, config: Any = None):
         """Read the index, and take the first images only where a count is given.
 
         Raises:
             DataError: the shards are of another kind.
         """
-        self.storage, self.form = open_storage(place, settings), form
+        self.storage, self.form = open_storage(place, config), form
         index = json.loads(self.storage.read(INDEX))
-        missing = form.columns - set(index.get("columns", LABELLED))
+        missing = form.columns - set(index.get("columns", LABELED))
         if missing:
             raise DataError(
                 f"{place} has shards of another kind, without {', '.join(sorted(missing))}: write them from rows "
@@ -198,18 +201,18 @@ class Shards:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def batches(self, settings: RunSettings, worker: Worker, epoch: int, first: int) -> Iterator[torch.Tensor]:
-        """Of a stretch of the shards in random order, as long for every worker to within one image."""
-        order = np.random.default_rng([settings.seed, epoch]).permutation(len(self.files))
-        lengths, each = np.diff(self.starts)[order], len(self) // worker.processes
-        first_of = np.cumsum(lengths) - lengths - worker.rank * each  # counted from where this worker's stretch begins
+    def shares(self, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
+        """Of a stretch of the shards in random order, as long for every rank to within one image."""
+        order = np.random.default_rng([seed, epoch]).permutation(len(self.files))
+        lengths, each = np.diff(self.starts)[order], len(self) // group.world_size
+        first_of = np.cumsum(lengths) - lengths - group.rank * each  # counted from where this rank's stretch begins
         begins, ends = np.clip(first_of, 0, each), np.clip(first_of + lengths, 0, each)
         stretches = zip(begins, ends, self.starts[order] - first_of, strict=True)
         parts = [np.arange(begin, end) + offset for begin, end, offset in stretches if begin < end]
-        rng = np.random.default_rng([settings.seed, epoch, worker.rank])
+        rng = np.random.default_rng([seed, epoch, group.rank])
         mixed = [rng.permutation(np.concatenate(parts[i : i + SHUFFLED])) for i in range(0, len(parts), SHUFFLED)]
-        share = torch.from_numpy(np.concatenate(mixed)).split(settings.batch_size // worker.processes)
-        yield from share[first : len(self) // settings.batch_size]
+        share = torch.from_numpy(np.concatenate(mixed)).split(batch_size // group.world_size)
+        yield from share[first : len(self) // batch_size]
 
     def __getitems__(self, indices: Any) -> Any:
         numbers = np.asarray(indices)
@@ -226,20 +229,13 @@ class Shards:
         return pq.read_table(content).combine_chunks()
 
 
-class _Labelled:
-    """An image of any size, made 28x28 grey, and its class."""
-
-    columns = frozenset(("label",))
-
-    def make(self, content: memoryview, row: dict[str, Any]) -> tuple[np.ndarray, int]:
-        return load(content, GREY, row["file"])[0][..., 0], row["label"]
-
-    def join(self, made: list[tuple[np.ndarray, int]]) -> Batch:
-        return torch.from_numpy(np.stack([image for image, _ in made])), torch.tensor([label for _, label in made])
+def is_sharded(place: str, config: Any = None) -> bool:
+    """Whether `write_shards` has written there."""
+    return open_storage(place, config).exists(INDEX)
 
 
-def load(content: memoryview, spec: InputSpec, file: str) -> tuple[np.ndarray, Size]:
-    """Decode and resize as `decoding.load` does.
+def load_image(content: memoryview, spec: InputSpec, file: str) -> tuple[np.ndarray, Size]:
+    """Decode and resize a stored image as the pipeline does (`helpers.images.decoding.load`).
 
     Raises:
         DataError: the image cannot be read; names it.
@@ -248,17 +244,6 @@ def load(content: memoryview, spec: InputSpec, file: str) -> tuple[np.ndarray, S
         return decoding.load(content, spec, MAX_PIXELS)
     except decoding.UnreadableImageError as error:
         raise DataError(f"{file}: {error}; remove it from the training set") from None
-
-
-def _read_labels(place: str, settings: RunSettings) -> pa.Table:
-    try:
-        content = open_storage(place, settings).read(LABELS)
-    except OSError:
-        raise DataError(
-            f"{place} is no training set: it has neither {LABELS}, a table of file and label beside the folder "
-            f"images, nor {INDEX}, which write_shards makes"
-        ) from None
-    return pq.read_table(pa.BufferReader(content), columns=["file", "label"])
 
 
 def _unchanged(batch: Any) -> Any:

@@ -33,7 +33,7 @@ def write_shards(
     rows: "DataFrame",
     images: str,
     target: str,
-    images_a_shard: int = 1000,
+    images_per_shard: int = 1000,
     config: "Config | None" = None,
     labels: Sequence[str] = (),
 ) -> int:
@@ -47,7 +47,7 @@ def write_shards(
             for YOLACT those of the table that `coco.read_annotations` gives.
         images: where the files are.
         target: a location of its own for the shards; those of an earlier call are replaced.
-        images_a_shard: about; a training process holds a few shards in memory.
+        images_per_shard: about; a rank holds a few shards in memory.
         config: how object storage is reached.
         labels: names of the classes, which YOLACT takes from the data set.
 
@@ -64,9 +64,9 @@ def write_shards(
     source, storage = open_storage(images, config), open_storage(target, config)
     count = rows.count()
     if not count:
-        raise DataError(f"there are no labelled images of {images} to write to {target}")
+        raise DataError(f"there are no labeled images of {images} to write to {target}")
     storage.delete(INDEX)
-    shuffled = rows.repartition(math.ceil(count / images_a_shard), xxhash64("file"))
+    shuffled = rows.repartition(math.ceil(count / images_per_shard), xxhash64("file"))
     numbered = shuffled.sortWithinPartitions(xxhash64("file")).withColumn("_shard", spark_partition_id())
     written = numbered.mapInArrow(partial(_write_shard, source, storage), spark_schema(WRITTEN_SCHEMA))
     try:

@@ -6,13 +6,7 @@
     priors           anchors                                                     numpy
     detection        from raw heads to instances: boxes, non-maximum suppression numpy
     masks            mask assembly and COCO run-length encoding                  numpy
-    evaluation       what a network finds in images, in PyTorch                  torch
-    matching         which anchor learns which object                            torch
-    losses           what training minimises                                     torch
-    augmentation     scenes changed at random, and their truth with them         torch
-    datasets         made scenes, or images and COCO annotations in any storage  torch
-    finetuning       the weights to start from                                   torch
-    training         on either, alone or in several processes                    torch
+    checkpoint       what an official checkpoint must lose before it loads
 
 Executors import `detection` and `masks`, so importing this package imports no torch.
 """

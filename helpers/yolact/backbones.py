@@ -1,6 +1,6 @@
 """ResNet and DarkNet, with the official checkpoints' names of weights.
 
-A backbone maps normalised images float32 `[B, 3, H, W]` to its last three stages' features C3, C4 and C5, at 1/8, 1/16
+A backbone maps normalized images float32 `[B, 3, H, W]` to its last three stages' features C3, C4 and C5, at 1/8, 1/16
 and 1/32 of the size (rounded up); `channels` says how many each has.
 """
 

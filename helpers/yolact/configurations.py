@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from helpers.data.fashion_mnist import CLASSES
 from helpers.errors import BundleError
 
 COCO_CLASSES = tuple(
@@ -14,6 +13,11 @@ COCO_CLASSES = tuple(
     broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
     mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
     teddy bear, hair drier, toothbrush""".replace("\n    ", " ").split(", ")
+)
+
+FASHION_CLASSES = tuple(
+    """T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag,
+    Ankle boot""".replace("\n    ", " ").split(", ")
 )
 
 IMAGENET_MEAN = (123.68, 116.78, 103.94)  # red, green, blue, from 0 to 255
@@ -71,7 +75,7 @@ CONFIGURATIONS = {
             "resnet_small",
             size=160,
             scales=(34, 48, 68),
-            labels=CLASSES,
+            labels=FASHION_CLASSES,
             square_anchors=False,
             features=64,
             prototypes=16,

@@ -13,7 +13,7 @@ import numpy as np
 from helpers.errors import ConfigError
 from helpers.yolact.masks import encode_masks
 
-CENTRE_VARIANCE, SIZE_VARIANCE = np.float32(0.1), np.float32(0.2)  # the scale that offsets were trained at
+CENTER_VARIANCE, SIZE_VARIANCE = np.float32(0.1), np.float32(0.2)  # the scale that offsets were trained at
 EVALUATION_THRESHOLD = 0.05
 BLOCK = 256  # candidates that fast NMS looks at together
 
@@ -143,10 +143,10 @@ def detect(
 
 
 def decode(loc: np.ndarray, priors: np.ndarray) -> np.ndarray:
-    """Turn offsets and anchors (centre, size), float32 `[n, 4]` each, into boxes (corners), float32 `[n, 4]`."""
-    centres = priors[:, :2] + loc[:, :2] * CENTRE_VARIANCE * priors[:, 2:]
+    """Turn offsets and anchors (center, size), float32 `[n, 4]` each, into boxes (corners), float32 `[n, 4]`."""
+    centers = priors[:, :2] + loc[:, :2] * CENTER_VARIANCE * priors[:, 2:]
     sizes = priors[:, 2:] * np.exp(loc[:, 2:] * SIZE_VARIANCE)
-    low = centres - sizes / 2
+    low = centers - sizes / 2
     return np.concatenate([low, low + sizes], axis=1)
 
 

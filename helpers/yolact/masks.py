@@ -21,7 +21,7 @@ class Axis:
 
     Attributes:
         cells, pixels: of this side.
-        cell: int `[pixels]`, the cell whose centre is at or before each pixel's centre, from -1.
+        cell: int `[pixels]`, the cell whose center is at or before each pixel's center, from -1.
         weight: float32 `[pixels]`, of the cell after it, in linear interpolation.
         first: int `[cells + 2]`, the first pixel of each cell from -1 to `cells`.
     """
@@ -34,7 +34,7 @@ class Axis:
 
     @classmethod
     def of(cls, cells: int, pixels: int) -> "Axis":
-        """Sides match at their ends, not at the centres of their outer pixels."""
+        """Sides match at their ends, not at the centers of their outer pixels."""
         position = (np.arange(pixels) + 0.5) * (cells / pixels) - 0.5
         cell = np.floor(position).astype(int)
         return cls(

@@ -17,7 +17,7 @@ OUTPUTS = ("loc", "conf", "mask", "proto")  # what is exported; the anchors are 
 
 
 class Yolact(nn.Module):
-    """Takes normalised RGB float32 `[B, 3, S, S]`; everything after the raw heads is in `detection` and `masks`."""
+    """Takes normalized RGB float32 `[B, 3, S, S]`; everything after the raw heads is in `detection` and `masks`."""
 
     priors: torch.Tensor
 
@@ -115,7 +115,7 @@ class RawHeads(nn.Module):
         self.network = network
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Map normalised images `[B, 3, S, S]` to loc, conf, mask and proto."""
+        """Map normalized images `[B, 3, S, S]` to loc, conf, mask and proto."""
         loc, conf, mask, _, proto = self.network(images)
         return loc, conf, mask, proto
 

@@ -29,7 +29,7 @@ def make_priors(configuration: Configuration, sizes: Iterable[tuple[int, int]] |
         sizes: height and width of each level's map in cells; by default those of the configured input size.
 
     Returns:
-        float32 `[anchors, 4]`, centre x, centre y, width and height, relative to the input. They go by level, row,
+        float32 `[anchors, 4]`, center x, center y, width and height, relative to the input. They go by level, row,
         column and ratio, the last fastest, as the head's outputs do.
     """
     sizes = sizes or [(side, side) for side in level_sizes(configuration.size, len(configuration.scales))]
@@ -44,5 +44,5 @@ def _level(height: int, width: int, scale: int, configuration: Configuration) ->
         square = anchor_width if configuration.square_anchors else scale / sqrt(ratio) / configuration.size
         shapes.append((anchor_width, square))
     # Computed in double precision and rounded once, as the checkpoints' own anchors were.
-    centres = product((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width)
-    return np.array([(x, y, *shape) for y, x in centres for shape in shapes], np.float32)
+    centers = product((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width)
+    return np.array([(x, y, *shape) for y, x in centers for shape in shapes], np.float32)

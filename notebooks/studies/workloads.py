@@ -131,12 +131,12 @@ def _yolact() -> tuple[Any, Any]:
 
 def _jpeg(rng: np.random.Generator, sides: tuple[int, int]) -> bytes:
     width, height = rng.integers(sides[0], sides[1] + 1, 2)
-    # Smooth colours, edges and grain: what a photograph's compressed size and decoding time come from.
+    # Smooth colors, edges and grain: what a photograph's compressed size and decoding time come from.
     image = cv2.resize(rng.integers(0, 256, (12, 12, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
     for _ in range(12):
-        centre, axes = rng.integers(0, (width, height)).tolist(), rng.integers(10, 160, 2).tolist()
-        colour = tuple(int(c) for c in rng.integers(0, 256, 3))
-        cv2.ellipse(image, centre, axes, int(rng.integers(0, 180)), 0, 360, colour, -1)
+        center, axes = rng.integers(0, (width, height)).tolist(), rng.integers(10, 160, 2).tolist()
+        color = tuple(int(c) for c in rng.integers(0, 256, 3))
+        cv2.ellipse(image, center, axes, int(rng.integers(0, 180)), 0, 360, color, -1)
     noise = np.asarray(rng.normal(0, 9, image.shape), np.float32)
     image = np.clip(image + cv2.GaussianBlur(noise, (0, 0), 0.8), 0, 255).astype(np.uint8)
     return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()

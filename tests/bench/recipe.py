@@ -9,10 +9,10 @@ minutes a seed; with several processes at a time each takes a little more of its
 """
 
 import argparse
-import dataclasses
 import json
 import platform
 import re
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -27,8 +27,9 @@ import psutil
 import torch
 
 from helpers.config import PROJECT
-from helpers.training.classifier import train
-from helpers.training.recipe import RECIPE
+
+sys.path.insert(0, str(PROJECT / "notebooks" / "programs"))
+from fashion_mnist import RECIPE, parse, train  # noqa: E402
 
 KEPT = ("test_accuracy", "parameters")
 
@@ -43,7 +44,7 @@ def main(seeds: list[int], processes: int, data: str, output: Path) -> None:
         "mean_test_accuracy": float(np.mean([run["test_accuracy"] for run in runs])),
         "most_cpu_minutes": max(run["cpu_minutes"] for run in runs),
         "runs": runs,
-        "settings": dataclasses.asdict(RECIPE),
+        "settings": vars(parse(RECIPE)),
     }
     (output / "fashion_resnet.json").write_text(json.dumps(measured, indent=1) + "\n")
     print(f"{measured['date']}, {measured['machine']}")
@@ -54,7 +55,7 @@ def run(data: str, output: Path, kept: int, seed: int) -> dict[str, Any]:
     """Train once; in half precision, weights give the same accuracy and take half the room."""
     before = time.process_time()
     with tempfile.TemporaryDirectory() as run_dir:
-        result = train(dataclasses.replace(RECIPE, seed=seed), data, run_dir)
+        result = train(parse([*RECIPE, "--seed", str(seed), "--data", data, "--run-dir", run_dir]))
         if seed == kept:
             weights = torch.load(Path(run_dir, "checkpoint.pt"), weights_only=True)
             halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}

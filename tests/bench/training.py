@@ -13,16 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from helpers.config import PROJECT, load_config
-from helpers.data import fashion_mnist
 from helpers.session import get_spark
-from helpers.training.classifier import TrainingSettings, train
-from helpers.training.dashboards import read_scalars
-from helpers.training.distributed import train_on_spark
+from helpers.tracking.tensorboard import read_scalars
+from helpers.training import train_on_spark
 
+PROGRAM = PROJECT / "notebooks" / "programs" / "fashion_mnist.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -32,38 +30,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="one round of little data, to see whether it works")
-    parser.add_argument("--rank", nargs=3, metavar=("SETTINGS", "DATA", "RUN"), help="be one process of a run")
     options = parser.parse_args()
-    if options.rank:
-        train(TrainingSettings(**json.loads(options.rank[0])), *options.rank[1:])
-        return
-    data = load_config("local").paths.data
-    fashion_mnist.download(data)
     cluster = not options.master.startswith("local")
     spark = get_spark(load_config("cluster" if cluster else "local", **{"spark.master": options.master}))
-    few = {"train_images": 6400, "test_images": 1000} if options.quick else {}
+    arguments = ["--epochs", str(options.epochs), "--data", load_config("local").paths.data]
+    arguments += ["--train-images", "6400", "--test-images", "1000"] if options.quick else []
     rounds = []
     for seed in range(1 if options.quick else options.rounds):
-        settings = TrainingSettings(epochs=options.epochs, seed=seed, **few)
+        told = [*arguments, "--seed", str(seed)]
         rounds.append(
             {
-                "torchrun": measure(lambda run, s=settings: start(TORCHRUN, s, data, run)),
-                "spark": measure(lambda run, s=settings: train_on_spark(spark, s, data, run, processes=2)),
-                "one": measure(lambda run, s=settings: start([sys.executable], s, data, run)),
+                "torchrun": measure(lambda run, t=told: start(TORCHRUN, [*t, *run])),
+                "spark": measure(lambda run, t=told: train_on_spark(spark, PROGRAM, [*t, *run], processes=2)),
+                "one": measure(lambda run, t=told: start([sys.executable], [*t, *run])),
             }
         )
     print(json.dumps(compare(rounds) | {"master": options.master, "rounds": rounds}))
 
 
-def start(command: list[str], settings: TrainingSettings, data: str, run: str) -> None:
-    rank = ["--rank", json.dumps(asdict(settings)), data, run]
-    subprocess.run([*command, str(Path(__file__)), *rank], check=True, cwd=PROJECT, stdout=subprocess.DEVNULL)
+def start(command: list[str], arguments: list[str]) -> None:
+    subprocess.run([*command, str(PROGRAM), *arguments], check=True, cwd=PROJECT, stdout=subprocess.DEVNULL)
 
 
 def measure(run) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         called = time.time()
-        run(folder)
+        run(["--run-dir", folder])
         result = json.loads(Path(folder, "result.json").read_text())
         first_step = read_scalars(folder)["train/loss"]["wall_time"].iloc[0]
     return {

@@ -1,1 +1,0 @@
-"""Data sets made or fetched here: Fashion-MNIST, its scenes, and photographs to measure with."""

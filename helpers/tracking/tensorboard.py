@@ -1,0 +1,177 @@
+"""TensorBoard's events, written and read back: one directory is one run, and tags are named group/name.
+
+The event file is TensorBoard's own, so that a run on the driver needs no torch. What only a training shows (curves, the
+graph, charts) comes from `torch.utils.tensorboard`, which is imported where it is called.
+"""
+
+import io
+import shutil
+import struct
+import tempfile
+import time as clock
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from helpers.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from matplotlib.figure import Figure
+
+EVENT_FILES = "events.out.tfevents.*"
+WHOLE_FILES_ONLY = ("/Volumes/", "/dbfs/")  # Databricks' object storage: nothing can be appended to a file there
+PROJECTOR = """embeddings {{
+  tensor_name: "embedding"
+  tensor_path: "{0}/tensors.tsv"
+  metadata_path: "{0}/metadata.tsv"
+  sprite {{ image_path: "{0}/sprite.png" single_image_dim: {1} single_image_dim: {2} }}
+}}
+"""
+
+Charts = Mapping[str, Sequence[str]]  # the title of a chart, and the tags, which may be regular expressions, in it
+
+
+class TensorBoard:
+    """The events of one run."""
+
+    def __init__(self, run_dir: str, steps: int = 0, charts: Charts | None = None):
+        """Start the run, or go on with it.
+
+        Args:
+            run_dir: events that an earlier run left there are deleted, or curves would mix.
+            steps: after how many the run goes on; its events up to there stay.
+            charts: several curves in one chart each, in TensorBoard's *Custom Scalars*.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        for old in Path(run_dir).glob(EVENT_FILES):
+            if steps:  # readers take the files in the order of their names, which tell seconds
+                clock.sleep(min(max(int(old.name.split(".")[3]) + 1 - clock.time(), 0.0), 1.0))
+            else:
+                old.unlink()
+        self.run_dir = Path(run_dir)
+        self.staging = tempfile.TemporaryDirectory() if run_dir.startswith(WHOLE_FILES_ONLY) else None
+        self.folder = Path(self.staging.name if self.staging else run_dir)
+        self._writer = EventFileWriter(str(self.folder))
+        if steps:  # readers forget what an interrupted run wrote after the step that this one goes on from
+            start = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(step=steps + 1, wall_time=clock.time(), session_log=start))
+        if charts:
+            from torch.utils.tensorboard.summary import custom_scalars
+
+            layout = {title: ["Multiline", list(tags)] for title, tags in charts.items()}
+            self._add(custom_scalars({"Charts": layout}))
+
+    def log_scalars(self, values: Mapping[str, float], step: int, time: float | None = None) -> None:
+        """Write values by their tags; `time`, in seconds since 1970, is now by default."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._add(summary, step, time)
+
+    def log_picture(self, tag: str, png: bytes, step: int = 0) -> None:
+        """Write a PNG file."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        width, height = struct.unpack_from(">II", png, 16)  # the first chunk is the header
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        self._add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    def log_figure(self, tag: str, figure: "Figure", step: int = 0) -> None:
+        """Write a figure as a picture."""
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        self.log_picture(tag, file.getvalue(), step)
+
+    def log_precision_recall(self, tag: str, truth: np.ndarray, scores: np.ndarray) -> None:
+        """Write a curve of precision against recall: bool `[N]`, and float `[N]` from 0 to 1."""
+        from torch.utils.tensorboard.summary import pr_curve
+
+        self._add(pr_curve(tag, truth, scores))
+
+    def log_hyperparameters(self, values: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """Write what the run was told, where it is a number or a text, and what it came to in the end, by its tags."""
+        from tensorboard.plugins.hparams.summary_v2 import HParam, Metric, hparams_config_pb, hparams_pb
+
+        shown = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
+        self._add(hparams_config_pb([*map(HParam, shown)], [*map(Metric, results)]))
+        self._add(hparams_pb(shown, trial_id=str(self.run_dir)))
+        self.log_scalars(results, 0)
+
+    def log_graph(self, network: "torch.nn.Module", example: "torch.Tensor") -> None:
+        """Write the graph of a network for an input."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from torch.utils.tensorboard._pytorch_graph import graph
+
+        with warnings.catch_warnings():
+            # TensorBoard draws the traced graph, and tracing is deprecated in favor of what it cannot draw.
+            warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=FutureWarning)
+            drawn, _ = graph(network, example)
+        self._writer.add_event(Event(wall_time=clock.time(), graph_def=drawn.SerializeToString()))
+
+    def log_embedding(self, points: np.ndarray, labels: Sequence[str], pictures: np.ndarray) -> None:
+        """Write points for the *Projector*, with a label and a picture each; they replace earlier ones.
+
+        Args:
+            points: float `[N, channels]`.
+            labels: N texts.
+            pictures: uint8 `[N, height, width]`; a sprite of them may have 8,192 pixels a side.
+        """
+        import cv2
+
+        folder = self.folder / "embedding"
+        folder.mkdir(exist_ok=True)
+        np.savetxt(folder / "tensors.tsv", points, delimiter="\t", fmt="%.6g")
+        (folder / "metadata.tsv").write_text("".join(f"{label}\n" for label in labels))
+        count, height, width = pictures.shape
+        side = int(np.ceil(np.sqrt(count)))
+        sprite = np.zeros((side * side, height, width), np.uint8)
+        sprite[:count] = pictures
+        rows = sprite.reshape(side, side, height, width).swapaxes(1, 2).reshape(side * height, side * width)
+        (folder / "sprite.png").write_bytes(cv2.imencode(".png", rows)[1].tobytes())
+        (self.folder / "projector_config.pbtxt").write_text(PROJECTOR.format(folder.name, width, height))
+
+    def publish(self) -> None:
+        """Let readers see everything so far."""
+        self._writer.flush()
+        self._copy()
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        self._writer.close()
+        self._copy()
+
+    def _copy(self) -> None:
+        if self.staging:
+            shutil.copytree(self.folder, self.run_dir, copy_function=shutil.copyfile, dirs_exist_ok=True)
+
+    def _add(self, summary: Any, step: int = 0, time: float | None = None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.add_event(Event(step=step, wall_time=time or clock.time(), summary=summary))
+
+
+def read_scalars(run_dir: str) -> "dict[str, pd.DataFrame]":
+    """Read a run's scalars back from its event files.
+
+    Returns:
+        For each tag a table of `step`, `wall_time` (seconds since 1970) and `value`, a row per measurement.
+
+    Raises:
+        DataError: the directory holds no events.
+    """
+    import pandas as pd
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    if not any(Path(run_dir).glob(EVENT_FILES)):
+        raise DataError(f"no TensorBoard events in {run_dir}: train first")
+    # 0 keeps every event; the default keeps a sample.
+    events = EventAccumulator(run_dir, size_guidance={SCALARS: 0}).Reload()
+    columns = ["wall_time", "step", "value"]
+    return {tag: pd.DataFrame(events.Scalars(tag), columns=columns) for tag in events.Tags()["scalars"]}

@@ -1,0 +1,261 @@
+"""Hyper-parameter search: each trial is one Spark task, Optuna chooses what the next one tries.
+
+The driver alone asks Optuna and keeps the study; a task gets the parameters and what earlier trials reported, and
+returns what its own trial reported. So nothing has to be shared between them, no location has to lock or append, and
+a task that Spark repeats tries the same parameters again.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import optuna
+import pyarrow as pa
+from optuna.distributions import BaseDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+import fashion_mnist
+from helpers.errors import TrainingError
+from helpers.session import get_slots, spark_failure, spark_schema
+from helpers.storage import Storage, open_storage
+from helpers.tracking.tensorboard import TensorBoard
+from helpers.training import ship_siblings
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+Objective = Callable[[Trial], float]  # what Optuna takes: reads trial.params, may report, may raise TrialPruned
+Space = Mapping[str, BaseDistribution]
+
+STUDY, NAME = "study.log", "search"  # the journal's file; the one study in it
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+OUTCOME = pa.schema([pa.field("outcome", pa.string())])
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How trials are chosen and given up, in Optuna's terms."""
+
+    direction: Literal["maximize", "minimize"] = "maximize"
+    n_startup_trials: int = 5  # before the sampler learns from results, and before any trial is pruned
+    n_warmup_steps: int = 1  # reports of a trial, before it may be pruned
+
+
+def search(
+    spark: "SparkSession",
+    objective: Objective,
+    space: Space,
+    run_dir: str,
+    trials: int = 20,
+    rules: Rules = Rules(),
+    parallel: int | None = None,
+    resume: bool = True,
+) -> optuna.Study:
+    """Try parameters in parallel Spark tasks, going on from what the study in the folder already has.
+
+    The sampler is the tree-structured Parzen estimator (Bergstra et al., NIPS 2011, section 4), which takes running
+    trials for bad ones so that parallel tasks try different things. A trial worse than the median of the complete
+    ones at the same report is pruned. What fails is recorded as failed, with its error as the user attribute `error`,
+    and tried no more in this call.
+
+    Args:
+        spark: the session; a trial is a job of one task.
+        objective: pickled into the task, which can import the modules of this folder. It may be any that Optuna takes,
+            as long as it asks for nothing but `space`.
+        space: a distribution for each parameter.
+        run_dir: where the study lies, in the format of Optuna's journal files, and TensorBoard's events: one run per
+            trial, `trial-0000` and on, with its reports and its row of the HParams dashboard.
+        trials: to end up with, complete or pruned; those of earlier searches in the folder count.
+        rules: how they are chosen.
+        parallel: trials at once; by default as many as Spark has slots.
+        resume: go on with the study in the folder; False: start over.
+
+    Returns:
+        The study, with all trials.
+
+    Raises:
+        TrainingError: no trial succeeded, or another search is at work in the folder.
+    """
+    storage = open_storage(run_dir)
+    ship_siblings(spark, __file__)
+    try:
+        with storage.lock("search.lock"):
+            if not resume:
+                _delete(storage)
+            study = open_study(storage, rules)
+            _run_trials(spark, objective, dict(space), study, storage, trials, rules, parallel or get_slots(spark))
+    except BlockingIOError:
+        raise TrainingError(f"another search is at work in {run_dir}: wait for it, or name another folder") from None
+    if not study.get_trials(states=(TrialState.COMPLETE,)):
+        failures = [trial.user_attrs.get("error") for trial in study.get_trials(states=(TrialState.FAIL,))]
+        raise TrainingError(f"none of {len(study.trials)} trials succeeded; the last failed with: {failures[-1]}")
+    return study
+
+
+def make_objective(arguments: Sequence[str]) -> Objective:
+    """The accuracy of `fashion_mnist.py` on validation images; a trial's parameters are its options by name.
+
+    Args:
+        arguments: of its command line, `--validation-images` among them.
+    """
+
+    def objective(trial: Trial) -> float:
+        def report(epoch: int, accuracy: float) -> None:
+            trial.report(accuracy, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        options = fashion_mnist.parse(list(arguments))
+        vars(options).update(trial.params)
+        return fashion_mnist.train(options, report)["val_accuracy"]
+
+    return objective
+
+
+def open_study(storage: Storage, rules: Rules) -> optuna.Study:
+    """Open the study in a folder, or begin one.
+
+    Raises:
+        TrainingError: the study there goes the other way.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=JournalStorage(_Journal(storage)), study_name=NAME, direction=rules.direction, load_if_exists=True
+    )
+    if study.direction.name.lower() != rules.direction:
+        raise TrainingError(
+            f"the study in {storage.root} is not to {rules.direction}: name another folder, or delete it"
+        )
+    # A constant seed would repeat the random trials of the search that began the study.
+    study.sampler = optuna.samplers.TPESampler(
+        n_startup_trials=rules.n_startup_trials,
+        constant_liar=True,
+        multivariate=True,
+        seed=len(study.get_trials(deepcopy=False)),
+    )
+    return study
+
+
+class _Journal(BaseJournalBackend):
+    """Optuna's records, one line of JSON each, published whole: object storage can replace a file, not append to it."""
+
+    def __init__(self, storage: Storage):
+        self.storage = storage
+        self.lines = storage.read(STUDY).decode().splitlines() if storage.exists(STUDY) else []
+
+    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+        return map(json.loads, self.lines[log_number_from:])
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self.lines += [json.dumps(log) for log in logs]
+        self.storage.write(STUDY, "".join(f"{line}\n" for line in self.lines).encode())
+
+
+def _run_trials(
+    spark: "SparkSession",
+    objective: Objective,
+    space: dict[str, BaseDistribution],
+    study: optuna.Study,
+    storage: Storage,
+    trials: int,
+    rules: Rules,
+    parallel: int,
+) -> None:
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)  # of a driver that has died: nobody works on it any more
+
+    def run_one(_: int) -> None:
+        trial = study.ask(space)
+        finished = study.get_trials(states=(TrialState.COMPLETE,))
+        outcome = _run_on_spark(spark, _Task(objective, space, trial.params, finished, rules))
+        _record(study, trial, outcome)
+        _log_to_tensorboard(storage, study.trials[trial.number])
+
+    missing = trials - len(study.get_trials(states=ENDED))
+    with ThreadPoolExecutor(parallel) as pool:
+        list(pool.map(run_one, range(missing)))
+
+
+def _delete(storage: Storage) -> None:
+    for entry in list(storage.list(directories=True)):
+        if Path(entry.path).name.startswith("trial-"):
+            storage.delete(entry.path)
+    storage.delete(STUDY)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """One trial, as a function of Arrow batches; it runs in the task."""
+
+    objective: Objective
+    space: dict[str, BaseDistribution]
+    parameters: dict[str, Any]
+    finished: list[FrozenTrial]
+    rules: Rules
+
+    def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for _ in batches:
+            yield pa.RecordBatch.from_pylist([{"outcome": json.dumps(self.run())}], schema=OUTCOME)
+
+    def run(self) -> dict[str, Any]:
+        """Carry the trial out with Optuna's own objects, in a study of this task that knows the complete trials."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        pruner = optuna.pruners.MedianPruner(self.rules.n_startup_trials, self.rules.n_warmup_steps)
+        study = optuna.create_study(direction=self.rules.direction, pruner=pruner)
+        study.add_trials(self.finished)
+        study.enqueue_trial(self.parameters)
+        trial, started = study.ask(self.space), time.time()
+        outcome: dict[str, Any] = {"state": "COMPLETE", "value": None, "error": None}
+        try:
+            outcome["value"] = float(self.objective(trial))
+            if math.isnan(outcome["value"]):
+                outcome |= {"state": "FAIL", "value": None, "error": "the objective is not a number"}
+        except optuna.TrialPruned:
+            outcome["state"] = "PRUNED"
+        except Exception as error:  # whatever a user's objective raises is this trial's result
+            outcome |= {"state": "FAIL", "error": "".join(traceback.format_exception_only(error)).strip()}
+        reports = list(study.trials[trial.number].intermediate_values.items())
+        return {**outcome, "reports": reports, "started": started, "ended": time.time()}
+
+
+def _run_on_spark(spark: "SparkSession", task: _Task) -> dict[str, Any]:
+    try:
+        (row,) = spark.range(0, 1, 1, 1).mapInArrow(task, spark_schema(OUTCOME)).collect()
+    except Exception as error:  # Spark gave the task up: its process died again and again, or packages are missing
+        return {"state": "FAIL", "value": None, "error": spark_failure(error), "reports": []}
+    return json.loads(row.outcome)
+
+
+def _record(study: optuna.Study, trial: Trial, outcome: dict[str, Any]) -> None:
+    for step, value in outcome.pop("reports"):
+        trial.report(value, step)
+    state, value = TrialState[outcome.pop("state")], outcome.pop("value")
+    for name, known in outcome.items():
+        if known is not None:
+            trial.set_user_attr(name, known)
+    if state == TrialState.FAIL:
+        log.warning("trial %s with %s failed: %s", trial.number, trial.params, outcome["error"])
+    study.tell(trial, value, state)
+
+
+def _log_to_tensorboard(storage: Storage, trial: FrozenTrial) -> None:
+    """Write the trial's run, unless it ended without any result to show."""
+    if trial.state not in ENDED or trial.value is None:
+        return
+    board = TensorBoard(storage.join(f"trial-{trial.number:04d}"))
+    for step, value in trial.intermediate_values.items():
+        board.log_scalars({"objective": value}, step)
+    # The value of a pruned trial is its last report.
+    board.log_hyperparameters(trial.params, {"final/objective": trial.value})
+    board.close()
