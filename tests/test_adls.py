@@ -44,7 +44,7 @@ from pyspark import cloudpickle
 
 from helpers.config import load_config
 from helpers.errors import ConfigError, StorageError
-from helpers.images import decoding
+from helpers.images import boundary
 from helpers.stages import reading
 from helpers.storage import StorageOptions, adls, client, credentials, lease, open_storage
 from helpers.storage.adls import AdlsStorage
@@ -282,12 +282,12 @@ def test_a_file_that_its_access_rights_forbid_is_an_error_row_and_a_refused_cred
     with dfs.disturb(lambda request: forbidden if request.is_read else None):
         with pytest.raises(PermissionError):
             storage.read("a.png")
-        assert reading._read(storage, ("a.png", None)) == (None, decoding.READ_ERRORS[errno.EACCES])
+        assert reading._read(storage, ("a.png", None, 100)) == (None, boundary.READ_ERRORS[errno.EACCES])
     with dfs.disturb(lambda request: forbidden), pytest.raises(StorageError, match="refused"):
         list(storage.list())
     refused = Refusal(403, "AuthenticationFailed").answer
     with dfs.disturb(lambda request: refused), pytest.raises(StorageError, match="refused.*run again"):
-        reading._read(storage, ("a.png", None))
+        reading._read(storage, ("a.png", None, 100))
 
 
 def test_a_sas_token_that_has_expired_is_told_and_a_new_one_taken(by_sas, dfs, monkeypatch):

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.images.decoding import UnreadableImageError, decode, fit
+from helpers.images.boundary import UnreadableImageError
+from helpers.images.decoding import decode, fit
 from helpers.models.bundle import InputSpec
 
 MANY = 10**9
@@ -223,7 +224,8 @@ def test_a_format_that_does_not_tell_its_size_is_refused_though_opencv_knows_it(
 def test_a_decompression_bomb_is_refused_before_its_pixels_are_in_memory():
     script = """
 import resource, sys
-from helpers.images.decoding import UnreadableImageError, decode
+from helpers.images.boundary import UnreadableImageError
+from helpers.images.decoding import decode
 content = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

@@ -21,7 +21,8 @@ from helpers import pipeline, stages
 from helpers.config import Config, load_config
 from helpers.errors import ConfigError
 from helpers.images import video
-from helpers.images.decoding import UnreadableImageError, decode
+from helpers.images.boundary import UnreadableImageError
+from helpers.images.decoding import decode
 from helpers.images.video import find_frames, frame_columns, frame_paths, read_frames, split_path, split_paths
 from helpers.ingest.frames import list_frames, with_frames
 from helpers.ingest.listing import list_images, manifest, plan
@@ -562,15 +563,18 @@ def test_a_video_that_could_not_be_read_is_tried_again(spark, clips, bundle_uri,
 
 
 class Remote:
-    """Storage that is no file system: a whole file is all that one gets."""
+    """Storage that is no file system: copies of files are all that one gets."""
 
     concurrent_reads = 4
 
     def __init__(self, root: Path):
         self._local = LocalStorage(str(root))
 
-    def read(self, path: str) -> bytes:
-        return self._local.read(path)
+    def read(self, path: str, limit: int | None = None) -> bytes:
+        return self._local.read(path, limit)
+
+    def open(self, path: str) -> io.BytesIO:
+        return io.BytesIO(self._local.read(path))
 
 
 def listed(source: Path, storage, config: Config) -> pa.Table:
@@ -631,7 +635,8 @@ def test_a_video_that_goes_or_changes_after_it_was_listed_is_rows_with_errors(cl
 def test_a_plan_gives_each_frame_its_share_of_the_file(source):
     config = settings()
     images = listed(source, LocalStorage(str(source)), config)
-    lengths = {path.name: path.stat().st_size for path in source.rglob("*") if path.is_file()}
+    files = [path for path in source.rglob("*") if path.is_file() and path.name not in BAD]  # those take no time
+    lengths = {path.name: path.stat().st_size for path in files}
     planned = plan(images, 2, config)
     assert 0.99 * sum(lengths.values()) < planned.bytes.sum() <= sum(lengths.values())
     assert manifest(images, planned).schema == stages.MANIFEST_SCHEMA

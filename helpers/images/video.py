@@ -7,7 +7,6 @@ decoding from the file's beginning gives. Executors import this module; PyAV is 
 
 import contextlib
 import re
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from helpers.images.decoding import SHOWN_BYTES, Image, UnreadableImageError
-from helpers.storage import LocalStorage, Storage
+from helpers.images.boundary import UnreadableImageError, attempt
+from helpers.images.decoding import SHOWN_BYTES, Image
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -32,6 +31,8 @@ FORMATS = "mov,avi,matroska,mpeg,mpegts,flv,asf,ogg"
 PROBED = 16  # frames decoded to see whether the file's packets are its frames
 JUMP = 8  # frames; over fewer, going on is cheaper than seeking
 BYTES_A_PIXEL = 40  # of a frame while it is decoded: up to 16 that others refer to, and three copies of its own
+PADDED = 2  # times the pixels of a frame, at most, that FFmpeg counts: it adds to each side what its arithmetic needs
+CLAIMED = 2  # times its length, at most, that the frames of a file may come to: some are stored shorter than they are
 VP8_SHOWN = 0x10  # of a packet's first byte (RFC 6386, 9.1)
 
 Decoded = Iterator[tuple[int | None, "VideoFrame | None"]]
@@ -66,17 +67,6 @@ def frame_paths(files: pa.Array, numbers: pa.Array) -> pa.Array:
     return pc.binary_join_element_wise(files, pc.cast(numbers, pa.string()), MARK)
 
 
-def open_file(storage: Storage, path: str) -> BinaryIO:
-    """A video to read from any position: in its place where that is a local path, otherwise a temporary copy."""
-    if isinstance(storage, LocalStorage):
-        return storage.open(path)
-    with contextlib.ExitStack() as stack:
-        copy = stack.enter_context(tempfile.TemporaryFile())
-        copy.write(storage.read(path))
-        stack.pop_all()
-    return copy
-
-
 @dataclass(frozen=True)
 class Frames:
     """The frames of a video in the order in which they are shown.
@@ -95,6 +85,12 @@ class Frames:
     seek: np.ndarray | None = None
 
 
+def frame_pixels(max_pixels: int | None, memory_megabytes: int | None) -> int | None:
+    """How many pixels a frame may have, so that decoding a video stays within the memory of a task; None for any."""
+    limits = [max_pixels, memory_megabytes and memory_megabytes * 2**20 // BYTES_A_PIXEL]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def find_frames(file: BinaryIO, max_pixels: int | None = None) -> Frames:
     """List the frames of a video from its packets; only a few are decoded.
 
@@ -104,27 +100,25 @@ def find_frames(file: BinaryIO, max_pixels: int | None = None) -> Frames:
     Raises:
         UnreadableImageError: empty, not a video, without a frame that can be decoded, or larger than `max_pixels`.
     """
-    with _opened(file) as (container, stream):
-        width, height = stream.codec_context.width, stream.codec_context.height
-        if max_pixels and width * height > max_pixels:
-            raise UnreadableImageError(
-                f"the video has {width} x {height} pixels, more than the {max_pixels} that ingest.max_pixels and "
-                "inference.memory_megabytes allow"
-            )
+    with _opened(file, max_pixels) as (container, stream):
         announced = stream.frames
         listed = _list_packets(container, stream)
-    with _opened(file) as (container, stream):
+    with _opened(file, max_pixels) as (container, stream):
         if not _decodes(_decode(container, stream), listed[0] if listed else None):
             listed = None
     if listed:
         return Frames(len(listed[0]), announced, *listed)
-    with _opened(file) as (container, stream):
+    with _opened(file, max_pixels) as (container, stream):
         return Frames(sum(1 for _ in _decode(container, stream)), announced)
 
 
 def read_frames(
-    file: BinaryIO, numbers: np.ndarray, pts: np.ndarray | None = None, seek: np.ndarray | None = None
-) -> Iterator[Image | None]:
+    file: BinaryIO,
+    numbers: np.ndarray,
+    pts: np.ndarray | None = None,
+    seek: np.ndarray | None = None,
+    max_pixels: int | None = None,
+) -> Iterator[Image | str | None]:
     """Decode some frames of a video, one at a time: what decoding all of it would give for them.
 
     Args:
@@ -132,19 +126,21 @@ def read_frames(
         numbers: int64, of the wanted frames, rising.
         pts: of the wanted frames, from `find_frames`.
         seek: the same.
+        max_pixels: larger frames are not decoded, whatever the file says of their size.
 
     Yields:
-        For each wanted frame uint8 BGR `[height, width, 3]`, upright; None where it is damaged or missing.
+        For each wanted frame uint8 BGR `[height, width, 3]`, upright; None where it is damaged or missing; a text where
+        it is something else that is wrong with it.
 
     Raises:
-        UnreadableImageError: this is no video (any more).
+        UnreadableImageError: this is no video (any more), or a larger one.
     """
     done = 0
     if pts is not None and seek is not None:
-        with _opened(file) as (container, stream):
+        with _opened(file, max_pixels) as (container, stream):
             for stop in _stops(numbers, seek):
                 _seek(container, stream, int(seek[done]))
-                images = _pick(_decode(container, stream), pts[done:stop])
+                images = _pick(_decode(container, stream), pts[done:stop], max_pixels)
                 first = next(images)
                 if first is None:
                     break  # no keyframe as it should be (H.264 can refresh bit by bit): all the rest is decoded
@@ -152,16 +148,16 @@ def read_frames(
                 yield from images
                 done = stop
     if done < len(numbers):
-        with _opened(file) as (container, stream):
+        with _opened(file, max_pixels) as (container, stream):
             decoded = _decode(container, stream)
             if pts is None:
-                yield from _pick(((n, frame) for n, (_, frame) in enumerate(decoded)), numbers)
+                yield from _pick(((n, frame) for n, (_, frame) in enumerate(decoded)), numbers, max_pixels)
             else:
-                yield from _pick(decoded, pts[done:])
+                yield from _pick(decoded, pts[done:], max_pixels)
 
 
 @contextlib.contextmanager
-def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+def _opened(file: BinaryIO, max_pixels: int | None) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     import av
     from av.video.stream import VideoStream
 
@@ -171,8 +167,10 @@ def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     if not head:
         raise UnreadableImageError("the file is empty")
     file.seek(0)
+    # Frames decide on their size themselves, also those that FFmpeg decodes to see what is in the file.
+    limits = {} if max_pixels is None else {"max_pixels": str(PADDED * max_pixels)}
     try:
-        container = av.open(file, mode="r", options={"format_whitelist": FORMATS}, metadata_errors="ignore")
+        container = av.open(file, mode="r", options={"format_whitelist": FORMATS, **limits}, metadata_errors="ignore")
     except (av.FFmpegError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise UnreadableImageError(
@@ -182,7 +180,9 @@ def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream) or stream.codec_context is None:
             raise UnreadableImageError("the file has no video in it, or one of an unknown kind")
+        _check_size(stream.codec_context.width, stream.codec_context.height, max_pixels)
         stream.codec_context.thread_count = 1  # Spark runs a task on every core
+        stream.codec_context.options = limits
         try:
             yield container, stream
         except av.FFmpegError as error:
@@ -239,11 +239,22 @@ def _decodes(decoded: Decoded, pts: np.ndarray | None) -> bool:
 
 
 def _packets(container: "InputContainer", stream: "VideoStream") -> Iterator[Any]:
-    """A stream's packets, and None at the end: the decoder's sign to hand out what it has kept back."""
+    """A stream's packets, and None at the end: the decoder's sign to hand out what it has kept back.
+
+    Raises:
+        UnreadableImageError: there are more than the file can hold, as when an index leads to the same place again.
+    """
     import av
 
-    with contextlib.suppress(av.FFmpegError):  # what is behind a damage that cannot be passed
-        yield from (packet for packet in container.demux(stream) if packet.size)
+    claimed, most = 0, CLAIMED * container.size
+    # What is behind a damage that cannot be passed; PyAV stumbles at the end over streams that it did not see at first.
+    with contextlib.suppress(av.FFmpegError, IndexError):
+        for packet in container.demux(stream):
+            claimed += packet.size
+            if claimed > most:
+                raise UnreadableImageError("the file is not a video: its frames claim more bytes than it has")
+            if packet.size:
+                yield packet
     yield None
 
 
@@ -271,8 +282,10 @@ def _stops(numbers: np.ndarray, seek: np.ndarray) -> list[int]:
     return [*gaps.tolist(), len(numbers)]
 
 
-def _pick(decoded: Iterable[tuple[int | None, "VideoFrame | None"]], wanted: np.ndarray) -> Iterator[Image | None]:
-    """The wanted of the decoded frames as images, each once and in order; None for what does not come."""
+def _pick(
+    decoded: Iterable[tuple[int | None, "VideoFrame | None"]], wanted: np.ndarray, max_pixels: int | None
+) -> Iterator[Image | str | None]:
+    """The wanted of the decoded frames as `read_frames` yields them, each once and in order."""
     position, keys = 0, wanted.tolist()
     for at, frame in decoded:
         if at is None or frame is None:
@@ -281,13 +294,23 @@ def _pick(decoded: Iterable[tuple[int | None, "VideoFrame | None"]], wanted: np.
             yield None
             position += 1
         if position < len(keys) and keys[position] == at:
-            yield _to_image(frame)
+            image, error = attempt(_to_image, frame, max_pixels)
+            yield error if image is None else image
             position += 1
         if position == len(keys):
             return
     yield from [None] * (len(keys) - position)
 
 
-def _to_image(frame: "VideoFrame") -> Image:
+def _check_size(width: int, height: int, max_pixels: int | None) -> None:
+    if max_pixels is not None and width * height > max_pixels:
+        raise UnreadableImageError(
+            f"the video has {width} x {height} pixels, more than the {max_pixels} that ingest.max_pixels and "
+            "inference.memory_megabytes allow"
+        )
+
+
+def _to_image(frame: "VideoFrame", max_pixels: int | None) -> Image:
+    _check_size(frame.width, frame.height, max_pixels)
     image = frame.to_ndarray(format="bgr24")
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))

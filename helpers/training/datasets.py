@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from helpers.data import fashion_mnist
 from helpers.errors import DataError
-from helpers.images import decoding
+from helpers.images import boundary, decoding
 from helpers.images.headers import Size
 from helpers.models.bundle import InputSpec
 from helpers.models.fashion_cnn import MEAN, STD
@@ -164,7 +164,7 @@ class Folder:
         try:
             content = memoryview(self.storage.read(row["file"]))
         except OSError as error:
-            raise DataError(f"{file}: {decoding.reason(error)}; mend it, or take it out of {self.source}") from None
+            raise DataError(f"{file}: {boundary.reason(error)}; mend it, or take it out of {self.source}") from None
         return self.form.make(content, {**row, "file": file})
 
 
@@ -246,7 +246,7 @@ def load(content: memoryview, spec: InputSpec, file: str) -> tuple[np.ndarray, S
     """
     try:
         return decoding.load(content, spec, MAX_PIXELS)
-    except decoding.UnreadableImageError as error:
+    except boundary.UnreadableImageError as error:
         raise DataError(f"{file}: {error}; remove it from the training set") from None
 
 
