@@ -3,7 +3,8 @@
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -48,6 +49,7 @@ def png_with(*before: bytes, after: Sequence[bytes] = ()) -> bytes:
     return b"".join([PNG, header, *before, chunk(b"IDAT", zlib.compress(rows)), *after, chunk(b"IEND", b"")])
 
 
+@cache
 def text_chunk(megabytes: float, kind: bytes = b"zTXt") -> bytes:
     """A text of a PNG that is a thousandth of its length while it is compressed."""
     start = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0"}[kind]
@@ -200,3 +202,50 @@ def mp4(samples: int, chunks: int = 1, codec: bytes = b"raw ", side: int = 1, da
         b"mvhd", times, struct.pack(">IH", 1 << 16, 256), bytes(10), unity, bytes(24), b"\0\0\0\2", version=True
     )
     return brand + box(b"mdat", data) + box(b"moov", movie, box(b"trak", track, media))
+
+
+PNG_HEAD = PNG + chunk(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, 0))
+CUT = "the image is damaged or cut short"
+
+
+def small_tiff_of(kind: int, width: int, height: int) -> bytes:
+    """A TIFF whose size is of another type than usual, such as 64 bits, which lie elsewhere in the file."""
+    pixels = np.asarray(noise()).tobytes()
+    tags = picture_tags(width, height, len(pixels), rows=HEIGHT)
+    return tiff([(tag, kind if tag in (256, 257) else k, value) for tag, k, value in tags], pixels)
+
+
+def thin_tiff(width: int, down: int) -> bytes:
+    """One row of pixels in as many tall tiles as it takes, which all are the same."""
+    tile, count = zlib.compress(bytes(16 * down * 3), 9), -(-width // 16)
+    tags = picture_tags(width, 1, 0, packing=8, across=16, down=down)
+    tags = [
+        (t, k, v) if t not in (324, 325) else (t, LONG, [16 if t == 324 else len(tile)] * count) for t, k, v in tags
+    ]
+    return tiff(tags, tile)
+
+
+# ---------------------------------------------------------------- all of them
+
+# Images that take memory or minutes unless somebody looks first: what makes them, and what the error must say.
+IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "offset.tif": (lambda: b"II*\0\x08\0\0\0" + b"\xff" * 8, "not an image"),
+    "offset of 64 bits.tif": (lambda: b"II+\0\x08\0\0\0" + b"\xff" * 8, "not an image"),
+    "text of 2 GB.png": (lambda: PNG_HEAD + chunk(b"tEXt", b"", 2**31 - 64), CUT),
+    "pixels of 2 GB.png": (lambda: PNG_HEAD + chunk(b"IDAT", b"", 2**31 - 64), CUT),
+    "colours of 2 GB.png": (lambda: PNG_HEAD + chunk(b"PLTE", b"", 2**31 - 64), CUT),
+    "transparency of 2 GB.png": (lambda: PNG_HEAD + chunk(b"tRNS", b"", 2**31 - 64), CUT),
+    "end of 2 GB.png": (lambda: PNG_HEAD + chunk(b"IEND", b"", 2**31 - 64), CUT),
+    "frame of 2 GB.png": (lambda: png_with(chunk(b"acTL", bytes(8)), after=[chunk(b"fdAT", b"", 2**31 - 64)]), CUT),
+    "texts.png": (lambda: png_with(*[text_chunk(7)] * 100), "too many compressed texts"),
+    "texts at the end.png": (lambda: png_with(after=[text_chunk(7)] * 100), "too many compressed texts"),
+    "international.png": (lambda: png_with(*[text_chunk(7, b"iTXt")] * 100), "too many compressed texts"),
+    "two sizes.tif": (lambda: tiff_of_two_sizes(30_000, 30_000), "30000 x 30000 pixels"),
+    "size of 64 bits.tif": (lambda: small_tiff_of(LONG8, 30_000, 30_000), "30000 x 30000 pixels"),
+    "tile.tif": (lambda: tiff_of_one_tile(10_000, 10_000), "in tiles of 10000 x 10000"),
+    "thin.tif": (lambda: thin_tiff(1_000_000, 4096), "in tiles of 16 x 4096"),
+    "tags.tif": (lambda: tiff_of_tags(1000, 2**20), "claim more bytes than the file has"),
+    "scans.jpg": (lambda: jpeg_of_scans(2000, 3000), "more than 100 scans"),
+    "scans of one colour.jpg": (lambda: jpeg_of_scans(2000, 3000, progressive=False), "more than 100 scans"),
+    "clears.gif": (lambda: gif_of_clears(10**6), "tables of codes"),
+}

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
+PROGRAM = __file__
 CORPUS = Path(__file__).parent / "corpus"
 FOUND = PROJECT / "out" / "fuzz"
 
@@ -117,6 +118,35 @@ def mend(content: bytes) -> bytes:
         struct.pack_into(">I", mended, end, zlib.crc32(content[place + 4 : end]))
         place = end + 4
     return bytes(mended)
+
+
+VALUES = [None, True, 0, -1, 1.5, 2**31, 2**63, 2**200, 1e308, float("nan"), float("inf"), "", "x", "../x", "\ud800"]
+VALUES += [[], {}, [[]], {"x": 1}, [1] * 5, ["x", None]]
+
+
+def reshape(content: bytes, rng: random.Random) -> bytes:
+    """JSON with other values, kinds, names or depth at one or two places."""
+    document = json.loads(content)
+    for _ in range(rng.choice((1, 1, 2))):
+        node, value = document, rng.choice(VALUES)
+        while isinstance(node, dict | list) and node:
+            key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            if not (isinstance(node[key], dict | list) and node[key] and rng.random() < 0.6):
+                break
+            node = node[key]
+        change = rng.randrange(6)
+        if not isinstance(node, dict | list) or not node:
+            continue
+        if change == 0:
+            del node[key]
+        elif change == 1 and isinstance(node, dict):
+            node[str(value)] = node[key]
+        elif change == 2:
+            node[key] = {"x": node[key]}
+        else:
+            node[key] = value
+    text = json.dumps(document)
+    return (text if rng.random() < 0.98 else "[" * 200_000 + text).encode()
 
 
 # ---------------------------------------------------------------- targets
@@ -269,8 +299,11 @@ def mutants(target: str, seed: int, start: int) -> Iterator[tuple[int, bytes]]:
     seeds = TARGETS[target][0]()
     for number in range(start, sys.maxsize):
         rng = random.Random(f"{target} {seed} {number}")
-        content = mutate(seeds, rng)
-        yield number, mend(content) if rng.random() < 0.9 else content
+        if target == "manifests" and rng.random() < 0.8:
+            yield number, reshape(rng.choice(seeds), rng)
+        else:
+            content = mutate(seeds, rng)
+            yield number, mend(content) if rng.random() < 0.9 else content
 
 
 def work(target: str, seed: int, start: int, count: int, place: str) -> None:
@@ -297,7 +330,7 @@ def work(target: str, seed: int, start: int, count: int, place: str) -> None:
         if (peak := peak_megabytes()) > MEGABYTES:
             why = f"{peak:.0f} MB of memory"
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        if (seconds := time.monotonic() - begun) > SECONDS / 4:
+        if (seconds := time.monotonic() - begun) > SECONDS / 4 and not why:
             why = f"{seconds:.1f} s"
         if why:
             print(json.dumps({"number": number, "why": why}), flush=True)
@@ -351,7 +384,7 @@ def _watch_one(report: Report, start: int, count: int, until: float) -> int:
     with tempfile.NamedTemporaryFile() as place, tempfile.TemporaryFile("w+") as output:
         place.write(struct.pack("<q", start))
         place.flush()
-        command = [sys.executable, __file__, "--work", report.target, report.seed, start, count, place.name]
+        command = [sys.executable, PROGRAM, "--work", report.target, report.seed, start, count, place.name]
         process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=subprocess.DEVNULL)
         number, since, why = start, time.monotonic(), ""
         while process.poll() is None:

@@ -50,5 +50,6 @@ def reason(error: Exception) -> str:
         text = str(error)
     else:
         text = f"it cannot be processed: {type(error).__name__}: {error}"
-    line = " ".join(redact(text).split()).encode("utf-8", "replace").decode()  # Arrow takes no half characters
+    # Arrow takes no half characters.
+    line = " ".join(redact(text).split()).encode("utf-8", "replace").decode() or type(error).__name__
     return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 3]}..."

@@ -181,21 +181,26 @@ def _count_clears(codes: bytes, bits: int) -> int:
 
     In between, the length of a code follows from the number of codes before it: so all of them are looked at together.
     """
-    size, count, place, is_full = 8 * len(codes), 0, 0, False
+    size, count, place, is_full, looked_at = 8 * len(codes), 0, 0, False, len(codes)
     words = np.ndarray(len(codes), "<u4", codes + bytes(3), strides=(1,))  # of each byte and the three behind it
     # Where not even the shortest codes come to more than may be, nothing is looked at.
     while count <= GIF_CLEARS < count + (size - place) // (bits + 1):
         start, offset = divmod(place, 8)
         first, shift, mask, ends = _code_places(bits, is_full, offset)
-        fit = int(np.searchsorted(ends, size - 8 * start, side="right"))
-        if not fit:
+        there = int(np.searchsorted(ends, size - 8 * start, side="right"))
+        some = min(there, looked_at)
+        if not there:
             break
-        codes_here = words[start:][first[:fit]] >> shift[:fit] & mask[:fit]
-        is_end = codes_here >> 1 == 1 << bits - 1  # of two codes one clears, the next one ends
+        is_end = (words[start:][first[:some]] >> shift[:some] & mask[:some]) >> 1 == 1 << bits - 1  # two codes do
         found = int(is_end.argmax())
-        is_full = not is_end[found]
-        count += not is_full
-        place = 8 * start + int(ends[fit - 1 if is_full else found])
+        if is_end[found]:
+            count, is_full, looked_at = count + 1, False, 2 * found + 64  # tables are about as long as the last
+        elif some < there:
+            looked_at = there
+            continue
+        else:
+            is_full, found = True, there - 1
+        place = 8 * start + int(ends[found])
     return count
 
 
@@ -227,7 +232,7 @@ def _tiff(content: Content, order: str) -> Header | None:
         part, decoded = width * rows, width * min(rows, height)
     # One part after the other is read, decoded and made four channels, whole. More and longer samples are refused.
     samples = min(tags.get(TIFF_SAMPLES, 1), 4) * min(tags.get(TIFF_BITS, 1), 16) / 8
-    nbytes = max(PLAIN * width * height, int(4 * width * height + 4 * part + 2 * samples * decoded)) + len(content)
+    nbytes = max(PLAIN * width * height, int(4 * width * height + 4 * part + 2 * samples * decoded)) + 4 * claimed
     return Header(width, height, nbytes, problem)
 
 
