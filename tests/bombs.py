@@ -205,6 +205,7 @@ def mp4(samples: int, chunks: int = 1, codec: bytes = b"raw ", side: int = 1, da
 
 
 PNG_HEAD = PNG + chunk(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 2, 0, 0, 0))
+FILM = chunk(b"acTL", struct.pack(">II", 3, 0))  # of three frames
 CUT = "the image is damaged or cut short"
 
 
@@ -236,7 +237,7 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
     "colours of 2 GB.png": (lambda: PNG_HEAD + chunk(b"PLTE", b"", 2**31 - 64), CUT),
     "transparency of 2 GB.png": (lambda: PNG_HEAD + chunk(b"tRNS", b"", 2**31 - 64), CUT),
     "end of 2 GB.png": (lambda: PNG_HEAD + chunk(b"IEND", b"", 2**31 - 64), CUT),
-    "frame of 2 GB.png": (lambda: png_with(chunk(b"acTL", bytes(8)), after=[chunk(b"fdAT", b"", 2**31 - 64)]), CUT),
+    "frame of 2 GB.png": (lambda: png_with(FILM, after=[chunk(b"fdAT", b"", 2**31 - 64)]), CUT),
     "texts.png": (lambda: png_with(*[text_chunk(7)] * 100), "too many compressed texts"),
     "texts at the end.png": (lambda: png_with(after=[text_chunk(7)] * 100), "too many compressed texts"),
     "international.png": (lambda: png_with(*[text_chunk(7, b"iTXt")] * 100), "too many compressed texts"),
