@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from helpers import pipeline, stages
 from helpers.config import Config, load_config
 from helpers.errors import ConfigError, StorageError
-from helpers.images import video
+from helpers.images import container, video
 from helpers.images.boundary import UnreadableImageError
 from helpers.images.decoding import decode
 from helpers.images.video import find_frames, frame_columns, frame_paths, read_frames, split_path, split_paths
@@ -149,7 +149,7 @@ def test_a_range_has_the_very_pixels_that_decoding_from_the_beginning_gives(clip
 @pytest.mark.parametrize(("kind", "most"), [("h264", 16), ("motion jpeg", 2), ("vp9", 12)])
 def test_a_range_is_reached_by_seeking(clips, kind, most, monkeypatch):
     decoded = []
-    original = video._decode
+    original = video.decode_frames
 
     def counted(container, stream):
         for item in original(container, stream):
@@ -158,7 +158,7 @@ def test_a_range_is_reached_by_seeking(clips, kind, most, monkeypatch):
 
     with clips(kind).path.open("rb") as file:
         frames = find_frames(file)
-        monkeypatch.setattr(video, "_decode", counted)
+        monkeypatch.setattr(video, "decode_frames", counted)
         assert equal(
             list(read_frames(file, np.array([49]), frames.pts[49:], frames.seek[49:])), clips(kind).expected[49:]
         )
@@ -773,7 +773,7 @@ def test_frames_that_lead_to_the_same_place_again_and_again_are_no_video():
 
 @each_clip
 def test_an_ordinary_video_does_not_claim_more_than_it_has(clips, kind, monkeypatch):
-    monkeypatch.setattr(video, "CLAIMED", 1)
+    monkeypatch.setattr(container, "CLAIMED", 1)
     with clips(kind).path.open("rb") as file:
         assert find_frames(file).count == 50
 
@@ -790,5 +790,5 @@ def test_an_index_of_few_bytes_takes_no_more_memory_than_there_may_be(tmp_path):
     batch = list_images(open_storage(str(tmp_path)), settings()).videos.to_batches()
     megabytes = round(resident_megabytes()) + 300
     ((row,),) = (b.to_pylist() for b in list_frames(batch, LocalStorage(str(tmp_path)), 1, 10**8, megabytes))
-    assert row["error"] and row["count"] is None
+    assert "not enough memory" in row["error"] and row["count"] is None
     assert resident_megabytes() < megabytes + 50

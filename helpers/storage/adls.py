@@ -94,15 +94,23 @@ class AdlsStorage:
 
         Raises:
             OSError: as for `read`.
-            StorageError: likewise; or the disk for temporary files is full.
+            StorageError: likewise; or there is no space for temporary files.
         """
-        with _on_temporary_disk(), contextlib.ExitStack() as stack:
-            copy = stack.enter_context(tempfile.TemporaryFile())
-            with self._download(path) as download:
-                download.readinto(copy)
-            copy.seek(0)
-            stack.pop_all()
-        return copy
+        try:
+            with contextlib.ExitStack() as stack:
+                copy = stack.enter_context(tempfile.TemporaryFile())
+                with self._download(path) as download:
+                    download.readinto(copy)
+                copy.seek(0)
+                stack.pop_all()
+            return copy
+        except OSError as error:
+            if error.filename == path:
+                raise
+            raise StorageError(
+                f"a video cannot be copied to this machine's disk ({error.strerror}); make space for temporary files, "
+                "or set TMPDIR to a folder that has it, and run again"
+            ) from None
 
     def read(self, path: str, limit: int | None = None) -> bytes:
         """Read a file, a large one in several ranges at once.
@@ -278,24 +286,6 @@ class AdlsStorage:
             f"{self.root}: the storage does not answer as it should ({code or said}), after {TRIES} more tries where "
             "that may help; run again when it does, what is finished is kept"
         )
-
-
-@contextlib.contextmanager
-def _on_temporary_disk() -> Iterator[None]:
-    """Tell a disk that is full, or not there, from a file of the storage that cannot be read."""
-    try:
-        folder = tempfile.gettempdir()
-    except FileNotFoundError as error:
-        raise StorageError(f"{error.strerror}; set TMPDIR to a folder with space for a video") from None
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise StorageError(
-            f"{folder}: the disk is full, and a video is copied there; make space, or set TMPDIR to a folder on a "
-            "larger disk, and run again"
-        ) from None
 
 
 def _is_folder(properties: Any) -> bool:
