@@ -1,6 +1,7 @@
 # make run      the notebooks in order on this machine; pictures, tables and TensorBoard logs end up in out/
 # make test     unit, Spark and notebook tests
 # make pack     one archive with all that Spark's executors need, for a cluster without our packages
+# make fuzz     mutants of images, videos and manifests, for MINUTES=10; fails if one does more than become an error
 # Both do their own set-up; a second call finds it done. `make -B run` runs the notebooks again.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ DATA := out/data/FashionMNIST/.ready
 # apt-get as root or through sudo without a password; empty where there is neither
 APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo apt-get || { sudo -n true 2>/dev/null && echo sudo apt-get; }; })
 
-.PHONY: setup run test lint notebooks clean java azurite pack badges
+.PHONY: setup run test fuzz lint notebooks clean java azurite pack badges
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready java $(CLASSES) $(DATA)
@@ -66,6 +67,11 @@ out/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | setup
 test: setup azurite
 	$(BIN)/pytest
 	$(BIN)/pytest --nbval notebooks --nbval-sanitize-with conf/nbval.cfg
+
+MINUTES ?= 10
+
+fuzz: .venv/.ready
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
 
 pack: out/pack/executors.tar.gz
 

@@ -3,4 +3,10 @@
 Importing this package imports nothing heavy: executors import only the modules that their stage needs.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# OpenCV reads it when it is first imported. Its own limit, 2^30, would be 3 GB of pixels, should a file ever have more
+# of them than its header was understood to say.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))

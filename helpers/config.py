@@ -70,6 +70,7 @@ class IngestSettings(_Section):
     """Which files are images, and how large one may be."""
 
     suffixes: tuple[str, ...]
+    max_bytes: Annotated[int, Field(gt=0, lt=2**31 - 1)]  # what Arrow can hold
     max_pixels: Positive
 
 
@@ -96,7 +97,7 @@ class InferenceSettings(_Section):
 
     precision: Literal["f32", "bf16", "f16"] | None
     threads: Positive
-    batch_megabytes: Positive
+    batch_megabytes: Annotated[int, Field(gt=0, le=1024)]  # half of what Arrow can hold
     max_batch: Positive
     memory_megabytes: Positive
 

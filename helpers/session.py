@@ -130,7 +130,9 @@ def spark_failure(error: Exception) -> str:
     """The one line that says what went wrong in a failed Spark job: the project's own error where there is one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     ours = [line for line in lines if re.match(r"helpers\.errors\.\w+: ", line)]
-    python = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Expired|Exit): ", line)]
+    # What follows a traceback, after its indented lines, is the exception, whatever its name and whether it says more.
+    python = re.findall(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)+(\S.*)", str(error))
+    python = python or [line for line in lines if re.match(r"[\w.]*(Error|Exception|Expired|Exit): ", line)]
     crashed = [text[0] for text in re.finditer(r"Python\s+worker exited unexpectedly[^.\n]*", str(error))]
     found = (ours or python or crashed or lines or [type(error).__name__])[-1 if ours or python else 0]
     remedy = f": {PACKAGES_REMEDY}" if re.match(r"ModuleNotFoundError|PySparkImportError", found) else ""

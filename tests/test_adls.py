@@ -30,8 +30,10 @@ import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
+import tracemalloc
 import types
 from collections.abc import Callable
 from urllib.parse import parse_qs
@@ -43,7 +45,7 @@ from pyspark import cloudpickle
 
 from helpers.config import load_config
 from helpers.errors import ConfigError, StorageError
-from helpers.images import decoding
+from helpers.images import boundary
 from helpers.stages import reading
 from helpers.storage import StorageOptions, adls, client, credentials, lease, open_storage
 from helpers.storage.adls import AdlsStorage
@@ -143,6 +145,47 @@ def test_a_large_file_is_read_in_ranges_and_written_in_chunks(storage, dfs, hast
     assert sum(request.query.get("action") == "append" for request in dfs.requests) == 15
     assert storage.read("large") == content
     assert sum(request.is_read for request in dfs.requests) == 11
+
+
+def test_a_large_file_is_copied_in_ranges_in_the_memory_of_a_few(storage, dfs, hasty, monkeypatch):
+    monkeypatch.setattr(adls, "RANGE_BYTES", 2**20)
+    content = os.urandom(2**20) * 120
+    storage.write("large", content)
+    dfs.requests.clear()
+    tracemalloc.start()
+    try:
+        with storage.open("large") as file:
+            assert tracemalloc.get_traced_memory()[1] < len(content) / 2
+            assert file.read() == content
+    finally:
+        tracemalloc.stop()
+    assert sum(request.is_read for request in dfs.requests) == 120
+
+
+def test_a_file_beyond_its_limit_is_told_by_its_first_range(storage, dfs, hasty, monkeypatch):
+    monkeypatch.setattr(adls, "RANGE_BYTES", 100_000)
+    storage.write("large", bytes(1_000_000))
+    dfs.requests.clear()
+    with pytest.raises(OSError, match="too large"):
+        storage.read("large", 999_999)
+    assert sum(request.is_read for request in dfs.requests) == 1
+
+
+@pytest.mark.parametrize("length", [100, 3 * 2**20])
+def test_a_full_disk_for_temporary_files_is_told_with_the_remedy(storage, hasty, monkeypatch, length):
+    monkeypatch.setattr(adls, "RANGE_BYTES", 2**20)
+    storage.write("a.mp4", bytes(length))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b"))  # noqa: PTH123, SIM115
+    with pytest.raises(StorageError, match="No space left on device.*TMPDIR"):
+        storage.open("a.mp4")
+
+
+def test_no_disk_for_temporary_files_is_told_with_the_remedy(storage, monkeypatch, tmp_path):
+    storage.write("a.mp4", b"1")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "gone")])
+    with pytest.raises(StorageError, match="No usable temporary directory.*TMPDIR"):
+        storage.open("a.mp4")
 
 
 def test_deleting_a_folder_takes_all_that_is_below(storage):
@@ -282,12 +325,12 @@ def test_a_file_that_its_access_rights_forbid_is_an_error_row_and_a_refused_cred
     with dfs.disturb(lambda request: forbidden if request.is_read else None):
         with pytest.raises(PermissionError):
             storage.read("a.png")
-        assert reading._read(storage, ("a.png", None)) == (None, decoding.READ_ERRORS[errno.EACCES])
+        assert reading._read(storage, ("a.png", None, 100)) == (None, boundary.READ_ERRORS[errno.EACCES])
     with dfs.disturb(lambda request: forbidden), pytest.raises(StorageError, match="refused"):
         list(storage.list())
     refused = Refusal(403, "AuthenticationFailed").answer
     with dfs.disturb(lambda request: refused), pytest.raises(StorageError, match="refused.*run again"):
-        reading._read(storage, ("a.png", None))
+        reading._read(storage, ("a.png", None, 100))
 
 
 def test_a_sas_token_that_has_expired_is_told_and_a_new_one_taken(by_sas, dfs, monkeypatch):

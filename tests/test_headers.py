@@ -1,13 +1,17 @@
 import io
 import struct
 
+import bombs
+import numpy as np
 import pytest
+from bombs import LONG, LONG8, SHORT, tiff
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers.images import headers
 from helpers.images.decoding import decode
-from helpers.images.headers import read_size
+from helpers.images.headers import SCANS, read_header, read_size
 
 FORMS = {
     "png": ("PNG", "RGB", {}),
@@ -91,13 +95,105 @@ def test_a_header_that_is_cut_short_is_no_exception(form):
         assert size is None or max(size) <= 300
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("kind", [SHORT, LONG, LONG8])
+def test_the_size_of_a_tiff_is_read_whatever_type_it_has_and_wherever_it_lies(kind, big, order):
+    content = tiff([(256, kind, [300]), (257, kind, [200])], b"", big, order)
+    assert read_size(content) == (300, 200)
+
+
+def test_of_two_sizes_of_a_tiff_the_first_counts_as_it_does_for_the_decoder():
+    pixels = np.asarray(bombs.noise()).tobytes()
+    tags = bombs.picture_tags(bombs.WIDTH, bombs.HEIGHT, len(pixels))
+    content = tiff([*tags[:2], (256, SHORT, [8]), (257, SHORT, [6]), *tags[2:]], pixels)
+    assert read_size(content) == (bombs.WIDTH, bombs.HEIGHT)
+    assert decode(content, 10**6).shape[:2] == (bombs.HEIGHT, bombs.WIDTH)
+
+
+@given(
+    st.sampled_from("<>"), st.booleans(), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.binary(max_size=60)
+)
+def test_a_tiff_may_name_any_place_and_any_count(order, big, place, count, rest):
+    mark = (b"II" if order == "<" else b"MM") + struct.pack(order + "H", 43 if big else 42)
+    start = struct.pack(order + "HHQ", 8, 0, place) if big else struct.pack(order + "I", place % 2**32)
+    entry = struct.pack(
+        order + ("QHHQQ" if big else "HHHIH"), *[v % (2**16 if big is False else 2**64) for v in (count,)], 256, 4, 1, 7
+    )
+    for content in (
+        mark + start + rest,
+        mark + struct.pack(order + "HHQ", 8, 0, 16)[: 12 if big else 0] + entry + rest,
+    ):
+        size = read_size(content)
+        assert size is None or min(size) > 0
+
+
+@pytest.mark.parametrize("form", ["jpeg, progressive", "jpeg", "jpeg, cmyk"])
+def test_an_ordinary_jpeg_has_scans_enough(form):
+    assert read_header(encoded(form, (300, 200))).problem is None
+
+
+def test_a_jpeg_may_have_many_scans_but_not_any_number():
+    assert read_header(bombs.jpeg_of_scans(40, SCANS - 20)).problem is None
+    assert "scans" in read_header(bombs.jpeg_of_scans(40, SCANS + 1)).problem
+
+
+def test_thumbnails_and_profiles_in_a_jpeg_are_no_scans():
+    other = encoded("jpeg", (30, 20))
+    content = encoded("jpeg, progressive", (60, 40))
+    segment = b"\xff\xe1" + struct.pack(">H", 2 + len(other)) + other
+    assert read_header(content[:20] + segment * (2 * SCANS) + content[20:]).problem is None
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"iTXt", b"zTXt", b"iCCP", b"eXIf", b"prVt", b"IDAT"])
+def test_a_chunk_of_a_png_lies_within_the_file(kind):
+    good = bombs.chunk(kind, b"k\0\0\0\0" + bytes(8))
+    assert read_header(bombs.png_with(good)).problem is None
+    for length in (14, 5000, 2**31 - 1, 2**32 - 1):
+        assert read_header(bombs.png_with(bombs.chunk(kind, b"k\0\0\0\0" + bytes(8), length))).problem
+
+
+def test_the_texts_of_an_ordinary_png_are_no_problem():
+    content = bombs.png_with(bombs.text_chunk(0.5), bombs.text_chunk(0.5, b"iTXt"), bombs.text_chunk(0.05, b"iCCP"))
+    assert read_header(content).problem is None and decode(content, 10**6).shape == (24, 32, 3)
+
+
+def clears(codes: bytes, bits: int) -> int:
+    """The codes of a GIF one after the other, as its specification has it."""
+    stream, place, width, codes_so_far, count = int.from_bytes(codes, "little"), 0, bits + 1, (1 << bits) + 1, 0
+    while place + width <= 8 * len(codes):
+        code, place = stream >> place & (1 << width) - 1, place + width
+        codes_so_far = min(codes_so_far + 1, 4096)
+        width += codes_so_far == 1 << width and width < 12
+        if code >> 1 == 1 << bits - 1:
+            count, width, codes_so_far = count + 1, bits + 1, (1 << bits) + 1
+    return count
+
+
+@given(st.integers(2, 11), st.binary(max_size=400), st.integers(1, 60), st.booleans())
+def test_the_tables_of_a_gif_are_counted_as_one_code_after_the_other_gives(bits, codes, times, rare):
+    codes = (bytes(c & 3 for c in codes) if rare else codes) * times  # few of them clear, so that tables get full
+    expected = clears(codes, bits)
+    with pytest.MonkeyPatch.context() as patch:
+        for most in (0, expected - 1, expected, expected + 1):
+            patch.setattr(headers, "GIF_CLEARS", most)
+            assert (headers._count_clears(codes, bits) > most) == (expected > most)
+
+
+@pytest.mark.parametrize("side", [1, 16, 700])
+def test_an_ordinary_gif_has_tables_enough(side):
+    buffer = io.BytesIO()
+    Image.effect_noise((side, side), 90).save(buffer, "GIF")
+    assert read_header(buffer.getvalue()).problem is None
+
+
 @given(
     st.sampled_from([b"", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"RIFF0000WEBP"]),
     st.binary(),
 )
 def test_no_bytes_make_it_fail(start, rest):
     size = read_size(start + rest)
-    assert size is None or len(size) == 2
+    assert size is None or min(size) > 0
 
 
 @pytest.mark.parametrize("content", [b"", b"a text file", b"<svg/>", bytes(100)])

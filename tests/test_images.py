@@ -1,8 +1,11 @@
 import io
+import json
+import os
 import subprocess
 import sys
 import tracemalloc
 
+import bombs
 import cv2
 import numpy as np
 import pytest
@@ -11,11 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.images.decoding import UnreadableImageError, decode, fit
+from helpers.images.boundary import UnreadableImageError
+from helpers.images.decoding import decode, fit
+from helpers.images.headers import read_header
 from helpers.models.bundle import InputSpec
 
 MANY = 10**9
 BLUE, GREEN, RED = (255, 0, 0), (0, 255, 0), (0, 0, 255)  # BGR
+ORIENTED = Image.Exif()
+ORIENTED[0x0112] = 6  # lies on its side
 CHANNELS = {"rgb": 3, "bgr": 3, "gray": 1}
 
 
@@ -87,8 +94,19 @@ def test_exif_orientation_is_applied(form, orientation):
 
 def test_an_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "lime", "blue")]
-    image = decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), MANY)
-    assert image.shape == (10, 20, 3) and (image == RED).all()
+    for form in ("GIF", "PNG", "WEBP"):
+        options = {"lossless": True} if form == "WEBP" else {}
+        image = decode(encoded(frames[0], form, save_all=True, append_images=frames[1:], **options), MANY)
+        assert image.shape == (10, 20, 3) and (image == RED).all(), form
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
+def test_an_animated_png_is_the_picture_that_it_is_without_its_animation(photo, mode):
+    frames = [Image.fromarray(np.roll(photo, shift, axis=1)).convert(mode) for shift in (0, 50, 100)]
+    still, film = encoded(frames[0], "PNG"), encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    assert b"acTL" in film and b"acTL" not in still
+    np.testing.assert_array_equal(decode(film, MANY), decode(still, MANY))
+    np.testing.assert_array_equal(decode(memoryview(film), MANY), decode(still, MANY))
 
 
 def test_a_grey_png_comes_through_exactly():
@@ -223,7 +241,8 @@ def test_a_format_that_does_not_tell_its_size_is_refused_though_opencv_knows_it(
 def test_a_decompression_bomb_is_refused_before_its_pixels_are_in_memory():
     script = """
 import resource, sys
-from helpers.images.decoding import UnreadableImageError, decode
+from helpers.images.boundary import UnreadableImageError
+from helpers.images.decoding import decode
 content = sys.stdin.buffer.read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -234,3 +253,140 @@ except UnreadableImageError:
     bomb = bilevel_png(16_000, 12_000)  # 23 kB, 576 MB decoded
     answer = subprocess.run([sys.executable, "-c", script], input=bomb, capture_output=True, check=True)
     assert int(answer.stdout) < 100  # megabytes
+
+
+# ---------------------------------------------------------------- files that mean harm, or might as well
+
+# Memory and seconds that each file of a folder takes, in a process that has no limit of its own.
+WATCH = """
+import json, re, sys, time
+from pathlib import Path
+from helpers.images.boundary import attempt
+from helpers.images.decoding import decode
+from helpers.memory import resident_megabytes
+
+def peak():
+    return int(re.findall(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[0]) / 1024
+
+attempt(decode, b"BM", 1)  # whatever the first image takes, no later one does
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    content = path.read_bytes()
+    Path("/proc/self/clear_refs").write_text("5")
+    before, begun = resident_megabytes(), time.monotonic()
+    image, error = attempt(decode, content, 178_956_970)
+    seconds, taken = time.monotonic() - begun, peak() - before
+    print(json.dumps([path.name, error or list(image.shape), taken, seconds]), flush=True)
+    del image
+"""
+
+
+def watched(folder) -> dict[str, list]:
+    """Error or shape, megabytes and seconds of each file, by its name."""
+    if not os.path.exists("/proc/self/clear_refs"):  # noqa: PTH110
+        pytest.skip("this system does not tell how much memory a process had")
+    given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # else the next file takes what one has left
+    command = [sys.executable, "-c", WATCH, str(folder)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, env=given_back)
+    rows = [json.loads(line) for line in answer.stdout.splitlines()]
+    return {name: row for name, *row in rows}
+
+
+@pytest.fixture(scope="module")
+def harm(tmp_path_factory) -> dict[str, list]:
+    folder = tmp_path_factory.mktemp("harm")
+    for name, (make, _) in bombs.IMAGES.items():
+        (folder / name).write_bytes(make())
+    return watched(folder)
+
+
+@pytest.mark.parametrize(("name", "words"), [(name, words) for name, (_, words) in bombs.IMAGES.items()])
+def test_a_file_that_would_take_memory_or_minutes_is_refused_at_once(harm, name, words):
+    error, megabytes, seconds = harm[name]
+    assert words in error
+    assert megabytes < 40 and seconds < 5
+
+
+SIDE = 1600
+# What the decoders take most memory for: modes, formats and their options.
+HUNGRY = {
+    "plain.jpg": ("RGB", "JPEG", {}),
+    "turned.jpg": ("RGB", "JPEG", {"exif": ORIENTED}),
+    "grey.jpg": ("L", "JPEG", {"progressive": True}),
+    "progressive.jpg": ("RGB", "JPEG", {"progressive": True, "subsampling": 0}),
+    "turned progressive.jpg": ("RGB", "JPEG", {"progressive": True, "subsampling": 0, "exif": ORIENTED}),
+    "print.jpg": ("CMYK", "JPEG", {}),
+    "progressive print.jpg": ("CMYK", "JPEG", {"progressive": True}),
+    "turned.png": ("RGB", "PNG", {"exif": ORIENTED}),
+    "transparent.png": ("RGBA", "PNG", {}),
+    "palette.png": ("P", "PNG", {}),
+    "deep.png": ("I;16", "PNG", {}),
+    "film.png": ("RGBA", "PNG", {"save_all": True}),
+    "plain.gif": ("P", "GIF", {}),
+    "film.gif": ("P", "GIF", {"save_all": True, "disposal": 3}),
+    "plain.bmp": ("RGB", "BMP", {}),
+    "lossy.webp": ("RGB", "WEBP", {"method": 0}),
+    "transparent.webp": ("RGBA", "WEBP", {"method": 0}),
+    "lossless.webp": ("RGBA", "WEBP", {"method": 0, "lossless": True}),
+    "film.webp": ("RGBA", "WEBP", {"method": 0, "save_all": True}),
+    "lossless film.webp": ("RGBA", "WEBP", {"method": 0, "lossless": True, "save_all": True}),
+    "plain.tif": ("RGB", "TIFF", {}),
+    "packed.tif": ("RGB", "TIFF", {"compression": "tiff_lzw"}),
+    "photo.tif": ("RGB", "TIFF", {"compression": "jpeg"}),
+    "print.tif": ("CMYK", "TIFF", {}),
+    "bilevel.tif": ("1", "TIFF", {}),
+}
+# TIFFs that Pillow does not write: samples, bits of each, and other tags.
+HUNGRY_TIFF = {
+    "one strip.tif": (3, 8, {}),
+    "deep.tif": (4, 16, {"extra": 2}),
+    "planes.tif": (4, 16, {"extra": 2, "planar": 2}),
+    "one tile.tif": (4, 16, {"extra": 2, "across": SIDE, "down": SIDE}),
+    "tiles.tif": (3, 8, {"across": 256, "down": 256}),
+}
+
+
+def hungry_tiff(samples: int, bits: int, extra: int = 0, **tags: int) -> bytes:
+    across, down = tags.get("across", SIDE), tags.get("down", SIDE)
+    part = across * down * samples * bits // 8 // (samples if tags.get("planar") == 2 else 1)
+    parts = (-(-SIDE // across)) * (-(-SIDE // down)) * (samples if tags.get("planar") == 2 else 1)
+    listed = bombs.picture_tags(SIDE, SIDE, 0, samples=samples, bits=[bits] * samples, **tags)
+    places = {273: 16, 324: 16, 279: part, 325: part}
+    listed = [(t, bombs.LONG, [places[t]] * parts) if t in places else (t, k, v) for t, k, v in listed]
+    return bombs.tiff(sorted([*listed, *([(338, bombs.SHORT, [extra])] if extra else [])]), os.urandom(part))
+
+
+@pytest.fixture(scope="module")
+def hungry(tmp_path_factory) -> tuple[dict[str, list], dict[str, float]]:
+    """What decoding each takes, and what its header says of it, in megabytes."""
+    folder, said = tmp_path_factory.mktemp("hungry"), {}
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 4), np.uint8)
+    for name, (mode, form, options) in HUNGRY.items():
+        image = Image.fromarray(noise, "RGBA").convert("RGB")
+        image = Image.fromarray(noise) if mode == "RGBA" else image.convert(mode)
+        films = {"append_images": [Image.new(mode, image.size)]} if "save_all" in options else {}
+        (folder / name).write_bytes(encoded(image, form, **options, **films))
+    for name, (samples, bits, tags) in HUNGRY_TIFF.items():
+        (folder / name).write_bytes(hungry_tiff(samples, bits, **tags))
+    for path in folder.iterdir():
+        said[path.name] = read_header(path.read_bytes()).nbytes / 2**20
+    return watched(folder), said
+
+
+@pytest.mark.parametrize("name", [*HUNGRY, *HUNGRY_TIFF])
+def test_decoding_takes_no_more_memory_than_the_header_says(hungry, name):
+    taken, said = hungry
+    shape, megabytes, _ = taken[name]
+    assert shape == [SIDE, SIDE, 3]
+    assert megabytes < said[name] + 2
+    assert megabytes > 0.4 * said[name]  # nor is an image refused that there is room for
+
+
+@pytest.mark.parametrize("limit", ["pixels", "memory"])
+def test_an_image_that_would_take_more_than_allowed_is_told_so(photo, limit):
+    content = encoded(Image.fromarray(photo))
+    most = read_header(content).nbytes
+    assert decode(content, 60_000, most).shape == photo.shape
+    with pytest.raises(
+        UnreadableImageError, match=r"^the image has 300 x 200 pixels, .*more than .*(ingest|inference)\."
+    ):
+        decode(content, *((59_999, most) if limit == "pixels" else (60_000, most - 1)))

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +87,28 @@ def test_the_manifest_has_every_image_once_in_its_planned_partition(samples, con
     assert dict(zip(table["path"].to_pylist(), table["partition"].to_pylist(), strict=True)) == partitions
     assert table.num_rows == len(partitions) == 64
     assert table["partition"].to_pylist() == sorted(table["partition"].to_pylist())
+
+
+def test_an_image_that_is_too_long_is_listed_with_its_error_and_takes_no_part_in_the_plan(storage, config):
+    storage.write("a.png", b"1" * 100)
+    storage.write("b.png", b"1")
+    storage.write("clip.mp4", b"1")
+    for name in ("b.png", "clip.mp4"):
+        os.truncate(storage.join(name), 2**40)  # a terabyte that takes no room
+    listing = list_images(storage, config)
+    errors = {Path(row["path"]).name: row["error"] for row in listing.images.to_pylist()}
+    assert errors["a.png"] is None
+    assert errors["b.png"].startswith(
+        f"the file has {2**40} bytes, more than the {config.ingest.max_bytes} that ingest"
+    )
+    assert listing.videos["error"].to_pylist() == [None]  # which is not read as a whole
+    assert plan(listing.images, 2, config).partitions == 2
+    table = manifest(listing.images, plan(listing.images, 2, config))
+    assert sorted(table["error"].is_null().to_pylist()) == [False, True]
+
+
+def test_an_image_may_have_as_many_bytes_as_allowed_and_no_more(storage):
+    storage.write("a.png", b"1" * 100)
+    for most, is_good in ((100, True), (99, False)):
+        images = list_images(storage, load_config("local", **{"ingest.max_bytes": most})).images
+        assert images["error"].is_null().to_pylist() == [is_good]

@@ -248,6 +248,8 @@ Driver stacktrace:
             f"ModuleNotFoundError: No module named 'cv2': {PACKAGES_REMEDY}",
         ),
         ("MemoryError: out of memory", "MemoryError: out of memory"),
+        ("MemoryError", "MemoryError"),
+        ("pyarrow.lib.ArrowInvalid: offset overflow\n\tat java.Thread", "pyarrow.lib.ArrowInvalid: offset overflow"),
     ],
 )
 def test_the_line_that_matters_is_found_in_a_long_spark_message(error, line):

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 
 from helpers import stages
-from helpers.errors import ConfigError
+from helpers.errors import BundleError, ConfigError, StorageError
 from helpers.images.decoding import decode, fit
 from helpers.ingest.listing import list_images, manifest, plan
+from helpers.memory import resident_megabytes
 from helpers.models.bundle import OutputSpec, load_bundle
 from helpers.pipeline import make_task
 from helpers.results.store import without
@@ -296,3 +297,202 @@ def test_a_file_that_is_rewritten_between_listing_and_reading_still_gives_a_row(
         list(stages.preprocess(stages.read_images([batch], storage, 4, 100), bundle.manifest.input, 4, 10**6))
     )
     assert (row["width"], row["height"], row["error"]) == (62, 60, None)
+
+
+# ---------------------------------------------------------------- what goes wrong with one image
+
+
+def manifest_of(storage, *names: str, length: int | None = None) -> pa.RecordBatch:
+    rows = [
+        {"path": storage.join(name), "length": os.stat(storage.join(name)).st_size if length is None else length}
+        for name in names
+    ]
+    return pa.RecordBatch.from_pylist(rows, schema=stages.MANIFEST_SCHEMA)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three good images, the one between of which a test spoils."""
+    storage = open_storage(str(tmp_path / "three"))
+    for name in ("a.png", "b.png", "c.png"):
+        storage.write(name, png(28))
+    return storage
+
+
+@pytest.mark.parametrize(
+    "error", [OverflowError("too large"), MemoryError(), KeyError("x"), RuntimeError("\n"), OSError(5)]
+)
+def test_whatever_decoding_an_image_raises_is_its_own_error(three, bundle, monkeypatch, error):
+    spoilt = three.read("b.png") + b"more"
+    three.write("b.png", spoilt)
+    original = preprocessing.load
+
+    def load(content, *arguments):
+        if bytes(content) == spoilt:
+            raise error
+        return original(content, *arguments)
+
+    monkeypatch.setattr(preprocessing, "load", load)
+    read = stages.read_images([manifest_of(three, "a.png", "b.png", "c.png")], three, 4, MEGABYTE)
+    rows = rows_of(list(stages.preprocess(read, bundle.manifest.input, 4, 10**6)))
+    assert [row["error"] is None for row in rows] == [True, False, True]
+    assert rows[1]["error"].strip() and rows[1]["tensor"] is None
+
+
+@pytest.mark.parametrize("error", [ValueError("no such range"), MemoryError(), OSError(5, "Input/output error")])
+def test_whatever_reading_an_image_raises_is_its_own_error_unless_a_user_must_mend_it(three, monkeypatch, error):
+    original = type(three).read
+
+    def read(self, path, limit=None):
+        if path.endswith("b.png"):
+            raise error
+        return original(self, path, limit)
+
+    monkeypatch.setattr(type(three), "read", read)
+    batch = manifest_of(three, "a.png", "b.png", "c.png")
+    rows = rows_of(list(stages.read_images([batch], three, 4, MEGABYTE)))
+    assert [row["error"] is None for row in rows] == [True, False, True]
+    error = StorageError("the credential was refused")
+    with pytest.raises(StorageError, match="refused"):
+        list(stages.read_images([batch], three, 4, MEGABYTE))
+
+
+def test_a_file_is_read_up_to_the_bytes_that_are_allowed_and_no_further(three):
+    length = len(three.read("b.png"))
+    three.write("c.png", bytes(length + 1))
+    rows = rows_of(list(stages.read_images([manifest_of(three, "b.png", "c.png")], three, 4, MEGABYTE, length)))
+    assert rows[0]["error"] is None and "ingest.max_bytes" in rows[1]["error"]
+    assert rows[1]["content"] is None
+
+
+def test_a_file_that_has_grown_beyond_measure_waits_for_the_next_run(three):
+    batch = manifest_of(three, "a.png", "b.png", "c.png")
+    three.write("a.png", three.read("a.png") + bytes(MEGABYTE // 2))
+    with open(three.join("b.png"), "r+b") as file:  # noqa: PTH123
+        file.truncate(2**40)
+    rows = rows_of(list(stages.read_images([batch], three, 4, MEGABYTE)))
+    assert [row["error"] is None for row in rows] == [True, False, True]
+    assert "longer than when it was listed" in rows[1]["error"]
+
+
+def test_what_files_have_grown_to_keeps_batches_within_their_bytes(three):
+    batch = manifest_of(three, "a.png", "b.png", "c.png")
+    for name in ("a.png", "b.png", "c.png"):
+        three.write(name, three.read(name) + bytes(600_000))
+    read = list(stages.read_images([batch], three, 64, MEGABYTE))
+    assert [part.num_rows for part in read] == [1, 1, 1]
+    assert [row["error"] for row in rows_of(read)] == [None] * 3
+    assert [row["path"] for row in rows_of(read)] == batch["path"].to_pylist()
+
+
+def test_an_error_of_the_listing_is_the_rows_and_nothing_is_read(three):
+    batch = manifest_of(three, "a.png", "b.png")
+    errors = pa.array([None, "the file has 9 bytes, more than the 8 that ingest.max_bytes allows"])
+    batch = batch.set_column(batch.schema.get_field_index("error"), "error", errors)
+    Path(three.join("b.png")).unlink()
+    rows = rows_of(list(stages.read_images([batch], three, 4, MEGABYTE)))
+    assert [row["error"] for row in rows] == errors.to_pylist()
+
+
+def test_memory_that_is_left_decides_which_images_are_decoded(three, bundle):
+    big = cv2.imencode(".png", np.zeros((3000, 3000, 3), np.uint8))[1].tobytes()  # 72 MB while it is decoded
+    three.write("b.png", big)
+    for room, good in ((1000, [True, True, True]), (40, [True, False, True])):
+        read = stages.read_images([manifest_of(three, "a.png", "b.png", "c.png")], three, 4, MEGABYTE)
+        megabytes = round(resident_megabytes()) + room
+        rows = rows_of(list(stages.preprocess(read, bundle.manifest.input, 4, 10**9, megabytes)))
+        assert [row["error"] is None for row in rows] == good
+    assert "3000 x 3000 pixels" in rows[1]["error"] and "inference.memory_megabytes" in rows[1]["error"]
+
+
+def outputs_of(bundle, logits: list[list[float] | None]) -> pa.RecordBatch:
+    """Rows of stage 3, null where an image failed before."""
+    rows = [
+        {"path": f"{i}.png", "length": 1, "width": 28, "height": 28, "error": None if row else "damaged", "logits": row}
+        for i, row in enumerate(logits)
+    ]
+    return pa.RecordBatch.from_pylist(rows, schema=stages.output_schema(bundle.manifest))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["raises", "no numbers", "too large"])
+def test_an_image_whose_outputs_cannot_be_post_processed_costs_its_own_row(bundle, monkeypatch, count, kind):
+    def odd(outputs, sizes, manifest, parameters, arrays):
+        found = classification(outputs, sizes, manifest, {"top_k": 1}, arrays)
+        for predictions, logits in zip(found, outputs["logits"], strict=True):
+            if logits[0] == 99:
+                if kind == "raises":
+                    raise IndexError("boolean index did not match")
+                predictions[0]["class_id"] = "seven" if kind == "no numbers" else 2**40  # which Arrow does not take
+        return found
+
+    monkeypatch.setitem(postprocessing.POSTPROCESSORS, "classification", odd)
+    good, bad = [0.0] * 9 + [5.0], [99.0] + [0.0] * 9
+    logits = ([good, None, bad, good, None] * count)[: 5 * count - 1]
+    rows = rows_of(list(stages.postprocess([outputs_of(bundle, logits)], bundle.manifest, {}, "net")))
+    for row, values in zip(rows, logits, strict=True):
+        assert (row["error"] is None) == (values is good) == (row["predictions"] is not None)
+        if values is good:
+            assert [p["class_id"] for p in row["predictions"]] == [9]
+        if values is None:
+            assert row["error"] == "damaged"
+
+
+def test_a_batch_of_which_nothing_can_be_post_processed_is_errors(bundle, monkeypatch):
+    def odd(*_):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setitem(postprocessing.POSTPROCESSORS, "classification", odd)
+    rows = rows_of(list(stages.postprocess([outputs_of(bundle, [[1.0] * 10] * 3)], bundle.manifest, {}, "net")))
+    assert len(rows) == 3 and all("ZeroDivisionError: division by zero" in row["error"] for row in rows)
+
+
+def test_what_a_user_must_mend_stops_post_processing(bundle):
+    boxes = replace(bundle.manifest, task="instance_segmentation")
+    with pytest.raises(BundleError, match=r"no priors\.npy"):
+        list(stages.postprocess([outputs_of(bundle, [[1.0] * 10])], boxes, {}, "net"))
+
+
+class Outputs:
+    """A model that gives what it is told."""
+
+    single = False
+
+    def __init__(self, *batches: list[list[float]]):
+        self.batches = [np.array(batch, np.float32).reshape(-1, 10) for batch in batches]
+
+    def infer(self, parts):
+        for (part, pixels), logits in zip(parts, self.batches, strict=True):
+            assert len(pixels) == len(logits)
+            yield part, {"logits": logits} if len(logits) else {}
+
+
+FINITE = [float(i) for i in range(10)]
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
+def test_an_image_with_outputs_that_are_no_numbers_is_an_error_and_its_neighbours_are_not(bundle, monkeypatch, odd):
+    bad = [*FINITE[:5], odd, *FINITE[6:]]
+    model = Outputs([FINITE, bad, FINITE], [bad, bad], [FINITE])
+    monkeypatch.setattr(inference, "get_model", lambda *_: model)
+    failed = [[None, None, "damaged", None], [None, None], ["damaged", None, "damaged"]]
+    batches = []
+    for errors in failed:
+        tensors = [None if error else bytes(bundle.manifest.input.nbytes) for error in errors]
+        rows = [{"path": "a", "error": error, "tensor": t} for error, t in zip(errors, tensors, strict=True)]
+        batches.append(pa.RecordBatch.from_pylist(rows, schema=stages.TENSOR_SCHEMA))
+    rows = rows_of(list(stages.infer(batches, bundle, None, 1)))
+    expected = [FINITE, None, "damaged", FINITE, None, None, "damaged", FINITE, "damaged"]
+    for row, values in zip(rows, expected, strict=True):
+        if isinstance(values, list):
+            assert row["logits"] == values and row["error"] is None
+        else:
+            assert row["logits"] is None and (values or "not finite") in row["error"]
+
+
+def test_outputs_so_large_that_only_their_sum_is_infinite_are_good(bundle, monkeypatch):
+    monkeypatch.setattr(inference, "get_model", lambda *_: Outputs([[3e38] * 10]))
+    tensor = bytes(bundle.manifest.input.nbytes)
+    batch = pa.RecordBatch.from_pylist([{"path": "a", "tensor": tensor}], schema=stages.TENSOR_SCHEMA)
+    (row,) = rows_of(list(stages.infer([batch], bundle, None, 1)))
+    assert row["error"] is None and len(row["logits"]) == 10

@@ -1,10 +1,12 @@
 """What every storage does, local or distant, and what only local ones do."""
 
+import errno
 import json
 import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import islice
@@ -110,6 +112,35 @@ def test_a_listed_path_reads_back(storage, name):
     (entry,) = storage.list("folder")
     assert entry.path == storage.join("folder", name)
     assert storage.read(entry.path) == storage.read(f"folder/{name}") == name.encode()
+
+
+@pytest.mark.parametrize("length", [0, 1, 1000])
+def test_a_file_is_read_whole_up_to_a_limit_and_not_at_all_beyond(storage, length):
+    content = os.urandom(length)
+    storage.write("a", content)
+    for limit in (length, length + 1, 2**31, None):
+        assert storage.read("a", limit) == content
+    if length:
+        with pytest.raises(OSError, match="too large") as error:
+            storage.read("a", length - 1)
+        assert error.value.errno == errno.EFBIG
+
+
+def test_a_file_opens_to_be_read_from_any_position(storage):
+    content = os.urandom(300_000)
+    storage.write("a", content)
+    with storage.open("a") as file:
+        assert file.read(10) == content[:10]
+        assert file.seek(-10, os.SEEK_END) == len(content) - 10
+        assert file.read() == content[-10:]
+        assert file.seek(0) == 0 and file.read() == content
+
+
+@pytest.mark.parametrize("name", ["gone", "folder"])
+def test_what_is_no_file_does_not_open(storage, name):
+    storage.write("folder/a", b"1")
+    with pytest.raises((FileNotFoundError, IsADirectoryError)):
+        storage.open(name)
 
 
 def test_directories_are_listed_only_when_asked_for(storage):
@@ -369,3 +400,34 @@ def test_a_backslash_is_part_of_a_name(local):  # object storage takes it for a 
     local.write("back\\slash.png", b"1")
     (entry,) = local.list()
     assert entry.path == local.join("back\\slash.png") and local.read(entry.path) == b"1"
+
+
+def test_no_more_of_a_file_is_read_than_its_limit_though_it_has_no_end(local, tmp_path):
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", 2**43)
+    (tmp_path / "endless").symlink_to("/proc/self/environ")  # of length 0, as the system says
+    tracemalloc.start()
+    try:
+        for name in ("sparse", "endless"):
+            with pytest.raises(OSError, match="too large"):
+                local.read(name, 8)
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+    assert local.read("endless", 10**6) == Path("/proc/self/environ").read_bytes()
+
+
+def test_a_file_that_grows_while_it_is_read_is_not_read_beyond_its_limit(local, tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(bytes(100))
+    real = os.fstat
+
+    def earlier(descriptor: int):
+        """The status as it was before the file grew to 100 bytes."""
+        status = list(real(descriptor))
+        status[6] = min(status[6], 10)
+        return os.stat_result(status)
+
+    monkeypatch.setattr(os, "fstat", earlier)
+    assert local.read("a", 100) == bytes(100)
+    with pytest.raises(OSError, match="too large"):
+        local.read("a", 99)

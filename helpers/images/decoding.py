@@ -4,12 +4,11 @@ Training pictures, calibration, evaluation and the pipeline all come through her
 differ enough to change predictions. Executors import this module.
 """
 
-import errno
-
 import cv2
 import numpy as np
 
-from helpers.images.headers import Size, read_size
+from helpers.images.boundary import UnreadableImageError
+from helpers.images.headers import DAMAGED, Header, Size, read_header
 from helpers.models.bundle import InputSpec
 
 cv2.setNumThreads(1)  # Spark runs a task on every core; more threads only wait for each other
@@ -19,40 +18,29 @@ Image = np.ndarray  # uint8 [height, width, 3], BGR as OpenCV has it
 
 REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 SHOWN_BYTES = 12  # of a file that is no image, in its error
-READ_ERRORS = {
-    errno.ENOENT: "the file is gone: it was moved or deleted after it was listed, or its link leads nowhere",
-    errno.EACCES: "the file cannot be read: permission denied",
-    errno.EPERM: "the file cannot be read: permission denied",
-    errno.EISDIR: "this is a directory, not an image file",
-    errno.ELOOP: "the link leads back to itself",
-}
 
 
-class UnreadableImageError(ValueError):
-    """The bytes are no image that can be used; the message says why, for the row's `error`."""
-
-
-def reason(error: Exception) -> str:
-    """Why a file could not be read, for the row's `error`."""
-    if not isinstance(error, OSError):
-        return str(error)
-    return READ_ERRORS.get(error.errno or 0, f"the file cannot be read: {error.strerror or error}")
-
-
-def decode(content: bytes | memoryview, max_pixels: int) -> Image:
+def decode(content: bytes | memoryview, max_pixels: int, most_memory: int | None = None) -> Image:
     """Decode an image file to uint8 BGR `[height, width, 3]`.
 
     EXIF orientation is applied; grey, palette, CMYK and 16-bit images become three 8-bit channels; transparency is
-    dropped; an animation gives its first frame.
+    dropped; an animation gives its first frame, a PNG the one that programs without animations show.
+
+    Args:
+        content: the file.
+        max_pixels: larger images are not decoded.
+        most_memory: nor are those for which that would take more, in bytes; None for no limit.
 
     Raises:
-        UnreadableImageError: empty, cut short, larger than `max_pixels`, or not of a format that `headers` knows.
+        UnreadableImageError: empty, cut short, too large, or not of a format that `headers` knows.
+        MemoryError: there is not enough of it.
     """
-    _checked_size(content, max_pixels)
-    return _decode(content, cv2.IMREAD_COLOR)
+    return _decode(content, _checked(content, max_pixels, most_memory), cv2.IMREAD_COLOR)
 
 
-def load(content: bytes | memoryview, spec: InputSpec, max_pixels: int) -> tuple[np.ndarray, Size]:
+def load(
+    content: bytes | memoryview, spec: InputSpec, max_pixels: int, most_memory: int | None = None
+) -> tuple[np.ndarray, Size]:
     """Decode and resize an image file for a model.
 
     Where the manifest allows it (`scaled_decoding`), a JPEG that is much larger than the model's input is decoded at a
@@ -62,11 +50,12 @@ def load(content: bytes | memoryview, spec: InputSpec, max_pixels: int) -> tuple
         uint8 `[spec.height, spec.width, channels]`, and width and height of the original, turned upright.
 
     Raises:
-        UnreadableImageError: as for `decode`.
+        UnreadableImageError: as for `decode`; so MemoryError.
     """
-    stored = _checked_size(content, max_pixels)
+    header = _checked(content, max_pixels, most_memory)
+    stored = header.width, header.height
     factor = _reduction(content, stored, spec)
-    image = _decode(content, REDUCED.get(factor, cv2.IMREAD_COLOR))
+    image = _decode(content, header, REDUCED.get(factor, cv2.IMREAD_COLOR))
     height, width = image.shape[:2]
     if factor > 1:
         turned = (height < width) != (stored[1] < stored[0])
@@ -109,27 +98,36 @@ def _crop(image: Image, width: int, height: int) -> Image:
 _RESIZE = {"stretch": _scale, "letterbox": _letterbox, "crop": _crop}
 
 
-def _checked_size(content: bytes | memoryview, max_pixels: int) -> Size:
+def _checked(content: bytes | memoryview, max_pixels: int, most_memory: int | None) -> Header:
     if not content:
         raise UnreadableImageError("the file is empty")
-    size = read_size(content)
-    if size is None:  # OpenCV might decode it, JPEG 2000 for example, however many pixels it has
+    header = read_header(content)
+    if header is None:  # OpenCV might decode it, JPEG 2000 for example, however many pixels it has
         raise UnreadableImageError(f"the file is not an image; it begins with {bytes(content[:SHOWN_BYTES])!r}")
-    if size[0] * size[1] > max_pixels:
+    size = f"the image has {header.width} x {header.height} pixels"
+    if header.width * header.height > max_pixels:
+        raise UnreadableImageError(f"{size}, more than the {max_pixels} that ingest.max_pixels allows")
+    if header.problem:
+        raise UnreadableImageError(header.problem)
+    if most_memory is not None and header.nbytes > most_memory:
         raise UnreadableImageError(
-            f"the image has {size[0]} x {size[1]} pixels, more than the {max_pixels} that ingest.max_pixels and "
-            "inference.memory_megabytes allow"
+            f"{size}, which take {header.nbytes / 2**20:.0f} MB to decode, more than inference.memory_megabytes leaves"
         )
-    return size
+    return header
 
 
-def _decode(content: bytes | memoryview, flags: int) -> Image:
+def _decode(content: bytes | memoryview, header: Header, flags: int) -> Image:
+    if header.animation:  # as a still image it takes less, and OpenCV's player of animations has no part in it
+        start, end = header.animation
+        content = b"".join((content[:start], content[end:]))
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError from None
         raise UnreadableImageError(f"the image cannot be decoded: {error.err}") from None
     if image is None:
-        raise UnreadableImageError("the image is damaged or cut short")
+        raise UnreadableImageError(DAMAGED)
     return image
 
 

@@ -1,41 +1,103 @@
-"""The size of an image from the first bytes of its file, without decoding it.
+"""What an image file says of itself, read without decoding it: its size, and what decoding would take.
 
 A few kilobytes can claim a hundred thousand pixels a side; decoding such a file takes the worker's memory before anyone
-can look at the result. Sources: the formats' specifications (ITU-T T.81 B.2.2, PNG 11.2.2, GIF89a 18, BITMAPCOREHEADER
-and BITMAPINFOHEADER, TIFF 6.0 section 2, RFC 9649).
+can look at the result. Others have few pixels and make the decoder take memory or minutes nevertheless. Sources: the
+formats' specifications (ITU-T T.81 annex B, PNG 5 and 11.2, GIF89a 18 to 22 and its annex F, BITMAPCOREHEADER and
+BITMAPINFOHEADER, TIFF 6.0 sections 2 and 15, RFC 9649), and how the libraries that OpenCV decodes with read them.
 """
 
 import re
 import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 
+import numpy as np
+
+Content = bytes | memoryview
 Size = tuple[int, int]  # width, height as stored, before any EXIF rotation
+
+DAMAGED = "the image is damaged or cut short"
+
+# Bytes a pixel while an image is decoded, as measured, and some air; a picture that is turned upright is there twice.
+PLAIN = 8
+GIF, WEBP, ANIMATED_WEBP = 14, 12, 20
 
 # What is between segments decoders skip, and these markers have no length: fill bytes, stuffed zeros, restarts.
 JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+JPEG_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+JPEG_SCAN = re.compile(rb"\xff\xda")  # coded data never holds it
+SCANS = 100  # encoders write about ten; each of them, be it empty, costs a pass over all pixels
+SEGMENTS = 10_000  # before the first scan; a colour profile takes up to 255 of them
+
+COMPRESSED_TEXTS = (b"zTXt", b"iTXt", b"iCCP")
+TEXT_BYTES = 8_000_000  # of one text, at most: more libpng does not decompress
+TEXTS_BYTES = 8 * TEXT_BYTES
+ZLIB_RATIO = 1032  # bytes from one byte, at most
+
+GIF_MOST_BITS = 12  # of a code
+GIF_CLEARS = 20_000  # of the table of codes; each takes 10 us, and a table serves for thousands of pixels
+
 BITMAP_CORE_HEADER = 12  # bytes; the older one, with sides of 16 bits
-TIFF_WIDTH, TIFF_HEIGHT = 256, 257
+
+TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_SAMPLES = 256, 257, 258, 277
+TIFF_ROWS_A_STRIP, TIFF_TILE_WIDTH, TIFF_TILE_HEIGHT = 278, 322, 323
+TIFF_READ = (TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_SAMPLES, TIFF_ROWS_A_STRIP, TIFF_TILE_WIDTH, TIFF_TILE_HEIGHT)
+TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
+TIFF_OTHERS = {2: 1, 5: 8, 10: 8, 11: 4, 12: 8}  # bytes of a value of the other types
+TIFF_ENTRIES = 65_535  # of a directory
+TIFF_ALL_ROWS = 2**32 - 1
+TILED_AIR = 2**26  # pixels that tiles may have beyond four times the image's
+
+WEBP_ANIMATION = 2  # a flag
 
 
-def read_size(content: bytes | memoryview) -> Size | None:
-    """Return width and height in pixels; None where the format is unknown or the header is damaged."""
+@dataclass(frozen=True)
+class Header:
+    """What is known of an image before it is decoded.
+
+    Attributes:
+        width, height: in pixels, as stored, before any EXIF rotation.
+        nbytes: the memory that decoding takes, about and at most.
+        problem: why it is not to be decoded; None if nothing is known against it.
+        animation: of a PNG that is one, bytes from and to: its chunk that says so.
+    """
+
+    width: int
+    height: int
+    nbytes: int
+    problem: str | None = None
+    animation: tuple[int, int] | None = None
+
+
+def read_header(content: Content) -> Header | None:
+    """Read what the file says; None where the format is unknown or the header is damaged."""
     try:
-        return _read_size(content, bytes(content[:32]))
+        header = _read_header(content, bytes(content[:32]))
     except (struct.error, IndexError):
         return None  # shorter than its own header says; the decoder will tell what is wrong
+    return header if header and min(header.width, header.height) > 0 else None
 
 
-def _read_size(content: bytes | memoryview, head: bytes) -> Size | None:
+def read_size(content: Content) -> Size | None:
+    """Return width and height in pixels; None where the format is unknown or the header is damaged."""
+    header = read_header(content)
+    return (header.width, header.height) if header else None
+
+
+def _read_header(content: Content, head: bytes) -> Header | None:
     if head.startswith(b"\xff\xd8"):
         return _jpeg(content)
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return struct.unpack_from(">II", head, 16)
+        return _png(content)
     if head.startswith((b"GIF87a", b"GIF89a")):
-        return struct.unpack_from("<HH", head, 6)
+        return _gif(content)
     if head.startswith(b"BM"):
         (length,) = struct.unpack_from("<I", head, 14)
         width, height = struct.unpack_from("<HH" if length == BITMAP_CORE_HEADER else "<ii", head, 18)
-        return width, abs(height)  # negative: stored from the top
+        return Header(width, abs(height), PLAIN * width * abs(height))  # negative: stored from the top
     if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return _tiff(content, "<" if head.startswith(b"II") else ">")
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
@@ -43,39 +105,180 @@ def _read_size(content: bytes | memoryview, head: bytes) -> Size | None:
     return None
 
 
-def _jpeg(content: bytes | memoryview) -> Size | None:
-    position = 2
-    while found := JPEG_SEGMENT.search(content, position):
-        start = found.start()
-        if content[start + 1] in JPEG_SIZE_MARKERS:
-            height, width = struct.unpack_from(">HH", content, start + 5)
-            return width, height
+def _jpeg(content: Content) -> Header | None:
+    found, position, segments = None, 2, 0
+    while (segment := JPEG_SEGMENT.search(content, position)) and segments < SEGMENTS:
+        start = segment.start()
+        marker = content[start + 1]
+        if marker == 0xDA or start + 4 > len(content):
+            break
+        if marker in JPEG_SIZE_MARKERS and found is None:
+            found = marker, *struct.unpack_from(">HHB", content, start + 5)
         position = start + 2 + struct.unpack_from(">H", content, start + 2)[0]
-    return None
+        segments += 1
+    if found is None:
+        return None
+    kind, height, width, components = found
+    # Several scans add to one image, which waits in coefficients of two bytes for the last of them.
+    several = kind in JPEG_PROGRESSIVE or any(first < components for first in content[start + 4 : start + 5])
+    scans = sum(1 for _ in islice(JPEG_SCAN.finditer(content, start), SCANS + 1)) if several else 1
+    problem = f"the image is damaged: it has more than {SCANS} scans" if scans > SCANS else None
+    return Header(width, height, max(PLAIN, 5 + 2 * components * several) * width * height, problem)
 
 
-def _tiff(content: bytes | memoryview, order: str) -> Size | None:
+def _png(content: Content) -> Header:
+    width, height = struct.unpack_from(">II", content, 16)
+    position, animations, texts, ended = 8, [], 0, False
+    while position + 12 <= len(content) and not ended:
+        length, kind = struct.unpack_from(">I4s", content, position)
+        end = position + 12 + length
+        if end > len(content):  # OpenCV takes memory for a chunk before it looks whether the file has it
+            break
+        if kind == b"acTL":
+            animations.append((position, end))
+        elif kind in COMPRESSED_TEXTS:
+            texts += min(TEXT_BYTES, length * ZLIB_RATIO)
+        position, ended = end, kind == b"IEND"
+    problem = None if ended and len(animations) < 2 else DAMAGED
+    if texts > TEXTS_BYTES:
+        problem = "the image is damaged: it has too many compressed texts"
+    nbytes = PLAIN * width * height + texts + len(content)
+    return Header(width, height, nbytes, problem, animations[0] if animations else None)
+
+
+def _gif(content: Content) -> Header:
+    width, height, flags = struct.unpack_from("<HHB", content, 6)
+    position = 13 + _table_bytes(flags)
+    while content[position : position + 1] == b"!":  # an extension
+        position += 2
+        for start, length in _blocks(content, position):
+            position = start + length
+        position += 1
+    # The descriptor of the first frame, its own colours, and how many bits the codes of its pixels have.
+    position += 10 + sum(map(_table_bytes, content[position + 9 : position + 10]))
+    clears = 0
+    for bits in content[position : position + 1]:
+        codes = b"".join(content[start : start + length] for start, length in _blocks(content, position + 1))
+        clears = _count_clears(codes, bits) if 1 < bits < GIF_MOST_BITS else 0
+    problem = f"the image is damaged: it has more than {GIF_CLEARS} tables of codes" if clears > GIF_CLEARS else None
+    return Header(width, height, GIF * width * height, problem)
+
+
+def _table_bytes(flags: int) -> int:
+    """The length of a GIF's table of colours."""
+    return 6 << (flags & 7) if flags & 0x80 else 0
+
+
+def _blocks(content: Content, position: int) -> Iterator[tuple[int, int]]:
+    """Start and length of each block of data, up to the empty one that ends them."""
+    while position < len(content) and content[position]:
+        yield position + 1, content[position]
+        position += 1 + content[position]
+
+
+def _count_clears(codes: bytes, bits: int) -> int:
+    """How often the codes of a GIF throw their table away, or end it; counted up to one more than may be.
+
+    In between, the length of a code follows from the number of codes before it: so all of them are looked at together.
+    """
+    size, count, place, is_full, looked_at = 8 * len(codes), 0, 0, False, len(codes)
+    words = np.ndarray(len(codes), "<u4", codes + bytes(3), strides=(1,))  # of each byte and the three behind it
+    # Where not even the shortest codes come to more than may be, nothing is looked at.
+    while count <= GIF_CLEARS < count + (size - place) // (bits + 1):
+        start, offset = divmod(place, 8)
+        first, shift, mask, ends = _code_places(bits, is_full, offset)
+        there = int(np.searchsorted(ends, size - 8 * start, side="right"))
+        some = min(there, looked_at)
+        if not there:
+            break
+        is_end = (words[start:][first[:some]] >> shift[:some] & mask[:some]) >> 1 == 1 << bits - 1  # two codes do
+        found = int(is_end.argmax())
+        if is_end[found]:
+            count, is_full, looked_at = count + 1, False, 2 * found + 64  # tables are about as long as the last
+        elif some < there:
+            looked_at = there
+            continue
+        else:
+            is_full, found = True, there - 1
+        place = 8 * start + int(ends[found])
+    return count
+
+
+@lru_cache(maxsize=16)
+def _code_places(bits: int, is_full: bool, offset: int) -> tuple[np.ndarray, ...]:
+    """Of each code of a table, or of as many behind a full one: first byte, shift, mask, and where it ends in bits."""
+    lengths = np.arange(bits + 1, GIF_MOST_BITS + 1)
+    widths = np.repeat(lengths, [(1 << bits) - 1, *(1 << lengths[:-1])])
+    widths = np.full_like(widths, GIF_MOST_BITS) if is_full else widths
+    ends = offset + np.cumsum(widths)
+    first, shift = np.divmod(ends - widths, 8)
+    return first, shift.astype(np.uint32), ((1 << widths) - 1).astype(np.uint32), ends
+
+
+def _tiff(content: Content, order: str) -> Header | None:
+    tags, claimed = _tags(content, order)
+    width, height = tags.get(TIFF_WIDTH, 0), tags.get(TIFF_HEIGHT, 0)
+    if min(width, height) < 1:
+        return None
+    problem = "the image is damaged: its tags claim more bytes than the file has" if claimed > len(content) else None
+    if {TIFF_TILE_WIDTH, TIFF_TILE_HEIGHT} & set(tags):
+        across, down = tags.get(TIFF_TILE_WIDTH) or width, tags.get(TIFF_TILE_HEIGHT) or height
+        part = decoded = across * down
+        if -(-width // across) * -(-height // down) * part > 4 * width * height + TILED_AIR:
+            problem = f"the image is damaged: its {width} x {height} pixels are in tiles of {across} x {down}"
+    else:
+        rows = tags.get(TIFF_ROWS_A_STRIP, 0)
+        rows = height if rows in (0, TIFF_ALL_ROWS) else rows
+        part, decoded = width * rows, width * min(rows, height)
+    # One part after the other is read, decoded and made four channels, whole. More and longer samples are refused.
+    samples = min(tags.get(TIFF_SAMPLES, 1), 4) * min(tags.get(TIFF_BITS, 1), 16) / 8
+    nbytes = max(PLAIN * width * height, int(4 * width * height + 4 * part + 2 * samples * decoded)) + 4 * claimed
+    return Header(width, height, nbytes, problem)
+
+
+def _tags(content: Content, order: str) -> tuple[dict[int, int], int]:
+    """The first value of each tag of a TIFF's first image that is a whole number, and what all values together take.
+
+    Of two entries of one tag the first counts, as it does for libtiff.
+    """
     big = b"+" in bytes(content[:4])  # BigTIFF: counts and offsets of 64 bits
-    (directory,) = struct.unpack_from(order + ("Q" if big else "I"), content, 8 if big else 4)
-    (entries,) = struct.unpack_from(order + ("Q" if big else "H"), content, directory)
-    found = {}
-    for entry in range(entries):
-        place = directory + (8 + 20 * entry if big else 2 + 12 * entry)
-        tag, kind = struct.unpack_from(order + "HH", content, place)
-        value = struct.unpack_from(order + {3: "H", 16: "Q"}.get(kind, "I"), content, place + (12 if big else 8))
-        found[tag] = value[0]
-    return (found[TIFF_WIDTH], found[TIFF_HEIGHT]) if {TIFF_WIDTH, TIFF_HEIGHT} <= set(found) else None
+    count_format, offset_format, inline = ("Q", "Q", 8) if big else ("H", "I", 4)
+    (directory,) = struct.unpack_from(order + offset_format, content, inline)
+    (entries,) = _unpack(order + count_format, content, directory)
+    tags: dict[int, int] = {}
+    claimed, place = 0, directory + struct.calcsize(count_format)
+    for _ in range(min(entries, TIFF_ENTRIES)):
+        tag, kind, count = _unpack(f"{order}HH{offset_format}", content, place)
+        form = TIFF_INTEGERS.get(kind, "")
+        length = count * (struct.calcsize(form) if form else TIFF_OTHERS.get(kind, 0))
+        claimed += length
+        if tag not in tags:
+            at = place + 4 + inline
+            if length > inline:
+                (at,) = _unpack(order + offset_format, content, at)
+            tags[tag] = _unpack(order + form, content, at)[0] if form and tag in TIFF_READ else 0
+        place += 4 + 2 * inline
+    return tags, claimed
 
 
-def _webp(head: bytes) -> Size | None:
+def _unpack(form: str, content: Content, place: int) -> tuple[int, ...]:
+    """As `struct.unpack_from`, from any place that a file may name."""
+    if not 0 <= place <= len(content):
+        raise struct.error("beyond the end of the file")
+    return struct.unpack_from(form, content, place)
+
+
+def _webp(head: bytes) -> Header | None:
     kind = head[12:16]
     if kind == b"VP8 ":
         width, height = struct.unpack_from("<HH", head, 26)
-        return width & 0x3FFF, height & 0x3FFF
+        return Header(width & 0x3FFF, height & 0x3FFF, WEBP * (width & 0x3FFF) * (height & 0x3FFF))
     if kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", head, 21)
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        return Header(width, height, WEBP * width * height)
     if kind == b"VP8X":
-        width, width_high, height, height_high = struct.unpack_from("<HBHB", head, 24)
-        return 1 + width + (width_high << 16), 1 + height + (height_high << 16)
+        flags, width, width_high, height, height_high = struct.unpack_from("<BxxxHBHB", head, 20)
+        width, height = 1 + width + (width_high << 16), 1 + height + (height_high << 16)
+        return Header(width, height, (ANIMATED_WEBP if flags & WEBP_ANIMATION else WEBP) * width * height)
     return None

@@ -5,11 +5,9 @@ it, `clip.mp4#frame=120`. A frame is found by its timestamp: decoding starts at 
 decoding from the file's beginning gives. Executors import this module; PyAV is loaded with the first video only.
 """
 
-import contextlib
 import re
-import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -17,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from helpers.images.decoding import SHOWN_BYTES, Image, UnreadableImageError
-from helpers.storage import LocalStorage, Storage
+from helpers.images.boundary import UnreadableImageError, attempt
+from helpers.images.container import Decoded, check_size, decode_frames, open_video, read_packets, seek_keyframe
+from helpers.images.decoding import Image
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -27,14 +26,10 @@ if TYPE_CHECKING:
     from pyspark.sql import Column
 
 MARK = "#frame="
-# FFmpeg also reads play lists, which name other files and hosts: a file must not make a worker open those.
-FORMATS = "mov,avi,matroska,mpeg,mpegts,flv,asf,ogg"
 PROBED = 16  # frames decoded to see whether the file's packets are its frames
 JUMP = 8  # frames; over fewer, going on is cheaper than seeking
 BYTES_A_PIXEL = 40  # of a frame while it is decoded: up to 16 that others refer to, and three copies of its own
 VP8_SHOWN = 0x10  # of a packet's first byte (RFC 6386, 9.1)
-
-Decoded = Iterator[tuple[int | None, "VideoFrame | None"]]
 
 
 def split_path(path: str) -> tuple[str, int | None]:
@@ -66,17 +61,6 @@ def frame_paths(files: pa.Array, numbers: pa.Array) -> pa.Array:
     return pc.binary_join_element_wise(files, pc.cast(numbers, pa.string()), MARK)
 
 
-def open_file(storage: Storage, path: str) -> BinaryIO:
-    """A video to read from any position: in its place where that is a local path, otherwise a temporary copy."""
-    if isinstance(storage, LocalStorage):
-        return storage.open(path)
-    with contextlib.ExitStack() as stack:
-        copy = stack.enter_context(tempfile.TemporaryFile())
-        copy.write(storage.read(path))
-        stack.pop_all()
-    return copy
-
-
 @dataclass(frozen=True)
 class Frames:
     """The frames of a video in the order in which they are shown.
@@ -95,6 +79,12 @@ class Frames:
     seek: np.ndarray | None = None
 
 
+def frame_pixels(max_pixels: int | None, memory_megabytes: int | None) -> int | None:
+    """How many pixels a frame may have, so that decoding a video stays within the memory of a task; None for any."""
+    limits = [max_pixels, memory_megabytes and memory_megabytes * 2**20 // BYTES_A_PIXEL]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def find_frames(file: BinaryIO, max_pixels: int | None = None) -> Frames:
     """List the frames of a video from its packets; only a few are decoded.
 
@@ -104,27 +94,25 @@ def find_frames(file: BinaryIO, max_pixels: int | None = None) -> Frames:
     Raises:
         UnreadableImageError: empty, not a video, without a frame that can be decoded, or larger than `max_pixels`.
     """
-    with _opened(file) as (container, stream):
-        width, height = stream.codec_context.width, stream.codec_context.height
-        if max_pixels and width * height > max_pixels:
-            raise UnreadableImageError(
-                f"the video has {width} x {height} pixels, more than the {max_pixels} that ingest.max_pixels and "
-                "inference.memory_megabytes allow"
-            )
+    with open_video(file, max_pixels) as (container, stream):
         announced = stream.frames
         listed = _list_packets(container, stream)
-    with _opened(file) as (container, stream):
-        if not _decodes(_decode(container, stream), listed[0] if listed else None):
+    with open_video(file, max_pixels) as (container, stream):
+        if not _decodes(decode_frames(container, stream), listed[0] if listed else None):
             listed = None
     if listed:
         return Frames(len(listed[0]), announced, *listed)
-    with _opened(file) as (container, stream):
-        return Frames(sum(1 for _ in _decode(container, stream)), announced)
+    with open_video(file, max_pixels) as (container, stream):
+        return Frames(sum(1 for _ in decode_frames(container, stream)), announced)
 
 
 def read_frames(
-    file: BinaryIO, numbers: np.ndarray, pts: np.ndarray | None = None, seek: np.ndarray | None = None
-) -> Iterator[Image | None]:
+    file: BinaryIO,
+    numbers: np.ndarray,
+    pts: np.ndarray | None = None,
+    seek: np.ndarray | None = None,
+    max_pixels: int | None = None,
+) -> Iterator[Image | str | None]:
     """Decode some frames of a video, one at a time: what decoding all of it would give for them.
 
     Args:
@@ -132,19 +120,21 @@ def read_frames(
         numbers: int64, of the wanted frames, rising.
         pts: of the wanted frames, from `find_frames`.
         seek: the same.
+        max_pixels: larger frames are not decoded, whatever the file says of their size.
 
     Yields:
-        For each wanted frame uint8 BGR `[height, width, 3]`, upright; None where it is damaged or missing.
+        For each wanted frame uint8 BGR `[height, width, 3]`, upright; None where it is damaged or missing; a text where
+        it is something else that is wrong with it.
 
     Raises:
-        UnreadableImageError: this is no video (any more).
+        UnreadableImageError: this is no video (any more), or a larger one.
     """
     done = 0
     if pts is not None and seek is not None:
-        with _opened(file) as (container, stream):
+        with open_video(file, max_pixels) as (container, stream):
             for stop in _stops(numbers, seek):
-                _seek(container, stream, int(seek[done]))
-                images = _pick(_decode(container, stream), pts[done:stop])
+                seek_keyframe(container, stream, int(seek[done]))
+                images = _pick(decode_frames(container, stream), pts[done:stop], max_pixels)
                 first = next(images)
                 if first is None:
                     break  # no keyframe as it should be (H.264 can refresh bit by bit): all the rest is decoded
@@ -152,56 +142,19 @@ def read_frames(
                 yield from images
                 done = stop
     if done < len(numbers):
-        with _opened(file) as (container, stream):
-            decoded = _decode(container, stream)
+        with open_video(file, max_pixels) as (container, stream):
+            decoded = decode_frames(container, stream)
             if pts is None:
-                yield from _pick(((n, frame) for n, (_, frame) in enumerate(decoded)), numbers)
+                yield from _pick(((n, frame) for n, (_, frame) in enumerate(decoded)), numbers, max_pixels)
             else:
-                yield from _pick(decoded, pts[done:])
-
-
-@contextlib.contextmanager
-def _opened(file: BinaryIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    import av
-    from av.video.stream import VideoStream
-
-    av.logging.set_level(av.logging.PANIC)  # a damaged video is an error row, not pages of log
-    file.seek(0)
-    head = file.read(SHOWN_BYTES)
-    if not head:
-        raise UnreadableImageError("the file is empty")
-    file.seek(0)
-    try:
-        container = av.open(file, mode="r", options={"format_whitelist": FORMATS}, metadata_errors="ignore")
-    except (av.FFmpegError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UnreadableImageError(
-            f"the file is not a video, or is cut short; it begins with {head!r}: {why}"
-        ) from None
-    with container:
-        stream = container.streams.best("video")
-        if not isinstance(stream, VideoStream) or stream.codec_context is None:
-            raise UnreadableImageError("the file has no video in it, or one of an unknown kind")
-        stream.codec_context.thread_count = 1  # Spark runs a task on every core
-        try:
-            yield container, stream
-        except av.FFmpegError as error:
-            raise UnreadableImageError(f"the video cannot be read: {error.strerror or error}") from None
-
-
-def _seek(container: "InputContainer", stream: "VideoStream", timestamp: int) -> None:
-    import av
-
-    # Where it fails, the container stands where it stood, and the frame comes later.
-    with contextlib.suppress(av.FFmpegError):
-        container.seek(timestamp, stream=stream)
+                yield from _pick(decoded, pts[done:], max_pixels)
 
 
 def _list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[np.ndarray, np.ndarray] | None:
     """Timestamps of the frames and of their keyframes; None where packets do not tell."""
     times, keys, packets = array("q"), array("q"), -1  # there is None at the end
     vp8 = stream.codec_context.name == "vp8"
-    for packet in _packets(container, stream):
+    for packet in read_packets(container, stream):
         packets += 1
         if packet is None or packet.is_discard or (vp8 and not memoryview(packet)[0] & VP8_SHOWN):
             continue
@@ -238,41 +191,14 @@ def _decodes(decoded: Decoded, pts: np.ndarray | None) -> bool:
     return bool(expected) and (damaged or found[: len(expected)] == expected)
 
 
-def _packets(container: "InputContainer", stream: "VideoStream") -> Iterator[Any]:
-    """A stream's packets, and None at the end: the decoder's sign to hand out what it has kept back."""
-    import av
-
-    with contextlib.suppress(av.FFmpegError):  # what is behind a damage that cannot be passed
-        yield from (packet for packet in container.demux(stream) if packet.size)
-    yield None
-
-
-def _decode(container: "InputContainer", stream: "VideoStream") -> Decoded:
-    """Timestamp and frame from where the container stands; no frame where it is damaged, if that can be told."""
-    import av
-
-    damaged = set()
-    for packet in _packets(container, stream):
-        if packet is not None and packet.is_corrupt:  # cut short
-            damaged.add(packet.pts)
-        try:
-            frames = stream.codec_context.decode(packet)
-        except av.FFmpegError:
-            if packet is not None:
-                yield packet.pts, None
-            continue
-        for frame in frames:
-            yield frame.pts, None if frame.is_corrupt or frame.pts in damaged else frame
-
-
 def _stops(numbers: np.ndarray, seek: np.ndarray) -> list[int]:
     """Where decoding is to begin anew, because a keyframe lies in a gap; the end is the last."""
     gaps = np.flatnonzero((np.diff(seek) > 0) & (np.diff(numbers) > JUMP)) + 1
     return [*gaps.tolist(), len(numbers)]
 
 
-def _pick(decoded: Iterable[tuple[int | None, "VideoFrame | None"]], wanted: np.ndarray) -> Iterator[Image | None]:
-    """The wanted of the decoded frames as images, each once and in order; None for what does not come."""
+def _pick(decoded: Decoded, wanted: np.ndarray, max_pixels: int | None) -> Iterator[Image | str | None]:
+    """The wanted of the decoded frames as `read_frames` yields them, each once and in order."""
     position, keys = 0, wanted.tolist()
     for at, frame in decoded:
         if at is None or frame is None:
@@ -281,13 +207,15 @@ def _pick(decoded: Iterable[tuple[int | None, "VideoFrame | None"]], wanted: np.
             yield None
             position += 1
         if position < len(keys) and keys[position] == at:
-            yield _to_image(frame)
+            image, error = attempt(_to_image, frame, max_pixels)
+            yield error if image is None else image
             position += 1
         if position == len(keys):
             return
     yield from [None] * (len(keys) - position)
 
 
-def _to_image(frame: "VideoFrame") -> Image:
+def _to_image(frame: "VideoFrame", max_pixels: int | None) -> Image:
+    check_size(frame.width, frame.height, max_pixels)
     image = frame.to_ndarray(format="bgr24")
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from helpers.images.decoding import UnreadableImageError, reason
-from helpers.images.video import find_frames, frame_paths, open_file
+from helpers.images.boundary import attempt
+from helpers.images.video import Frames, find_frames, frame_paths, frame_pixels
+from helpers.memory import bounded
 from helpers.stages.schemas import ERROR, KEY, KEY_NAMES, PLACE, Batches
 from helpers.storage import Storage
 
@@ -30,7 +31,9 @@ FRAMES_SCHEMA = pa.schema(
 ROWS_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, pa.field("bytes", pa.int64())])
 
 
-def list_frames(batches: Batches, storage: Storage, every: int, max_pixels: int) -> Iterator[pa.RecordBatch]:
+def list_frames(
+    batches: Batches, storage: Storage, every: int, max_pixels: int, memory_megabytes: int | None = None
+) -> Iterator[pa.RecordBatch]:
     """Find the frames of videos.
 
     Args:
@@ -38,6 +41,7 @@ def list_frames(batches: Batches, storage: Storage, every: int, max_pixels: int)
         storage: where they lie.
         every: k, where every k-th frame is wanted, from the first on.
         max_pixels: videos with larger frames are not decoded.
+        memory_megabytes: what this process may take; frames that would take it beyond are not decoded either.
 
     Yields:
         `FRAMES_SCHEMA`, a row a video; `count` is of all frames, the lists are of the wanted, and null where frames can
@@ -45,15 +49,18 @@ def list_frames(batches: Batches, storage: Storage, every: int, max_pixels: int)
     """
     for batch in batches:
         for row in batch.select(KEY_NAMES).to_pylist():
-            try:
-                with open_file(storage, row["path"]) as file:
-                    frames = find_frames(file, max_pixels)
+            with bounded(memory_megabytes):
+                frames, row["error"] = attempt(_find, storage, row["path"], frame_pixels(max_pixels, memory_megabytes))
+            if frames:
                 row |= {"count": frames.count, "announced": frames.announced}
                 if frames.pts is not None and frames.seek is not None:
                     row |= {"pts": frames.pts[::every], "seek": frames.seek[::every]}
-            except (OSError, UnreadableImageError) as error:
-                row["error"] = reason(error)
             yield pa.RecordBatch.from_pylist([row], schema=FRAMES_SCHEMA)
+
+
+def _find(storage: Storage, path: str, max_pixels: int | None) -> Frames:
+    with storage.open(path) as file:
+        return find_frames(file, max_pixels)
 
 
 def with_frames(images: pa.Table, videos: pa.Table, every: int) -> pa.Table:

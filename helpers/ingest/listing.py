@@ -7,24 +7,28 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from helpers.config import Config
 from helpers.errors import RunError
 from helpers.images.video import split_paths
 from helpers.ingest.frames import conform
 from helpers.partitioning import PartitionPlan, plan_partitions
-from helpers.stages.schemas import KEY, MANIFEST_SCHEMA
-from helpers.storage import Storage
+from helpers.stages.schemas import ERROR, KEY, MANIFEST_SCHEMA
+from helpers.storage import Entry, Storage
 
 log = logging.getLogger(__name__)
 
-LISTED_SCHEMA = pa.schema(KEY)
+LISTED_SCHEMA = pa.schema([*KEY, ERROR])
 ROWS_A_CHUNK = 65_536
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Images and videos below a location (`LISTED_SCHEMA`), and how many files were left out, by reason."""
+    """Images and videos below a location (`LISTED_SCHEMA`), and how many files were left out, by reason.
+
+    `error` is set where the listing has found out that a file cannot be used.
+    """
 
     images: pa.Table
     left_out: dict[str, int]
@@ -44,7 +48,7 @@ def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) ->
 
     Args:
         storage: where to look.
-        config: its `ingest` and `video` sections name the suffixes.
+        config: its `ingest` and `video` sections name the suffixes, and how long an image may be.
         skip: folders to leave out, such as a run's own below its source.
 
     Raises:
@@ -61,9 +65,9 @@ def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) ->
         elif any(part.startswith(".") for part in entry.path.removeprefix(storage.root).split("/")):
             left_out["hidden"] += 1
         elif not entry.path.lower().endswith(suffixes):
-            videos.append((entry.path, entry.length, entry.modified))
+            videos.append((entry.path, entry.length, entry.modified, None))
         else:
-            rows.append((entry.path, entry.length, entry.modified))
+            rows.append((entry.path, entry.length, entry.modified, _too_long(entry, config.ingest.max_bytes)))
             if len(rows) == ROWS_A_CHUNK:
                 chunks.append(_chunk(rows))
                 rows = []
@@ -88,8 +92,9 @@ def plan(images: pa.Table, slots: int, config: Config, image_seconds: float | No
     """
     settings = config.partitioning
     seconds = image_seconds or settings.image_seconds
+    sizes = images["bytes" if "bytes" in images.schema.names else "length"]
     return plan_partitions(
-        images["bytes" if "bytes" in images.schema.names else "length"].to_numpy(),
+        pc.if_else(images["error"].is_null(), sizes, 0).to_numpy(),  # what is not read takes no time
         slots,
         target_bytes=settings.target_bytes,
         target_images=max(1, min(settings.target_images, round(settings.target_seconds / seconds))),
@@ -106,7 +111,13 @@ def manifest(images: pa.Table, plan: PartitionPlan) -> pa.Table:
     )
 
 
+def _too_long(entry: Entry, max_bytes: int) -> str | None:
+    if entry.length <= max_bytes:
+        return None
+    return f"the file has {entry.length} bytes, more than the {max_bytes} that ingest.max_bytes allows"
+
+
 def _chunk(rows: list[tuple]) -> pa.RecordBatch:
-    columns = zip(*rows, strict=True) if rows else ([], [], [])
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, KEY, strict=True)]
+    columns = zip(*rows, strict=True) if rows else [()] * len(LISTED_SCHEMA)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, LISTED_SCHEMA, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=LISTED_SCHEMA)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from helpers import stages
 from helpers.config import Config
 from helpers.errors import RunError
-from helpers.images.video import BYTES_A_PIXEL, split_paths
+from helpers.images.video import split_paths
 from helpers.ingest.frames import FRAMES_SCHEMA, list_frames, with_frames
 from helpers.ingest.listing import Listing
 from helpers.ingest.listing import manifest as make_manifest
@@ -45,7 +45,7 @@ def choose_reader(spark: "SparkSession", storage: Storage, manifest: pa.Table, c
         reader, why = "files", "tasks run on this machine"
     elif storage.root.startswith("abfss:") and config.spark.mode != "databricks":
         reader, why = "files", "only Databricks' Spark surely has the connector for abfss:"
-    elif _tasks_can_read(spark, storage, manifest):
+    elif _tasks_can_read(spark, storage, manifest, config):
         reader, why = "files", "a task could read an image"
     else:
         reader, why = "spark", "a task could read none of the images tried"
@@ -94,6 +94,9 @@ def reading(storage: Storage, config: Config) -> Callable[[Batches], Iterator[pa
         storage=storage,
         most_images=config.inference.max_batch,
         most_bytes=config.inference.batch_megabytes * 2**20,
+        max_bytes=config.ingest.max_bytes,
+        max_pixels=config.ingest.max_pixels,
+        memory_megabytes=config.inference.memory_megabytes,
     )
 
 
@@ -109,8 +112,13 @@ def add_frames(spark: "SparkSession", storage: Storage, listed: Listing, config:
     if not listed.videos.num_rows:
         return listed.images
     plan = make_plan(listed.videos, get_slots(spark), config)
-    max_pixels = min(config.ingest.max_pixels, config.inference.memory_megabytes * 2**20 // BYTES_A_PIXEL)
-    find = partial(list_frames, storage=storage, every=config.video.every, max_pixels=max_pixels)
+    find = partial(
+        list_frames,
+        storage=storage,
+        every=config.video.every,
+        max_pixels=config.ingest.max_pixels,
+        memory_megabytes=config.inference.memory_megabytes,
+    )
     try:
         paths = planned_paths(spark, make_manifest(listed.videos, plan), plan)
         videos = paths.mapInArrow(find, spark_schema(FRAMES_SCHEMA)).toArrow()
@@ -126,14 +134,13 @@ def _literal(path: str) -> str:
     return re.sub(r"([\\{}\[\]*?])", r"\\\1", path)
 
 
-def _tasks_can_read(spark: "SparkSession", storage: Storage, manifest: pa.Table) -> bool:
+def _tasks_can_read(spark: "SparkSession", storage: Storage, manifest: pa.Table, config: Config) -> bool:
     images = manifest.filter(pc.and_(pc.greater(manifest["length"], 0), pc.is_null(manifest["error"])))
     if not images.num_rows:
         return True
     # Several, from all over the listing: one file may have gone, or have other permissions.
     sample = images.take(sorted({i * (images.num_rows - 1) // (TRIED - 1) for i in range(TRIED)}))
-    read = partial(stages.read_images, storage=storage, most_images=1, most_bytes=1)
-    rows = spark.createDataFrame(sample).mapInArrow(read, spark_schema(stages.IMAGE_SCHEMA))
+    rows = spark.createDataFrame(sample).mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
     try:
         return rows.where("error is null").count() > 0
     except Exception as error:  # such as a credential that only the driver has

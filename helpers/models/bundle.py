@@ -152,7 +152,7 @@ def load_bundle(storage: Storage) -> Bundle:
             f"no model bundle at {storage.root}: {MANIFEST} cannot be read ({error.strerror or error}); "
             "make one with `python -m helpers export`"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not valid JSON ({error}); export the bundle again") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise BundleError(f"{path} has not format {FORMAT}; export the bundle again with this version")
@@ -166,9 +166,9 @@ def load_bundle(storage: Storage) -> Bundle:
                 "labels": tuple(values["labels"]),
             }
         )
+        _check(manifest, path)
     except (TypeError, KeyError, AttributeError) as error:
         raise BundleError(f"{path} is incomplete or has unknown entries: {error}; export the bundle again") from None
-    _check(manifest, path)
     return Bundle(storage, manifest)
 
 

@@ -204,15 +204,21 @@ def make_bundle(
 
 def calibration_images(storage: Storage, architecture: Architecture, config: Config) -> Iterator[np.ndarray]:
     """Evenly spread images below a location, prepared as the pipeline prepares them; unreadable ones are left out."""
-    from helpers.images.decoding import UnreadableImageError, load
+    from helpers.images.boundary import attempt
+    from helpers.images.decoding import load
     from helpers.ingest.listing import list_images
+
+    def prepare(path: str) -> np.ndarray:
+        content = storage.read(path, config.ingest.max_bytes)
+        return load(content, architecture.input, config.ingest.max_pixels)[0]
 
     paths = sorted(list_images(storage, config).images["path"].to_pylist())
     for path in paths[:: max(1, len(paths) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]:
-        try:
-            yield load(storage.read(path), architecture.input, config.ingest.max_pixels)[0]
-        except (OSError, UnreadableImageError) as error:
+        image, error = attempt(prepare, path)
+        if image is None:
             log.warning("%s is not used for calibration: %s", path, error)
+        else:
+            yield image
 
 
 def _check_labels(model: "ov.Model", architecture: Architecture) -> None:

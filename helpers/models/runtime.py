@@ -6,7 +6,6 @@ Executors import this module; it needs numpy and OpenVINO only.
 import gc
 import logging
 import os
-import resource
 import tempfile
 import time
 from collections import deque
@@ -19,11 +18,11 @@ import numpy as np
 import openvino as ov
 
 from helpers.errors import BundleError
+from helpers.memory import resident_megabytes
 from helpers.models.bundle import Bundle
 
 log = logging.getLogger(__name__)
 
-BYTES_A_PIXEL = 8  # of an image while it is decoded: three channels, once more to turn it upright, and some air
 SINGLE_MEGABYTES = 1  # inputs and outputs of which not even two images fit into this are inferred one by one
 REQUESTS = 2  # one batch is inferred while the next is read and decoded
 
@@ -99,21 +98,6 @@ def get_model(
 def loading_seconds() -> float:
     """What loading models has taken this process so far."""
     return sum(model.load_seconds for model in _models.values())
-
-
-def pixels_within(memory_megabytes: int | None, most: int) -> int:
-    """How many pixels an image may have, so that decoding it keeps this process within its memory; at most `most`."""
-    if memory_megabytes is None:
-        return most
-    return min(most, max(0, int((memory_megabytes - resident_megabytes()) * 2**20 / BYTES_A_PIXEL)))
-
-
-def resident_megabytes() -> float:
-    """The memory of this process now; where the system does not tell (macOS), the most it ever was."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    except FileNotFoundError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def batch_size(bundle: Bundle, megabytes: int, most: int) -> int:

@@ -7,7 +7,8 @@ import cv2
 import pyarrow.compute as pc
 
 from helpers.config import Config
-from helpers.images.decoding import UnreadableImageError, decode
+from helpers.images.boundary import UnreadableImageError
+from helpers.images.decoding import decode
 from helpers.images.pictures import draw, picture_name
 from helpers.results.store import PICTURES
 from helpers.stages import read_images
@@ -34,7 +35,8 @@ def draw_sample(output: Storage, files: list[str], source: Storage, config: Conf
         table = table.filter(pc.is_null(table["error"])).slice(0, math.ceil(config.pictures / len(files)))
         table = table.slice(0, config.pictures - len(pictures))
         predictions = dict(zip(table["path"].to_pylist(), table["predictions"].to_pylist(), strict=True))
-        for batch in read_images(table.to_batches(), source, most_images=1, most_bytes=1):
+        limits = config.ingest.max_bytes, config.ingest.max_pixels
+        for batch in read_images(table.to_batches(), source, 1, 1, *limits):
             path, error, content = (batch[name][0].as_py() for name in ("path", "error", "content"))
             try:
                 if error is not None:

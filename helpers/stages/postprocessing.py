@@ -7,14 +7,16 @@ Executors import this module; it needs numpy only.
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from helpers.errors import BundleError, ConfigError
+from helpers.images.boundary import attempt
 from helpers.models.bundle import Manifest
-from helpers.stages.schemas import RESULT_SCHEMA, Batches, extend
+from helpers.stages.schemas import PREDICTIONS, RESULT_SCHEMA, Batches, extend
 from helpers.yolact.detection import Parameters, find_instances
 
 Prediction = dict[str, Any]
@@ -149,18 +151,40 @@ def postprocess(
         read: reads a file of the bundle, for tasks that need more than the graph's outputs (`Bundle.read`).
 
     Yields:
-        `RESULT_SCHEMA`; `predictions` is null where `error` is set.
+        `RESULT_SCHEMA`; `predictions` is null where `error` is set. What goes wrong with one image is its own error.
     """
-    function, arrays = POSTPROCESSORS[manifest.task], get_arrays(manifest, read)
-    for batch in batches:
-        # Filtering copies, and raw outputs can be large.
-        failed = batch["error"].null_count < batch.num_rows
-        good = batch.filter(batch["error"].is_null()) if failed else batch
+    arrays = get_arrays(manifest, read)
+
+    def predict(good: pa.RecordBatch) -> pa.Array:
         outputs = {o.name: _array(good[o.name], o.shape) for o in manifest.outputs}
         sizes = list(zip(good["width"].to_pylist(), good["height"].to_pylist(), strict=True))
-        found = iter(function(outputs, sizes, manifest, parameters, arrays) if good.num_rows else [])
-        predictions = [None if error else next(found) for error in batch["error"].is_valid().to_pylist()]
-        yield extend(batch, RESULT_SCHEMA, predictions=predictions, model=[model] * batch.num_rows)
+        predictions = POSTPROCESSORS[manifest.task](outputs, sizes, manifest, parameters, arrays)
+        return pa.array(predictions, PREDICTIONS)
+
+    for batch in batches:
+        predictions, errors = _each(predict, batch)
+        yield extend(batch, RESULT_SCHEMA, predictions=predictions, error=errors, model=[model] * batch.num_rows)
+
+
+def _each(predict: Callable[[pa.RecordBatch], pa.Array], batch: pa.RecordBatch) -> tuple[pa.Array, list[str | None]]:
+    """Predictions of a batch, all together, or one by one where that fails, and the errors; null where there is one."""
+    errors, good = batch["error"].to_pylist(), batch["error"].is_null()
+    rows = np.flatnonzero(good)
+    if not len(rows):
+        return pa.nulls(len(errors), PREDICTIONS), errors
+    if len(rows) < len(errors):  # filtering copies, and raw outputs can be large
+        batch = batch.filter(good)
+    predictions, _ = attempt(predict, batch)
+    if predictions is not None and len(predictions) == len(errors):
+        return predictions, errors
+    if predictions is None:
+        alone = [attempt(predict, batch.slice(place, 1)) for place in range(len(rows))]
+        for row, (_, error) in zip(rows, alone, strict=True):
+            errors[row] = error
+        predictions = pa.concat_arrays([pa.array([], PREDICTIONS), *(one for one, _ in alone if one is not None)])
+    places = accumulate((error is None for error in errors), initial=0)
+    taken = [place if error is None else None for error, place in zip(errors, places, strict=False)]
+    return predictions.take(pa.array(taken, pa.int64())), errors
 
 
 def _array(column: pa.ListArray, shape: tuple[int, ...]) -> np.ndarray:

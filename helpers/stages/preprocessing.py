@@ -6,9 +6,11 @@ from itertools import accumulate
 import numpy as np
 import pyarrow as pa
 
-from helpers.images.decoding import UnreadableImageError, load
+from helpers.images.boundary import attempt
+from helpers.images.decoding import load
+from helpers.images.headers import Size
+from helpers.memory import bounded
 from helpers.models.bundle import InputSpec
-from helpers.models.runtime import pixels_within
 from helpers.stages.schemas import TENSOR_SCHEMA, Batches, extend
 
 
@@ -27,28 +29,35 @@ def preprocess(
     Yields:
         `TENSOR_SCHEMA`; `tensor` holds uint8 `[height, width, channels]` row by row, and the size is the original's.
     """
-    # In a fused run the model is in memory by now: the stages run inside one another, the last one's start first.
-    max_pixels = pixels_within(memory_megabytes, max_pixels)
     for batch in batches:
         for start in range(0, batch.num_rows, most_images):
-            yield _preprocess(batch.slice(start, most_images), spec, max_pixels)
+            yield _preprocess(batch.slice(start, most_images), spec, max_pixels, memory_megabytes)
 
 
-def _preprocess(batch: pa.RecordBatch, spec: InputSpec, max_pixels: int) -> pa.RecordBatch:
+def _preprocess(
+    batch: pa.RecordBatch, spec: InputSpec, max_pixels: int, memory_megabytes: int | None
+) -> pa.RecordBatch:
     pixels = np.empty((batch.num_rows, *spec.shape), np.uint8)
     errors, sizes, count = batch["error"].to_pylist(), [], 0
-    for row, content in enumerate(batch["content"]):
-        size = None
-        if errors[row] is None:
-            try:
-                pixels[count], size = load(memoryview(content.as_buffer()).cast("B"), spec, max_pixels)
-                count += 1
-            except UnreadableImageError as error:
-                errors[row] = str(error)
-        sizes.append(size or (None, None))
+    # The files are in memory by now, and in a fused run the model, because the last stage's start is the first.
+    with bounded(memory_megabytes) as left:
+        for row, content in enumerate(batch["content"]):
+            size = None
+            if errors[row] is None:
+                loaded, errors[row] = attempt(_load, content, spec, max_pixels, left)
+                if loaded is not None:
+                    pixels[count], size = loaded
+                    count += 1
+            sizes.append(size or (None, None))
     widths, heights = zip(*sizes, strict=True)
     tensors = _tensors(pixels[:count], [error is not None for error in errors])
     return extend(batch, TENSOR_SCHEMA, width=widths, height=heights, error=errors, tensor=tensors)
+
+
+def _load(
+    content: pa.BinaryScalar, spec: InputSpec, max_pixels: int, most_memory: int | None
+) -> tuple[np.ndarray, Size]:
+    return load(memoryview(content.as_buffer()).cast("B"), spec, max_pixels, most_memory)
 
 
 def _tensors(pixels: np.ndarray, failed: list[bool]) -> pa.Array:

@@ -1,6 +1,7 @@
 """Stage 1 in a task: from paths to the files' bytes, and from frames of videos to images."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
 from typing import BinaryIO
 
@@ -9,17 +10,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from helpers.images.decoding import UnreadableImageError, reason
-from helpers.images.video import find_frames, open_file, read_frames, split_paths
+from helpers.images.boundary import attempt
+from helpers.images.decoding import Image
+from helpers.images.video import find_frames, frame_pixels, read_frames, split_paths
+from helpers.memory import bounded
 from helpers.stages.schemas import IMAGE_SCHEMA, PLACE, Batches, extend
 from helpers.storage import Storage
 from helpers.storage.prefetch import map_groups
 
 FRAME_ERROR = "the frame cannot be decoded: the video is damaged here, or cut short"
 FRAMES_BYTES = 16 * 2**20  # of decoded frames at once, which are large against their files
+ARROW_BYTES = 2**31 - 2  # of one value in a column of bytes, at most
+GROWTH_BYTES = 2**20  # that any file may have grown to since it was listed; larger ones keep their length, or wait
+
+Read = tuple[bytes | None, str | None]  # an image's bytes, or why there are none
 
 
-def read_images(batches: Batches, storage: Storage, most_images: int, most_bytes: int) -> Iterator[pa.RecordBatch]:
+def read_images(
+    batches: Batches,
+    storage: Storage,
+    most_images: int,
+    most_bytes: int,
+    max_bytes: int = ARROW_BYTES,
+    max_pixels: int | None = None,
+    memory_megabytes: int | None = None,
+) -> Iterator[pa.RecordBatch]:
     """Stage 1 in a task: paths to bytes; what Spark has read already passes through.
 
     A video's frame becomes the bytes of an uncompressed image file, and the stages after this one see no difference.
@@ -29,6 +44,9 @@ def read_images(batches: Batches, storage: Storage, most_images: int, most_bytes
         storage: where the paths lie.
         most_images: images an output batch.
         most_bytes: bytes an output batch, unless a single image has more.
+        max_bytes: of an image file; no more of it is read, and a longer one is an error. Videos may have any length.
+        max_pixels: of a video's frame; larger ones are not decoded.
+        memory_megabytes: what this process may take; frames that would take it beyond are not decoded either.
 
     Yields:
         `IMAGE_SCHEMA`; `content` is null where `error` is set.
@@ -38,43 +56,66 @@ def read_images(batches: Batches, storage: Storage, most_images: int, most_bytes
             yield batch
             continue
         is_frame = split_paths(batch["path"])[1].is_valid()
-        parts = list(_split(batch.filter(pc.invert(is_frame)), most_images, most_bytes))
-        read = map_groups(partial(_read, storage), map(_known, parts), storage.concurrent_reads)
-        for part, found in zip(parts, read, strict=True):
-            contents, errors = zip(*found, strict=True)
-            yield extend(part, IMAGE_SCHEMA, error=errors, content=contents)
+        images = batch.filter(pc.invert(is_frame))
+        runs = list(_runs(images["length"].to_pylist(), most_images, most_bytes))
+        files = _files(images, min(max_bytes, ARROW_BYTES), max(most_bytes, GROWTH_BYTES))
+        read = map_groups(partial(_read, storage), [files[run] for run in runs], storage.concurrent_reads)
+        for run, found in zip(runs, read, strict=True):
+            part = images.slice(run.start, run.stop - run.start)
+            yield from _parts(part, found, most_images, most_bytes)
         if is_frame.true_count:
-            yield from _read_frames(batch.filter(is_frame), storage, most_images)
+            most_pixels = frame_pixels(max_pixels, memory_megabytes)
+            yield from _read_frames(batch.filter(is_frame), storage, most_images, most_pixels, memory_megabytes)
 
 
-def _split(batch: pa.RecordBatch, most_images: int, most_bytes: int) -> Iterator[pa.RecordBatch]:
+def _runs(lengths: list[int], most_images: int, most_bytes: int) -> Iterator[slice]:
+    """Neighbours that make one batch, with so many images and bytes at most; one image may have more."""
     start, total = 0, 0
-    for row, length in enumerate(batch["length"].to_pylist()):
+    for row, length in enumerate(lengths):
         if row > start and (row - start == most_images or total + length > most_bytes):
-            yield batch.slice(start, row - start)
+            yield slice(start, row)
             start, total = row, 0
         total += length
-    if batch.num_rows > start:
-        yield batch.slice(start)
+    if len(lengths) > start:
+        yield slice(start, len(lengths))
 
 
-def _known(part: pa.RecordBatch) -> list[tuple[str, str | None]]:
-    """Path of each image, and why it cannot be read where the listing has found that out."""
-    errors = part["error"].to_pylist() if "error" in part.schema.names else [None] * part.num_rows
-    return list(zip(part["path"].to_pylist(), errors, strict=True))
+def _files(images: pa.RecordBatch, max_bytes: int, growth: int) -> list[tuple[str, str | None, int]]:
+    """Path of each image, why it cannot be read where the listing has found that out, and how long it may be now.
+
+    What is read at once is planned by what was listed. A file that is much longer by now waits for the next run, which
+    lists it anew.
+    """
+    errors = images["error"].to_pylist() if "error" in images.schema.names else [None] * images.num_rows
+    limits = [min(max_bytes, max(length, growth)) for length in images["length"].to_pylist()]
+    return list(zip(images["path"].to_pylist(), errors, limits, strict=True))
 
 
-def _read(storage: Storage, listed: tuple[str, str | None]) -> tuple[bytes | None, str | None]:
-    path, error = listed
-    if error:
-        return None, error
-    try:
-        return storage.read(path), None
-    except OSError as failure:
-        return None, reason(failure)
+def _read(storage: Storage, file: tuple[str, str | None, int]) -> Read:
+    path, error, limit = file
+    return (None, error) if error else attempt(storage.read, path, limit)
 
 
-def _read_frames(batch: pa.RecordBatch, storage: Storage, most_images: int) -> Iterator[pa.RecordBatch]:
+def _parts(part: pa.RecordBatch, read: list[Read], most_images: int, most_bytes: int) -> Iterator[pa.RecordBatch]:
+    """Batches of what was read, of files that may have grown since they were listed."""
+    for run in _runs([len(content or b"") for content, _ in read], most_images, most_bytes):
+        yield _batch(part.slice(run.start, run.stop - run.start), read)
+
+
+def _batch(part: pa.RecordBatch, read: list[Read]) -> pa.RecordBatch:
+    """What was read first, which is forgotten here: large files would be in memory twice while they are decoded."""
+    contents, errors = zip(*read[: part.num_rows], strict=True)
+    del read[: part.num_rows]
+    return extend(part, IMAGE_SCHEMA, error=errors, content=contents)
+
+
+def _read_frames(
+    batch: pa.RecordBatch,
+    storage: Storage,
+    most_images: int,
+    max_pixels: int | None,
+    memory_megabytes: int | None,
+) -> Iterator[pa.RecordBatch]:
     files, numbers = split_paths(batch["path"])
     frames = pa.table({"file": files, "number": numbers, "row": pa.array(range(batch.num_rows))})
     # An exchange does not keep the order, and each file is to be decoded once and forwards.
@@ -82,36 +123,51 @@ def _read_frames(batch: pa.RecordBatch, storage: Storage, most_images: int) -> I
     for file in frames["file"].unique():
         mine = frames.filter(pc.equal(frames["file"], file)).combine_chunks()
         part, start, size = batch.take(mine["row"].combine_chunks()), 0, 0
-        read: list[tuple[bytes | None, str | None]] = []
-        for content, error in _decode_frames(part, storage, file.as_py(), mine["number"].to_numpy()):
-            read.append((content, error))
-            size += len(content or b"")
-            if start + len(read) == part.num_rows or len(read) == most_images or size >= FRAMES_BYTES:
-                contents, errors = zip(*read, strict=True)
-                yield extend(part.slice(start, len(read)), IMAGE_SCHEMA, error=errors, content=contents)
-                start, size, read = start + len(read), 0, []
+        read: list[Read] = []
+        with closing(_images(part, storage, file.as_py(), mine["number"].to_numpy(), max_pixels)) as images:
+            for content, error in _decode_frames(images, part.num_rows, memory_megabytes):
+                read.append((content, error))
+                size += len(content or b"")
+                if start + len(read) == part.num_rows or len(read) == most_images or size >= FRAMES_BYTES:
+                    ready = part.slice(start, len(read))
+                    yield _batch(ready, read)
+                    start, size = start + ready.num_rows, 0
 
 
-def _decode_frames(
-    part: pa.RecordBatch, storage: Storage, path: str, numbers: np.ndarray
-) -> Iterator[tuple[bytes | None, str | None]]:
+def _decode_frames(images: Iterator[Image | str | None], count: int, memory_megabytes: int | None) -> Iterator[Read]:
     """For each frame of one video, in rising order, its bytes as an image file, or why there are none."""
-    done, why = 0, FRAME_ERROR
-    try:
-        with open_file(storage, path) as file:
-            for image in read_frames(file, numbers, *_places(part, file, numbers)):
-                yield (None, FRAME_ERROR) if image is None else (cv2.imencode(".bmp", image)[1].tobytes(), None)
-                done += 1
-    except (OSError, UnreadableImageError) as error:
-        why = reason(error)
-    yield from [(None, why)] * (len(numbers) - done)
+    content, missing = None, FRAME_ERROR
+    for _ in range(count):
+        with bounded(memory_megabytes):
+            image, error = attempt(next, images, None)
+            if isinstance(image, np.ndarray):
+                content, error = attempt(_to_file, image)
+            elif error is not None:  # nothing more comes
+                content, missing = None, error
+            else:
+                content, error = None, image or missing
+        yield content, error
 
 
-def _places(part: pa.RecordBatch, file: BinaryIO, numbers: np.ndarray) -> tuple[np.ndarray | None, ...]:
+def _to_file(image: Image) -> bytes:
+    return cv2.imencode(".bmp", image)[1].tobytes()
+
+
+def _images(
+    part: pa.RecordBatch, storage: Storage, path: str, numbers: np.ndarray, max_pixels: int | None
+) -> Generator[Image | str | None]:
+    with storage.open(path) as file:
+        pts, seek = _places(part, file, numbers, max_pixels)
+        yield from read_frames(file, numbers, pts, seek, max_pixels)
+
+
+def _places(
+    part: pa.RecordBatch, file: BinaryIO, numbers: np.ndarray, max_pixels: int | None
+) -> tuple[np.ndarray | None, ...]:
     """`pts` and `seek` of some frames, from the manifest where there is one."""
     if "pts" in part.schema.names:
         return tuple(None if part[p.name].null_count else part[p.name].to_numpy() for p in PLACE)
-    frames = find_frames(file)
+    frames = find_frames(file, max_pixels)
     if frames.pts is None or frames.seek is None or numbers[-1] >= frames.count:
         return None, None
     return frames.pts[numbers], frames.seek[numbers]

@@ -34,9 +34,8 @@ PREDICTION = pa.struct(
         pa.field("mask", MASK),
     ]
 )
-RESULT_SCHEMA = pa.schema(
-    [*KEY, *SIZE, ERROR, pa.field("predictions", pa.list_(PREDICTION)), pa.field("model", pa.string())]
-)
+PREDICTIONS = pa.list_(PREDICTION)
+RESULT_SCHEMA = pa.schema([*KEY, *SIZE, ERROR, pa.field("predictions", PREDICTIONS), pa.field("model", pa.string())])
 
 
 def output_schema(manifest: Manifest) -> pa.Schema:

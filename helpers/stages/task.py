@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from helpers import stages
@@ -68,6 +69,7 @@ class Task:
     bundle: Bundle
     model: str
     parameters: dict[str, Any]
+    max_bytes: int
     max_pixels: int
     precision: str | None
     threads: int
@@ -113,7 +115,8 @@ class Task:
         clock = clock or Clock()
         images = batch_size(self.bundle, self.batch_megabytes, self.max_batch)
         spec = self.bundle.manifest.input
-        read = stages.read_images(batches, self.source, images, self.batch_megabytes * 2**20)
+        limits = self.max_bytes, self.max_pixels, memory_megabytes
+        read = stages.read_images(batches, self.source, images, self.batch_megabytes * 2**20, *limits)
         tensors = stages.preprocess(clock.timed("read", read), spec, images, self.max_pixels, memory_megabytes)
         outputs = stages.infer(
             clock.timed("preprocess", tensors), self.bundle, self.precision, self.threads, memory_megabytes
@@ -194,7 +197,11 @@ def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
                 writer.write_table(table)
                 errors = table["error"].drop_null()
                 totals.update(images=table.num_rows, failed=len(errors))
-                files.update(zip(split_paths(table["path"])[0].to_pylist(), table["length"].to_pylist(), strict=True))
+                paths, frames = split_paths(table["path"])
+                # An image that is too long is not read, and of a video all frames together are the file.
+                read = pc.or_(frames.is_valid(), pc.less_equal(table["length"], task.max_bytes))
+                lengths = pc.if_else(read, table["length"], 0).to_pylist()
+                files.update(zip(paths.to_pylist(), lengths, strict=True))
                 reasons.update(error.partition(";")[0] for error in errors.to_pylist())  # without details
         if not totals["images"]:
             return {}

@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from azure.core import MatchConditions
 from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceExistsError, ResourceNotFoundError
-from azure.storage.filedatalake import DataLakeFileClient, FileSystemClient
+from azure.storage.filedatalake import DataLakeFileClient, FileSystemClient, StorageStreamDownloader
 
 from helpers.errors import StorageError, first_line
 from helpers.storage.client import TRIES, forget_clients, get_client
@@ -89,19 +89,40 @@ class AdlsStorage:
         except FileNotFoundError:
             raise StorageError(f"{self._uri(start)}: no such folder; check the location, or create it first") from None
 
-    def read(self, path: str) -> bytes:
+    def open(self, path: str) -> BinaryIO:
+        """A temporary copy of a file, fetched a few ranges at a time, to read from any position.
+
+        Raises:
+            OSError: as for `read`.
+            StorageError: likewise; or there is no space for temporary files.
+        """
+        try:
+            with contextlib.ExitStack() as stack:
+                copy = stack.enter_context(tempfile.TemporaryFile())
+                with self._download(path) as download:
+                    download.readinto(copy)
+                copy.seek(0)
+                stack.pop_all()
+            return copy
+        except OSError as error:
+            if error.filename == path:
+                raise
+            raise StorageError(
+                f"a video cannot be copied to this machine's disk ({error.strerror}); make space for temporary files, "
+                "or set TMPDIR to a folder that has it, and run again"
+            ) from None
+
+    def read(self, path: str, limit: int | None = None) -> bytes:
         """Read a file, a large one in several ranges at once.
 
         Raises:
-            OSError: there is no such file, it is a folder, or its access rights forbid it.
+            OSError: there is no such file, it is a folder, it is too long, or its access rights forbid it.
             StorageError: the storage does not answer, or refuses the credential.
         """
-        with self._explained(path, of_one_file=True):
-            download = self._file(self._name(path)).download_file(max_concurrency=RANGES)
-            content = download.readall()
-        if not content and IS_FOLDER in download.properties.metadata:
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        return content
+        with self._download(path) as download:
+            if limit is not None and download.size > limit:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+            return download.readall()
 
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:
@@ -187,6 +208,14 @@ class AdlsStorage:
         if URI.fullmatch(path):
             raise StorageError(f"{path} is not in {self._base}")
         return "/".join(part for part in (self._folder, path.strip("/")) if part)
+
+    @contextlib.contextmanager
+    def _download(self, path: str) -> Iterator[StorageStreamDownloader]:
+        with self._explained(path, of_one_file=True):
+            download = self._file(self._name(path)).download_file(max_concurrency=RANGES)
+            if not download.size and IS_FOLDER in download.properties.metadata:
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            yield download
 
     def _put(self, path: str, file: BinaryIO) -> None:
         """Write a temporary file and rename it, with calls that do no harm when they are repeated."""

@@ -49,8 +49,11 @@ class Storage(Protocol):
     def list(self, prefix: str = "", directories: bool = False, skip: Collection[str] = ()) -> Iterator[Entry]:
         """Every file below the prefix, nested folders included but for those to skip, in no particular order."""
 
-    def read(self, path: str) -> bytes:
-        """The whole content of one file; raises OSError."""
+    def read(self, path: str, limit: int | None = None) -> bytes:
+        """The whole content of one file; raises OSError, with EFBIG where it is longer than so many bytes."""
+
+    def open(self, path: str) -> BinaryIO:
+        """One file of any length, to read from any position, in the memory of a part of it; raises OSError."""
 
     def create(self, path: str) -> contextlib.AbstractContextManager[BinaryIO]:
         """A file to write to, which appears under its name, whole, when the block ends without an exception."""

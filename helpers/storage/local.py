@@ -62,9 +62,17 @@ class LocalStorage:
         """One file, to read from any position; raises OSError."""
         return open(_to_name(self.join(path)), "rb", opener=_open_file)  # noqa: PTH123, SIM115 - the caller closes it
 
-    def read(self, path: str) -> bytes:  # noqa: D102
+    def read(self, path: str, limit: int | None = None) -> bytes:  # noqa: D102
         with self.open(path) as file:
-            return file.read()
+            if limit is None:
+                return file.read()
+            length = os.fstat(file.fileno()).st_size
+            content = file.read(length + 1) if length <= limit else b""
+            if len(content) > length:  # it grows, or is one of those that the system makes while they are read
+                content += file.read(limit + 1 - len(content))
+            if max(length, len(content)) > limit:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+            return content
 
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:  # noqa: D102

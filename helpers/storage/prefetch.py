@@ -1,7 +1,7 @@
 """Waiting for a distant storage while other work goes on. Executors import this module."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,13 +22,18 @@ def map_groups(function: Callable[[T], R], groups: Iterable[Sequence[T]], thread
         return
     pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
     try:
-        coming: list | None = None
+        coming: list[Future[R]] | None = None
         for group in groups:
             following = [pool.submit(function, item) for item in group]
             if coming is not None:
-                yield [future.result() for future in coming]
+                yield _results(coming)
             coming = following
         if coming is not None:
-            yield [future.result() for future in coming]
+            yield _results(coming)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _results(coming: list[Future[R]]) -> list[R]:
+    """Wait for them, and keep none: what was read may be large."""
+    return [coming.pop(0).result() for _ in range(len(coming))]

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from helpers.errors import DataError, TrainingError
-from helpers.images import decoding
+from helpers.images import boundary, decoding
 from helpers.images.headers import Size
 from helpers.models.bundle import InputSpec
 from helpers.storage import open_storage
@@ -167,7 +167,7 @@ class Folder:
         try:
             content = memoryview(self.storage.read(row["file"]))
         except OSError as error:
-            raise DataError(f"{file}: {decoding.reason(error)}; mend it, or take it out of {self.source}") from None
+            raise DataError(f"{file}: {boundary.reason(error)}; mend it, or take it out of {self.source}") from None
         return self.form.make(content, {**row, "file": file})
 
 
@@ -242,7 +242,7 @@ def load_image(content: memoryview, spec: InputSpec, file: str) -> tuple[np.ndar
     """
     try:
         return decoding.load(content, spec, MAX_PIXELS)
-    except decoding.UnreadableImageError as error:
+    except boundary.UnreadableImageError as error:
         raise DataError(f"{file}: {error}; remove it from the training set") from None
 
 

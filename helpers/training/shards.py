@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from helpers.errors import DataError
-from helpers.images.decoding import reason
+from helpers.images.boundary import reason
 from helpers.storage import Storage, open_storage
 from helpers.storage.prefetch import map_groups
 

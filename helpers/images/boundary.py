@@ -1,0 +1,55 @@
+"""Where what goes wrong with one image becomes that image's error, and nobody else's. Executors import this module."""
+
+import errno
+from collections.abc import Callable
+from typing import TypeVar
+
+from helpers.errors import UserError
+from helpers.storage.credentials import redact
+
+R = TypeVar("R")
+
+MOST_CHARACTERS = 300  # of an error: other libraries' may repeat what they were given
+READ_ERRORS = {
+    errno.ENOENT: "the file is gone: it was moved or deleted after it was listed, or its link leads nowhere",
+    errno.EACCES: "the file cannot be read: permission denied",
+    errno.EPERM: "the file cannot be read: permission denied",
+    errno.EISDIR: "this is a directory, not an image file",
+    errno.ELOOP: "the link leads back to itself",
+    errno.EFBIG: "the file is longer than ingest.max_bytes allows, or much longer than when it was listed",
+}
+
+
+class UnreadableImageError(ValueError):
+    """The bytes are no image that can be used; the message says why, for the row's `error`."""
+
+
+def attempt(function: Callable[..., R], *arguments: object) -> tuple[R | None, str | None]:
+    """Do one thing with one image or video: the result and None, or None and why there is none.
+
+    Anything may be raised for bytes that nobody has thought of, by this package or by the libraries below it.
+
+    Raises:
+        UserError: what must be mended before any image can be worked on, such as a refused credential.
+    """
+    try:
+        return function(*arguments), None
+    except UserError:
+        raise
+    except Exception as error:
+        return None, reason(error)
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be done with an image, for the row's `error`: one line, with words in it."""
+    if isinstance(error, MemoryError):
+        text = "there is not enough memory for it: inference.memory_megabytes is what a task may take"
+    elif isinstance(error, OSError):
+        text = READ_ERRORS.get(error.errno or 0, f"the file cannot be read: {error.strerror or error}")
+    elif isinstance(error, UnreadableImageError):
+        text = str(error)
+    else:
+        text = f"it cannot be processed: {type(error).__name__}: {error}"
+    # Arrow takes no half characters.
+    line = " ".join(redact(text).split()).encode("utf-8", "replace").decode() or type(error).__name__
+    return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 3]}..."

@@ -1,0 +1,56 @@
+"""The memory of this process: what it has, and a limit to what a file that somebody made may take.
+
+Executors import this module; it needs the standard library only.
+"""
+
+import contextlib
+import os
+import resource
+from collections.abc import Iterator
+
+PAGE = resource.getpagesize()
+
+
+def resident_megabytes() -> float:
+    """The memory of this process now; where the system does not tell (macOS), the most it ever was."""
+    return _memory()[1] / 2**20
+
+
+@contextlib.contextmanager
+def bounded(megabytes: int | None) -> Iterator[int | None]:
+    """Let every allocation fail that would take this process beyond so many megabytes; None for no limit.
+
+    The size of an image says what decoding takes, but a decoder can be made to take more: by texts, tables and indices
+    that a few bytes describe. What then fails is an error of that image. Other threads are limited too, for as long.
+
+    Yields:
+        How many bytes more the process may take.
+    """
+    if megabytes is None:
+        yield None
+        return
+    space, resident = _memory()
+    left = max(0, megabytes * 2**20 - resident)
+    if space is None:
+        yield left
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = space + left
+    resource.setrlimit(resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(most, soft), hard))
+    try:
+        yield left
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _memory() -> tuple[int | None, int]:
+    """Bytes of this process's address space, where the system tells, and of its memory."""
+    try:
+        file = os.open("/proc/self/statm", os.O_RDONLY)
+    except FileNotFoundError:
+        return None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        space, resident = os.read(file, 256).split()[:2]
+    finally:
+        os.close(file)
+    return int(space) * PAGE, int(resident) * PAGE
