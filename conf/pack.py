@@ -25,7 +25,7 @@ from helpers.errors import HostError
 ARCHIVE = PROJECT / "out" / "pack" / "executors.tar.gz"
 # Of the pins in requirements.txt, those that tasks import, some of them late.
 PACKAGES = re.compile(r"^(numpy|pyarrow|opencv-python-headless|openvino|av|pycocotools|azure-[\w-]+)==", re.MULTILINE)
-IMPORTS = "import helpers.stages.task, av, cv2, azure.identity, azure.storage.filedatalake, openvino as ov; \
+IMPORTS = "import helpers.pipeline.task, av, cv2, azure.identity, azure.storage.filedatalake, openvino as ov; \
 ov.Core().available_devices"
 # Tests and sources; other devices than the CPU and other formats than OpenVINO's own; Arrow's network services.
 LEFT_OUT = re.compile(

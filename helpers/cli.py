@@ -61,8 +61,8 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
 def export(options: argparse.Namespace, config: Config) -> int:
     """A PyTorch checkpoint to a model bundle."""
-    from helpers.models import export as conversion
-    from helpers.models.architectures import get_architecture
+    from helpers.export import conversion
+    from helpers.export.architectures import get_architecture
     from helpers.storage import open_storage
 
     calibration: Iterable[np.ndarray] = ()
@@ -85,9 +85,9 @@ def export(options: argparse.Namespace, config: Config) -> int:
 
 def plan(options: argparse.Namespace, config: Config) -> int:
     """What a run would take elsewhere, from the records of runs that were made."""
+    from helpers.pipeline.records import read_runs, read_tasks
     from helpers.planning.cost_model import fit
     from helpers.planning.planner import PARTS, Cluster, curve, plot_curve, predict
-    from helpers.results.records import read_runs, read_tasks
 
     try:
         cluster = Cluster(

@@ -210,7 +210,7 @@ def _start_workers(spark: "SparkSession") -> None:
     """
     import pyarrow as pa
 
-    from helpers.stages.task import pass_through
+    from helpers.pipeline.task import pass_through
 
     slots = local_slots(spark) or 1
     table = pa.table({"partition": pa.array(range(slots), pa.int32())})

@@ -63,7 +63,7 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def bundle_uri(checkpoint, tmp_path_factory) -> str:
     """That network as an fp32 bundle."""
-    from helpers.models.export import export
+    from helpers.export.conversion import export
 
     folder = str(tmp_path_factory.mktemp("bundle"))
     export("fashion_cnn", checkpoint, open_storage(folder))

@@ -182,8 +182,8 @@ def image_seeds() -> list[bytes]:
 def check_image(content: bytes) -> None:
     """What a task does with the bytes of an image."""
     from helpers.images.decoding import load
+    from helpers.images.spec import InputSpec
     from helpers.memory import bounded
-    from helpers.models.bundle import InputSpec
 
     spec = InputSpec(28, 28, "rgb", (0.0,) * 3, (1.0,) * 3, scaled_decoding=2.0)
     with bounded(MEGABYTES) as left:
@@ -270,7 +270,7 @@ def manifest_seeds() -> list[bytes]:
 
 def check_manifest(content: bytes) -> None:
     """What a run does with a bundle's manifest."""
-    from helpers.models.bundle import load_bundle
+    from helpers.bundle.manifest import load_bundle
 
     class Memory:
         root = "bundle"

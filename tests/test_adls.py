@@ -46,7 +46,7 @@ from pyspark import cloudpickle
 from helpers.config import load_config
 from helpers.errors import ConfigError, StorageError
 from helpers.images import boundary
-from helpers.stages import reading
+from helpers.pipeline import reading
 from helpers.storage import StorageOptions, adls, client, credentials, lease, open_storage
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.credentials import redact, resolve
@@ -406,8 +406,8 @@ def test_modification_times_are_the_servers_in_utc(storage):
 LISTING = """
 import resource, sys
 from helpers.config import load_config
-from helpers.ingest import listing as ingest
-from helpers.ingest.listing import list_images
+from helpers.pipeline import listing as ingest
+from helpers.pipeline.listing import list_images
 from helpers.storage import open_storage
 ingest.ROWS_A_CHUNK = 5000
 config = load_config("local", **{"storage.endpoint": sys.argv[1], "storage.credential": "env:ADLS_KEY"})

@@ -27,7 +27,7 @@ from test_video import pictures, write_clip
 from helpers import doctor
 from helpers.config import PROJECT, load_config
 from helpers.errors import StorageError
-from helpers.results.store import ResultStore
+from helpers.pipeline.results import ResultStore
 from helpers.storage import StorageOptions, client
 from helpers.storage.adls import AdlsStorage
 from studies.cluster import Cluster, wait_for

@@ -36,10 +36,9 @@ from cluster import Finished, python_workers, start_run
 from PIL import Image
 
 from helpers.cli import main
-from helpers.ingest import readers
-from helpers.ingest.listing import list_images, manifest, plan
-from helpers.pipeline import make_task
-from helpers.results.sample import draw_sample
+from helpers.pipeline import make_task, readers
+from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.sample import draw_sample
 from studies.cluster import wait_for
 
 WIDTH, HEIGHT = 60, 40

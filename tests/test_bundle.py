@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers.bundle.manifest import Manifest, OutputSpec, load_bundle, save_bundle
 from helpers.errors import BundleError
-from helpers.models.bundle import InputSpec, Manifest, OutputSpec, load_bundle, save_bundle
+from helpers.images.spec import InputSpec
 from helpers.storage import open_storage
 
 MANIFEST = Manifest(

@@ -11,10 +11,10 @@ import yaml
 
 from helpers.config import PROJECT
 from helpers.errors import BundleError
-from helpers.models.architectures import get_architecture
-from helpers.models.bundle import InputSpec
-from helpers.models.cards import CARDS, find_cards
-from helpers.models.export import export
+from helpers.export.architectures import get_architecture
+from helpers.export.cards import CARDS, find_cards
+from helpers.export.conversion import export
+from helpers.images.spec import InputSpec
 from helpers.storage import open_storage
 
 NETWORK = """

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from helpers.models.bundle import load_bundle
+from helpers.bundle.manifest import load_bundle
 from helpers.storage import open_storage
 
 KEYS = ["images", "ok", "failed", "skipped", "partitions", "seconds", "images_per_second", "results"]  # the contract

@@ -22,8 +22,8 @@ from trainings import train_fashion
 
 from helpers import pipeline
 from helpers.config import PROJECT, load_config
-from helpers.ingest import listing as ingest
 from helpers.java import local_options
+from helpers.pipeline import listing as ingest
 from studies.cluster import LOOPBACK, SPARK_HOME, Process, wait_for
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0[4-7]_*.ipynb"))
@@ -113,8 +113,8 @@ def models(fashion_mnist_root, tmp_path_factory) -> Path:
     made = Path(load_config("local").paths.models)
     if (made / "fashion_cnn-int8" / "manifest.json").exists():
         return made
-    from helpers.models.architectures import get_architecture
-    from helpers.models.export import calibration_images, export
+    from helpers.export.architectures import get_architecture
+    from helpers.export.conversion import calibration_images, export
     from helpers.storage import open_storage
     from studies.samples import write_images
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
+from helpers.bundle.manifest import Manifest
+from helpers.export import evaluation
+from helpers.images.spec import InputSpec
 from helpers.metrics import boundary_iou
-from helpers.models import evaluation
-from helpers.models.bundle import InputSpec, Manifest
 from studies import accuracy, figures
 
 SIDE = 40

@@ -39,9 +39,9 @@ from hypothesis import strategies as st
 
 from helpers import pipeline
 from helpers.config import load_config
-from helpers.ingest.listing import list_images, manifest, plan
-from helpers.results.store import ResultStore, replaced, without
-from helpers.stages import RESULT_SCHEMA
+from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.results import ResultStore, replaced, without
+from helpers.pipeline.stages import RESULT_SCHEMA
 from helpers.storage import LocalStorage, open_storage
 from studies.cluster import wait_for
 

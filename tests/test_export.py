@@ -9,13 +9,14 @@ import torch
 
 from fashion_data import CLASSES, load
 from fashion_mnist import FashionCNN, compute_logits
+from helpers.bundle import runtime
+from helpers.bundle.manifest import load_bundle
+from helpers.bundle.runtime import compile_options, get_model, has_bf16
 from helpers.config import PROJECT
 from helpers.errors import BundleError
-from helpers.models import export, runtime
-from helpers.models.architectures import get_architecture
-from helpers.models.bundle import load_bundle
-from helpers.models.quantization import Validation
-from helpers.models.runtime import compile_options, get_model, has_bf16
+from helpers.export import conversion as export
+from helpers.export.architectures import get_architecture
+from helpers.export.quantization import Validation
 from helpers.storage import open_storage
 from studies.formats import onnx_engine, torch_engine
 

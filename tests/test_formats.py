@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from helpers.errors import DataError
-from helpers.models import export
-from helpers.models.architectures import get_architecture
+from helpers.export import conversion as export
+from helpers.export.architectures import get_architecture
 from helpers.storage import open_storage
 from studies import benchmark, figures, formats
 from studies.samples import make_frames, write_video

@@ -1,7 +1,8 @@
 import pytest
 
-from helpers.models import export, graph
-from helpers.models.architectures import get_architecture
+from helpers.export import conversion as export
+from helpers.export import graph
+from helpers.export.architectures import get_architecture
 from helpers.yolact import build
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from helpers.images.boundary import UnreadableImageError
 from helpers.images.decoding import decode, fit
 from helpers.images.headers import read_header
-from helpers.models.bundle import InputSpec
+from helpers.images.spec import InputSpec
 
 MANY = 10**9
 BLUE, GREEN, RED = (255, 0, 0), (0, 255, 0), (0, 0, 255)  # BGR

@@ -5,11 +5,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from helpers import stages
+from helpers.bundle import runtime
+from helpers.bundle.manifest import Bundle, load_bundle, save_bundle
+from helpers.bundle.runtime import batch_size, compile_options, get_model
 from helpers.errors import BundleError
-from helpers.models import runtime
-from helpers.models.bundle import Bundle, load_bundle, save_bundle
-from helpers.models.runtime import batch_size, compile_options, get_model
+from helpers.pipeline import stages
 from helpers.storage import open_storage
 
 
@@ -34,7 +34,7 @@ def one_by_one(model, images: np.ndarray) -> np.ndarray:
 
 
 def test_a_process_loads_a_model_once_for_many_calls(bundle, bundle_uri, caplog):
-    caplog.set_level(logging.INFO, "helpers.models.runtime")
+    caplog.set_level(logging.INFO, "helpers.bundle.runtime")
     first = get_model(bundle)
     for _ in range(3):
         again = load_bundle(open_storage(bundle_uri))  # another object, as each task unpickles its own
@@ -134,7 +134,7 @@ def test_another_networks_weights_in_the_same_graph_are_another_model(bundle, tm
     import torch
 
     from fashion_mnist import FashionCNN, compute_logits
-    from helpers.models.export import export
+    from helpers.export.conversion import export
 
     images = pixels(3)
     for seed in (1, 2):

@@ -5,8 +5,8 @@ import pytest
 
 from helpers.config import load_config
 from helpers.errors import RunError, StorageError
-from helpers.ingest.listing import LISTED_SCHEMA, list_images, manifest, plan
-from helpers.stages import MANIFEST_SCHEMA
+from helpers.pipeline.listing import LISTED_SCHEMA, list_images, manifest, plan
+from helpers.pipeline.stages import MANIFEST_SCHEMA
 from helpers.storage import open_storage
 
 

@@ -19,7 +19,7 @@ from conf import pack
 from helpers import pipeline
 from helpers.config import PROJECT, load_config
 from helpers.errors import HostError
-from helpers.ingest import listing as ingest
+from helpers.pipeline import listing as ingest
 from helpers.session import find_environment, pack_helpers
 from studies.cluster import LOOPBACK, Cluster, Process
 

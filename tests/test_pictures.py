@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from helpers.images.pictures import draw, picture_name
+from helpers.images.drawing import draw, picture_name
 
 PREDICTIONS = [{"class_id": 1, "label": "Trouser", "score": 0.987, "box": None, "mask": None}]
 

@@ -17,12 +17,12 @@ from bombs import bilevel_png
 
 import fashion_data
 from helpers import pipeline
+from helpers.bundle.manifest import load_bundle, save_bundle
 from helpers.config import Config, load_config
 from helpers.errors import BundleError, ConfigError, RunError, StorageError, UserError
-from helpers.ingest.listing import list_images
-from helpers.models.bundle import load_bundle, save_bundle
 from helpers.pipeline import RunSummary
-from helpers.stages.task import STAGES
+from helpers.pipeline.listing import list_images
+from helpers.pipeline.task import STAGES
 from helpers.storage import open_storage
 
 LOCAL = {"spark.master": "local[2]", "pictures": 0}
@@ -66,7 +66,7 @@ def earlier(finished, tmp_path) -> Finished:
 FRESH_WORKER = """
 import json, sys
 from helpers.config import load_config
-from helpers.ingest.listing import list_images, manifest, plan
+from helpers.pipeline.listing import list_images, manifest, plan
 from helpers.pipeline import make_task
 from helpers.session import get_spark, pack_helpers
 import pyarrow as pa
@@ -78,7 +78,7 @@ task = make_task(*sys.argv[1:], config)
 def look(batches):
     import sys
     import helpers
-    from helpers import stages
+    from helpers.pipeline import stages
 
     rows = sum(batch.num_rows for batch in task.results(batches))
     files = {"helpers": [helpers.__file__], "stages": [stages.__file__]}
@@ -109,7 +109,7 @@ def test_a_worker_imports_helpers_from_the_shipped_archive(fresh_worker):
 
 def test_a_worker_runs_all_stages_without_the_drivers_heavy_packages(fresh_worker):
     modules = set(fresh_worker["modules"])
-    assert {"helpers.models.runtime", "openvino", "cv2"} <= modules
+    assert {"helpers.bundle.runtime", "openvino", "cv2"} <= modules
     assert not modules & {"torch", "torchvision", "pydantic", "nncf", "onnx", "matplotlib", "tensorboard"}
 
 

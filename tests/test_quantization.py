@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fashion_data import load
-from helpers.models import evaluation, export, quantization
-from helpers.models.architectures import get_architecture
-from helpers.models.bundle import load_bundle
-from helpers.models.quantization import Validation
+from helpers.bundle.manifest import load_bundle
+from helpers.export import conversion as export
+from helpers.export import evaluation, quantization
+from helpers.export.architectures import get_architecture
+from helpers.export.quantization import Validation
 from helpers.storage import open_storage
 
 

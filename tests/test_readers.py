@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from helpers import pipeline
 from helpers.config import load_config
 from helpers.images.decoding import decode, load
-from helpers.ingest.listing import list_images, manifest, plan
-from helpers.ingest.readers import choose_reader, read_by_spark
-from helpers.models.bundle import InputSpec
-from helpers.stages.task import STAGES
+from helpers.images.spec import InputSpec
+from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.readers import choose_reader, read_by_spark
+from helpers.pipeline.task import STAGES
 from helpers.storage import LocalStorage, open_storage
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers know nothing of this file
@@ -89,7 +89,7 @@ def test_an_image_changed_under_a_run_by_spark_is_not_lost(spark, photos, bundle
 )
 def test_auto_asks_a_task_where_tasks_run_elsewhere(spark, photos, mode, kind, expected, caplog, monkeypatch):
     if mode == "cluster":
-        monkeypatch.setattr("helpers.ingest.readers.local_slots", lambda spark: None)
+        monkeypatch.setattr("helpers.pipeline.readers.local_slots", lambda spark: None)
     config, storage = load_config("local"), kind(str(photos))
     images = list_images(storage, config).images
     with caplog.at_level(logging.INFO, "helpers"):
@@ -98,7 +98,7 @@ def test_auto_asks_a_task_where_tasks_run_elsewhere(spark, photos, mode, kind, e
 
 
 def test_auto_takes_the_tasks_where_they_can_read(spark, photos, monkeypatch):
-    monkeypatch.setattr("helpers.ingest.readers.local_slots", lambda spark: None)
+    monkeypatch.setattr("helpers.pipeline.readers.local_slots", lambda spark: None)
     config, storage = load_config("local"), open_storage(str(photos))
     images = list_images(storage, config).images
     assert choose_reader(spark, storage, manifest(images, plan(images, 2, config)), config) == "files"

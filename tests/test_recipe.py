@@ -13,10 +13,10 @@ import fashion_sets
 from augmentation import augment
 from fashion_mnist import RECIPE, compute_logits, parse
 from fashion_resnet import FashionResNet
+from helpers.bundle.runtime import get_model
 from helpers.errors import BundleError, TrainingError
-from helpers.models.architectures import get_architecture
-from helpers.models.export import export, load_network
-from helpers.models.runtime import get_model
+from helpers.export.architectures import get_architecture
+from helpers.export.conversion import export, load_network
 from helpers.storage import open_storage
 from helpers.tracking.tensorboard import read_scalars
 from helpers.training import train_on_spark

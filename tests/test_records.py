@@ -9,9 +9,9 @@ import pytest
 from helpers import pipeline
 from helpers.config import load_config
 from helpers.errors import DataError
-from helpers.results.records import RUNS, read_runs, read_tasks, shown_settings
-from helpers.results.store import ResultStore
-from helpers.stages.task import RECORD_SCHEMA, STAGES
+from helpers.pipeline.records import RUNS, read_runs, read_tasks, shown_settings
+from helpers.pipeline.results import ResultStore
+from helpers.pipeline.task import RECORD_SCHEMA, STAGES
 from helpers.storage import open_storage
 
 LOCAL = {"spark.master": "local[2]", "partitioning.partitions": 4}

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.errors import RunError
-from helpers.results.store import ResultStore, replaced, without
-from helpers.stages import RESULT_SCHEMA
-from helpers.stages.task import staged_counts
+from helpers.pipeline.results import ResultStore, replaced, without
+from helpers.pipeline.stages import RESULT_SCHEMA
+from helpers.pipeline.task import staged_counts
 from helpers.storage import open_storage
 from helpers.storage.parquet import write_table
 
@@ -194,7 +194,7 @@ def test_nothing_is_lost_or_doubled_wherever_a_publication_is_cut_off(store):
 def test_a_second_run_at_the_same_time_is_refused(store):
     script = """
 import sys
-from helpers.results.store import ResultStore
+from helpers.pipeline.results import ResultStore
 from helpers.storage import open_storage
 with ResultStore(open_storage(sys.argv[1])).exclusive():
     print("held", flush=True)

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from helpers.pipeline.task import STAGES
 from helpers.planning.planner import Cluster, curve, plot_curve
-from helpers.stages.task import STAGES
 from studies import scale_figures as plots
 from studies.simulation import simulate
 

@@ -213,14 +213,14 @@ def test_the_session_is_set_up_as_the_configuration_says(spark, config):
 PYTHON_FAILURE = """
   An exception was thrown from the Python worker. Please see the stack trace below.
 Traceback (most recent call last):
-  File "/opt/helpers/models/bundle.py", line 93, in read
+  File "/opt/helpers/bundle/manifest.py", line 93, in read
     content = self.storage.read(name)
 ValueError: the first of several
 
 During handling of the above exception, another exception occurred:
 
 Traceback (most recent call last):
-  File "/opt/helpers/stages/task.py", line 65, in __call__
+  File "/opt/helpers/pipeline/task.py", line 65, in __call__
     raise BundleError("x")
 {error}
 """

@@ -8,16 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from helpers import stages
+from helpers.bundle.manifest import OutputSpec, load_bundle
 from helpers.errors import BundleError, ConfigError, StorageError
 from helpers.images.decoding import decode, fit
-from helpers.ingest.listing import list_images, manifest, plan
 from helpers.memory import resident_megabytes
-from helpers.models.bundle import OutputSpec, load_bundle
-from helpers.pipeline import make_task
-from helpers.results.store import without
-from helpers.stages import inference, postprocessing, preprocessing
-from helpers.stages.postprocessing import classification, parameters_for
+from helpers.pipeline import inference, make_task, postprocessing, preprocessing, stages
+from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.postprocessing import classification, parameters_for
+from helpers.pipeline.results import without
 from helpers.storage import open_storage
 
 NAMES = ["0.png", "1 missing.png", "2.jpg", "3 empty.png", "4 text.png", "5 folder.png", "6.png", "7 loop.png"]

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from helpers.errors import RunError
-from helpers.results.records import read_runs, read_tasks
+from helpers.pipeline.records import read_runs, read_tasks
 from studies.cluster import held_to, slowed, standalone
 from studies.sweep import sweep
 

@@ -14,8 +14,8 @@ import fashion_mnist
 from fashion_mnist import MEAN, STD, FashionCNN, compute_logits, normalize
 from figures import plot_confusion_matrix, plot_predictions
 from helpers.errors import HostError, TrainingError
-from helpers.models.architectures import get_architecture
-from helpers.models.export import load_network
+from helpers.export.architectures import get_architecture
+from helpers.export.conversion import load_network
 from helpers.tracking.tensorboard import read_scalars
 from helpers.training import Pace, fastest_dtype, join_group, share_batches, train_on_spark
 from studies.figures import plot_training

@@ -22,18 +22,18 @@ from hypothesis import strategies as st
 from helpers import pipeline, stages
 from helpers.config import Config, load_config
 from helpers.errors import ConfigError, StorageError
+from helpers.export.architectures import get_architecture
+from helpers.export.conversion import calibration_images
 from helpers.images import container, video
 from helpers.images.boundary import UnreadableImageError
 from helpers.images.decoding import decode
 from helpers.images.video import find_frames, frame_columns, frame_paths, read_frames, split_path, split_paths
-from helpers.ingest.frames import list_frames, with_frames
-from helpers.ingest.listing import list_images, manifest, plan
 from helpers.memory import resident_megabytes
-from helpers.models.architectures import get_architecture
-from helpers.models.export import calibration_images
 from helpers.partitioning import plan_partitions
 from helpers.pipeline import RunSummary, make_task
-from helpers.stages.reading import FRAMES_BYTES
+from helpers.pipeline.frames import list_frames, with_frames
+from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.reading import FRAMES_BYTES
 from helpers.storage import LocalStorage, open_storage
 
 WIDTH, HEIGHT = 96, 64

@@ -19,11 +19,11 @@ from fashion_data import CLASSES
 from fashion_sets import open_images
 from helpers.config import PROJECT
 from helpers.errors import BundleError, DataError
+from helpers.export.architectures import get_architecture
+from helpers.export.conversion import export, load_network
 from helpers.images import rle
 from helpers.images.decoding import load
 from helpers.metrics import average_precision
-from helpers.models.architectures import get_architecture
-from helpers.models.export import export, load_network
 from helpers.storage import LocalStorage, StorageOptions, open_storage
 from helpers.training import read_batches, train_on_spark, write_shards
 from helpers.yolact.detection import Parameters

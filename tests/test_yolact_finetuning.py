@@ -15,9 +15,9 @@ from trainings import alone, train_scenes
 import train_yolact
 from helpers.config import PROJECT
 from helpers.errors import BundleError
+from helpers.export.architectures import get_architecture
+from helpers.export.conversion import load_network
 from helpers.metrics import average_precision
-from helpers.models.architectures import get_architecture
-from helpers.models.export import load_network
 from helpers.storage import StorageOptions, open_storage
 from helpers.training import Pace
 from helpers.yolact import build

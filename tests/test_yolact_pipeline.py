@@ -15,18 +15,17 @@ import yolact_oracle as oracle
 from pycocotools import mask as coco
 from torch import nn
 
-from helpers import stages
+from helpers.bundle.manifest import load_bundle
+from helpers.bundle.runtime import compile_options
 from helpers.cli import main
 from helpers.config import load_config
 from helpers.errors import BundleError, ConfigError
-from helpers.images import pictures
-from helpers.ingest.listing import list_images, manifest, plan
-from helpers.models import export
-from helpers.models.architectures import get_architecture
-from helpers.models.bundle import load_bundle
-from helpers.models.runtime import compile_options
-from helpers.pipeline import make_task
-from helpers.stages.postprocessing import get_arrays, instance_segmentation, parameters_for
+from helpers.export import conversion as export
+from helpers.export.architectures import get_architecture
+from helpers.images import drawing as pictures
+from helpers.pipeline import make_task, stages
+from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.postprocessing import get_arrays, instance_segmentation, parameters_for
 from helpers.storage import open_storage
 from helpers.yolact import build
 from helpers.yolact.configurations import COCO_CLASSES

@@ -10,9 +10,9 @@ from trainings import PROGRAMS, places, train_scenes, weights
 import train_yolact
 from helpers.config import PROJECT
 from helpers.errors import TrainingError
+from helpers.export.architectures import get_architecture
+from helpers.export.conversion import export, load_network
 from helpers.metrics import average_precision
-from helpers.models.architectures import get_architecture
-from helpers.models.export import export, load_network
 from helpers.storage import open_storage
 from helpers.tracking.tensorboard import read_scalars
 from helpers.training import train_on_spark

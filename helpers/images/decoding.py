@@ -9,7 +9,7 @@ import numpy as np
 
 from helpers.images.boundary import UnreadableImageError
 from helpers.images.headers import DAMAGED, Header, Size, read_header
-from helpers.models.bundle import InputSpec
+from helpers.images.spec import InputSpec
 
 cv2.setNumThreads(1)  # Spark runs a task on every core; more threads only wait for each other
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # a damaged image is an error row, not a log line

@@ -1,4 +1,4 @@
-"""Where a run's time goes, fitted on the records of a short one (`helpers.results.records`).
+"""Where a run's time goes, fitted on the records of a short one (`helpers.pipeline.records`).
 
 A task reads and decodes in its own thread while others infer. On a machine with as many tasks as cores they share one
 core, and its images take what both compute together; where cores are idle they take what the longer of the two does

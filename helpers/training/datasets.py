@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from helpers.errors import DataError, TrainingError
 from helpers.images import boundary, decoding
 from helpers.images.headers import Size
-from helpers.models.bundle import InputSpec
+from helpers.images.spec import InputSpec
 from helpers.storage import open_storage
 from helpers.storage.prefetch import map_groups
 from helpers.training.group import Group

@@ -10,7 +10,7 @@ import torch
 
 import fashion_data
 from helpers.errors import DataError, TrainingError
-from helpers.models.bundle import InputSpec
+from helpers.images.spec import InputSpec
 from helpers.storage import open_storage
 from helpers.training import Batch, DataSet, Folder, MappedImages, Shards, is_sharded, load_image
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from helpers.images.pictures import draw
+from helpers.images.drawing import draw
 
 WIDTH, DPI = 12.0, 80  # inches, and pixels per inch, which keep executed notebooks small
 

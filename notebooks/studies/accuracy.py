@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from helpers.export.evaluation import to_results
 from helpers.images import rle
-from helpers.images.pictures import DRAWN_SCORE
+from helpers.images.drawing import DRAWN_SCORE
 from helpers.metrics import average_precision, boundary_iou, mask_iou
-from helpers.models.evaluation import to_results
-from helpers.stages.postprocessing import Prediction
+from helpers.pipeline.postprocessing import Prediction
 
 RATIOS = tuple(ratio / 1000 for ratio in range(5, 51, 5))  # of boundary IoU: 0.005 to 0.05
 

@@ -14,10 +14,11 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from helpers.bundle.manifest import Bundle
 from helpers.errors import DataError
+from helpers.export.evaluation import Engine
 from helpers.images.decoding import fit
-from helpers.models.bundle import Bundle, InputSpec
-from helpers.models.evaluation import Engine
+from helpers.images.spec import InputSpec
 from studies.formats import run_parallel
 
 BATCH = 64

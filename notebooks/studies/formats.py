@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from helpers.models.architectures import Architecture
-from helpers.models.bundle import Bundle, InputSpec
-from helpers.models.evaluation import Engine, compiled_engine
-from helpers.models.runtime import compile_options, get_model, read_graph
+from helpers.bundle.manifest import Bundle
+from helpers.bundle.runtime import compile_options, get_model, read_graph
+from helpers.export.architectures import Architecture
+from helpers.export.evaluation import Engine, compiled_engine
+from helpers.images.spec import InputSpec
 
 if TYPE_CHECKING:
     import torch

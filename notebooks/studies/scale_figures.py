@@ -1,4 +1,4 @@
-"""Figures of measured and predicted runs, from the tables of `helpers.results.records`.
+"""Figures of measured and predicted runs, from the tables of `helpers.pipeline.records`.
 
 Each has one message, which is its title and is computed from what it shows.
 """
@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers.stages.task import STAGES
+from helpers.pipeline.task import STAGES
 
 WIDTH, HEIGHT = 8.0, 3.4  # inches
 # Large letters and thick lines: a figure is often shown at half its size.

@@ -1,6 +1,6 @@
 """Several runs in one Spark session, in a process of its own: sessions of different masters cannot share one.
 
-Each run leaves its record beside its results (`helpers.results.records`), in place of those of earlier sweeps. The
+Each run leaves its record beside its results (`helpers.pipeline.records`), in place of those of earlier sweeps. The
 first run of each model is made twice and its second record kept, so that all are of a session that is warm and of
 workers that have their model, and can be compared.
 """
@@ -18,7 +18,7 @@ import psutil
 
 from helpers.config import PROJECT
 from helpers.errors import RunError
-from helpers.results.records import RUNS
+from helpers.pipeline.records import RUNS
 from helpers.storage import open_storage
 from studies.cluster import held_to, slowed
 

@@ -8,7 +8,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from helpers.models.bundle import Bundle, InputSpec, load_bundle
+from helpers.bundle.manifest import Bundle, load_bundle
+from helpers.images.spec import InputSpec
 from helpers.storage import open_storage
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -53,7 +54,7 @@ def make_bundle(name: str, folder: Path) -> Bundle:
         return load_bundle(target)
     import torch
 
-    from helpers.models import export
+    from helpers.export import conversion as export
 
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / f"{name}.pt"
@@ -68,7 +69,7 @@ def _classifier(name: str) -> tuple[Any, Any]:
     import torch
     import torchvision
 
-    from helpers.models.architectures import Architecture
+    from helpers.export.architectures import Architecture
 
     network_name, side = NETWORKS[name]
     build: Callable = getattr(torchvision.models, network_name)
@@ -92,7 +93,7 @@ def _yolact() -> tuple[Any, Any]:
     import torch
     from torch import nn
 
-    from helpers.models.architectures import get_architecture
+    from helpers.export.architectures import get_architecture
 
     architecture = get_architecture(YOLACT)
     with torch.random.fork_rng():

@@ -34,8 +34,8 @@ from dfs_facade import ACCOUNT, KEY
 from measure import measure
 
 from helpers.config import load_config, parse_assignments
-from helpers.ingest.listing import list_images, manifest, plan
 from helpers.pipeline import make_task
+from helpers.pipeline.listing import list_images, manifest, plan
 from helpers.storage import open_storage
 from studies.workloads import make_bundle, make_photographs
 

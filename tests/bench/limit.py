@@ -14,10 +14,10 @@ import openvino as ov
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from helpers.bundle.manifest import load_bundle
+from helpers.bundle.runtime import compile_options
 from helpers.images.decoding import load
-from helpers.models.bundle import load_bundle
-from helpers.models.runtime import compile_options
-from helpers.stages.postprocessing import POSTPROCESSORS, parameters_for
+from helpers.pipeline.postprocessing import POSTPROCESSORS, parameters_for
 from helpers.storage import open_storage
 
 

@@ -26,8 +26,8 @@ def main() -> None:
     from pyspark.sql.functions import pandas_udf
     from pyspark.sql.types import ArrayType, FloatType
 
+    from helpers.bundle.manifest import load_bundle
     from helpers.images.decoding import load
-    from helpers.models.bundle import load_bundle
     from helpers.storage import open_storage
 
     spec = load_bundle(open_storage(options.model)).manifest.input
@@ -57,7 +57,7 @@ def main() -> None:
 def make_predict(location: str):
     import openvino as ov
 
-    from helpers.models.bundle import load_bundle
+    from helpers.bundle.manifest import load_bundle
     from helpers.storage import open_storage
 
     bundle = load_bundle(open_storage(location))

@@ -18,9 +18,9 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
+from helpers.pipeline.records import read_runs, read_tasks
 from helpers.planning.cost_model import fit
 from helpers.planning.planner import Cluster, predict
-from helpers.results.records import read_runs, read_tasks
 from studies.cluster import standalone
 from studies.sweep import sweep
 from studies.workloads import make_bundle, make_photographs

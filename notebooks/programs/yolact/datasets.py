@@ -10,7 +10,7 @@ import torch
 
 import fashion_data
 from helpers.errors import DataError
-from helpers.models.bundle import InputSpec
+from helpers.images.spec import InputSpec
 from helpers.training import DataSet, Folder, Group, Shards, is_sharded, load_image, share_batches
 from yolact.augmentation import augment
 from yolact.coco import ANNOTATIONS, read_annotations, to_mask

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from helpers.errors import BundleError
-from helpers.models.architectures import get_architecture
-from helpers.models.weights import find_difference, read_weights
+from helpers.export.architectures import get_architecture
+from helpers.export.weights import find_difference, read_weights
 from helpers.storage import open_storage
 from helpers.training import Group
 from helpers.yolact.network import Yolact

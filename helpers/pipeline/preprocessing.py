@@ -9,9 +9,9 @@ import pyarrow as pa
 from helpers.images.boundary import attempt
 from helpers.images.decoding import load
 from helpers.images.headers import Size
+from helpers.images.spec import InputSpec
 from helpers.memory import bounded
-from helpers.models.bundle import InputSpec
-from helpers.stages.schemas import TENSOR_SCHEMA, Batches, extend
+from helpers.pipeline.schemas import TENSOR_SCHEMA, Batches, extend
 
 
 def preprocess(

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 import torch
 
 from helpers.errors import BundleError, first_line
-from helpers.models.architectures import Architecture
+from helpers.export.architectures import Architecture
 
 
 def read_weights(architecture: Architecture, checkpoint: Path | BinaryIO, name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from helpers.models.bundle import Manifest
+from helpers.bundle.manifest import Manifest
 
 Batches = Iterable[pa.RecordBatch]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import BundleError
-from helpers.models.bundle import InputSpec
-from helpers.models.cards import CARDS, find_cards, load_network_class, read_card
+from helpers.export.cards import CARDS, find_cards, load_network_class, read_card
+from helpers.images.spec import InputSpec
 from helpers.yolact.configurations import CONFIGURATIONS, get_configuration
 
 if TYPE_CHECKING:

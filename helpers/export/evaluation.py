@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from helpers.images.pictures import DRAWN_SCORE
+from helpers.bundle.manifest import Manifest
+from helpers.images.drawing import DRAWN_SCORE
 from helpers.metrics import average_precision
-from helpers.models.bundle import Manifest
-from helpers.stages.postprocessing import POSTPROCESSORS, Arrays, Prediction
+from helpers.pipeline.postprocessing import POSTPROCESSORS, Arrays, Prediction
 
 if TYPE_CHECKING:
     import openvino as ov

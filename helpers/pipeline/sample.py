@@ -9,9 +9,9 @@ import pyarrow.compute as pc
 from helpers.config import Config
 from helpers.images.boundary import UnreadableImageError
 from helpers.images.decoding import decode
-from helpers.images.pictures import draw, picture_name
-from helpers.results.store import PICTURES
-from helpers.stages import read_images
+from helpers.images.drawing import draw, picture_name
+from helpers.pipeline.results import PICTURES
+from helpers.pipeline.stages import read_images
 from helpers.storage import Storage
 from helpers.storage.parquet import read_table
 

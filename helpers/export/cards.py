@@ -16,9 +16,10 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from helpers.bundle.manifest import COLORS
 from helpers.config import PROJECT
 from helpers.errors import BundleError, first_line
-from helpers.models.bundle import COLORS, InputSpec
+from helpers.images.spec import InputSpec
 
 if TYPE_CHECKING:
     import torch

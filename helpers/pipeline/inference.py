@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from helpers.models.bundle import Bundle, InputSpec
-from helpers.models.runtime import get_model
-from helpers.stages.schemas import Batches, extend, output_schema
+from helpers.bundle.manifest import Bundle
+from helpers.bundle.runtime import get_model
+from helpers.images.spec import InputSpec
+from helpers.pipeline.schemas import Batches, extend, output_schema
 
 NOT_FINITE = "the model's outputs for this image are not finite: the model is damaged, or not fit for its arithmetic"
 

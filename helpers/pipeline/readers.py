@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from helpers import stages
 from helpers.config import Config
 from helpers.errors import RunError
 from helpers.images.video import split_paths
-from helpers.ingest.frames import FRAMES_SCHEMA, list_frames, with_frames
-from helpers.ingest.listing import Listing
-from helpers.ingest.listing import manifest as make_manifest
-from helpers.ingest.listing import plan as make_plan
 from helpers.partitioning import PartitionPlan
+from helpers.pipeline import stages
+from helpers.pipeline.frames import FRAMES_SCHEMA, list_frames, with_frames
+from helpers.pipeline.listing import Listing
+from helpers.pipeline.listing import manifest as make_manifest
+from helpers.pipeline.listing import plan as make_plan
+from helpers.pipeline.schemas import PLACE, Batches
 from helpers.session import get_slots, local_slots, set_where_allowed, spark_failure, spark_schema
-from helpers.stages.schemas import PLACE, Batches
 from helpers.storage import Storage
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from helpers.bundle.manifest import Manifest
 from helpers.errors import BundleError, ConfigError
 from helpers.images.boundary import attempt
-from helpers.models.bundle import Manifest
-from helpers.stages.schemas import PREDICTIONS, RESULT_SCHEMA, Batches, extend
+from helpers.pipeline.schemas import PREDICTIONS, RESULT_SCHEMA, Batches, extend
 from helpers.yolact.detection import Parameters, find_instances
 
 Prediction = dict[str, Any]

@@ -21,8 +21,8 @@ import pyarrow as pa
 
 from helpers.config import Config
 from helpers.errors import DataError
+from helpers.pipeline.task import RECORD_SCHEMA, Task
 from helpers.session import shown_master
-from helpers.stages.task import RECORD_SCHEMA, Task
 from helpers.storage import Storage, open_storage
 from helpers.storage.parquet import read_table, write_table
 

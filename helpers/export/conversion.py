@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from helpers.bundle.manifest import Bundle, Manifest, OutputSpec, save_bundle
+from helpers.bundle.runtime import has_bf16
 from helpers.config import Config
 from helpers.errors import BundleError
-from helpers.models.architectures import Architecture, get_architecture
-from helpers.models.bundle import Bundle, Manifest, OutputSpec, save_bundle
-from helpers.models.graph import count_flops, name_by_module
-from helpers.models.quantization import Validation, quantize, quiet
-from helpers.models.runtime import has_bf16
+from helpers.export.architectures import Architecture, get_architecture
+from helpers.export.graph import count_flops, name_by_module
+from helpers.export.quantization import Validation, quantize, quiet
 from helpers.storage import Storage
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def load_network(architecture: Architecture, checkpoint: Path) -> "torch.nn.Modu
         BundleError: the file is missing or damaged, or its weights are of another network; names the first that
             differs.
     """
-    from helpers.models.weights import find_difference, read_weights
+    from helpers.export.weights import find_difference, read_weights
 
     weights = read_weights(architecture, checkpoint, str(checkpoint))
     network = architecture.build()
@@ -143,12 +143,12 @@ def export(
     checkpoint.
 
     Args:
-        architecture_name: see `helpers.models.architectures`.
+        architecture_name: see `helpers.export.architectures`.
         checkpoint: a PyTorch state dictionary.
         target: where the bundle goes.
         precision: `fp32`, `fp16` and `int8` are of the weights; `bf16` is half-precision weights and bfloat16
             arithmetic.
-        calibration: images for int8, see `helpers.models.quantization.quantize`.
+        calibration: images for int8, see `helpers.export.quantization.quantize`.
         opset: of the ONNX graph in between, see `to_onnx`.
         onnx_file: where to leave that graph, simplified.
 
@@ -206,7 +206,7 @@ def calibration_images(storage: Storage, architecture: Architecture, config: Con
     """Evenly spread images below a location, prepared as the pipeline prepares them; unreadable ones are left out."""
     from helpers.images.boundary import attempt
     from helpers.images.decoding import load
-    from helpers.ingest.listing import list_images
+    from helpers.pipeline.listing import list_images
 
     def prepare(path: str) -> np.ndarray:
         content = storage.read(path, config.ingest.max_bytes)

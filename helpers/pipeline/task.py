@@ -1,7 +1,7 @@
 """One task of a production run: the four stages fused, and the results written to storage from the task itself.
 
 A task leaves one Parquet file in the run's staging folder and returns one row about itself; the driver publishes the
-files of the tasks that Spark accepted (`helpers.results.store`). Executors import this module.
+files of the tasks that Spark accepted (`helpers.pipeline.results`). Executors import this module.
 """
 
 import os
@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from helpers import stages
+from helpers.bundle.manifest import Bundle
+from helpers.bundle.runtime import batch_size, loading_seconds
 from helpers.images.video import split_paths
-from helpers.models.bundle import Bundle
-from helpers.models.runtime import batch_size, loading_seconds
-from helpers.stages.schemas import TIMESTAMP, Batches
+from helpers.pipeline import stages
+from helpers.pipeline.schemas import TIMESTAMP, Batches
 from helpers.storage import Storage
 
 STAGING = "_staging"

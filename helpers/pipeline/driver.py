@@ -18,23 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from helpers import stages
+from helpers.bundle.manifest import Bundle, load_bundle
+from helpers.bundle.runtime import batch_size
 from helpers.config import Config
 from helpers.errors import RunError, StorageError
-from helpers.ingest import listing
-from helpers.ingest.readers import add_frames, choose_reader, planned_paths, read_by_spark, reading
-from helpers.models.bundle import Bundle, load_bundle
-from helpers.models.runtime import batch_size
 from helpers.partitioning import PartitionPlan
-from helpers.results.dashboard import log_run
-from helpers.results.progress import Progress
-from helpers.results.records import Stopwatch, describe, write_record
-from helpers.results.sample import draw_sample
-from helpers.results.store import ResultStore, outdated, replaced, without
+from helpers.pipeline import listing, stages
+from helpers.pipeline.postprocessing import parameters_for
+from helpers.pipeline.readers import add_frames, choose_reader, planned_paths, read_by_spark, reading
+from helpers.pipeline.records import Stopwatch, describe, write_record
+from helpers.pipeline.results import ResultStore, outdated, replaced, without
+from helpers.pipeline.sample import draw_sample
+from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task
 from helpers.session import get_slots, spark_failure, spark_schema
-from helpers.stages.postprocessing import parameters_for
-from helpers.stages.task import RECORD_SCHEMA, Task
 from helpers.storage import open_storage
+from helpers.tracking.dashboard import log_run
+from helpers.tracking.progress import Progress
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -176,7 +175,7 @@ def run(
         watch.lap("publish")
         pictures = draw_sample(task.output, published, task.source, config)
         if records:
-            log_run(f"{config.paths.runs}/pipeline/{task.run}", {**about, **watch.laps}, records, pictures)
+            log_run(f"{config.paths.runs}/pipeline/{task.run}", {**about, **watch.laps}, records, STAGES, pictures)
         watch.lap("log")
         if records:
             write_record(task.output, {**about, **watch.laps})

@@ -2,7 +2,7 @@
 
     OUTPUT/results/           what readers see: whole files, one row an image
     OUTPUT/_staging/RUN/      files of tasks that have ended, not yet published
-    OUTPUT/runs/              what each run took (`helpers.results.records`)
+    OUTPUT/runs/              what each run took (`helpers.pipeline.records`)
     OUTPUT/_lock              held by the one run that may write
 
 A task writes its file to its run's staging folder in one step. The driver publishes by renaming the files of the tasks
@@ -22,9 +22,9 @@ import pyarrow.compute as pc
 
 from helpers.errors import RunError
 from helpers.images.video import split_paths
-from helpers.results.records import RUNS
-from helpers.stages.schemas import KEY, KEY_NAMES, RESULT_SCHEMA
-from helpers.stages.task import STAGING, staged_counts, staging
+from helpers.pipeline.records import RUNS
+from helpers.pipeline.schemas import KEY, KEY_NAMES, RESULT_SCHEMA
+from helpers.pipeline.task import STAGING, staged_counts, staging
 from helpers.storage import Storage
 from helpers.storage.parquet import read_table, write_table
 from helpers.storage.prefetch import map_groups

@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 from helpers.config import Config
 from helpers.errors import RunError
 from helpers.images.video import split_paths
-from helpers.ingest.frames import conform
 from helpers.partitioning import PartitionPlan, plan_partitions
-from helpers.stages.schemas import ERROR, KEY, MANIFEST_SCHEMA
+from helpers.pipeline.frames import conform
+from helpers.pipeline.schemas import ERROR, KEY, MANIFEST_SCHEMA
 from helpers.storage import Entry, Storage
 
 log = logging.getLogger(__name__)

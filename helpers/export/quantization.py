@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from helpers.bundle.manifest import Manifest
+from helpers.bundle.runtime import compile_options
 from helpers.errors import BundleError
-from helpers.models import evaluation
-from helpers.models.bundle import Manifest
-from helpers.models.graph import MULTIPLYING
-from helpers.models.runtime import compile_options
-from helpers.stages.postprocessing import Arrays
+from helpers.export import evaluation
+from helpers.export.graph import MULTIPLYING
+from helpers.pipeline.postprocessing import Arrays
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -41,7 +41,7 @@ class Validation:
 
     Attributes:
         images: uint8 `[H, W, C]` each, prepared as the pipeline prepares them.
-        truth: see `helpers.models.evaluation`; None to compare with the model before it was quantised.
+        truth: see `helpers.export.evaluation`; None to compare with the model before it was quantised.
         max_drop: of accuracy or mask AP, a share of 1; above it, layers are returned to floating point. By default
             `MAX_DROP`, without truth `MAX_DISAGREEMENT`.
     """

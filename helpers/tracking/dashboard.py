@@ -1,18 +1,25 @@
 """A pipeline run in TensorBoard: throughput, failures and time of each stage as tasks end, and pictures of a sample."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from helpers.stages.task import STAGES
 from helpers.tracking.tensorboard import TensorBoard
 
 
-def log_run(folder: str, run: dict[str, Any], records: list[dict[str, Any]], pictures: dict[str, bytes]) -> None:
+def log_run(
+    folder: str,
+    run: dict[str, Any],
+    records: list[dict[str, Any]],
+    stages: Sequence[str],
+    pictures: dict[str, bytes],
+) -> None:
     """Write one run's events.
 
     Args:
         folder: the run's own directory.
         run: its description (`records.describe`); what took seconds, at the step after the last task.
-        records: of its tasks, `task.RECORD_SCHEMA`.
+        records: of its tasks, one each.
+        stages: what a record has the seconds of.
         pictures: PNG files by name.
     """
     board = TensorBoard(folder)
@@ -31,7 +38,7 @@ def log_run(folder: str, run: dict[str, Any], records: list[dict[str, Any]], pic
             "task/peak_megabytes": record["peak_megabytes"],
             "task/seconds": record["seconds"],
             "task/attempt": record["attempt"],
-            **{f"stage/{stage}_seconds": record[f"{stage}_seconds"] for stage in STAGES},
+            **{f"stage/{stage}_seconds": record[f"{stage}_seconds"] for stage in stages},
         }
         board.log_scalars(values, step, _end(record))
     phases = {f"run/{name}": value for name, value in run.items() if name.endswith("seconds") and value is not None}

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
+from helpers.bundle.manifest import Bundle
 from helpers.errors import BundleError
 from helpers.memory import resident_megabytes
-from helpers.models.bundle import Bundle
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from helpers.images.boundary import attempt
 from helpers.images.video import Frames, find_frames, frame_paths, frame_pixels
 from helpers.memory import bounded
-from helpers.stages.schemas import ERROR, KEY, KEY_NAMES, PLACE, Batches
+from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES, PLACE, Batches
 from helpers.storage import Storage
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from helpers.images.boundary import attempt
 from helpers.images.decoding import Image
 from helpers.images.video import find_frames, frame_pixels, read_frames, split_paths
 from helpers.memory import bounded
-from helpers.stages.schemas import IMAGE_SCHEMA, PLACE, Batches, extend
+from helpers.pipeline.schemas import IMAGE_SCHEMA, PLACE, Batches, extend
 from helpers.storage import Storage
 from helpers.storage.prefetch import map_groups
 

@@ -1,0 +1,37 @@
+"""The four stages on Spark: one at a time for looking at, or fused in one pass for production.
+
+    ingest -> preprocess -> infer -> postprocess        DataFrames, for a notebook
+    run                                                 the same code, fused; results written by the tasks
+
+    driver       these five, and what a run's tasks share      on the driver
+    listing      which files are images, and the plan          on the driver
+    frames       videos to frames                              in tasks, and on the driver
+    readers      who reads the files                           on the driver
+    stages       the stages as functions of record batches     in tasks
+    task         the stages fused, results written             in tasks
+    results      exactly-once results                          on the driver
+    records      what a run took                               on the driver
+
+Executors import modules of this package, so importing it imports nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from helpers.pipeline.driver import (  # noqa: F401
+        RunSummary,
+        infer,
+        ingest,
+        make_task,
+        model_identity,
+        postprocess,
+        preprocess,
+        run,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("RunSummary", "infer", "ingest", "make_task", "model_identity", "postprocess", "preprocess", "run"):
+        return getattr(import_module("helpers.pipeline.driver"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,0 @@
-"""What a run leaves: its results, pictures of a sample, its record, its progress and its dashboard."""
