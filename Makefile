@@ -1,13 +1,15 @@
-# make run      the notebooks in order on this machine; pictures, tables and TensorBoard logs end up in out/
-# make test     unit, Spark and notebook tests
+# make run      train, convert, and run the four stages on this machine; pictures, tables and logs end up in out/
+# make studies  the remaining notebooks: YOLACT's training, formats side by side, scale, tuning
+# make test     all tests, the notebooks among them, on two processes side by side
 # make pack     one archive with all that Spark's executors need, for a cluster without our packages
 # make fuzz     mutants of images, videos and manifests, for MINUTES=10; fails if one does more than become an error
-# Both do their own set-up; a second call finds it done. `make -B run` runs the notebooks again.
+# Each does its own set-up; a second call finds it done. `make -B run` runs the notebooks again.
 
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=out/notebooks/%)
+STUDIES := $(filter out/notebooks/02% out/notebooks/08% out/notebooks/09% out/notebooks/10%,$(EXECUTED))
 SOURCES := $(wildcard helpers/*.py helpers/*/*.py conf/* conf/cards/*) $(wildcard notebooks/programs/*.py notebooks/programs/*/*.py notebooks/studies/*.py)
 CLASSES := .venv/spark-classes.jsa
 AZURITE := .venv/node/node_modules/azurite
@@ -15,7 +17,7 @@ DATA := out/data/FashionMNIST/.ready
 # apt-get as root or through sudo without a password; empty where there is neither
 APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo apt-get || { sudo -n true 2>/dev/null && echo sudo apt-get; }; })
 
-.PHONY: setup run test fuzz lint notebooks clean java azurite pack badges
+.PHONY: setup run studies test fuzz lint notebooks clean java azurite pack badges
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready java $(CLASSES) $(DATA)
@@ -24,6 +26,8 @@ setup: .venv/.ready java $(CLASSES) $(DATA)
 	@echo "== packages (several minutes the first time) =="
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt -r requirements-test.txt --editable .
+	@# programs and studies are imported from where they lie, as helpers are
+	@printf '%s\n' "$(CURDIR)/notebooks" "$(CURDIR)/notebooks/programs" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/notebooks.pth"
 	@touch $@
 
 java: .venv/.ready
@@ -49,13 +53,15 @@ $(DATA): | .venv/.ready
 	  || { [ -n "$(APT)" ] && $(APT) update -qq && $(APT) install -y -qq dataset-fashion-mnist && $(BIN)/python notebooks/programs/fashion_data.py; }
 	@touch $@
 
-run: setup $(EXECUTED)
+run: setup $(filter-out $(STUDIES),$(EXECUTED))
 	@echo
 	@echo "executed notebooks  out/notebooks/"
 	@echo "model bundles       out/models/"
 	@echo "results             out/results/fashion_mnist/results/"
 	@echo "pictures            out/results/fashion_mnist/pictures/"
 	@echo "TensorBoard logs    out/runs/     look at them with: $(BIN)/tensorboard --logdir out/runs"
+
+studies: run $(STUDIES)
 
 # One after the other, because each needs what the one before has made.
 .NOTPARALLEL:
@@ -65,8 +71,8 @@ out/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | setup
 	@$(BIN)/papermill $< $@ --cwd notebooks --log-output --no-progress-bar
 
 test: setup azurite
-	$(BIN)/pytest
-	$(BIN)/pytest --nbval notebooks --nbval-sanitize-with conf/nbval.cfg
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 20 \
+	  --nbval --nbval-sanitize-with conf/nbval.cfg notebooks tests
 
 MINUTES ?= 10
 

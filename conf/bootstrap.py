@@ -20,8 +20,8 @@ JAVA_HOME = "/usr/lib/jvm/java-17-openjdk-amd64"  # where Debian's package puts 
 
 def prepare() -> None:
     """Make the project importable and complete the runtime: packages, and Java where there is no other Spark."""
-    if str(PROJECT) not in sys.path:
-        sys.path.insert(0, str(PROJECT))
+    folders = [PROJECT, PROJECT / "notebooks", PROJECT / "notebooks" / "programs"]
+    sys.path[:0] = [str(folder) for folder in folders if str(folder) not in sys.path]
     install_missing()
     if "DATABRICKS_RUNTIME_VERSION" not in os.environ:
         install_java()
