@@ -91,7 +91,7 @@ lint: .venv/.ready
 
 # Execute the committed notebooks in place, for a commit that changes what they show.
 notebooks: setup
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS)
+	$(BIN)/jupyter-execute --inplace $(NOTEBOOKS)
 
 # Once the repository has an address: what opens the notebooks in Colab.
 badges: .venv/.ready

@@ -1,6 +1,8 @@
 """An interrupted training: what it goes on from, and that nobody could tell afterwards."""
 
+import contextlib
 import io
+import json
 import random
 import zipfile
 from dataclasses import replace
@@ -14,9 +16,9 @@ from trainings import alone, train_fashion, train_scenes, weights
 
 import fashion_mnist
 from helpers.errors import TrainingError
-from helpers.storage import StorageOptions, open_storage
+from helpers.storage import LocalStorage, StorageOptions, open_storage
 from helpers.tracking.tensorboard import read_scalars
-from helpers.training import Checkpoints, Pace, Progress, newest_step
+from helpers.training import Checkpoints, Pace, Progress, group, newest_step, save_network
 from helpers.training.rank import RUN_ID
 
 # 6 steps an epoch, so that a checkpoint every 4 falls into the middle of one.
@@ -206,6 +208,49 @@ def test_a_run_killed_after_its_last_epoch_is_only_brought_to_its_end(fashion_mn
     assert_equal(tmp_path, result, *whole, ["train/loss"])
     assert result["resumed_at"] == [len(read_scalars(str(tmp_path))["train/loss"])]
     assert "final/test_accuracy" in read_scalars(str(tmp_path)) and files(tmp_path) == []
+
+
+def test_a_second_training_in_one_folder_is_refused_and_the_first_goes_on(fashion_mnist_root, tmp_path, monkeypatch):
+    """Also one that would start over, and remove the checkpoints of the first."""
+    monkeypatch.setattr(group, "LOCK_SECONDS", 0)
+    end_step, refused = Pace.end_step, []
+
+    def and_train_another(pace):
+        if not refused and files(tmp_path):
+            refused.append(files(tmp_path))
+            with pytest.raises(
+                TrainingError, match=f"another training is at work in {tmp_path}.*another run directory"
+            ):
+                train_fashion([*SMALL, "--no-resume"], fashion_mnist_root, tmp_path)
+            assert files(tmp_path) == refused[0]
+        return end_step(pace)
+
+    monkeypatch.setattr(Pace, "end_step", and_train_another)
+    result = train_fashion(SMALL, fashion_mnist_root, tmp_path)
+    assert refused and len(result["epochs"]) == 3 and result["resumed_at"] == []
+    assert train_fashion([*SMALL, "--epochs", "1"], fashion_mnist_root, tmp_path)["epochs"]  # it is free again
+
+
+def test_a_result_is_never_beside_another_runs_network(tmp_path, monkeypatch):
+    """Wherever the second run dies while it leaves them."""
+    write, networks = LocalStorage.write, [nn.Linear(2, 2), nn.Linear(2, 2)]
+    for last in range(3):
+        save_network(networks[0], {"run": 0}, str(tmp_path))
+
+        def die(self, path: str, data: bytes, left: list = [last]) -> None:  # noqa: B006 - one list for each round
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            write(self, path, data)
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(LocalStorage, "write", die)
+            save_network(networks[1], {"run": 1}, str(tmp_path))
+        result = tmp_path / "result.json"
+        if result.exists():
+            found = weights(tmp_path)["weight"]
+            assert torch.equal(found, networks[json.loads(result.read_text())["run"]].weight)
+    assert json.loads(result.read_text()) == {"run": 1}
 
 
 def test_half_precision_scales_the_loss_and_resumes(fashion_mnist_root, tmp_path):

@@ -103,6 +103,6 @@ def test_a_late_gradient_is_of_the_parameters_before(fashion_mnist_root, tmp_pat
 
 
 def test_stale_gradients_of_several_ranks_are_refused(fashion_mnist_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(synchrony, "join_group", lambda: contextlib.nullcontext(alone(0, 2)))
+    monkeypatch.setattr(synchrony, "join_group", lambda run_dir: contextlib.nullcontext(alone(0, 2)))
     with pytest.raises(TrainingError, match="train with one process"):
         train(fashion_mnist_root, tmp_path, "--synchrony", "stale")

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.projector import projector_config_pb2
 
 from helpers.errors import DataError
+from helpers.storage import StorageOptions, open_storage
 from helpers.tracking import tensorboard
 from helpers.tracking.tensorboard import TensorBoard, read_scalars
 
@@ -30,12 +32,12 @@ def test_everything_is_published_when_asked_for(tmp_path):
     assert table["step"].tolist() == table["value"].tolist() == table["wall_time"].tolist() == list(range(1, 1001))
 
 
-def test_a_new_run_replaces_the_one_before(tmp_path):
-    for loss in (1.0, 2.0):
-        board = TensorBoard(str(tmp_path))
+def test_a_new_run_replaces_the_one_before_and_no_other(tmp_path):
+    for place, loss in ((tmp_path / "below", 0.0), (tmp_path, 1.0), (tmp_path, 2.0)):
+        board = TensorBoard(str(place))
         board.log_scalars({"train/loss": loss}, 1)
         board.close()
-    assert values(tmp_path, "train/loss") == [2.0]
+    assert values(tmp_path, "train/loss") == [2.0] and values(tmp_path / "below", "train/loss") == [0.0]
 
 
 @pytest.mark.parametrize("others", [0, 12])
@@ -62,6 +64,17 @@ def test_events_reach_storage_that_cannot_append(monkeypatch, tmp_path):
     board.close()
     assert values(tmp_path / "run", "train/loss") == [2.0, 1.5]
     assert (tmp_path / "run" / "embedding" / "sprite.png").is_file()
+
+
+def test_events_reach_object_storage(adls_root, dfs, tmp_path):
+    storage = open_storage(adls_root, SimpleNamespace(storage=StorageOptions(dfs.endpoint, "env:ADLS_KEY")))
+    for steps, loss in ((0, 1.0), (0, 2.0), (1, 3.0)):
+        board = TensorBoard(storage, steps)
+        board.log_scalars({"train/loss": loss}, steps + 1)
+        board.close()
+    for entry in storage.list():
+        (tmp_path / entry.path.rpartition("/")[2]).write_bytes(storage.read(entry.path))
+    assert values(tmp_path, "train/loss") == [2.0, 3.0]
 
 
 def test_hyperparameters_are_a_row_of_the_same_run(tmp_path):

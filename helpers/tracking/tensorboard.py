@@ -5,7 +5,6 @@ graph, charts) comes from `torch.utils.tensorboard`, which is imported where it 
 """
 
 import io
-import shutil
 import struct
 import tempfile
 import time as clock
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from helpers.errors import DataError
+from helpers.storage import LocalStorage, Storage, open_storage
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
     from matplotlib.figure import Figure
 
-EVENT_FILES = "events.out.tfevents.*"
+EVENT_FILES = "events.out.tfevents."
 WHOLE_FILES_ONLY = ("/Volumes/", "/dbfs/")  # Databricks' object storage: nothing can be appended to a file there
 PROJECTOR = """embeddings {{
   tensor_name: "embedding"
@@ -39,25 +39,29 @@ Charts = Mapping[str, Sequence[str]]  # the title of a chart, and the tags, whic
 class TensorBoard:
     """The events of one run."""
 
-    def __init__(self, run_dir: str, steps: int = 0, charts: Charts | None = None):
+    def __init__(self, place: str | Storage, steps: int = 0, charts: Charts | None = None):
         """Start the run, or go on with it.
 
         Args:
-            run_dir: events that an earlier run left there are deleted, or curves would mix.
+            place: the run's own folder; events that an earlier run left there are deleted, or curves would mix.
             steps: after how many the run goes on; its events up to there stay.
             charts: several curves in one chart each, in TensorBoard's *Custom Scalars*.
         """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        for old in Path(run_dir).glob(EVENT_FILES):
+        self.storage = open_storage(place) if isinstance(place, str) else place
+        for entry in list(self.storage.list()) if self.storage.exists("") else ():
+            name = entry.path.rpartition("/")[2]
+            if not name.startswith(EVENT_FILES) or entry.path != self.storage.join(name):  # another run's, further down
+                continue
             if steps:  # readers take the files in the order of their names, which tell seconds
-                clock.sleep(min(max(int(old.name.split(".")[3]) + 1 - clock.time(), 0.0), 1.0))
+                clock.sleep(min(max(int(name.split(".")[3]) + 1 - clock.time(), 0.0), 1.0))
             else:
-                old.unlink()
-        self.run_dir = Path(run_dir)
-        self.staging = tempfile.TemporaryDirectory() if run_dir.startswith(WHOLE_FILES_ONLY) else None
-        self.folder = Path(self.staging.name if self.staging else run_dir)
+                self.storage.delete(entry.path)
+        appends = isinstance(self.storage, LocalStorage) and not self.storage.root.startswith(WHOLE_FILES_ONLY)
+        self.staging = None if appends else tempfile.TemporaryDirectory()
+        self.folder = Path(self.staging.name if self.staging else self.storage.root)
         self._writer = EventFileWriter(str(self.folder))
         if steps:  # readers forget what an interrupted run wrote after the step that this one goes on from
             start = SessionLog(status=SessionLog.START)
@@ -101,7 +105,7 @@ class TensorBoard:
 
         shown = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
         self._add(hparams_config_pb([*map(HParam, shown)], [*map(Metric, results)]))
-        self._add(hparams_pb(shown, trial_id=str(self.run_dir)))
+        self._add(hparams_pb(shown, trial_id=self.storage.root))
         self.log_scalars(results, 0)
 
     def log_graph(self, network: "torch.nn.Module", example: "torch.Tensor") -> None:
@@ -148,8 +152,9 @@ class TensorBoard:
         self._copy()
 
     def _copy(self) -> None:
-        if self.staging:
-            shutil.copytree(self.folder, self.run_dir, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        for file in self.folder.rglob("*") if self.staging else ():
+            if file.is_file():
+                self.storage.write(file.relative_to(self.folder).as_posix(), file.read_bytes())
 
     def _add(self, summary: Any, step: int = 0, time: float | None = None) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -169,7 +174,7 @@ def read_scalars(run_dir: str) -> "dict[str, pd.DataFrame]":
     import pandas as pd
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-    if not any(Path(run_dir).glob(EVENT_FILES)):
+    if not any(Path(run_dir).glob(f"{EVENT_FILES}*")):
         raise DataError(f"no TensorBoard events in {run_dir}: train first")
     # 0 keeps every event; the default keeps a sample.
     events = EventAccumulator(run_dir, size_guidance={SCALARS: 0}).Reload()

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,9 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from helpers.errors import HostError
+from helpers.errors import HostError, StorageError, TrainingError
 from helpers.storage import open_storage
 
+log = logging.getLogger(__name__)
+
+LOCK_SECONDS = 12  # loaders of a training that was killed see it after 5, and hold its lock so long
 PATIENCE = timedelta(minutes=5)  # a rank that waits longer than this for another takes it for lost
 
 Device = Literal["cpu", "cuda"]
@@ -60,15 +64,17 @@ class Group:
 
 
 @contextlib.contextmanager
-def join_group(device: Device = "cpu", threads: int = 1) -> Iterator[Group]:
+def join_group(device: Device = "cpu", threads: int = 1, run_dir: str | None = None) -> Iterator[Group]:
     """Be one of the ranks of a training, until the end of the `with` block.
 
     Args:
         device: `cuda` gives each rank of a host a GPU of its own.
         threads: of each rank; two that wait for each other lose far more on a busy machine.
+        run_dir: where the training leaves what it makes; until the end no other one can begin there.
 
     Raises:
         HostError: a GPU is asked for and there is none.
+        TrainingError: another training is at work in the run directory.
     """
     # torchrun and `train_on_spark` describe the ranks in these variables; alone, there are none.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -78,11 +84,37 @@ def join_group(device: Device = "cpu", threads: int = 1) -> Iterator[Group]:
     if world_size > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield group
+        with lock_run(run_dir) if run_dir and rank == 0 else contextlib.nullcontext():
+            yield group
     finally:
         torch.set_num_threads(threads_before)
         if world_size > 1:
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lock_run(run_dir: str) -> Iterator[None]:
+    """Be the only training in a run directory; where a file system has no locks, there is a warning.
+
+    Raises:
+        TrainingError: another training is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+        deadline, waiting = time.monotonic() + LOCK_SECONDS, True
+        while waiting:
+            try:
+                stack.enter_context(open_storage(run_dir).lock("training.lock"))
+                waiting = False
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TrainingError(
+                        f"another training is at work in {run_dir}: wait for it, or name another run directory"
+                    ) from None
+                time.sleep(1)
+            except StorageError as error:
+                log.warning("nothing keeps another training out: %s", error)
+                waiting = False
+        yield
 
 
 class Pace:
@@ -145,9 +177,13 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 
 def save_network(network: nn.Module, result: Mapping[str, Any], run_dir: str) -> None:
-    """Write `checkpoint.pt`, a state_dict, and `result.json` to the run directory; for rank 0 to call."""
+    """Write `checkpoint.pt`, a state_dict, and `result.json` to the run directory; for rank 0 to call.
+
+    There is a `result.json` only beside the `checkpoint.pt` that it is about, wherever this is interrupted.
+    """
     storage, content = open_storage(run_dir), io.BytesIO()
     torch.save({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, content)
+    storage.delete("result.json")
     storage.write("checkpoint.pt", content.getvalue())
     storage.write("result.json", json.dumps(result, indent=2).encode())
 

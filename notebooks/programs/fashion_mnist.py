@@ -141,11 +141,11 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
     Raises:
         HostError: a GPU is asked for and there is none.
         TrainingError: the batch does not divide over the ranks, there is less than one batch, images of a stored
-            training set are to be held out, or an unfinished training with other settings is there.
+            training set are to be held out, or another training or an unfinished one with other settings is there.
         DataError: there is no data set.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    with join_group(options.device, options.threads) as group:
+    with join_group(options.device, options.threads, options.run_dir) as group:
         fashion_data.download(options.data)
         storage = argparse.Namespace(storage=StorageOptions(options.endpoint, options.credential))
         training_set, evaluated = fashion_sets.open_sets(options, storage)

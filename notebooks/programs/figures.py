@@ -76,7 +76,7 @@ def plot_instances(
         columns: images per row.
     """
     drawn = [draw(image[..., ::-1], found) for image, found in zip(images, predictions, strict=True)]
-    return plot_grid(drawn, columns=columns)
+    return plot_grid(drawn, columns=columns, width=2.6 * columns)
 
 
 def plot_confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> Figure:

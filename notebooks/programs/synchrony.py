@@ -53,7 +53,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         TrainingError: stale gradients are asked for with several ranks, or the batch does not divide over them.
         DataError: there is no data set.
     """
-    with join_group() as group:
+    with join_group(run_dir=options.run_dir) as group:
         if options.synchrony == "stale" and group.world_size > 1:
             raise TrainingError("stale gradients are simulated: train with one process")
         fashion_data.download(options.data)

@@ -112,13 +112,13 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         HostError: a GPU is asked for and there is none.
-        TrainingError: the batch does not divide over the ranks, there is less than one batch, or an unfinished
-            training with other settings is there.
+        TrainingError: the batch does not divide over the ranks, there is less than one batch, or another
+            training or an unfinished one with other settings is there.
         DataError: there is no data set, it is damaged, or validation has other classes than training.
         BundleError: the initial weights are missing, damaged or of another architecture.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    with join_group(options.device, options.threads) as group:
+    with join_group(options.device, options.threads, options.run_dir) as group:
         cv2.setNumThreads(options.threads)
         storage = argparse.Namespace(storage=StorageOptions(options.endpoint, options.credential))
         training_set, validation_set, labels = open_sets(options, storage)
