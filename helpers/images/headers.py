@@ -38,7 +38,8 @@ TEXTS_BYTES = 8 * TEXT_BYTES
 ZLIB_RATIO = 1032  # bytes from one byte, at most
 
 GIF_MOST_BITS = 12  # of a code
-GIF_CLEARS = 20_000  # of the table of codes; each takes 10 us, and a table serves for thousands of pixels
+GIF_TABLES = 20_000  # of codes, however few pixels there are; each takes 10 us
+GIF_TABLE_PIXELS = 250  # that each further table serves for, at least: those that do not compress change it so often
 
 BITMAP_CORE_HEADER = 12  # bytes; the older one, with sides of 16 bits
 
@@ -156,11 +157,11 @@ def _gif(content: Content) -> Header:
         position += 1
     # The descriptor of the first frame, its own colours, and how many bits the codes of its pixels have.
     position += 10 + sum(map(_table_bytes, content[position + 9 : position + 10]))
-    clears = 0
+    tables, most = 0, GIF_TABLES + width * height // GIF_TABLE_PIXELS
     for bits in content[position : position + 1]:
         codes = b"".join(content[start : start + length] for start, length in _blocks(content, position + 1))
-        clears = _count_clears(codes, bits) if 1 < bits < GIF_MOST_BITS else 0
-    problem = f"the image is damaged: it has more than {GIF_CLEARS} tables of codes" if clears > GIF_CLEARS else None
+        tables = _count_tables(codes, bits, most) if 1 < bits < GIF_MOST_BITS else 0
+    problem = f"the image is damaged: it has more than {most} tables of codes" if tables > most else None
     return Header(width, height, GIF * width * height, problem)
 
 
@@ -176,7 +177,7 @@ def _blocks(content: Content, position: int) -> Iterator[tuple[int, int]]:
         position += 1 + content[position]
 
 
-def _count_clears(codes: bytes, bits: int) -> int:
+def _count_tables(codes: bytes, bits: int, most: int) -> int:
     """How often the codes of a GIF throw their table away, or end it; counted up to one more than may be.
 
     In between, the length of a code follows from the number of codes before it: so all of them are looked at together.
@@ -184,7 +185,7 @@ def _count_clears(codes: bytes, bits: int) -> int:
     size, count, place, is_full, looked_at = 8 * len(codes), 0, 0, False, len(codes)
     words = np.ndarray(len(codes), "<u4", codes + bytes(3), strides=(1,))  # of each byte and the three behind it
     # Where not even the shortest codes come to more than may be, nothing is looked at.
-    while count <= GIF_CLEARS < count + (size - place) // (bits + 1):
+    while count <= most < count + (size - place) // (bits + 1):
         start, offset = divmod(place, 8)
         first, shift, mask, ends = _code_places(bits, is_full, offset)
         there = int(np.searchsorted(ends, size - 8 * start, side="right"))
