@@ -390,3 +390,17 @@ def test_an_image_that_would_take_more_than_allowed_is_told_so(photo, limit):
         UnreadableImageError, match=r"^the image has 300 x 200 pixels, .*more than .*(ingest|inference)\."
     ):
         decode(content, *((59_999, most) if limit == "pixels" else (60_000, most - 1)))
+
+
+def test_opencv_itself_refuses_more_pixels_than_any_header_may_be_taken_to_say():
+    script = """
+import sys
+import helpers.images.decoding, cv2, numpy as np
+try:
+    cv2.imdecode(np.frombuffer(sys.stdin.buffer.read(), np.uint8), cv2.IMREAD_COLOR)
+except cv2.error as error:
+    print(error.err)
+"""
+    bomb = bilevel_png(20_000, 20_000)
+    answer = subprocess.run([sys.executable, "-c", script], input=bomb, capture_output=True, check=True)
+    assert b"pixels" in answer.stdout

@@ -496,3 +496,13 @@ def test_outputs_so_large_that_only_their_sum_is_infinite_are_good(bundle, monke
     batch = pa.RecordBatch.from_pylist([{"path": "a", "tensor": tensor}], schema=stages.TENSOR_SCHEMA)
     (row,) = rows_of(list(stages.infer([batch], bundle, None, 1)))
     assert row["error"] is None and len(row["logits"]) == 10
+
+
+def test_a_record_counts_the_bytes_of_what_was_read(three, bundle_uri, tmp_path, config):
+    os.truncate(three.join("b.png"), 2**40)
+    task = make_task(three.root, bundle_uri, str(tmp_path / "out"), config)
+    images = list_images(task.source, config).images
+    (tmp_path / "out" / "_staging" / task.run).mkdir(parents=True)
+    (record,) = (batch.to_pylist()[0] for batch in task(manifest(images, plan(images, 1, config)).to_batches()))
+    assert (record["images"], record["failed"]) == (3, 1)
+    assert record["bytes"] == len(three.read("a.png")) + len(three.read("c.png"))
