@@ -32,6 +32,7 @@ JPEG_SCAN = re.compile(rb"\xff\xda")  # coded data never holds it
 SCANS = 100  # encoders write about ten; each of them, be it empty, costs a pass over all pixels
 SEGMENTS = 10_000  # before the first scan; a color profile takes up to 255 of them
 
+PNG_CHUNK = struct.Struct(">I4s").unpack_from  # length and name
 COMPRESSED_TEXTS = (b"zTXt", b"iTXt", b"iCCP")
 TEXT_BYTES = 8_000_000  # of one text: libpng decompresses no more
 TEXTS_BYTES = 8 * TEXT_BYTES
@@ -130,10 +131,11 @@ def _jpeg(content: Content) -> Header | None:
 def _png(content: Content) -> Header:
     width, height = struct.unpack_from(">II", content, 16)
     position, animations, texts, ended = 8, [], 0, False
-    while position + 12 <= len(content) and not ended:
-        length, kind = struct.unpack_from(">I4s", content, position)
+    size = len(content)
+    while position + 12 <= size and not ended:
+        length, kind = PNG_CHUNK(content, position)
         end = position + 12 + length
-        if end > len(content):  # OpenCV takes memory for a chunk before it looks whether the file has it
+        if end > size:  # OpenCV takes memory for a chunk before it looks whether the file has it
             break
         if kind == b"acTL":
             animations.append((position, end))
@@ -143,7 +145,7 @@ def _png(content: Content) -> Header:
     problem = None if ended and len(animations) < 2 else DAMAGED
     if texts > TEXTS_BYTES:
         problem = "the image is damaged: it has too many compressed texts"
-    nbytes = PLAIN * width * height + texts + len(content)
+    nbytes = PLAIN * width * height + texts + size
     return Header(width, height, nbytes, problem, animations[0] if animations else None)
 
 
