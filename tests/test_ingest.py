@@ -112,3 +112,10 @@ def test_an_image_may_have_as_many_bytes_as_allowed_and_no_more(storage):
     for most, is_good in ((100, True), (99, False)):
         images = list_images(storage, load_config("local", **{"ingest.max_bytes": most})).images
         assert images["error"].is_null().to_pylist() == [is_good]
+
+
+def test_with_less_memory_an_image_may_have_fewer_bytes(storage):
+    storage.write("a.png", b"1" * 2**20)
+    for megabytes, is_good in ((8, True), (7, False)):
+        images = list_images(storage, load_config("local", **{"inference.memory_megabytes": megabytes})).images
+        assert images["error"].is_null().to_pylist() == [is_good]
