@@ -369,7 +369,7 @@ def test_a_file_that_has_grown_beyond_measure_waits_for_the_next_run(three):
     batch = manifest_of(three, "a.png", "b.png", "c.png")
     three.write("a.png", three.read("a.png") + bytes(MEGABYTE // 2))
     with open(three.join("b.png"), "r+b") as file:  # noqa: PTH123
-        file.truncate(2**40)
+        file.truncate(2 * MEGABYTE)
     rows = rows_of(list(stages.read_images([batch], three, 4, MEGABYTE)))
     assert [row["error"] is None for row in rows] == [True, False, True]
     assert "longer than when it was listed" in rows[1]["error"]
