@@ -31,10 +31,11 @@ def attempt(function: Callable[..., R], *arguments: object) -> tuple[R | None, s
 
     Raises:
         UserError: what must be mended before any image can be worked on, such as a refused credential.
+        ImportError: the same, where this host lacks a package.
     """
     try:
         return function(*arguments), None
-    except UserError:
+    except (UserError, ImportError):
         raise
     except Exception as error:
         return None, reason(error)

@@ -116,6 +116,8 @@ def _read_frames(
     max_pixels: int | None,
     memory_megabytes: int | None,
 ) -> Iterator[pa.RecordBatch]:
+    import av  # noqa: F401 - what loading it takes or lacks is not a video's
+
     files, numbers = split_paths(batch["path"])
     frames = pa.table({"file": files, "number": numbers, "row": pa.array(range(batch.num_rows))})
     # An exchange does not keep the order, and each file is to be decoded once and forwards.
