@@ -23,6 +23,7 @@ ENVIRONMENT_PREFIX = "HELPERS_"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+COPIES = 4  # of a file in a task's memory, at most: as it was read, in Arrow, in a decoder, and the next one read ahead
 
 
 class _Section(BaseModel):
@@ -70,7 +71,7 @@ class IngestSettings(_Section):
     """Which files are images, and how large one may be."""
 
     suffixes: tuple[str, ...]
-    max_bytes: Annotated[int, Field(gt=0, lt=2**31 - 1)]  # what Arrow can hold
+    max_bytes: Annotated[int, Field(gt=0, lt=2**31 - 1)]  # what Arrow can hold; `Config.max_image_bytes` may be less
     max_pixels: Positive
 
 
@@ -118,6 +119,11 @@ class Config(_Section):
     partitioning: PartitionSettings
     inference: InferenceSettings
     postprocess: dict[str, float | int | str | bool]
+
+    @property
+    def max_image_bytes(self) -> int:
+        """How long an image file may be, so that its copies leave half of a task's memory to the rest."""
+        return min(self.ingest.max_bytes, self.inference.memory_megabytes * 2**20 // (2 * COPIES))
 
 
 def load_config(profile: str | None = None, **overrides: Any) -> Config:

@@ -60,7 +60,7 @@ def text_chunk(megabytes: float, kind: bytes = b"zTXt") -> bytes:
 
 
 def jpeg_of_scans(side: int, scans: int, progressive: bool = True) -> bytes:
-    """A JPEG with empty scans before its own, or with such of one colour each where it is not progressive."""
+    """A JPEG with empty scans before its own, or with such of one color each where it is not progressive."""
     content = encoded(Image.new("RGB", (side, side)), "JPEG", progressive=progressive)
     start = content.index(b"\xff\xda")
     (length,) = struct.unpack_from(">H", content, start + 2)
@@ -101,7 +101,7 @@ def tiff(entries: list[tuple[int, int, list[int]]], data: bytes, big: bool = Fal
 
 
 def picture_tags(width: int, height: int, length: int, **tags: int | list[int]) -> list[tuple[int, int, list[int]]]:
-    """The tags of a TIFF of three colours in one part of so many bytes, or with others of these values."""
+    """The tags of a TIFF of three colors in one part of so many bytes, or with others of these values."""
     numbers = {"samples": 277, "bits": 258, "packing": 259, "rows": 278, "across": 322, "down": 323, "planar": 284}
     values = {256: width, 257: height, 258: [8, 8, 8], 259: 1, 262: 2, 277: 3, 284: 1}
     tiled = "across" in tags
@@ -234,7 +234,7 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
     "offset of 64 bits.tif": (lambda: b"II+\0\x08\0\0\0" + b"\xff" * 8, "not an image"),
     "text of 2 GB.png": (lambda: PNG_HEAD + chunk(b"tEXt", b"", 2**31 - 64), CUT),
     "pixels of 2 GB.png": (lambda: PNG_HEAD + chunk(b"IDAT", b"", 2**31 - 64), CUT),
-    "colours of 2 GB.png": (lambda: PNG_HEAD + chunk(b"PLTE", b"", 2**31 - 64), CUT),
+    "colors of 2 GB.png": (lambda: PNG_HEAD + chunk(b"PLTE", b"", 2**31 - 64), CUT),
     "transparency of 2 GB.png": (lambda: PNG_HEAD + chunk(b"tRNS", b"", 2**31 - 64), CUT),
     "end of 2 GB.png": (lambda: PNG_HEAD + chunk(b"IEND", b"", 2**31 - 64), CUT),
     "frame of 2 GB.png": (lambda: png_with(FILM, after=[chunk(b"fdAT", b"", 2**31 - 64)]), CUT),
@@ -247,6 +247,6 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
     "thin.tif": (lambda: thin_tiff(1_000_000, 4096), "in tiles of 16 x 4096"),
     "tags.tif": (lambda: tiff_of_tags(1000, 2**20), "claim more bytes than the file has"),
     "scans.jpg": (lambda: jpeg_of_scans(2000, 3000), "more than 100 scans"),
-    "scans of one colour.jpg": (lambda: jpeg_of_scans(2000, 3000, progressive=False), "more than 100 scans"),
+    "scans of one color.jpg": (lambda: jpeg_of_scans(2000, 3000, progressive=False), "more than 100 scans"),
     "clears.gif": (lambda: gif_of_clears(10**6), "tables of codes"),
 }

@@ -3,8 +3,8 @@
 How it was checked that each test fails without its protection: in a copy of the repository, one change at a time.
 
     changed                                                   failed
-    preprocessing.py: `UnreadableImageError` is not caught    all of the folder, more than half, emptied
-    reading.py: reading errors in the system's words          secret, links, folder, deleted, replaced
+    boundary.py: `UnreadableImageError` is not caught         all of the folder, more than half, emptied
+    boundary.py: reading errors in the system's words         secret, links, folder, deleted, replaced
     decoding.py: no limit of pixels                           large.png, large.jpg, memory
     preprocessing.py: signed bytes go to the reader of sizes  cut.jpg, large.jpg, memory
     decoding.py: orientation is ignored                       turned.jpg

@@ -64,6 +64,11 @@ def test_what_a_user_must_mend_is_no_error_of_an_image(kind):
         attempt(fail, kind("the credential was refused"))
 
 
+def test_a_package_that_is_missing_is_no_error_of_an_image():
+    with pytest.raises(ModuleNotFoundError, match="av"):
+        attempt(fail, ModuleNotFoundError("No module named 'av'"))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), GeneratorExit()])
 def test_what_ends_a_process_ends_it(error):
     with pytest.raises(type(error)):

@@ -24,7 +24,7 @@ def jpeg(side: int) -> bytes:
     return cv2.imencode(".jpg", np.full((side, side, 3), 90, np.uint8))[1].tobytes()
 
 
-LARGE = 6_000  # of a frame's sides; so many pixels a frame may not have within that memory
+LARGE = 7_000  # of a frame's sides, which are more than a frame may have within that memory
 # What makes each, the frames that have predictions, and those that have errors; None is the file itself.
 VIDEOS: dict[str, tuple[Callable[[], bytes], list, list]] = {
     "large.avi": (

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import bombs
 import cv2
@@ -280,7 +281,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-def watched(folder) -> dict[str, list]:
+def watched(folder: Path) -> dict[str, list]:
     """Error or shape, megabytes and seconds of each file, by its name."""
     if not os.path.exists("/proc/self/clear_refs"):  # noqa: PTH110
         pytest.skip("this system does not tell how much memory a process had")
@@ -306,7 +307,7 @@ def test_a_file_that_would_take_memory_or_minutes_is_refused_at_once(harm, name,
     assert megabytes < 40 and seconds < 5
 
 
-SIDE = 1600
+SIDE = 1008  # a multiple of 16, as tiles are
 # What the decoders take most memory for: modes, formats and their options.
 HUNGRY = {
     "plain.jpg": ("RGB", "JPEG", {}),
@@ -356,8 +357,8 @@ def hungry_tiff(samples: int, bits: int, extra: int = 0, **tags: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def hungry(tmp_path_factory) -> tuple[dict[str, list], dict[str, float]]:
-    """What decoding each takes, and what its header says of it, in megabytes."""
+def hungry(tmp_path_factory) -> tuple[dict[str, list], dict[str, float], Path]:
+    """What decoding each takes, and what its header says of it, in megabytes; and where they lie."""
     folder, said = tmp_path_factory.mktemp("hungry"), {}
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 4), np.uint8)
     for name, (mode, form, options) in HUNGRY.items():
@@ -369,12 +370,12 @@ def hungry(tmp_path_factory) -> tuple[dict[str, list], dict[str, float]]:
         (folder / name).write_bytes(hungry_tiff(samples, bits, **tags))
     for path in folder.iterdir():
         said[path.name] = read_header(path.read_bytes()).nbytes / 2**20
-    return watched(folder), said
+    return watched(folder), said, folder
 
 
 @pytest.mark.parametrize("name", [*HUNGRY, *HUNGRY_TIFF])
 def test_decoding_takes_no_more_memory_than_the_header_says(hungry, name):
-    taken, said = hungry
+    taken, said, _ = hungry
     shape, megabytes, _ = taken[name]
     assert shape == [SIDE, SIDE, 3]
     assert megabytes < said[name] + 2
@@ -390,3 +391,48 @@ def test_an_image_that_would_take_more_than_allowed_is_told_so(photo, limit):
         UnreadableImageError, match=r"^the image has 300 x 200 pixels, .*more than .*(ingest|inference)\."
     ):
         decode(content, *((59_999, most) if limit == "pixels" else (60_000, most - 1)))
+
+
+def test_opencv_itself_refuses_more_pixels_than_any_header_may_be_taken_to_say():
+    script = """
+import sys
+import helpers.images.decoding, cv2, numpy as np
+try:
+    cv2.imdecode(np.frombuffer(sys.stdin.buffer.read(), np.uint8), cv2.IMREAD_COLOR)
+except cv2.error as error:
+    print(error.err)
+"""
+    bomb = bilevel_png(20_000, 20_000)
+    answer = subprocess.run([sys.executable, "-c", script], input=bomb, capture_output=True, check=True)
+    assert b"pixels" in answer.stdout
+
+
+STARVE = """
+import json, resource, sys
+from pathlib import Path
+from helpers.images.boundary import attempt
+from helpers.images.decoding import decode
+from helpers.memory import bounded, resident_megabytes
+
+attempt(decode, b"BM", 1)
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    content, errors = path.read_bytes(), []
+    for megabytes in range(0, 30, 2):
+        with bounded(int(resident_megabytes()) + megabytes):
+            image, error = attempt(decode, content, 10**9)
+        errors.append(error)
+        del image
+    print(json.dumps([path.name, errors]), flush=True)
+"""
+
+
+def test_no_decoder_dies_of_a_lack_of_memory(hungry):
+    """The limit makes allocations fail anywhere in them; what they say then is all that counts."""
+    folder = hungry[2]
+    given_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", STARVE, str(folder)]
+    answer = subprocess.run(command, capture_output=True, text=True, env=given_back, check=True)
+    found = dict(json.loads(line) for line in answer.stdout.splitlines())
+    assert set(found) == {*HUNGRY, *HUNGRY_TIFF}
+    for name, errors in found.items():
+        assert errors[0] and errors[-1] is None, name

@@ -1,5 +1,6 @@
 import hashlib
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -174,3 +175,33 @@ def test_a_model_of_large_images_takes_one_at_a_time_and_gives_the_same(bundle, 
     assert alone["logits"].is_null().to_pylist() == [False, True, False] * 2
     values = [table["logits"].drop_null().combine_chunks().flatten() for table in (alone, together)]
     np.testing.assert_allclose(*values, atol=1e-4)
+
+
+def test_memory_for_a_new_size_of_batch_is_taken_before_the_next_batch_is_decoded(monkeypatch):
+    """Decoding may not take a process beyond its memory, and inference that runs meanwhile must not suffer from it."""
+    events: list[str] = []
+
+    class Request:
+        def __init__(self):
+            self.number = 0
+
+        def start_async(self, inputs, share_inputs):
+            self.number = sum(event.startswith("start") for event in events)
+            events.append(f"start {self.number}")
+
+        def wait(self):
+            events.append(f"wait {self.number}")
+
+        def get_tensor(self, name):
+            return SimpleNamespace(data=np.zeros((1, 10), np.float32))
+
+    def batches():
+        for number, size in enumerate((2, 2, 3)):
+            events.append(f"decode {number}")
+            yield number, pixels(size)
+
+    model = runtime.Model(SimpleNamespace(create_infer_request=Request), ("logits",), 0.0)
+    assert [item for item, _ in model.infer(batches())] == [0, 1, 2]
+    assert events.index("wait 0") < events.index("decode 1") < events.index("start 1") < events.index("wait 1")
+    assert events.index("start 2") + 1 == events.index("wait 2")
+    assert events[events.index("start 1") + 1] != "wait 1"  # of a size that was inferred before: at the same time

@@ -367,7 +367,7 @@ def test_a_file_that_has_grown_beyond_measure_waits_for_the_next_run(three):
     batch = manifest_of(three, "a.png", "b.png", "c.png")
     three.write("a.png", three.read("a.png") + bytes(MEGABYTE // 2))
     with open(three.join("b.png"), "r+b") as file:  # noqa: PTH123
-        file.truncate(2**40)
+        file.truncate(2 * MEGABYTE)
     rows = rows_of(list(stages.read_images([batch], three, 4, MEGABYTE)))
     assert [row["error"] is None for row in rows] == [True, False, True]
     assert "longer than when it was listed" in rows[1]["error"]
@@ -494,3 +494,13 @@ def test_outputs_so_large_that_only_their_sum_is_infinite_are_good(bundle, monke
     batch = pa.RecordBatch.from_pylist([{"path": "a", "tensor": tensor}], schema=stages.TENSOR_SCHEMA)
     (row,) = rows_of(list(stages.infer([batch], bundle, None, 1)))
     assert row["error"] is None and len(row["logits"]) == 10
+
+
+def test_a_record_counts_the_bytes_of_what_was_read(three, bundle_uri, tmp_path, config):
+    os.truncate(three.join("b.png"), 2**40)
+    task = make_task(three.root, bundle_uri, str(tmp_path / "out"), config)
+    images = list_images(task.source, config).images
+    (tmp_path / "out" / "_staging" / task.run).mkdir(parents=True)
+    (record,) = (batch.to_pylist()[0] for batch in task(manifest(images, plan(images, 1, config)).to_batches()))
+    assert (record["images"], record["failed"]) == (3, 1)
+    assert record["bytes"] == len(three.read("a.png")) + len(three.read("c.png"))

@@ -790,5 +790,5 @@ def test_an_index_of_few_bytes_takes_no_more_memory_than_there_may_be(tmp_path):
     batch = list_images(open_storage(str(tmp_path)), settings()).videos.to_batches()
     megabytes = round(resident_megabytes()) + 300
     ((row,),) = (b.to_pylist() for b in list_frames(batch, LocalStorage(str(tmp_path)), 1, 10**8, megabytes))
-    assert "not enough memory" in row["error"] and row["count"] is None
+    assert row["error"] and row["count"] is None
     assert resident_megabytes() < megabytes + 50

@@ -38,6 +38,7 @@ class Model:
     load_seconds: float
     single: bool = False  # compiled for one image at a time
     idle: list[ov.InferRequest] = field(default_factory=list)  # making one takes milliseconds, and each task needs two
+    sizes: set[int] = field(default_factory=set)  # of batches that were inferred
 
     def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
         """Run batches through the model, in order; the next is prepared while one is computed.
@@ -59,6 +60,9 @@ class Model:
     def _start(self, pixels: np.ndarray) -> ov.InferRequest:
         request = self.idle.pop() if self.idle else self.compiled.create_infer_request()
         request.start_async({0: pixels}, share_inputs=True)
+        if len(pixels) not in self.sizes:  # it takes the memory for them, which decoding meanwhile is not to hold back
+            request.wait()
+            self.sizes.add(len(pixels))
         return request
 
     def _finish(self, item: Any, _: np.ndarray, request: ov.InferRequest | None) -> tuple[Any, dict[str, np.ndarray]]:

@@ -209,7 +209,7 @@ def calibration_images(storage: Storage, architecture: Architecture, config: Con
     from helpers.pipeline.listing import list_images
 
     def prepare(path: str) -> np.ndarray:
-        content = storage.read(path, config.ingest.max_bytes)
+        content = storage.read(path, config.max_image_bytes)
         return load(content, architecture.input, config.ingest.max_pixels)[0]
 
     paths = sorted(list_images(storage, config).images["path"].to_pylist())

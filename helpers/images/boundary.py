@@ -27,14 +27,15 @@ class UnreadableImageError(ValueError):
 def attempt(function: Callable[..., R], *arguments: object) -> tuple[R | None, str | None]:
     """Do one thing with one image or video: the result and None, or None and why there is none.
 
-    Anything may be raised for bytes that nobody has thought of, by this package or by the libraries below it.
+    This package and the libraries below it may raise anything for bytes that nobody has thought of.
 
     Raises:
         UserError: what must be mended before any image can be worked on, such as a refused credential.
+        ImportError: the same, where this host lacks a package.
     """
     try:
         return function(*arguments), None
-    except UserError:
+    except (UserError, ImportError):
         raise
     except Exception as error:
         return None, reason(error)

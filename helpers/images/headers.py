@@ -20,7 +20,7 @@ Size = tuple[int, int]  # width, height as stored, before any EXIF rotation
 
 DAMAGED = "the image is damaged or cut short"
 
-# Bytes a pixel while an image is decoded, as measured, and some air; a picture that is turned upright is there twice.
+# Bytes per pixel while an image is decoded: what was measured, and some air.
 PLAIN = 8
 GIF, WEBP, ANIMATED_WEBP = 14, 12, 20
 
@@ -30,15 +30,17 @@ JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 JPEG_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 JPEG_SCAN = re.compile(rb"\xff\xda")  # coded data never holds it
 SCANS = 100  # encoders write about ten; each of them, be it empty, costs a pass over all pixels
-SEGMENTS = 10_000  # before the first scan; a colour profile takes up to 255 of them
+SEGMENTS = 10_000  # before the first scan; a color profile takes up to 255 of them
 
+PNG_CHUNK = struct.Struct(">I4s").unpack_from  # length and name
 COMPRESSED_TEXTS = (b"zTXt", b"iTXt", b"iCCP")
-TEXT_BYTES = 8_000_000  # of one text, at most: more libpng does not decompress
+TEXT_BYTES = 8_000_000  # of one text: libpng decompresses no more
 TEXTS_BYTES = 8 * TEXT_BYTES
 ZLIB_RATIO = 1032  # bytes from one byte, at most
 
 GIF_MOST_BITS = 12  # of a code
-GIF_CLEARS = 20_000  # of the table of codes; each takes 10 us, and a table serves for thousands of pixels
+GIF_TABLES = 20_000  # of codes, however few pixels there are; each takes 10 us
+GIF_TABLE_PIXELS = 250  # that each further table serves for, at least: those that do not compress change it so often
 
 BITMAP_CORE_HEADER = 12  # bytes; the older one, with sides of 16 bits
 
@@ -62,7 +64,7 @@ class Header:
         width, height: in pixels, as stored, before any EXIF rotation.
         nbytes: the memory that decoding takes, about and at most.
         problem: why it is not to be decoded; None if nothing is known against it.
-        animation: of a PNG that is one, bytes from and to: its chunk that says so.
+        animation: start and end of the chunk that makes a PNG an animation.
     """
 
     width: int
@@ -73,7 +75,7 @@ class Header:
 
 
 def read_header(content: Content) -> Header | None:
-    """Read what the file says; None where the format is unknown or the header is damaged."""
+    """Return what the file says of its image; None where the format is unknown or the header is damaged."""
     try:
         header = _read_header(content, bytes(content[:32]))
     except (struct.error, IndexError):
@@ -129,10 +131,11 @@ def _jpeg(content: Content) -> Header | None:
 def _png(content: Content) -> Header:
     width, height = struct.unpack_from(">II", content, 16)
     position, animations, texts, ended = 8, [], 0, False
-    while position + 12 <= len(content) and not ended:
-        length, kind = struct.unpack_from(">I4s", content, position)
+    size = len(content)
+    while position + 12 <= size and not ended:
+        length, kind = PNG_CHUNK(content, position)
         end = position + 12 + length
-        if end > len(content):  # OpenCV takes memory for a chunk before it looks whether the file has it
+        if end > size:  # OpenCV takes memory for a chunk before it looks whether the file has it
             break
         if kind == b"acTL":
             animations.append((position, end))
@@ -142,7 +145,7 @@ def _png(content: Content) -> Header:
     problem = None if ended and len(animations) < 2 else DAMAGED
     if texts > TEXTS_BYTES:
         problem = "the image is damaged: it has too many compressed texts"
-    nbytes = PLAIN * width * height + texts + len(content)
+    nbytes = PLAIN * width * height + texts + size
     return Header(width, height, nbytes, problem, animations[0] if animations else None)
 
 
@@ -154,37 +157,37 @@ def _gif(content: Content) -> Header:
         for start, length in _blocks(content, position):
             position = start + length
         position += 1
-    # The descriptor of the first frame, its own colours, and how many bits the codes of its pixels have.
+    # The descriptor of the first frame comes next, then its own colors, then the bits of its codes.
     position += 10 + sum(map(_table_bytes, content[position + 9 : position + 10]))
-    clears = 0
+    tables, most = 0, GIF_TABLES + width * height // GIF_TABLE_PIXELS
     for bits in content[position : position + 1]:
         codes = b"".join(content[start : start + length] for start, length in _blocks(content, position + 1))
-        clears = _count_clears(codes, bits) if 1 < bits < GIF_MOST_BITS else 0
-    problem = f"the image is damaged: it has more than {GIF_CLEARS} tables of codes" if clears > GIF_CLEARS else None
+        tables = _count_tables(codes, bits, most) if 1 < bits < GIF_MOST_BITS else 0
+    problem = f"the image is damaged: it has more than {most} tables of codes" if tables > most else None
     return Header(width, height, GIF * width * height, problem)
 
 
 def _table_bytes(flags: int) -> int:
-    """The length of a GIF's table of colours."""
+    """The length of a GIF's table of colors."""
     return 6 << (flags & 7) if flags & 0x80 else 0
 
 
 def _blocks(content: Content, position: int) -> Iterator[tuple[int, int]]:
-    """Start and length of each block of data, up to the empty one that ends them."""
+    """Start and length of each block of data; an empty one ends them."""
     while position < len(content) and content[position]:
         yield position + 1, content[position]
         position += 1 + content[position]
 
 
-def _count_clears(codes: bytes, bits: int) -> int:
-    """How often the codes of a GIF throw their table away, or end it; counted up to one more than may be.
+def _count_tables(codes: bytes, bits: int, most: int) -> int:
+    """How often the codes of a GIF throw their table away, or end it; the count stops at one more than may be.
 
-    In between, the length of a code follows from the number of codes before it: so all of them are looked at together.
+    The length of a code follows from the number of codes before it, so numpy looks at all codes of a table at once.
     """
     size, count, place, is_full, looked_at = 8 * len(codes), 0, 0, False, len(codes)
     words = np.ndarray(len(codes), "<u4", codes + bytes(3), strides=(1,))  # of each byte and the three behind it
-    # Where not even the shortest codes come to more than may be, nothing is looked at.
-    while count <= GIF_CLEARS < count + (size - place) // (bits + 1):
+    # The search ends where not even the shortest codes could come to more than may be.
+    while count <= most < count + (size - place) // (bits + 1):
         start, offset = divmod(place, 8)
         first, shift, mask, ends = _code_places(bits, is_full, offset)
         there = int(np.searchsorted(ends, size - 8 * start, side="right"))
@@ -206,7 +209,7 @@ def _count_clears(codes: bytes, bits: int) -> int:
 
 @lru_cache(maxsize=16)
 def _code_places(bits: int, is_full: bool, offset: int) -> tuple[np.ndarray, ...]:
-    """Of each code of a table, or of as many behind a full one: first byte, shift, mask, and where it ends in bits."""
+    """First byte, shift, mask and end in bits of each code of a table, or of as many codes behind a full one."""
     lengths = np.arange(bits + 1, GIF_MOST_BITS + 1)
     widths = np.repeat(lengths, [(1 << bits) - 1, *(1 << lengths[:-1])])
     widths = np.full_like(widths, GIF_MOST_BITS) if is_full else widths
@@ -230,7 +233,7 @@ def _tiff(content: Content, order: str) -> Header | None:
         rows = tags.get(TIFF_ROWS_A_STRIP, 0)
         rows = height if rows in (0, TIFF_ALL_ROWS) else rows
         part, decoded = width * rows, width * min(rows, height)
-    # One part after the other is read, decoded and made four channels, whole. More and longer samples are refused.
+    # libtiff reads, decodes and widens one whole part after the other. OpenCV refuses more and longer samples.
     samples = min(tags.get(TIFF_SAMPLES, 1), 4) * min(tags.get(TIFF_BITS, 1), 16) / 8
     nbytes = max(PLAIN * width * height, int(4 * width * height + 4 * part + 2 * samples * decoded)) + 4 * claimed
     return Header(width, height, nbytes, problem)
@@ -239,7 +242,7 @@ def _tiff(content: Content, order: str) -> Header | None:
 def _tags(content: Content, order: str) -> tuple[dict[int, int], int]:
     """The first value of each tag of a TIFF's first image that is a whole number, and what all values together take.
 
-    Of two entries of one tag the first counts, as it does for libtiff.
+    The first of two entries of one tag counts, as it does for libtiff.
     """
     big = b"+" in bytes(content[:4])  # BigTIFF: counts and offsets of 64 bits
     count_format, offset_format, inline = ("Q", "Q", 8) if big else ("H", "I", 4)

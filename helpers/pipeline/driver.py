@@ -197,7 +197,7 @@ def make_task(source: str, model: str, output: str, config: Config) -> Task:
         bundle=bundle,
         model=model_identity(bundle, parameters, config),
         parameters=parameters,
-        max_bytes=config.ingest.max_bytes,
+        max_bytes=config.max_image_bytes,
         max_pixels=config.ingest.max_pixels,
         precision=config.inference.precision,
         threads=config.inference.threads,

@@ -48,6 +48,8 @@ def list_frames(
         only be counted. `error` is set where no frame can be read.
     """
     for batch in batches:
+        import av  # noqa: F401 - what loading it takes or lacks is not a video's
+
         for row in batch.select(KEY_NAMES).to_pylist():
             with bounded(memory_megabytes):
                 frames, row["error"] = attempt(_find, storage, row["path"], frame_pixels(max_pixels, memory_megabytes))

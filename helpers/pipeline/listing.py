@@ -67,7 +67,7 @@ def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) ->
         elif not entry.path.lower().endswith(suffixes):
             videos.append((entry.path, entry.length, entry.modified, None))
         else:
-            rows.append((entry.path, entry.length, entry.modified, _too_long(entry, config.ingest.max_bytes)))
+            rows.append((entry.path, entry.length, entry.modified, _too_long(entry, config.max_image_bytes)))
             if len(rows) == ROWS_A_CHUNK:
                 chunks.append(_chunk(rows))
                 rows = []
@@ -114,7 +114,10 @@ def manifest(images: pa.Table, plan: PartitionPlan) -> pa.Table:
 def _too_long(entry: Entry, max_bytes: int) -> str | None:
     if entry.length <= max_bytes:
         return None
-    return f"the file has {entry.length} bytes, more than the {max_bytes} that ingest.max_bytes allows"
+    return (
+        f"the file has {entry.length} bytes, more than the {max_bytes} that ingest.max_bytes and "
+        "inference.memory_megabytes allow"
+    )
 
 
 def _chunk(rows: list[tuple]) -> pa.RecordBatch:

@@ -94,7 +94,7 @@ def reading(storage: Storage, config: Config) -> Callable[[Batches], Iterator[pa
         storage=storage,
         most_images=config.inference.max_batch,
         most_bytes=config.inference.batch_megabytes * 2**20,
-        max_bytes=config.ingest.max_bytes,
+        max_bytes=config.max_image_bytes,
         max_pixels=config.ingest.max_pixels,
         memory_megabytes=config.inference.memory_megabytes,
     )

@@ -21,7 +21,7 @@ from helpers.storage.prefetch import map_groups
 FRAME_ERROR = "the frame cannot be decoded: the video is damaged here, or cut short"
 FRAMES_BYTES = 16 * 2**20  # of decoded frames at once, which are large against their files
 ARROW_BYTES = 2**31 - 2  # of one value in a column of bytes, at most
-GROWTH_BYTES = 2**20  # that any file may have grown to since it was listed; larger ones keep their length, or wait
+GROWTH_BYTES = 2**20  # a file may have grown to so many since it was listed; a longer one waits for the next run
 
 Read = tuple[bytes | None, str | None]  # an image's bytes, or why there are none
 
@@ -81,10 +81,10 @@ def _runs(lengths: list[int], most_images: int, most_bytes: int) -> Iterator[sli
 
 
 def _files(images: pa.RecordBatch, max_bytes: int, growth: int) -> list[tuple[str, str | None, int]]:
-    """Path of each image, why it cannot be read where the listing has found that out, and how long it may be now.
+    """Path of each image, the error that the listing has found, and how long the file may be now.
 
-    What is read at once is planned by what was listed. A file that is much longer by now waits for the next run, which
-    lists it anew.
+    The listing decides how much is read at once. A file that is much longer by now waits for the next run, which lists
+    it anew.
     """
     errors = images["error"].to_pylist() if "error" in images.schema.names else [None] * images.num_rows
     limits = [min(max_bytes, max(length, growth)) for length in images["length"].to_pylist()]
@@ -97,13 +97,13 @@ def _read(storage: Storage, file: tuple[str, str | None, int]) -> Read:
 
 
 def _parts(part: pa.RecordBatch, read: list[Read], most_images: int, most_bytes: int) -> Iterator[pa.RecordBatch]:
-    """Batches of what was read, of files that may have grown since they were listed."""
+    """Batches of what was read: files may have grown since they were listed."""
     for run in _runs([len(content or b"") for content, _ in read], most_images, most_bytes):
         yield _batch(part.slice(run.start, run.stop - run.start), read)
 
 
 def _batch(part: pa.RecordBatch, read: list[Read]) -> pa.RecordBatch:
-    """What was read first, which is forgotten here: large files would be in memory twice while they are decoded."""
+    """A batch of what was read first, which is forgotten here: a large file would be in memory twice."""
     contents, errors = zip(*read[: part.num_rows], strict=True)
     del read[: part.num_rows]
     return extend(part, IMAGE_SCHEMA, error=errors, content=contents)
@@ -116,6 +116,8 @@ def _read_frames(
     max_pixels: int | None,
     memory_megabytes: int | None,
 ) -> Iterator[pa.RecordBatch]:
+    import av  # noqa: F401 - what loading it takes or lacks is not a video's
+
     files, numbers = split_paths(batch["path"])
     frames = pa.table({"file": files, "number": numbers, "row": pa.array(range(batch.num_rows))})
     # An exchange does not keep the order, and each file is to be decoded once and forwards.

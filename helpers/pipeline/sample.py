@@ -35,7 +35,7 @@ def draw_sample(output: Storage, files: list[str], source: Storage, config: Conf
         table = table.filter(pc.is_null(table["error"])).slice(0, math.ceil(config.pictures / len(files)))
         table = table.slice(0, config.pictures - len(pictures))
         predictions = dict(zip(table["path"].to_pylist(), table["predictions"].to_pylist(), strict=True))
-        limits = config.ingest.max_bytes, config.ingest.max_pixels
+        limits = config.max_image_bytes, config.ingest.max_pixels
         for batch in read_images(table.to_batches(), source, 1, 1, *limits):
             path, error, content = (batch[name][0].as_py() for name in ("path", "error", "content"))
             try:
