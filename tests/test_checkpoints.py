@@ -1,7 +1,11 @@
 """An interrupted training: what it goes on from, and that nobody could tell afterwards."""
 
+import contextlib
+import errno
+import fcntl
 import io
 import json
+import os
 import random
 import zipfile
 from dataclasses import replace
@@ -13,12 +17,14 @@ import torch
 from torch import nn
 
 from helpers.errors import TrainingError
-from helpers.training import classifier
+from helpers.storage import LocalStorage
+from helpers.training import checkpoints, classifier
 from helpers.training.checkpoints import Checkpoints, Progress, newest_step
 from helpers.training.classifier import TrainingSettings, train
 from helpers.training.dashboards import read_scalars
+from helpers.training.distributed import train_on_spark
 from helpers.training.optimization import Optimization
-from helpers.training.workers import RunSettings, Worker
+from helpers.training.workers import RunSettings, Worker, save
 from helpers.yolact import training as yolact
 
 # 10 steps an epoch, so that a checkpoint every 4 falls into the middle of one.
@@ -214,3 +220,65 @@ def test_half_precision_scales_the_loss_and_resumes(fashion_mnist_root, tmp_path
     result = train(settings, fashion_mnist_root, str(tmp_path))
     assert result["precision"] == "fp16" and result["resumed_at"] == [4]
     assert result["epochs"][1]["train_loss"] < result["epochs"][0]["train_loss"]
+
+
+def test_a_second_training_in_one_folder_is_refused_and_the_first_goes_on(fashion_mnist_root, tmp_path, monkeypatch):
+    """Also one that would start over, and remove the checkpoints of the first."""
+    monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 0)
+    descend, refused = Optimization.descend, []
+
+    def and_train_another(self, loss):
+        if not refused and files(tmp_path):
+            refused.append(files(tmp_path))
+            with pytest.raises(TrainingError, match=f"another training is at work in {tmp_path}.*another run_dir"):
+                train(replace(SMALL, resume=False), fashion_mnist_root, str(tmp_path))
+            assert files(tmp_path) == refused[0]
+        return descend(self, loss)
+
+    monkeypatch.setattr(Optimization, "descend", and_train_another)
+    result = train(SMALL, fashion_mnist_root, str(tmp_path))
+    assert refused and len(result["epochs"]) == 3 and result["resumed_at"] == []
+    assert train(replace(SMALL, epochs=1), fashion_mnist_root, str(tmp_path))["epochs"]  # it is free again
+
+
+def test_a_training_on_spark_touches_nothing_of_one_that_is_at_work(spark, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 0)
+    left = [tmp_path / "checkpoints" / "step-000000004.pt", tmp_path / "result.json"]
+    left[0].parent.mkdir()
+    for path in left:
+        path.write_bytes(b"the first one's")
+    for resume in (True, False):
+        with checkpoints.lock_run(str(tmp_path)), pytest.raises(TrainingError, match="another training is at work"):
+            train_on_spark(spark, replace(SMALL, resume=resume), "nowhere", str(tmp_path), processes=2)
+        assert [path.read_bytes() for path in left] == [b"the first one's"] * 2
+
+
+def test_a_file_system_without_locks_is_trained_on_with_a_warning(tmp_path, monkeypatch, caplog):
+    def flock(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with checkpoints.lock_run(str(tmp_path)):
+        assert "nothing keeps another training out" in caplog.text
+
+
+def test_a_result_is_never_beside_another_runs_network(tmp_path, monkeypatch):
+    """Wherever the second run dies while it leaves them."""
+    write, networks = LocalStorage.write, [nn.Linear(2, 2), nn.Linear(2, 2)]
+    for last in range(3):
+        save(networks[0], {"run": 0}, str(tmp_path))
+
+        def die(self, path: str, data: bytes, left: list = [last]) -> None:  # noqa: B006 - one list for each round
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            write(self, path, data)
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(LocalStorage, "write", die)
+            save(networks[1], {"run": 1}, str(tmp_path))
+        found = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["weight"]
+        result = tmp_path / "result.json"
+        if result.exists():
+            assert torch.equal(found, networks[json.loads(result.read_text())["run"]].weight)
+    assert json.loads(result.read_text()) == {"run": 1}

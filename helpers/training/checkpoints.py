@@ -5,12 +5,14 @@ number generators of every process; and how far the run has come, with the posit
 which seed and epoch fix. A finished run has none: its network is `checkpoint.pt` in the run directory.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
 import logging
 import random
 import re
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -26,6 +28,7 @@ from helpers.training.workers import NOTICE, RunSettings, Worker, average_buffer
 
 log = logging.getLogger(__name__)
 
+LOCK_SECONDS = 12  # processes that read ahead for a training that was killed see it after 5, and hold its lock so long
 KEPT = 2  # should the newest be damaged, there is one before it
 NAME = "step-{:09d}.pt"
 # What may differ between the run that wrote a checkpoint and the one that goes on: none of it decides the outcome.
@@ -70,9 +73,17 @@ class Checkpoints:
     """The checkpoints of one run. Every process calls the methods; rank 0 reads and writes."""
 
     def __init__(self, settings: RunSettings, worker: Worker, run_dir: str, parts: Mapping[str, Stateful]):
-        """Name the parts whose state is kept; `settings.checkpoints` or else the run directory is the place."""
+        """Name the parts whose state is kept; `settings.checkpoints` or else the run directory is the place.
+
+        Until the worker's run ends no other training can begin in the run directory.
+
+        Raises:
+            TrainingError: another training is at work there.
+        """
         self.settings, self.worker, self.parts = settings, worker, parts
         self.storage = storage_of(settings, run_dir)
+        if worker.rank == 0:
+            worker.closing.enter_context(lock_run(run_dir))
 
     def restore(self) -> Progress:
         """Put every part in the state of the newest valid checkpoint, and tell how far the run had come.
@@ -150,6 +161,31 @@ class Checkpoints:
                 f"checkpoint {path} is of an unfinished run with other settings ({'; '.join(different)}): go on with "
                 "those, name another run_dir, or start over with resume=False, which removes it"
             )
+
+
+@contextlib.contextmanager
+def lock_run(run_dir: str) -> Iterator[None]:
+    """Be the only training in a run directory; a file system without locks gets a warning.
+
+    Raises:
+        TrainingError: another training is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+        deadline, waiting = time.monotonic() + LOCK_SECONDS, True
+        while waiting:
+            try:
+                stack.enter_context(open_storage(run_dir).lock("training.lock"))
+                waiting = False
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TrainingError(
+                        f"another training is at work in {run_dir}: wait for it, or name another run_dir"
+                    ) from None
+                time.sleep(1)
+            except StorageError as error:
+                log.warning("nothing keeps another training out: %s", error)
+                waiting = False
+        yield
 
 
 def storage_of(settings: RunSettings, run_dir: str) -> Storage:

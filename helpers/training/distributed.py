@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from helpers.errors import HostError, TrainingError, first_line
 from helpers.session import local_slots, pack_helpers
 from helpers.storage import Storage, open_storage
-from helpers.training.checkpoints import newest_step, remove, storage_of
+from helpers.training.checkpoints import lock_run, newest_step, remove, storage_of
 from helpers.training.classifier import train
 from helpers.training.workers import NOTICE, PROGRESS, RunSettings
 
@@ -66,13 +66,15 @@ def train_on_spark(
 
     Raises:
         HostError: Spark has too few slots, or no GPUs to give.
-        TrainingError: a process failed, the last time; the message holds its own traceback.
+        TrainingError: a process failed, the last time; the message holds its own traceback. Or another training is at
+            work in run_dir.
     """
     _check_resources(spark, processes, use_gpu)
     settings = dataclasses.replace(settings, device="cuda" if use_gpu else "cpu")
     if not settings.resume:
         # Here too: an attempt that fails before it does so must not be followed by one that goes on from these.
-        remove(storage_of(settings, run_dir))
+        with lock_run(run_dir):
+            remove(storage_of(settings, run_dir))
     step = newest_step(settings, run_dir)
     for left in reversed(range(attempts)):
         try:
@@ -101,8 +103,9 @@ def _attempt(
 
     storage = open_storage(run_dir)
     # What an earlier run left must not be taken for this one's.
-    for name in ["result.json", *(_failure_file(rank) for rank in range(processes))]:
-        storage.delete(name)
+    with lock_run(run_dir):
+        for name in ["result.json", *(_failure_file(rank) for rank in range(processes))]:
+            storage.delete(name)
     distributor = TorchDistributor(num_processes=processes, local_mode=False, use_gpu=use_gpu)
     output = _ProcessLog(sys.stdout)
     try:

@@ -61,6 +61,9 @@ class Worker:
     rank: int
     processes: int
     device: torch.device
+    closing: contextlib.ExitStack = dataclasses.field(
+        default_factory=contextlib.ExitStack
+    )  # what is held until its end
 
 
 @contextlib.contextmanager
@@ -79,7 +82,8 @@ def join_workers(settings: RunSettings) -> Iterator[Worker]:
         patience = timedelta(minutes=settings.patience_minutes)
         dist.init_process_group("nccl" if settings.device == "cuda" else "gloo", timeout=patience)
     try:
-        yield worker
+        with worker.closing:
+            yield worker
     finally:
         torch.set_num_threads(threads)
         if processes > 1:
@@ -167,10 +171,14 @@ def sum_cpu_seconds(worker: Worker, since: float) -> float:
 
 
 def save(model: nn.Module, result: Mapping[str, Any], run_dir: str) -> None:
-    """Write `checkpoint.pt`, a state_dict, and `result.json` to the run directory."""
+    """Write `checkpoint.pt`, a state_dict, and `result.json` to the run directory.
+
+    There is a `result.json` only beside the `checkpoint.pt` that it is about, wherever this is interrupted.
+    """
     storage = open_storage(run_dir)
     content = io.BytesIO()
     torch.save({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, content)
+    storage.delete("result.json")
     storage.write("checkpoint.pt", content.getvalue())
     storage.write("result.json", json.dumps(result, indent=2).encode())
 
