@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyspark
+import pytest
 
 from helpers.config import PROJECT
 from helpers.hosts.java import local_options
@@ -102,6 +104,16 @@ def _runs(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def without_privileges() -> list[str]:
+    """Root reads everything; a command before the command takes that away, so that permissions count."""
+    if os.geteuid():
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("root reads every file, and there is no setpriv here to give that up")
+    less = "-dac_override,-dac_read_search"
+    return ["setpriv", f"--bounding-set={less}", f"--inh-caps={less}", "--"]
 
 
 def python_workers(process: psutil.Process) -> list[psutil.Process]:

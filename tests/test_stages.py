@@ -14,7 +14,7 @@ from helpers.images.decoding import decode, fit
 from helpers.ingest.listing import list_images, manifest, plan
 from helpers.models.bundle import OutputSpec, load_bundle
 from helpers.pipeline import make_task
-from helpers.results.store import without
+from helpers.results.rows import without
 from helpers.stages import inference, postprocessing, preprocessing
 from helpers.stages.postprocessing import classification, parameters_for
 from helpers.storage import open_storage

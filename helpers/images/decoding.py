@@ -26,6 +26,18 @@ READ_ERRORS = {
     errno.EISDIR: "this is a directory, not an image file",
     errno.ELOOP: "the link leads back to itself",
 }
+# How errors begin that last until there is another file; what has any other error is worked on again by the next run.
+LASTING = (
+    "the file is empty",
+    "the file is not an image",
+    "the image is damaged",
+    "the file is not a video",
+    "the file has no video",
+    "no frame of the video can be decoded",
+    "the frame cannot be decoded",
+    "this is a directory",
+    "the file cannot be read: it is a pipe",
+)
 
 
 class UnreadableImageError(ValueError):

@@ -3,25 +3,38 @@
 Written with TensorBoard's own event writer, because a run on the driver needs no torch.
 """
 
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from helpers.images.decoding import decode
+from helpers.images.headers import read_size
 from helpers.stages.task import STAGES
+from helpers.storage import Storage
 
 
-def log_run(folder: str, run: dict[str, Any], records: list[dict[str, Any]], pictures: dict[str, bytes]) -> None:
+def log_run(
+    place: Storage, run: dict[str, Any], records: list[dict[str, Any]], pictures: Iterable[tuple[str, bytes]]
+) -> None:
     """Write one run's events.
 
     Args:
-        folder: the run's own directory.
+        place: the run's own folder; the file of events is written whole, because object storage does not append.
         run: its description (`records.describe`); what took seconds, at the step after the last task.
         records: of its tasks, `task.RECORD_SCHEMA`.
-        pictures: PNG files by name.
+        pictures: names and PNG files.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        _write_events(folder, run, records, pictures)
+        for file in Path(folder).iterdir():
+            place.write(file.name, file.read_bytes())
+
+
+def _write_events(
+    folder: str, run: dict[str, Any], records: list[dict[str, Any]], pictures: Iterable[tuple[str, bytes]]
+) -> None:
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
     writer = EventFileWriter(folder)
     start = min((record["started"].timestamp() for record in records), default=0.0)
     done, failed, megabytes = 0, 0, 0.0
@@ -43,7 +56,7 @@ def log_run(folder: str, run: dict[str, Any], records: list[dict[str, Any]], pic
         writer.add_event(_scalars(step, _end(record), values))
     phases = {f"run/{name}": value for name, value in run.items() if name.endswith("seconds") and value is not None}
     writer.add_event(_scalars(len(records) + 1, max(map(_end, records), default=0.0), phases))
-    for step, (name, png) in enumerate(pictures.items()):
+    for step, (name, png) in enumerate(pictures):
         writer.add_event(_picture(step, f"pictures/{name}", png))
     writer.close()
 
@@ -64,6 +77,8 @@ def _picture(step: int, tag: str, png: bytes) -> Any:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    height, width = decode(png, max_pixels=2**30).shape[:2]
+    size = read_size(png)
+    assert size is not None  # a PNG of our own
+    width, height = size
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
     return Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))

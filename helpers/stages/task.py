@@ -195,7 +195,7 @@ def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
                 errors = table["error"].drop_null()
                 totals.update(images=table.num_rows, failed=len(errors))
                 files.update(zip(split_paths(table["path"])[0].to_pylist(), table["length"].to_pylist(), strict=True))
-                reasons.update(error.partition(";")[0] for error in errors.to_pylist())  # without details
+                reasons.update(map(error_kind, errors.to_pylist()))
         if not totals["images"]:
             return {}
         path = f"{staging(task.run)}/{partition:06d}-{totals['images']}-{totals['failed']}.parquet"
@@ -210,6 +210,11 @@ def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
         "bytes": sum(files.values()),
         "reasons": top,
     }
+
+
+def error_kind(error: str) -> str:
+    """An error without its details, to be counted."""
+    return error.partition(";")[0]
 
 
 def staging(run: str) -> str:
