@@ -13,6 +13,7 @@ shift 3
 export PYSPARK_DRIVER_PYTHON="$root/.venv/bin/python" # spark-submit finds Spark by it
 # A pod's memory is heap and overhead, and Python workers live in the overhead: one a core, of at most
 # inference.memory_megabytes (2048) each. The answer, with the JSON summary, is the log of the driver's pod.
+# Dashboards go below the output, because what a pod writes elsewhere is lost with it.
 # A credential that is an environment variable: spark.kubernetes.{driver,executor}.secretKeyRef.NAME=SECRET:KEY.
 exec "$root/.venv/bin/spark-submit" \
   --master "k8s://${API:?the address of the cluster, https://HOST:6443}" \
@@ -26,4 +27,5 @@ exec "$root/.venv/bin/spark-submit" \
   --conf spark.executor.memory="${HEAP:-1g}" \
   --conf spark.executor.memoryOverhead="${OVERHEAD:-4g}" \
   local:///opt/vision/conf/submit.py run --profile cluster --set spark.master="k8s://$API" \
+  --set paths.runs="$output/runs" \
   --source "$source" --model "$model" --output "$output" "$@"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from helpers.config import Config, load_config, parse_assignments
-from helpers.errors import ConfigError, UserError
+from helpers.errors import ConfigError, UserError, explain
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
         return options.command(options, config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        # All but temporary files is explained where it is read or written, and their error has no name in it.
+        print(f"error: {explain(error, error.filename or 'temporary files (TMPDIR)')}", file=sys.stderr)
+    return 2
 
 
 def run(options: argparse.Namespace, config: Config) -> int:
@@ -40,16 +43,20 @@ def run(options: argparse.Namespace, config: Config) -> int:
     import psutil
 
     from helpers import pipeline
+    from helpers.pipeline.results import ResultStore
     from helpers.session import get_spark
 
-    pipeline.make_task(options.source, options.model, options.output, config)  # mistakes are told before Spark starts
+    # Mistakes are told before Spark starts.
+    task = pipeline.make_task(options.source, options.model, options.output, config)
+    with ResultStore(task.output).exclusive():
+        pass
     spark = get_spark(config)
     started = time.time() - psutil.Process().create_time()
     summary = pipeline.run(spark, options.source, options.model, options.output, config, started)
-    too_many = summary.failed > config.max_failed_share * (summary.ok + summary.failed)
+    too_many = summary.failed_of_all > config.max_failed_share * summary.images
     if too_many:
         print(
-            f"error: {summary.failed} of {summary.ok + summary.failed} images failed, more than the share "
+            f"error: {summary.failed_of_all} of {summary.images} images failed, more than the share "
             f"max_failed_share={config.max_failed_share} allows:",
             file=sys.stderr,
         )

@@ -22,7 +22,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 ENVIRONMENT_PREFIX = "HELPERS_"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Large = Annotated[int, Field(gt=0, lt=2**50)]
+Seconds = Annotated[float, Field(ge=1e-6, le=10**6)]
 COPIES = 4  # of a file in a task's memory, at most: as it was read, in Arrow, in a decoder, and the next one read ahead
 
 
@@ -64,7 +66,7 @@ class PathSettings(_Section):
     @classmethod
     def _absolute(cls, value: str) -> str:
         # Workers on a cluster have another working directory, and notebooks run in their own folder.
-        return value if "://" in value or value.startswith("dbfs:") else str(PROJECT / value)
+        return value if "://" in value or value.startswith(("dbfs:", "file:")) else str(PROJECT / value)
 
 
 class IngestSettings(_Section):
@@ -72,7 +74,7 @@ class IngestSettings(_Section):
 
     suffixes: tuple[str, ...]
     max_bytes: Annotated[int, Field(gt=0, lt=2**31 - 1)]  # what Arrow can hold; `Config.max_image_bytes` may be less
-    max_pixels: Positive
+    max_pixels: Large
 
 
 class VideoSettings(_Section):
@@ -86,18 +88,18 @@ class PartitionSettings(_Section):
     """How images are divided into tasks."""
 
     partitions: Positive | None
-    target_bytes: Positive
+    target_bytes: Large
     target_images: Positive
-    target_seconds: Annotated[float, Field(gt=0)]
-    image_seconds: Annotated[float, Field(gt=0)]
-    gflops: Annotated[float, Field(gt=0)]
+    target_seconds: Seconds
+    image_seconds: Seconds
+    gflops: Annotated[float, Field(ge=1e-3, le=10**9)]
 
 
 class InferenceSettings(_Section):
     """How OpenVINO runs in a task."""
 
     precision: Literal["f32", "bf16", "f16"] | None
-    threads: Positive
+    threads: Annotated[int, Field(gt=0, le=1024)]
     batch_megabytes: Annotated[int, Field(gt=0, le=1024)]  # half of what Arrow can hold
     max_batch: Positive
     memory_megabytes: Positive
@@ -112,7 +114,7 @@ class Config(_Section):
     paths: PathSettings
     reader: Literal["auto", "files", "spark"]
     resume: bool
-    pictures: Annotated[int, Field(ge=0)]
+    pictures: Annotated[int, Field(ge=0, le=10_000)]
     max_failed_share: Fraction
     ingest: IngestSettings
     video: VideoSettings

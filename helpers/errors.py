@@ -1,5 +1,30 @@
 """The errors a user can mend: each message names the thing and the remedy, and the command line shows only it."""
 
+import contextlib
+import errno
+import logging
+from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
+FULL = "the disk is full; make space and run again, what is finished is kept"
+UNSUITABLE = "this file system lacks what keeps two writers apart (locks, whole files); name a location on another one"
+FORBIDDEN = "permission denied; grant this user access, or name another location"
+REMEDIES = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EACCES: FORBIDDEN,
+    errno.EPERM: FORBIDDEN,
+    errno.EROFS: "the disk is read-only; name a location that can be written",
+    errno.ENOTDIR: "a file is where a folder should be; move it away, or name another location",
+    errno.EEXIST: "a file is where a folder should be; move it away, or name another location",
+    errno.EISDIR: "a folder is where a file should be; move it away, or name another location",
+    errno.EOPNOTSUPP: UNSUITABLE,
+    errno.ENOSYS: UNSUITABLE,
+    errno.ENOLCK: UNSUITABLE,
+    errno.ENAMETOOLONG: "the name is too long; name a shorter location",
+}
+
 
 class UserError(Exception):
     """Base of every error that is shown as one message, without a stack trace."""
@@ -8,6 +33,21 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What an error of another library says first; its type where it says nothing."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def explain(error: OSError, place: str) -> str:
+    """What an error of the system means for a place, and its remedy."""
+    said = error.strerror or first_line(error)
+    return f"{place}: {REMEDIES.get(error.errno or 0, f'{said}; mend that, or name another location')}"
+
+
+@contextlib.contextmanager
+def only_warn(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn any failure of a block into a warning, where what the block makes is worth less than the run."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s: %s%s", what, first_line(error), f"; {remedy}" if remedy else "")
 
 
 class ConfigError(UserError):

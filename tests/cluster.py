@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +16,23 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from helpers.java import local_options
 from studies.cluster import PATIENCE, Process, arguments_of, wait_for
 
 # What pyspark's own daemon prints in local mode when Spark closes the pipe of a task because another one has failed.
 DAEMONS_OWN = re.compile(r"Traceback .*\n  File .*/pyspark/daemon\.py.*\n(?:  .*\n)*\w+Error(?:: .*)?\n")
+
+
+def without_privileges() -> list[str]:
+    """Root reads everything; a command before the command takes that away, so that permissions count."""
+    if os.geteuid():
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("root reads every file, and there is no setpriv here to give that up")
+    less = "-dac_override,-dac_read_search"
+    return ["setpriv", f"--bounding-set={less}", f"--inh-caps={less}", "--"]
 
 
 def python_workers(process: psutil.Process) -> list[psutil.Process]:

@@ -330,7 +330,8 @@ class DfsFacade(ThreadingHTTPServer):
         if children and request.query.get("recursive") != "true":
             raise Refusal(409, "DirectoryNotEmpty")
         for name in [*reversed(children), request.name]:
-            answer = self._blob(request, "DELETE", name)
+            conditions = _conditions(request) if name == request.name else {}
+            answer = self._blob(request, "DELETE", name, headers=conditions)
             if answer.status != 404:  # a folder that is nowhere but in its files' names
                 _checked(answer)
             self.folders.discard((request.container, name))

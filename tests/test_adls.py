@@ -11,7 +11,10 @@ How it was checked that tests fail without their protection: in a copy of the re
     adls.py: a refused credential is an OSError                forbidden and refused, expired token, wrong key
     client.py: nothing is repeated                               any one request: read and list
     client.py: urllib3's log is not filtered                     planted secret
-    adls.py: `_check_lease` checks nothing                     who has lost the lock
+    adls.py: `_check_lease` checks nothing                     who has lost the lock, right before the last request
+    adls.py: `_condition` gives none                           lock for its own by mistake
+    adls.py: `rename` without a condition of its own           lock for its own by mistake
+    lease.py: `time.monotonic`                                 a machine sleeps
     client.py: one client for ever                               expired token
     adls.py: pickles with its lease                            pickles without its credential
     adls.py: the lock is no lease                              3 tests of locks in test_storage.py
@@ -32,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import tracemalloc
 import types
@@ -459,6 +463,83 @@ def test_who_has_lost_the_lock_changes_nothing_any_more(storage, monkeypatch):
                 with pytest.raises(StorageError, match="lock"):
                     change()
             assert storage.read("a") == b"1"
+
+
+CHANGES: dict[str, Callable[[AdlsStorage], object]] = {
+    "write": lambda storage: storage.write("a", b"mine"),
+    "delete": lambda storage: storage.delete("a"),
+    "rename onto": lambda storage: storage.rename("staged", "a"),
+    "rename to a new one": lambda storage: storage.rename("staged", "new"),
+}
+
+
+@pytest.fixture
+def other(storage) -> AdlsStorage:
+    """Another process's."""
+    storage.write("a", b"old")
+    storage.write("staged", b"mine")
+    return open_storage(storage.root, types.SimpleNamespace(storage=storage.options))
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["changed", "deleted"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_who_takes_the_lock_for_its_own_by_mistake_changes_nothing_that_another_has(storage, other, change, gone):
+    """A clock that stood still tells nothing: what counts is the file, as it was read."""
+    with storage.lock("_lock"):
+        storage.read("a")
+        storage._lease._lease.break_lease(0)
+        with other.lock("_lock"):
+            other.write("new", b"theirs")
+            other.delete("a") if gone else other.write("a", b"theirs")
+            theirs = contents(other)
+            if gone and change == "delete":  # there is nothing left to do
+                CHANGES[change](storage)
+            else:
+                with pytest.raises(StorageError, match="another run has changed it"):
+                    CHANGES[change](storage)
+            assert contents(other) == theirs
+
+
+@pytest.mark.parametrize("change", ["write", "rename to a new one"])
+def test_the_lock_is_looked_at_right_before_the_last_request_of_a_change(storage, other, dfs, change):
+    with storage.lock("_lock"):
+        seen: list[Request] = []
+
+        def stand_still(request: Request) -> None:
+            """As soon as the change has begun, long enough for another process to take the lock."""
+            if not seen:
+                seen.append(request)
+                storage._lease._lease.break_lease(0)
+                storage._lease._until = 0
+
+        before = contents(storage)
+        with dfs.disturb(stand_still), pytest.raises(StorageError, match="the lock could not be renewed"):
+            CHANGES[change](storage)
+        assert seen and contents(storage) == before
+
+
+def test_files_are_replaced_renamed_and_deleted_while_the_lock_is_held(storage, other):
+    with storage.lock("_lock"):
+        for content in (b"1", b"2"):
+            assert storage.read("a") and storage.write("a", content) is None and storage.read("a") == content
+            storage.write("a", content)
+            storage.write("a", content + b"again")
+        storage.rename("staged", "new")
+        storage.rename("new", "newer")
+        storage.delete("a")
+        storage.delete("a")
+        storage.write("a", b"3")
+    assert contents(storage) == {"/a": b"3", "/newer": b"mine", "/_lock": b""}
+
+
+def test_the_time_that_a_machine_sleeps_counts(storage, dfs, monkeypatch):
+    now = time.clock_gettime
+
+    with storage.lock("_lock"):
+        monkeypatch.setattr(time, "clock_gettime", lambda clock: now(clock) + 100 * (clock == time.CLOCK_BOOTTIME))
+        dfs.requests.clear()
+        storage.write("a", b"1")
+        assert any(request.headers.get("x-ms-lease-action") == "renew" for request in dfs.requests)
 
 
 def test_a_lock_that_nobody_took_meanwhile_is_simply_renewed(storage, dfs):

@@ -4,6 +4,7 @@ import datetime as dt
 import io
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -350,6 +351,41 @@ def test_the_token_is_in_no_output_of_a_notebook(place, secret):
     assert not [form for form in forms_of(secret) if form in shown]
 
 
+def test_a_driver_that_stood_still_while_another_run_published_replaces_nothing_of_it(place):
+    """Stopped as a machine is that sleeps, after its new version of a file of results is written under another name."""
+    first = place.start("partitioning.partitions=1").finish()
+    assert first.code == 0, first.errors
+    before, names = place.rows(), sorted(entry.path for entry in place.storage.list("photos"))
+    changed = [name for name in names if name.endswith(".jpg")][:2]
+    content = place.storage.read(changed[1])
+
+    place.storage.write(changed[0], place.storage.read(names[-2]) + b"another length")
+    slow = place.start(name="slow")
+    stopped: list[str] = []
+
+    def stop(request: Request) -> None:
+        if not stopped and request.query.get("action") == "flush" and request.name.startswith("out/results/"):
+            stopped.append(request.name)
+            slow.process.popen.send_signal(signal.SIGSTOP)
+
+    with place.dfs.disturb(stop):
+        wait_for("the new version of a file of results", lambda: stopped or slow.process.popen.poll() is not None)
+    assert stopped, slow.process.errors
+    place.storage.write(changed[1], content + b"another length")
+    DataLakeLeaseClient(place.storage._file("out/_lock")).break_lease(0)  # as it ends by itself, after half a minute
+    fast = place.start(name="fast").finish()
+    assert fast.code == 0, fast.errors
+    published = place.rows()
+    assert len(published) == len(before) and fast.summary["ok"] == 1
+
+    slow.process.popen.send_signal(signal.SIGCONT)
+    slow.finish().assert_one_clear_error("another run has changed it", "run again")
+    assert place.rows() == published
+    last = place.start(name="last").finish()
+    assert [last.summary[key] for key in ("ok", "failed", "skipped")] == [0, 0, len(before)]
+    assert place.rows() == published
+
+
 # ---------------------------------------------------------------- death at every request
 
 
@@ -366,7 +402,7 @@ def test_a_publication_cut_off_at_any_request_is_put_right_by_the_next_run(dfs, 
     store = ResultStore(storage)
     expected = [("a", 1), ("b", 0), ("c", 1), ("d", 1), ("e", 1)]
     for last in range(200):
-        store.clear()
+        storage.delete("results")
         store.publish([stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c"))])
         staged = [
             stage(store, "run2", 0, table("a", "d", version=1)),

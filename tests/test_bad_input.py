@@ -32,7 +32,7 @@ import psutil
 import pyarrow as pa
 import pytest
 from bombs import bilevel_png
-from cluster import Finished, python_workers, start_run
+from cluster import Finished, python_workers, start_run, without_privileges
 from PIL import Image
 
 from helpers.cli import main
@@ -149,16 +149,6 @@ class Outcome:
     watched: int = field(default=0)
 
 
-def without_privileges() -> list[str]:
-    """Root reads everything; a command before the command takes that away, so that permissions count."""
-    if os.geteuid():
-        return []
-    if not shutil.which("setpriv"):
-        pytest.skip("root reads every file, and there is no setpriv here to give that up")
-    less = "-dac_override,-dac_read_search"
-    return ["setpriv", f"--bounding-set={less}", f"--inh-caps={less}", "--"]
-
-
 @pytest.fixture(scope="module")
 def outcome(bundle_uri, tmp_path_factory) -> Outcome:
     folder = write_all(tmp_path_factory.mktemp("bad") / "photos 100%")
@@ -227,6 +217,19 @@ def test_a_large_image_of_few_bytes_takes_no_memory(outcome):
     assert outcome.worker_megabytes < WORKER_MEGABYTES
 
 
+def test_a_second_run_tries_again_what_the_bytes_are_not_to_blame_for(outcome, bundle_uri, tmp_path):
+    output = shutil.copytree(outcome.finished.output, tmp_path / "out")
+    settings = ("spark.master=local[2]", f"paths.runs={tmp_path / 'runs'}")
+    source = Path(next(row["path"] for row in outcome.rows.values() if row["path"].endswith("/plain.png"))).parent
+    again = start_run(source, bundle_uri, output, tmp_path / "run.log", *settings, before=without_privileges()).finish()
+    errors = {name: row["error"] for name, row in outcome.rows.items() if row["error"]}
+    tried = set(errors) - {"cut.jpg", "cut.png", "empty.jpg", "text.jpg", "page.jpg", "folder.jpg"}
+    assert tried >= {"secret.png", "large.png", "nowhere.png"}
+    counts = [again.summary[key] for key in ("ok", "failed", "skipped")]
+    assert counts == [0, len(tried), len(outcome.rows) - len(tried)]
+    assert again.rows() == outcome.finished.rows()
+
+
 def test_the_reasons_and_their_counts_are_told(outcome):
     assert "2 images: the image is damaged or cut short" in outcome.finished.errors
     assert "2 images: the image has 20000 x 20000 pixels" in outcome.finished.errors
@@ -248,6 +251,11 @@ def test_more_than_half_failed_completes_and_exits_1_with_the_commonest_reasons_
     assert "error: 5 of 6 images failed" in answer.err
     assert answer.err.index("3 images: the file is not an image") < answer.err.index("2 images: the file is empty")
     assert len(Finished(output, 1, answer.out, answer.err).rows()) == 6
+    # A run that has nothing to do makes nothing good.
+    assert main(["run", *arguments, *options]) == 1
+    again = capsys.readouterr()
+    assert json.loads(again.out.splitlines()[-1])["skipped"] == 6
+    assert "error: 5 of 6 images failed" in again.err and "3 images: the file is not an image" in again.err
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ How it was checked that each test fails without its protection: in a copy of the
     store.py: `publish` does not remove what is replaced     9 tests, the reader's among them
     store.py: `publish` removes what is replaced afterwards  death at any step, reader at any step, history
     store.py: `publish` takes every staged file of the run   death at any step, reader at any step, history
-    store.py: an image is known by its path only             replaced rows, death at any step, history
+    rows.py: an image is known by its path only              replaced rows, death at any step, history
     store.py: `recover` takes nothing from staging           kept at a death, recovery and tidying up
     store.py: `recover` ignores which run is later           late rows of a dead run
     store.py: `unstage` does nothing                         history
@@ -40,7 +40,8 @@ from hypothesis import strategies as st
 from helpers import pipeline
 from helpers.config import load_config
 from helpers.pipeline.listing import list_images, manifest, plan
-from helpers.pipeline.results import ResultStore, replaced, without
+from helpers.pipeline.results import ResultStore
+from helpers.pipeline.rows import replaced, without
 from helpers.pipeline.stages import RESULT_SCHEMA
 from helpers.storage import LocalStorage, open_storage
 from studies.cluster import wait_for
@@ -267,19 +268,18 @@ def stage(store: ResultStore, run: str, partition: int, rows: pa.Table) -> str:
     return path
 
 
-def drive(storage: LocalStorage, run: str, images: Images, tasks: int) -> None:
+def drive(storage: LocalStorage, run: str, images: Images, tasks: int, resume: bool = True) -> None:
     """What `pipeline.run` does with its store, with tasks that end at once."""
     store, listed = ResultStore(storage), table_of(images)
     with store.exclusive():
-        store.recover()
-        done = store.rows()
-        todo = without(listed, done)
+        done = store.resume("net@1") if resume else store.rows()
+        todo = without(listed, done) if resume else listed
         store.stage(run)
         files = [todo.take(pa.array(range(task, todo.num_rows, tasks), pa.int64())) for task in range(tasks)]
         staged = [stage(store, run, task, rows) for task, rows in enumerate(files) if rows.num_rows]
         if files[0].num_rows:  # an attempt that Spark gave up on had written all the same
             stage(store, run, 99, files[0])
-        store.publish(staged, replaced(todo, done))
+        store.publish(staged, replaced(todo, done) if resume else done["path"])
         store.unstage()
 
 
@@ -318,6 +318,28 @@ def test_a_death_at_any_step_of_a_run_loses_and_doubles_nothing(tmp_path):
                 assert results_of(copy) == SECOND, f"died at step {step}, then at {again}"
         else:
             pytest.fail("the run after the death never ended")
+
+
+def test_a_death_at_any_step_of_starting_over_loses_and_doubles_nothing(tmp_path):
+    """Until the new results are staged the old ones are all there, and afterwards each image has an old row or will."""
+    drive(LocalStorage(str(tmp_path / "start")), "run1", {**FIRST, "gone": 0}, tasks=2)
+    for step in range(100):
+        root = tmp_path / f"died{step}"
+        shutil.copytree(tmp_path / "start", root)
+        try:
+            drive(Mortal(str(root), step), "run2", SECOND, tasks=2, resume=False)
+            break
+        except Death:
+            staged = {
+                path
+                for file in root.glob("_staging/run2/*.parquet")
+                for path in pq.read_table(file)["path"].to_pylist()
+            }
+            assert staged | results_of(root).keys() >= FIRST.keys(), f"lost at step {step}"
+            assert step or results_of(root) == {**FIRST, "gone": 0}
+        drive(LocalStorage(str(root)), "run3", SECOND, tasks=1)
+        assert SECOND.items() <= results_of(root).items(), f"died at step {step}"
+    assert step >= 4 and results_of(root) == SECOND
 
 
 def test_what_was_staged_at_a_death_is_kept_and_not_done_again(tmp_path):

@@ -7,7 +7,7 @@ How it was checked that each test fails without its protection: in a copy of the
     base.yaml: conf spark.stage.maxConsecutiveAttempts 1               executor, whole workers
     store.py: `recover` takes nothing from staging                     killed driver
     local.py: the lock is a file that its owner removes                killed driver
-    local.py: `_space` lets ENOSPC pass                                full disk, disk full before
+    local.py: `_explained` lets ENOSPC pass                            full disk, disk full before
     log4j2.properties: level error for Spark's executor and scheduler  full disk, missing model
     bundle.py: hashes are not compared                                 truncated model
     bundle.py: a missing file's OSError passes                         missing model

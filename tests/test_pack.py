@@ -8,6 +8,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from test_house_rules import EXECUTOR_MODULES
 
 from conf import pack
 from helpers import pipeline
-from helpers.config import PROJECT, load_config
+from helpers.config import PROJECT, load_config, parse_assignments
 from helpers.errors import HostError
 from helpers.pipeline import listing as ingest
 from helpers.session import find_environment, pack_helpers
@@ -146,6 +147,39 @@ def test_the_image_for_kubernetes_takes_what_there_is_and_no_torch():
     assert names <= {name for name in (line.partition("==")[0] for line in REQUIREMENTS.splitlines()) if name}
     assert not names & {"torch", "torchvision", "onnx", "nncf", "pyspark"}
     assert f"apache/spark:{version('pyspark')}-" in text
+
+
+def test_the_user_of_the_pods_may_write_where_a_run_does():
+    """All else in the image is root's."""
+    lines = (PROJECT / "conf" / "Dockerfile").read_text().splitlines()
+    (user,) = [line.split()[1] for line in lines if line.startswith("USER ")]
+    (made,) = [line.split() for line in lines if line.startswith("RUN install -d ")]
+    assert made[made.index("-o") + 1] == user
+    last = [line.split()[1] for line in lines if line.startswith("WORKDIR ")][-1]
+    home = [line.split()[1] for line in lines if line.startswith("WORKDIR ")][0]
+    assert {last, f"{home}/out"} <= set(made) and PROJECT / "out" in Path(load_config("local").paths.data).parents
+
+
+def test_dashboards_of_kubernetes_go_below_the_output(tmp_path):
+    for name in ("conf", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(PROJECT / "conf" / "kubernetes.sh", tmp_path / "conf")
+    submit = tmp_path / ".venv" / "bin" / "spark-submit"
+    submit.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    submit.chmod(0o755)
+    command = [
+        "sh",
+        str(tmp_path / "conf" / "kubernetes.sh"),
+        "/photos",
+        "/model",
+        "abfss://c@a.dfs.core.windows.net/out",
+    ]
+    environment = {**os.environ, "API": "https://host:6443", "IMAGE": "image"}
+    arguments = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    settings = [value for name, value in pairwise(arguments) if name == "--set"]
+    assert settings == ["spark.master=k8s://https://host:6443", "paths.runs=abfss://c@a.dfs.core.windows.net/out/runs"]
+    config = load_config("cluster", **parse_assignments(settings))
+    assert config.paths.runs == "abfss://c@a.dfs.core.windows.net/out/runs"
 
 
 def test_an_archive_that_is_not_there_has_a_remedy():

@@ -1,10 +1,13 @@
+import errno
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -22,8 +25,11 @@ from helpers.config import Config, load_config
 from helpers.errors import BundleError, ConfigError, RunError, StorageError, UserError
 from helpers.pipeline import RunSummary
 from helpers.pipeline.listing import list_images
+from helpers.pipeline.results import ResultStore
+from helpers.pipeline.sample import draw_sample
 from helpers.pipeline.task import STAGES
-from helpers.storage import open_storage
+from helpers.storage import LocalStorage, open_storage
+from helpers.tracking.progress import Progress
 
 LOCAL = {"spark.master": "local[2]", "pictures": 0}
 
@@ -299,19 +305,21 @@ def test_the_same_images_under_another_spelling_are_skipped_not_doubled(spark, s
     assert again.skipped == again.images == first.images == len(rows_of(output))
 
 
-def test_damaged_weights_stop_the_run_with_the_bundles_own_words(spark, finished, bundle_uri, tmp_path):
+@pytest.fixture
+def damaged(bundle_uri, tmp_path) -> str:
+    """A bundle whose weights are cut short, and which no worker has in memory."""
     bundle = load_bundle(open_storage(bundle_uri))
+    graph, weights = bundle.read("model.xml") + b"\n", bundle.read("model.bin")
     copy = save_bundle(
-        open_storage(str(tmp_path / "bundle")),
-        bundle.manifest,
-        {name: bundle.read(name) for name in bundle.manifest.files},
+        open_storage(str(tmp_path / "bundle")), bundle.manifest, {"model.xml": graph, "model.bin": weights}
     )
-    # Not the networks' own: a worker that has that model already would not read the file.
-    graph = copy.read("model.xml") + b"\n"
-    copy = save_bundle(copy.storage, copy.manifest, {"model.xml": graph, "model.bin": copy.read("model.bin")})
     copy.storage.write("model.bin", b"short")
+    return copy.storage.root
+
+
+def test_damaged_weights_stop_the_run_with_the_bundles_own_words(spark, finished, damaged, tmp_path):
     with pytest.raises((RunError, BundleError)) as error:
-        pipeline.run(spark, str(finished.source), copy.storage.root, str(tmp_path / "out"), settings())
+        pipeline.run(spark, str(finished.source), damaged, str(tmp_path / "out"), settings())
     message = str(error.value)
     assert "model.bin is damaged or truncated (5 bytes)" in message and "\n" not in message
     assert not (tmp_path / "out" / "results").exists()
@@ -385,11 +393,208 @@ def test_all_ten_thousand_predictions_equal_the_bundles_without_spark(
     np.testing.assert_array_equal(best[clear], scores.argmax(axis=1)[clear])
 
 
-def test_starting_over_with_a_damaged_model_keeps_the_earlier_results(spark, earlier, bundle_uri, tmp_path):
+def no_images(source: Path) -> dict:
+    shutil.rmtree(source)
+    source.mkdir()
+    return {}
+
+
+def too_little_memory(source: Path) -> dict:
+    return {"inference.memory_megabytes": 50}
+
+
+@pytest.mark.parametrize("change", [no_images, too_little_memory])
+def test_starting_over_that_comes_to_nothing_keeps_the_earlier_results(spark, earlier, bundle_uri, tmp_path, change):
     before = rows_of(earlier.output)
-    damaged = tmp_path / "damaged"
-    shutil.copytree(bundle_uri, damaged)
-    os.truncate(damaged / "model.bin", 100)
-    with pytest.raises(BundleError, match="model.bin"):
-        pipeline.run(spark, str(earlier.source), str(damaged), str(earlier.output), settings(resume=False))
+    source = shutil.copytree(earlier.source, tmp_path / "photos")
+    changed = change(source)
+    with pytest.raises(RunError):
+        pipeline.run(spark, str(source), bundle_uri, str(earlier.output), settings(resume=False, **changed))
     assert rows_of(earlier.output) == before
+
+
+def test_starting_over_with_a_damaged_model_keeps_the_earlier_results(spark, earlier, damaged):
+    before = rows_of(earlier.output)
+    with pytest.raises(RunError, match="model.bin"):
+        pipeline.run(spark, str(earlier.source), damaged, str(earlier.output), settings(resume=False))
+    assert rows_of(earlier.output) == before
+
+
+def test_starting_over_replaces_another_models_results_and_those_of_images_that_are_gone(
+    spark, earlier, bundle_uri, tmp_path
+):
+    source = shutil.copytree(earlier.source / "bags", tmp_path / "photos")
+    summary = pipeline.run(
+        spark, str(source), bundle_uri, str(earlier.output), settings(resume=False, **{"postprocess.top_k": 1})
+    )
+    assert len(rows_of(earlier.output)) == summary.images == len(list(source.iterdir()))
+    assert {len(row["predictions"]) for row in rows_of(earlier.output)} == {1}
+
+
+# ---------------------------------------------------------------- what is done, and what is tried again
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Good images only."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
+        cv2.imwrite(str(folder / f"{number}.png"), pixels)
+    return folder
+
+
+def test_images_above_a_limit_are_worked_on_again_once_it_is_raised(spark, photos, bundle_uri, tmp_path):
+    count, run = (
+        len(list(photos.iterdir())),
+        partial(pipeline.run, spark, str(photos), bundle_uri, str(tmp_path / "out")),
+    )
+    limited = settings(**{"ingest.max_pixels": 100})
+    for _ in range(2):  # nothing is done by the first run, so the second has as much to do
+        summary = run(limited)
+        assert (summary.ok, summary.failed, summary.skipped) == (0, count, 0)
+        assert summary.failed_of_all == count and len(rows_of(tmp_path / "out")) == count
+    summary = run(settings())
+    assert (summary.ok, summary.failed, summary.skipped) == (count, 0, 0)
+    assert [row["error"] for row in rows_of(tmp_path / "out")] == [None] * count
+
+
+def test_an_image_that_could_not_be_read_is_worked_on_again(spark, photos, bundle_uri, tmp_path, monkeypatch):
+    """Its length and modification time are the same before and after."""
+    hidden = photos / "away.png"
+    place, status = sorted(photos.iterdir())[0], sorted(photos.iterdir())[0].stat()
+    listed = list_images(open_storage(str(photos)), settings())
+    with monkeypatch.context() as context:
+        context.setattr(pipeline.listing, "list_images", lambda *_, **__: listed)
+        place.rename(hidden)
+        summary = pipeline.run(spark, str(photos), bundle_uri, str(tmp_path / "out"), settings())
+    assert (summary.failed, dict(summary.reasons())) == (
+        1,
+        {"the file is gone: it was moved or deleted after it was listed, or its link leads nowhere": 1},
+    )
+    hidden.rename(place)
+    assert place.stat().st_mtime_ns == status.st_mtime_ns
+    again = pipeline.run(spark, str(photos), bundle_uri, str(tmp_path / "out"), settings())
+    assert (again.ok, again.failed, again.skipped) == (1, 0, summary.images - 1)
+    assert all(row["error"] is None for row in rows_of(tmp_path / "out"))
+
+
+def test_damaged_files_are_done_until_they_change_and_still_count_as_failed(spark, earlier, bundle_uri):
+    again = pipeline.run(spark, str(earlier.source), bundle_uri, str(earlier.output), settings())
+    assert (again.ok, again.failed, again.skipped, again.failed_of_all) == (0, 0, 64, 4)
+    assert again.reasons() == earlier.summary.reasons()
+    assert set(json.loads(again.to_json())) == set(json.loads(earlier.summary.to_json()))
+
+
+# ---------------------------------------------------------------- after the results are published
+
+
+def in_the_folders_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.write_text("the user's")
+
+
+def full_disk(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = LocalStorage.write
+
+    def fail(self, path: str, data: bytes) -> None:
+        if self.join(path).startswith(str(place)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, path, data)
+
+    monkeypatch.setattr(LocalStorage, "write", fail)
+
+
+@pytest.mark.parametrize("how", [in_the_folders_place, full_disk])
+@pytest.mark.parametrize("what", ["pictures", "runs", "dashboards"])
+def test_what_cannot_be_written_beside_the_results_is_a_warning(
+    spark, photos, bundle_uri, tmp_path, caplog, monkeypatch, what, how
+):
+    output = tmp_path / "out"
+    output.mkdir()
+    how(tmp_path / "dashboards" if what == "dashboards" else output / what, monkeypatch)
+    config = settings(pictures=3, **{"paths.runs": str(tmp_path / "dashboards")})
+    summary = pipeline.run(spark, str(photos), bundle_uri, str(output), config)
+    assert summary.ok == len(rows_of(output)) > 0
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    said = {"pictures": "no picture", "runs": "record", "dashboards": "set paths.runs"}[what]
+    assert any(said in warning and re.search("file is where|disk is full|No space", warning) for warning in warnings)
+    assert not (output / "_staging").exists()
+
+
+def test_no_folder_for_temporary_files_is_no_dashboard_and_no_more(
+    spark, photos, bundle_uri, tmp_path, caplog, monkeypatch
+):
+    def fail(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr("helpers.tracking.dashboard.tempfile.TemporaryDirectory", fail)
+    assert pipeline.run(spark, str(photos), bundle_uri, str(tmp_path / "out"), settings()).ok > 0
+    assert "no dashboard: [Errno 2] No usable temporary directory found; set paths.runs" in caplog.text
+
+
+def test_dashboards_go_to_any_storage(spark, photos, bundle_uri, tmp_path, adls_root, adls_settings):
+    config = settings(pictures=2, **{"paths.runs": adls_root}, **adls_settings)
+    pipeline.run(spark, str(photos), bundle_uri, str(tmp_path / "out"), config)
+    (events,) = open_storage(adls_root, config).list("pipeline")
+    assert "tfevents" in events.path and events.length > 1000
+
+
+def test_a_progress_that_cannot_be_counted_is_a_warning(caplog):
+    def fail() -> tuple[int, int]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with Progress(10, fail):
+        pass
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "Stale file handle" in record.message
+
+
+def replaced_by_another_size(path: Path) -> None:
+    cv2.imwrite(str(path), np.zeros((300, 10, 3), np.uint8))
+
+
+def replaced_by_another_size_of_the_same_length(path: Path) -> None:
+    """And of the same modification time, so that only its pixels tell."""
+    status, image = path.stat(), cv2.imread(str(path))
+    content = cv2.imencode(".png", np.zeros((image.shape[0] // 2, image.shape[1], 3), np.uint8))[1].tobytes()
+    path.write_bytes(content.ljust(status.st_size, b"\0"))
+    assert path.stat().st_size == status.st_size
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replaced_by_a_file_of_terabytes(path: Path) -> None:
+    os.truncate(path, 2**42)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [replaced_by_another_size, replaced_by_another_size_of_the_same_length, replaced_by_a_file_of_terabytes],
+)
+def test_an_image_that_is_replaced_before_its_picture_is_drawn_costs_its_picture_only(
+    spark, bundle_uri, photos, tmp_path, caplog, monkeypatch, replace
+):
+    victim, publish = photos / "3.png", ResultStore.publish
+
+    def and_replace(*given) -> list[str]:
+        replace(victim)
+        return publish(*given)
+
+    monkeypatch.setattr(ResultStore, "publish", and_replace)
+    summary = pipeline.run(spark, str(photos), bundle_uri, str(tmp_path / "out"), settings(pictures=100))
+    assert summary.ok == summary.images
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == summary.images - 1
+    assert f"no picture of {victim}" in caplog.text
+
+
+def test_a_picture_that_would_take_too_much_memory_is_not_drawn(spark, photos, bundle_uri, tmp_path, caplog):
+    (photos / "large.png").write_bytes(bilevel_png(9_000, 9_000))  # 81 million pixels, and 32 bytes each to draw them
+    config = settings(**{"inference.memory_megabytes": 2048})
+    finished = pipeline.run(spark, str(photos), bundle_uri, str(tmp_path / "out"), config)
+    assert finished.ok == finished.images
+    files = [str(path) for path in (tmp_path / "out" / "results").iterdir()]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    names = draw_sample(open_storage(str(tmp_path / "out")), files, open_storage(str(photos)), settings(pictures=100))
+    assert len(names) == finished.images - 1
+    assert "large.png: it has 9000 x 9000 pixels" in caplog.text
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 2**10

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.errors import RunError
-from helpers.pipeline.results import ResultStore, replaced, without
+from helpers.pipeline.results import ResultStore
+from helpers.pipeline.rows import is_in, replaced, settled, without
 from helpers.pipeline.stages import RESULT_SCHEMA
 from helpers.pipeline.task import staged_counts
 from helpers.storage import open_storage
@@ -106,9 +108,93 @@ def test_nothing_is_left_out_where_there_are_no_results(store):
     assert replaced(table("a", "b"), store.rows()).to_pylist() == []
 
 
-def test_failed_images_are_not_tried_again(store):
-    store.publish([stage(store, "run1", 0, table("bad", error="the file is empty"))])
-    assert without(table("bad"), store.rows()).num_rows == 0
+@pytest.mark.parametrize(
+    ("error", "done"),
+    [
+        (None, True),
+        ("the file is empty", True),
+        ("the file is not an image; it begins with b'(x'", True),
+        ("the image is damaged or cut short", True),
+        ("the frame cannot be decoded: the video is damaged here, or cut short", True),
+        ("this is a directory, not an image file", True),
+        ("the file cannot be read: it is a pipe or a device, not a file", True),
+        ("the file cannot be read: permission denied", False),
+        ("the file is gone: it was moved", False),
+        ("the image has 20 x 20 pixels, more than the 100 that ingest.max_pixels allows", False),
+        ("nobody has seen this: the file is empty", False),
+    ],
+)
+def test_only_an_error_of_the_bytes_is_final(store, error, done):
+    store.publish([stage(store, "run1", 0, table("a", error=error))])
+    assert without(table("a"), settled(store.rows())).num_rows == (0 if done else 1)
+
+
+def test_an_image_that_is_tried_again_replaces_its_error(store):
+    store.publish([stage(store, "run1", 0, pa.concat_tables([table("a"), table("b", error="permission denied")]))])
+    todo = without(table("a", "b"), settled(store.rows()))
+    store.publish([stage(store, "run2", 0, todo)], replaced(todo, store.rows()))
+    assert keys(store) == [("a", 0), ("b", 0)] and store.read()["error"].null_count == 2
+
+
+def test_what_a_killed_run_tried_again_with_success_is_kept(store):
+    store.publish([stage(store, "run1", 0, table("a", "b", error="permission denied"))])
+    stage(store, "run2", 0, pa.concat_tables([table("a"), table("b", error="permission denied")]))
+    assert store.recover() == 1
+    assert keys(store) == [("a", 0), ("b", 0)]
+    assert dict(zip(*store.read().select(["path", "error"]).columns, strict=True)) == {
+        pa.scalar("a"): pa.scalar(None, pa.string()),
+        pa.scalar("b"): pa.scalar("permission denied"),
+    }
+
+
+def test_another_attempt_of_a_task_replaces_no_file_of_the_first(store):
+    """Both have as many errors, so that their files have one name."""
+    bad = table("a", error="permission denied"), table("b", error="permission denied")
+    store.publish([stage(store, "run1", 0, pa.concat_tables([bad[0], table("b"), table("c")]))])
+    stage(store, "run1", 0, pa.concat_tables([table("a"), bad[1], table("c")]))
+    assert store.recover() == 1
+    assert keys(store) == [("a", 0), ("b", 0), ("c", 0)] and store.read()["error"].null_count == 3
+
+
+def test_the_older_of_two_rows_of_an_image_is_removed(store, caplog):
+    store.publish([stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c"))])
+    store.publish([stage(store, "run2", 0, table("b", "c", version=1))])
+    assert len(keys(store)) == 5
+    assert store.resume("net@1").num_rows == 3
+    assert keys(store) == [("a", 0), ("b", 1), ("c", 1)]
+    assert "2 images had two rows" in caplog.text
+    caplog.clear()
+    assert store.resume("net@1").num_rows == 3 and caplog.text == ""
+
+
+def test_more_paths_than_an_array_holds_are_looked_up():
+    """2 GiB are about 20 million images; here a few megabytes of them are there again and again."""
+    paths = pa.array([f"{i:0100d}" for i in range(100_000)])
+    many = pa.chunked_array([paths] * 230)
+    assert many.nbytes > 2**31
+    assert is_in(pa.chunked_array([paths[:1], ["none"]]), many).to_pylist() == [True, False]
+
+
+def test_what_writers_that_were_killed_left_is_removed_and_nothing_else(store):
+    store.publish([stage(store, "run1", 0, table("a"))])
+    left = [f"{folder}/.{uuid.uuid4().hex}.tmp" for folder in ("results", "pictures", "runs")]
+    others = ["results/.DS_Store", "pictures/notes.tmp", "runs/.notes.tmp", f"notes/.{uuid.uuid4().hex}.tmp"]
+    others += [f"runs/below/.{uuid.uuid4().hex}.tmp", f".{uuid.uuid4().hex}.tmp"]
+    for path in (*left, *others):
+        store.storage.write(path, b"half")
+    with store.exclusive():
+        pass
+    assert [path for path in left if store.storage.exists(path)] == []
+    assert [path for path in others if not store.storage.exists(path)] == []
+
+
+def test_folders_that_were_half_deleted_are_removed_and_nothing_else(store):
+    doomed, others = f".{uuid.uuid4().hex}.deleted", ["photos.deleted/a", ".old.deleted/a"]
+    for path in (f"{doomed}/run1/.keep", *others):
+        store.storage.write(path, b"")
+    stage(store, "run2", 0, table("a"))
+    store.unstage()
+    assert not store.storage.exists(doomed) and all(map(store.storage.exists, others))
 
 
 def test_changed_images_replace_their_rows(store):
@@ -171,7 +257,7 @@ def test_nothing_is_lost_or_doubled_wherever_a_publication_is_cut_off(store):
 
     expected = [("a", 1), ("b", 0), ("c", 1), ("d", 1), ("e", 1)]
     for changes in range(20):
-        store.clear()
+        store.storage.delete("results")
         store.publish([stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c"))])
         staged = [
             stage(store, "run2", 0, table("a", "d", version=1)),
@@ -216,15 +302,6 @@ def test_the_lock_is_free_after_a_run_that_failed(store):
         raise KeyError
     with store.exclusive():
         pass
-
-
-def test_clear_removes_results_and_what_is_staged(store):
-    store.publish([stage(store, "run1", 0, table("a"))])
-    stage(store, "run2", 0, table("b"))
-    store.storage.write("notes.txt", b"the user's")
-    store.clear()
-    assert store.rows().num_rows == 0 and store.recover() == 0
-    assert store.storage.read("notes.txt") == b"the user's"
 
 
 def test_progress_counts_the_files_of_one_run(store):

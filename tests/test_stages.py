@@ -15,7 +15,7 @@ from helpers.memory import resident_megabytes
 from helpers.pipeline import inference, make_task, postprocessing, preprocessing, stages
 from helpers.pipeline.listing import list_images, manifest, plan
 from helpers.pipeline.postprocessing import classification, parameters_for
-from helpers.pipeline.results import without
+from helpers.pipeline.rows import without
 from helpers.storage import open_storage
 
 NAMES = ["0.png", "1 missing.png", "2.jpg", "3 empty.png", "4 text.png", "5 folder.png", "6.png", "7 loop.png"]

@@ -71,11 +71,6 @@ class Bundle:
     storage: Storage
     manifest: Manifest
 
-    def check(self) -> None:
-        """Read every file once; raises BundleError as `read` does."""
-        for name in self.manifest.files:
-            self.read(name)
-
     def read(self, name: str) -> bytes:
         """Return one of the bundle's files, checked against the manifest.
 

@@ -18,6 +18,19 @@ READ_ERRORS = {
     errno.ELOOP: "the link leads back to itself",
     errno.EFBIG: "the file is longer than ingest.max_bytes allows, or much longer than when it was listed",
 }
+# How errors begin that last until there is another file; what has any other error is worked on again by the next run.
+LASTING = (
+    "the file is empty",
+    "the file is not an image",
+    "the image is damaged",
+    "the image cannot be decoded",
+    "the file is not a video",
+    "the file has no video",
+    "no frame of the video can be decoded",
+    "the frame cannot be decoded",
+    "this is a directory",
+    "the file cannot be read: it is a pipe",
+)
 
 
 class UnreadableImageError(ValueError):

@@ -21,15 +21,16 @@ import pyarrow as pa
 from helpers.bundle.manifest import Bundle, load_bundle
 from helpers.bundle.runtime import batch_size
 from helpers.config import Config
-from helpers.errors import RunError, StorageError
+from helpers.errors import RunError, StorageError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, stages
 from helpers.pipeline.postprocessing import parameters_for
 from helpers.pipeline.readers import add_frames, choose_reader, planned_paths, read_by_spark, reading
 from helpers.pipeline.records import Stopwatch, describe, write_record
-from helpers.pipeline.results import ResultStore, outdated, replaced, without
-from helpers.pipeline.sample import draw_sample
-from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task
+from helpers.pipeline.results import ResultStore
+from helpers.pipeline.rows import is_among, outdated, replaced, settled, without
+from helpers.pipeline.sample import draw_sample, read_pictures
+from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind
 from helpers.session import get_slots, spark_failure, spark_schema
 from helpers.storage import open_storage
 from helpers.tracking.dashboard import log_run
@@ -45,8 +46,10 @@ log = logging.getLogger(__name__)
 class RunSummary:
     """What one run did; `images` = `ok` + `failed` + `skipped`.
 
-    `images_per_second` counts the images processed over the wall time of the distributed pass, model loading in it,
-    session start-up and listing left out; `seconds` is the whole run.
+    `images` are those listed, `ok` and `failed` those worked on; `skipped` have a row of an earlier run that still
+    holds, with predictions or with an error of the image's bytes. `images_per_second` counts the images processed over
+    the wall time of the distributed pass, model loading in it, session start-up and listing left out; `seconds` is the
+    whole run.
     """
 
     images: int
@@ -58,14 +61,21 @@ class RunSummary:
     images_per_second: float
     results: str
     records: list[dict[str, Any]] = field(default_factory=list, repr=False)  # `task.RECORD_SCHEMA`, one a task
+    skipped_errors: Counter[str] = field(default_factory=Counter, repr=False)  # of the skipped; their counts
+
+    @property
+    def failed_of_all(self) -> int:
+        """How many of the images listed have a row with an error, the skipped among them."""
+        return self.failed + self.skipped_errors.total()
 
     def to_json(self) -> str:
-        """One line, without the tasks' records."""
-        return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.name != "records"})
+        """One line, without the tasks' records and the errors of the skipped."""
+        hidden = ("records", "skipped_errors")
+        return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden})
 
     def reasons(self, most: int = 5) -> list[tuple[str, int]]:
-        """The commonest errors and how many images had each."""
-        counts: Counter[str] = Counter()
+        """The commonest errors and how many images have each, the skipped among them."""
+        counts = Counter(self.skipped_errors)
         for record in self.records:
             counts.update({reason["error"]: reason["count"] for reason in record["reasons"]})
         return counts.most_common(most)
@@ -137,8 +147,10 @@ def run(
     """Run the four stages, fused, over every image below a location, and publish the results once.
 
     Every k-th frame of a video (`video.every`) is an image too, with the path `FILE#frame=N`. Images whose path, length
-    and modification time are already in the results are skipped, unless `config.resume` is false. A damaged image is a
-    row with an `error`. `session_seconds`, what the session took to start, is recorded.
+    and modification time are already in the results are skipped, unless their error is not of their bytes or
+    `config.resume` is false; the results then replace all earlier ones when they are published. A damaged image is a
+    row with an `error`. `session_seconds`, what the session took to start, is recorded. After the results are
+    published nothing raises: pictures, dashboard and record that cannot be written are warnings.
 
     Raises:
         RunError: no image, results of another model in the output, another run at work there, or a failed job.
@@ -149,17 +161,13 @@ def run(
     task = make_task(source, model, output, config)
     store = ResultStore(task.output)
     with store.exclusive():
-        if not config.resume:
-            task.bundle.check()  # before anything is thrown away for it
-            store.clear()
-        store.recover()
-        done = store.rows()
-        _check_model(done, task.model, store)
+        done = store.resume(task.model) if config.resume else store.rows()
         slots = get_slots(spark)
         watch.lap("open")
         listed = listing.list_images(task.source, config, skip=store.folders)
         images = add_frames(spark, task.source, listed, config)
-        todo = without(images, done)
+        kept = settled(done) if config.resume else done.slice(0, 0)
+        todo = without(images, kept)
         plan = listing.plan(todo, slots, config, _image_seconds(task.bundle, config))
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
         watch.lap("list")
@@ -167,19 +175,30 @@ def run(
         seconds = watch.lap("pass")
         about = describe(task, spark, config, slots, watch, records, session_seconds)
         if records:
-            write_record(task.output, about, records)
+            with only_warn("the run has no record"):
+                write_record(task.output, about, records)
         watch.lap("log")
-        old = [*replaced(todo, done).chunks, *outdated(done, images, listed.videos).chunks]
-        published = store.publish([r["file"] for r in records], pa.chunked_array(old, pa.string()))
-        store.unstage()
+        old = done["path"]
+        if config.resume:
+            old = pa.chunked_array(
+                [*replaced(todo, done).chunks, *outdated(done, images, listed.videos).chunks], pa.string()
+            )
+        published = store.publish([r["file"] for r in records], old)
+        with only_warn("what was staged could not be removed"):
+            store.unstage()
         watch.lap("publish")
-        pictures = draw_sample(task.output, published, task.source, config)
+        pictures: list[str] = []
+        with only_warn("there are no pictures"):
+            pictures = draw_sample(task.output, published, task.source, config)
         if records:
-            log_run(f"{config.paths.runs}/pipeline/{task.run}", {**about, **watch.laps}, records, STAGES, pictures)
+            with only_warn("the run has no dashboard", "set paths.runs to a place that can be written"):
+                place = open_storage(f"{config.paths.runs}/pipeline/{task.run}", config)
+                log_run(place, {**about, **watch.laps}, records, STAGES, read_pictures(task.output, pictures))
         watch.lap("log")
         if records:
-            write_record(task.output, {**about, **watch.laps})
-    return _summarise(images.num_rows, records, seconds, watch.laps["seconds"], store)
+            with only_warn("the record of the run lacks its last seconds"):
+                write_record(task.output, {**about, **watch.laps})
+    return _summarise(images, records, seconds, watch.laps["seconds"], store, kept)
 
 
 def make_task(source: str, model: str, output: str, config: Config) -> Task:
@@ -243,30 +262,29 @@ def _run_tasks(
 
 
 def _summarise(
-    images: int, records: list[dict[str, Any]], pass_seconds: float, seconds: float, store: ResultStore
+    images: pa.Table,
+    records: list[dict[str, Any]],
+    pass_seconds: float,
+    seconds: float,
+    store: ResultStore,
+    kept: pa.Table,
 ) -> RunSummary:
     processed = sum(record["images"] for record in records)
     failed = sum(record["failed"] for record in records)
+    damaged = kept.filter(kept["error"].is_valid())
+    damaged = damaged.filter(is_among(damaged, images))
     return RunSummary(
-        images=images,
+        images=images.num_rows,
         ok=processed - failed,
         failed=failed,
-        skipped=images - processed,
+        skipped=images.num_rows - processed,
         partitions=len(records),
         seconds=round(seconds, 3),
         images_per_second=round(processed / pass_seconds, 2) if processed else 0.0,
         results=store.location,
         records=records,
+        skipped_errors=Counter(error_kind(error) for error in damaged["error"].to_pylist()),
     )
-
-
-def _check_model(done: pa.Table, model: str, store: ResultStore) -> None:
-    others = sorted(set(done["model"].unique().to_pylist()) - {model})
-    if others:
-        raise RunError(
-            f"{store.location} holds results of {others[0]}, and this run is of {model}; name another --output, or "
-            "replace them with --set resume=false"
-        )
 
 
 def _image_seconds(bundle: Bundle, config: Config) -> float:

@@ -1,15 +1,21 @@
 """Pictures of a sample of a run's images, beside its results."""
 
+import contextlib
 import logging
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import cv2
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from helpers.config import Config
+from helpers.errors import StorageError, only_warn
 from helpers.images.boundary import UnreadableImageError
 from helpers.images.decoding import decode
 from helpers.images.drawing import draw, picture_name
+from helpers.images.video import split_path
 from helpers.pipeline.results import PICTURES
 from helpers.pipeline.stages import read_images
 from helpers.storage import Storage
@@ -17,35 +23,68 @@ from helpers.storage.parquet import read_table
 
 log = logging.getLogger(__name__)
 
+BYTES_A_PIXEL = 32  # of a picture while it is drawn: decoded, enlarged, masked and encoded
+SHOWN = 100  # pictures on a dashboard, at most
 
-def draw_sample(output: Storage, files: list[str], source: Storage, config: Config) -> dict[str, bytes]:
-    """Annotate a sample of a run's images; write the PNG files, and return them by name.
+
+def draw_sample(output: Storage, files: list[str], source: Storage, config: Config) -> list[str]:
+    """Annotate a sample of a run's images and write the PNG files; return their names.
+
+    An image that has changed since it was worked on, or cannot be drawn, costs its picture and a warning.
 
     Args:
         output: the run's output.
         files: the run's result files; the sample comes from all of them.
         source: where the images lie.
-        config: `pictures` says how many.
+        config: `pictures` says how many; one takes at most about `inference.memory_megabytes`.
     """
-    pictures: dict[str, bytes] = {}
+    names: list[str] = []
+    most_pixels = config.inference.memory_megabytes * 2**20 // BYTES_A_PIXEL
     for file in files:
-        if len(pictures) >= config.pictures:
+        if len(names) >= config.pictures:
             break
-        table = read_table(output, file)
-        table = table.filter(pc.is_null(table["error"])).slice(0, math.ceil(config.pictures / len(files)))
-        table = table.slice(0, config.pictures - len(pictures))
-        predictions = dict(zip(table["path"].to_pylist(), table["predictions"].to_pylist(), strict=True))
-        limits = config.max_image_bytes, config.ingest.max_pixels
-        for batch in read_images(table.to_batches(), source, 1, 1, *limits):
-            path, error, content = (batch[name][0].as_py() for name in ("path", "error", "content"))
-            try:
-                if error is not None:
-                    raise UnreadableImageError(error)
-                image = decode(content, config.ingest.max_pixels)
-            except UnreadableImageError as why:
-                log.warning("no picture of %s: %s", path, why)  # it was there when the task read it
-                continue
-            png = cv2.imencode(".png", draw(image, predictions[path]))[1].tobytes()
-            pictures[picture_name(path)] = png
-            output.write(f"{PICTURES}/{picture_name(path)}", png)
-    return pictures
+        with only_warn(f"no pictures of the images in {file}"):
+            table = read_table(output, file)
+            table = table.filter(pc.is_null(table["error"])).slice(0, math.ceil(config.pictures / len(files)))
+            rows = table.slice(0, config.pictures - len(names)).to_pylist()
+            rows = {row["path"]: row for row in rows if _can_be_drawn(row, source, most_pixels)}
+            batches = pa.Table.from_pylist(list(rows.values()), table.schema).to_batches()
+            limits = config.max_image_bytes, config.ingest.max_pixels
+            for batch in read_images(batches, source, 1, 1, *limits):
+                (image,) = batch.to_pylist()
+                with only_warn(f"no picture of {image['path']}"):
+                    png = _draw(image, rows[image["path"]])
+                    output.write(f"{PICTURES}/{picture_name(image['path'])}", png)
+                    names.append(picture_name(image["path"]))
+    return names
+
+
+def read_pictures(output: Storage, names: list[str]) -> Iterator[tuple[str, bytes]]:
+    """The first pictures for a dashboard, one at a time: name and PNG file."""
+    for name in names[:SHOWN]:
+        yield name, output.read(f"{PICTURES}/{name}")
+
+
+def _can_be_drawn(row: dict[str, Any], source: Storage, most_pixels: int) -> bool:
+    """Whether an image is small enough and its file still is the one that was worked on; the log says why not."""
+    file, why = split_path(row["path"])[0], "its file has changed meanwhile, is gone or cannot be read"
+    if row["width"] * row["height"] > most_pixels:
+        why = f"it has {row['width']} x {row['height']} pixels, more than inference.memory_megabytes is enough for"
+    else:
+        with contextlib.suppress(StorageError, OSError):
+            entry = next(iter(source.list(file)), None)
+            if entry and (entry.path, entry.length, entry.modified) == (file, row["length"], row["modified"]):
+                return True
+    log.warning("no picture of %s: %s", row["path"], why)
+    return False
+
+
+def _draw(image: dict[str, Any], row: dict[str, Any]) -> bytes:
+    """A PNG file of an image (`IMAGE_SCHEMA`) with its row's predictions."""
+    width, height = row["width"], row["height"]
+    if image["error"] is not None:
+        raise UnreadableImageError(image["error"])
+    pixels = decode(image["content"], max_pixels=width * height)
+    if pixels.shape[:2] != (height, width):
+        raise UnreadableImageError(f"it does not have the {width} x {height} pixels of its row any more")
+    return cv2.imencode(".png", draw(pixels, row["predictions"]))[1].tobytes()

@@ -202,7 +202,7 @@ def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
                 read = pc.or_(frames.is_valid(), pc.less_equal(table["length"], task.max_bytes))
                 lengths = pc.if_else(read, table["length"], 0).to_pylist()
                 files.update(zip(paths.to_pylist(), lengths, strict=True))
-                reasons.update(error.partition(";")[0] for error in errors.to_pylist())  # without details
+                reasons.update(map(error_kind, errors.to_pylist()))
         if not totals["images"]:
             return {}
         path = f"{staging(task.run)}/{partition:06d}-{totals['images']}-{totals['failed']}.parquet"
@@ -217,6 +217,11 @@ def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
         "bytes": sum(files.values()),
         "reasons": top,
     }
+
+
+def error_kind(error: str) -> str:
+    """An error without its details, to be counted."""
+    return error.partition(";")[0]
 
 
 def staging(run: str) -> str:

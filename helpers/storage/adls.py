@@ -5,7 +5,10 @@ account has a hierarchical namespace, which results need. Paths are whole URIs, 
 (not percent-encoded). The SDK repeats what fails for a while (`client.RETRY`); what then still fails is a
 `StorageError`, so that a run stops and can be resumed, instead of writing error rows for images that are all right.
 
-A lock is a lease, which the server ends by itself soon after its holder has died. Executors import this module.
+A lock is a lease, which the server ends by itself soon after its holder has died. A holder that stood still meanwhile
+may not know that: while the lock is held, each change is the last of its requests, comes right after a look at the
+lease, and is refused by the server where another process has changed the file since this one read it. Executors import
+this module.
 """
 
 import contextlib
@@ -22,7 +25,13 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
 from azure.core import MatchConditions
-from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceExistsError, ResourceNotFoundError
+from azure.core.exceptions import (
+    AzureError,
+    ClientAuthenticationError,
+    ResourceExistsError,
+    ResourceModifiedError,
+    ResourceNotFoundError,
+)
 from azure.storage.filedatalake import DataLakeFileClient, FileSystemClient, StorageStreamDownloader
 
 from helpers.errors import StorageError, first_line
@@ -38,6 +47,7 @@ RANGES = 4  # ... so many at once
 CHUNK_BYTES = 8 * 2**20  # of a file written
 SPOOL_BYTES = 16 * 2**20
 WRITER = "writer"  # metadata that says which write made a file
+TAKEN = "another run has changed it meanwhile; run again when that has ended, what is finished is kept"
 IS_FOLDER = "hdi_isfolder"  # metadata that only folders have
 
 
@@ -59,6 +69,7 @@ class AdlsStorage:
         self._folder = posixpath.normpath(f"/{found[3] or ''}").strip("/")
         self.root = f"{self._base}/{self._folder}".rstrip("/")
         self._lease: Lease | None = None
+        self._versions: dict[str, str] = {}  # ETags of the files that were read while the lock is held
 
     def __repr__(self) -> str:
         return f"AdlsStorage({self.root!r})"
@@ -122,7 +133,10 @@ class AdlsStorage:
         with self._download(path) as download:
             if limit is not None and download.size > limit:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
-            return download.readall()
+            content = download.readall()
+        if self._lease is not None:
+            self._versions[self._name(path)] = download.properties.etag
+        return content
 
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:
@@ -136,19 +150,22 @@ class AdlsStorage:
         self._put(path, io.BytesIO(data))
 
     def rename(self, source: str, target: str) -> None:  # noqa: D102
-        self._check_lease()
         with self._explained(source):
             found = self._file(self._name(source)).get_file_properties()
-            self._move(self._name(source), self._name(target), found.metadata.get(WRITER))
+            condition = self._condition(self._name(target))
+            if self._lease is not None and not condition:
+                condition = {"match_condition": MatchConditions.IfMissing}
+            self._move(self._name(source), self._name(target), found.metadata.get(WRITER), condition)
 
     def delete(self, path: str) -> None:  # noqa: D102
-        self._check_lease()
         name = self._name(path)
         with contextlib.suppress(FileNotFoundError), self._explained(path):
-            if _is_folder(self._file(name).get_file_properties()):
+            is_folder = _is_folder(self._file(name).get_file_properties())
+            self._check_lease()
+            if is_folder:
                 self._files.delete_directory(name)
             else:
-                self._file(name).delete_file()
+                self._file(name).delete_file(**self._condition(name))
 
     def exists(self, path: str) -> bool:  # noqa: D102
         name = self._name(path)
@@ -184,7 +201,7 @@ class AdlsStorage:
             try:
                 yield
             finally:
-                self._lease = None
+                self._lease, self._versions = None, {}
 
     @property
     def _files(self) -> FileSystemClient:
@@ -219,7 +236,6 @@ class AdlsStorage:
 
     def _put(self, path: str, file: BinaryIO) -> None:
         """Write a temporary file and rename it, with calls that do no harm when they are repeated."""
-        self._check_lease()
         name, writer = self._name(path), uuid.uuid4().hex
         temporary = posixpath.join(posixpath.dirname(name), f".{writer}.tmp")
         client, length = self._file(temporary), 0
@@ -231,23 +247,31 @@ class AdlsStorage:
                     length += len(chunk)
                 if length:
                     client.flush_data(length)
-                self._move(temporary, name, writer)
+                self._move(temporary, name, writer, self._condition(name))
             except BaseException:
                 with contextlib.suppress(AzureError):
                     client.delete_file(retry_total=0)
                 raise
 
-    def _move(self, source: str, target: str, writer: str | None) -> None:
+    def _move(self, source: str, target: str, writer: str | None, condition: dict[str, Any]) -> None:
+        self._check_lease()
         try:
             # The SDK decodes the source's name once, which a name with a percent sign would not survive.
-            self._file(quote(source)).rename_file(f"{self._container}/{target}")
-        except ResourceNotFoundError as error:
+            self._file(quote(source)).rename_file(f"{self._container}/{target}", **condition)
+        except (ResourceNotFoundError, ResourceExistsError, ResourceModifiedError) as error:
             if code_of(error) == "RenameDestinationParentPathNotFound":
                 self._files.create_directory(posixpath.dirname(target))
-                self._move(source, target, writer)
-            # The answer to a rename that was done may be lost, and a repetition finds no source.
+                self._move(source, target, writer, condition)
+            # The answer to a rename that was done may be lost, and a repetition finds no source, or another target.
             elif not writer or self._writer_of(target) != writer:
-                raise
+                if self._lease is None:
+                    raise
+                raise StorageError(f"{self._uri(target)}: {TAKEN}") from None
+
+    def _condition(self, name: str) -> dict[str, Any]:
+        """What a change of a file that was read while the lock is held depends on: that it is the same still."""
+        version = self._versions.pop(name, None)
+        return {"etag": version, "match_condition": MatchConditions.IfNotModified} if version else {}
 
     def _writer_of(self, name: str) -> str | None:
         try:
@@ -276,6 +300,8 @@ class AdlsStorage:
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         if status == 403 and code == "AuthorizationPermissionMismatch" and of_one_file:
             return PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        if status == 412:
+            return StorageError(f"{path}: {TAKEN}")
         if status in (401, 403) or isinstance(error, ClientAuthenticationError):
             forget_clients()  # the reference may lead to a new one by now
             return StorageError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import BinaryIO, Protocol
 
+UNFINISHED = re.compile(r"\.[0-9a-f]{8,}\.tmp")  # the name of a file that is written, or was when its writer was killed
 CREDENTIAL_REFERENCE = re.compile(r"default|env:\w+|secret:[^/]+/.+|keyvault:[^/]+/.+")
 
 

@@ -12,8 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from helpers.errors import StorageError
+from helpers.errors import StorageError, explain
 from helpers.storage.interface import Entry
+
+DELETED = re.compile(r"\.[0-9a-f]{32}\.deleted")
 
 
 class LocalStorage:
@@ -79,63 +81,69 @@ class LocalStorage:
         target = Path(self.join(path))
         temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
-            with self._space(), temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
+            with self._explained(path, FileNotFoundError):
+                with temporary.open("xb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(target)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it was never made, or the next run takes it away
+                temporary.unlink(missing_ok=True)
 
     def write(self, path: str, data: bytes) -> None:  # noqa: D102
-        with self._space():
+        with self._explained(path):
             Path(self.join(path)).parent.mkdir(parents=True, exist_ok=True)
         with self.create(path) as file:
             file.write(data)
 
     def rename(self, source: str, target: str) -> None:  # noqa: D102
         destination = Path(self.join(target))
-        with self._space():
+        with self._explained(target, FileNotFoundError):
             destination.parent.mkdir(parents=True, exist_ok=True)
             Path(self.join(source)).replace(destination)
 
     def delete(self, path: str) -> None:  # noqa: D102
         target = Path(self.join(path))
-        if target.is_dir() and not target.is_symlink():
+        with self._explained(path):
+            if not target.is_dir() or target.is_symlink():
+                target.unlink(missing_ok=True)
+                return
             # An executor that has lost its driver may be writing there: what has another name it cannot reach.
-            doomed = target.with_name(f".{uuid.uuid4().hex}.deleted")
-            target.replace(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-        else:
-            target.unlink(missing_ok=True)
+            target.replace(target.with_name(f".{uuid.uuid4().hex}.deleted"))
+            # Among them may be those of a process that was killed here.
+            for folder in list(target.parent.iterdir()):
+                if DELETED.fullmatch(folder.name):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def exists(self, path: str) -> bool:  # noqa: D102
-        return Path(self.join(path)).exists()
+        with self._explained(path):
+            return Path(self.join(path)).exists()
 
     @contextlib.contextmanager
     def lock(self, path: str) -> Iterator[None]:  # noqa: D102
         import fcntl  # not on Windows, where only this method would miss it
 
         target = Path(self.join(path))
-        if Path(self.root).is_file():
-            raise StorageError(f"{self.root} is a file, and results need a folder; name another location")
-        with self._space():
+        with self._explained(path):
+            if Path(self.root).is_file():
+                raise StorageError(f"{self.root} is a file, and results need a folder; name another location")
             target.parent.mkdir(parents=True, exist_ok=True)
             file = target.open("ab")
         with file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with self._explained(path, BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
     @contextlib.contextmanager
-    def _space(self) -> Iterator[None]:
+    def _explained(self, path: str, *expected: type[OSError]) -> Iterator[None]:
+        """Turn the system's errors into ours, but for those that callers expect."""
         try:
             yield
+        except expected:
+            raise
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise StorageError(
-                f"{self.root}: the disk is full; make space and run again, what is finished is kept"
-            ) from None
+            raise StorageError(explain(error, self.join(path))) from None
 
 
 def _scan(folder: str) -> Iterator[os.DirEntry[str]]:

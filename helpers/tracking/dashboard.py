@@ -1,28 +1,29 @@
 """A pipeline run in TensorBoard: throughput, failures and time of each stage as tasks end, and pictures of a sample."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from helpers.storage import Storage
 from helpers.tracking.tensorboard import TensorBoard
 
 
 def log_run(
-    folder: str,
+    place: Storage,
     run: dict[str, Any],
     records: list[dict[str, Any]],
     stages: Sequence[str],
-    pictures: dict[str, bytes],
+    pictures: Iterable[tuple[str, bytes]],
 ) -> None:
     """Write one run's events.
 
     Args:
-        folder: the run's own directory.
+        place: the run's own folder.
         run: its description (`records.describe`); what took seconds, at the step after the last task.
         records: of its tasks, one each.
         stages: what a record has the seconds of.
-        pictures: PNG files by name.
+        pictures: names and PNG files.
     """
-    board = TensorBoard(folder)
+    board = TensorBoard(place)
     start = min((record["started"].timestamp() for record in records), default=0.0)
     done, failed, megabytes = 0, 0, 0.0
     # A task ends when it began plus what it took; the clocks of hosts may differ by little.
@@ -43,7 +44,7 @@ def log_run(
         board.log_scalars(values, step, _end(record))
     phases = {f"run/{name}": value for name, value in run.items() if name.endswith("seconds") and value is not None}
     board.log_scalars(phases, len(records) + 1, max(map(_end, records), default=None))
-    for step, (name, png) in enumerate(pictures.items()):
+    for step, (name, png) in enumerate(pictures):
         board.log_picture(f"pictures/{name}", png, step)
     board.close()
 

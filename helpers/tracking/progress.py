@@ -14,7 +14,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from helpers.errors import StorageError
+from helpers.errors import StorageError, only_warn
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,10 @@ class Progress:
         self._thread.join()
 
     def _watch(self) -> None:
+        with only_warn("the progress is not shown any more"):
+            self._show_until_ended()
+
+    def _show_until_ended(self) -> None:
         show = sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
         logged, images, failed = self._start, 0, 0
         with tqdm(total=self._total, unit=" images", smoothing=0, disable=not show, file=sys.stderr) as bar:
