@@ -3,10 +3,14 @@
 Differences between hosts live in `conf/` and here. Only DataFrame calls that Spark Connect has are used.
 """
 
+import atexit
+import functools
 import hashlib
+import io
 import logging
 import os
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -20,6 +24,7 @@ from urllib.parse import urlsplit
 from helpers.config import PROJECT, Config
 from helpers.errors import HostError, first_line
 from helpers.hosts.java import check_java, local_options
+from helpers.temporary import user_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -184,21 +189,36 @@ def ship_helpers(spark: "SparkSession") -> None:
 
 
 def pack_helpers() -> Path:
-    """Zip the package; its content is in its name, so that an edited package is another archive."""
-    files = sorted((PROJECT / "helpers").rglob("*.py"))
-    content = [(str(file.relative_to(PROJECT)), file.read_bytes()) for file in files]
-    digest = hashlib.sha256(repr(content).encode()).hexdigest()[:12]
-    archive = Path(tempfile.gettempdir()) / f"spark-vision-{os.getuid()}" / f"helpers-{digest}.zip"
-    if not archive.exists():
-        archive.parent.mkdir(mode=0o700, exist_ok=True)
-        with (
-            tempfile.NamedTemporaryFile(dir=archive.parent, delete=False) as unfinished,
-            zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as package,
-        ):
-            for file in files:
-                package.write(file, file.relative_to(PROJECT))
+    """Zip the package; the archive's hash is in its name, so that an edited package is another archive.
+
+    An archive that is there already is used only if it is the same, byte for byte.
+    """
+    content = _zip_helpers()
+    folder = user_folder() or _process_folder()
+    archive = folder / f"helpers-{hashlib.sha256(content).hexdigest()[:12]}.zip"
+    if not archive.is_file() or archive.read_bytes() != content:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unfinished:
+            unfinished.write(content)
         Path(unfinished.name).replace(archive)
     return archive
+
+
+def _zip_helpers() -> bytes:
+    """The package as a zip archive whose bytes depend on the modules' names and texts alone."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as package:
+        for file in sorted((PROJECT / "helpers").rglob("*.py")):
+            # Without a time, which `ZipInfo` sets to 1980.
+            package.writestr(zipfile.ZipInfo(str(file.relative_to(PROJECT))), file.read_bytes(), zipfile.ZIP_DEFLATED)
+    return archive.getvalue()
+
+
+@functools.cache
+def _process_folder() -> Path:
+    """A folder of this process, removed when it ends."""
+    folder = tempfile.mkdtemp(prefix="spark-vision-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _start_workers(spark: "SparkSession") -> None:

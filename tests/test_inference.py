@@ -1,5 +1,6 @@
 import hashlib
 import logging
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -127,6 +128,18 @@ def test_a_graph_openvino_cannot_read_names_the_bundle(copy, graph):
     with pytest.raises(BundleError) as error:
         get_model(spoilt)
     assert "OpenVINO" in str(error.value) and copy.storage.root in str(error.value)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_compiled_models_are_kept_where_nobody_else_can_write_or_nowhere(bundle, monkeypatch, tmp_path, taken):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / f"spark-vision-{os.geteuid()}"
+    if taken:
+        folder.mkdir()
+        folder.chmod(0o777)
+    assert len(one_by_one(get_model(bundle), pixels(2))) == 2
+    assert len(list(folder.rglob("*.blob"))) == (0 if taken else 1)
+    assert folder.stat().st_mode & 0o777 == (0o777 if taken else 0o700)
 
 
 def test_another_networks_weights_in_the_same_graph_are_another_model(bundle, tmp_path):

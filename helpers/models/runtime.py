@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import resource
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ import openvino as ov
 
 from helpers.errors import BundleError
 from helpers.models.bundle import Bundle
+from helpers.temporary import user_folder
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,8 @@ def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
 def _load(bundle: Bundle, precision: str, threads: int) -> Model:
     start = time.perf_counter()
     core = ov.Core()
-    core.set_property({"CACHE_DIR": str(Path(tempfile.gettempdir(), f"spark-vision-{os.getuid()}", "openvino"))})
+    if folder := user_folder():
+        core.set_property({"CACHE_DIR": str(folder / "openvino")})
     try:
         graph, single = read_graph(core, bundle)
         compiled = core.compile_model(graph, "CPU", compile_options(precision, threads))
