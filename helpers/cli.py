@@ -1,7 +1,8 @@
 """The command line: `run`, `export`, `plan` and `doctor`, each thin over the functions that the notebooks call.
 
 Standard output is for the answer (the last line is the JSON summary of a run); everything else goes to standard error.
-Exit codes: 0 done, 1 done but too many images failed or the host lacks something, 2 a mistake the message explains.
+Exit codes: 0 done; 1 done, but too many images failed, a folder could not be listed, or the host lacks something; 2 a
+mistake the message explains.
 """
 
 import argparse
@@ -55,8 +56,14 @@ def run(options: argparse.Namespace, config: Config) -> int:
         )
     for reason, count in summary.reasons():
         print(f"  {count} images: {reason}", file=sys.stderr)
+    if summary.unlisted:
+        print(
+            f"error: {summary.unlisted} folders could not be listed, so that images may be missing: the warnings above "
+            "say which and why; mend them and run again, what is done is kept",
+            file=sys.stderr,
+        )
     print(summary.to_json())
-    return 1 if too_many else 0
+    return 1 if too_many or summary.unlisted else 0
 
 
 def export(options: argparse.Namespace, config: Config) -> int:

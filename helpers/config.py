@@ -70,6 +70,7 @@ class IngestSettings(_Section):
     """Which files are images, and how large one may be."""
 
     suffixes: tuple[str, ...]
+    outside_links: bool
     max_pixels: Positive
 
 

@@ -12,7 +12,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,8 @@ class RunSummary:
     """What one run did; `images` = `ok` + `failed` + `skipped`.
 
     `images_per_second` counts the images processed over the wall time of the distributed pass, model loading in it,
-    session start-up and listing left out; `seconds` is the whole run.
+    session start-up and listing left out; `seconds` is the whole run. Nobody knows how many images are in the
+    `unlisted` folders, which could not be listed.
     """
 
     images: int
@@ -58,11 +59,14 @@ class RunSummary:
     seconds: float
     images_per_second: float
     results: str
+    unlisted: int = 0
     records: list[dict[str, Any]] = field(default_factory=list, repr=False)  # `task.RECORD_SCHEMA`, one a task
 
     def to_json(self) -> str:
         """One line, without the tasks' records."""
-        return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.name != "records"})
+        return json.dumps(
+            {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("unlisted", "records")}
+        )
 
     def reasons(self, most: int = 5) -> list[tuple[str, int]]:
         """The commonest errors and how many images had each."""
@@ -180,7 +184,8 @@ def run(
         watch.lap("log")
         if records:
             write_record(task.output, {**about, **watch.laps})
-    return _summarise(images.num_rows, records, seconds, watch.laps["seconds"], store)
+    summary = _summarise(images.num_rows, records, seconds, watch.laps["seconds"], store)
+    return replace(summary, unlisted=listed.left_out.get(listing.UNLISTED, 0))
 
 
 def make_task(source: str, model: str, output: str, config: Config) -> Task:

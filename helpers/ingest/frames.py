@@ -34,7 +34,7 @@ def list_frames(batches: Batches, storage: Storage, every: int, max_pixels: int)
     """Find the frames of videos.
 
     Args:
-        batches: `KEY` of the files.
+        batches: `listing.LISTED_SCHEMA`, or more.
         storage: where they lie.
         every: k, where every k-th frame is wanted, from the first on.
         max_pixels: videos with larger frames are not decoded.
@@ -44,8 +44,10 @@ def list_frames(batches: Batches, storage: Storage, every: int, max_pixels: int)
         only be counted. `error` is set where no frame can be read.
     """
     for batch in batches:
-        for row in batch.select(KEY_NAMES).to_pylist():
+        for row in batch.select([*KEY_NAMES, "error"]).to_pylist():
             try:
+                if row["error"] is not None:
+                    raise UnreadableImageError(row["error"])
                 with open_file(storage, row["path"]) as file:
                     frames = find_frames(file, max_pixels)
                 row |= {"count": frames.count, "announced": frames.announced}
@@ -60,7 +62,7 @@ def with_frames(images: pa.Table, videos: pa.Table, every: int) -> pa.Table:
     """The images and every k-th frame of the videos, one row each; a video without any frame is one row, its error.
 
     Args:
-        images: `KEY`.
+        images: `listing.LISTED_SCHEMA`.
         videos: `FRAMES_SCHEMA`, from `list_frames` with the same `every`.
         every: which frames; the first is one of them.
 

@@ -13,18 +13,23 @@ from helpers.errors import RunError
 from helpers.images.video import split_paths
 from helpers.ingest.frames import conform
 from helpers.partitioning import PartitionPlan, plan_partitions
-from helpers.stages.schemas import KEY, MANIFEST_SCHEMA
+from helpers.stages.schemas import ERROR, KEY, MANIFEST_SCHEMA
 from helpers.storage import Storage
 
 log = logging.getLogger(__name__)
 
-LISTED_SCHEMA = pa.schema(KEY)
+LISTED_SCHEMA = pa.schema([*KEY, ERROR])
 ROWS_A_CHUNK = 65_536
+UNLISTED = "folders that cannot be listed"
+WARNINGS = 10  # of such folders, at most
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Images and videos below a location (`LISTED_SCHEMA`), and how many files were left out, by reason."""
+    """Images and videos below a location (`LISTED_SCHEMA`), and how many files were left out, by reason.
+
+    `error` is set where the listing has found out that a file cannot be read.
+    """
 
     images: pa.Table
     left_out: dict[str, int]
@@ -40,11 +45,11 @@ def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) ->
     """List the files with the suffix of an image or a video, nested folders included.
 
     Hidden files and other suffixes are left out and counted. A folder with an image's suffix is listed too: it becomes
-    an error row instead of passing unseen.
+    an error row instead of passing unseen. A folder that cannot be listed is told and counted, as `UNLISTED`.
 
     Args:
         storage: where to look.
-        config: its `ingest` and `video` sections name the suffixes.
+        config: its `ingest` and `video` sections name the suffixes, and say which links are followed.
         skip: folders to leave out, such as a run's own below its source.
 
     Raises:
@@ -55,20 +60,28 @@ def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) ->
     video_suffixes = tuple(suffix.lower() for suffix in config.video.suffixes)
     left_out: Counter[str] = Counter()
     chunks, rows, videos = [], [], []
-    for entry in storage.list(directories=True, skip=skip):
-        if not entry.path.lower().endswith(suffixes + video_suffixes):
-            left_out["with another suffix"] += not entry.is_directory
+    entries = storage.list(directories=True, skip=skip, tolerant=True, outside_links=config.ingest.outside_links)
+    for entry in entries:
+        unlisted = entry.is_directory and entry.error is not None
+        if not unlisted and not entry.path.lower().endswith(suffixes + video_suffixes):
+            kind = "not followed or unreadable" if entry.error else "with another suffix"
+            left_out[kind] += not entry.is_directory
         elif any(part.startswith(".") for part in entry.path.removeprefix(storage.root).split("/")):
             left_out["hidden"] += 1
+        elif unlisted:
+            left_out[UNLISTED] += 1
+            if left_out[UNLISTED] <= WARNINGS:
+                log.warning("%s: %s; its images are missing", entry.path, entry.error)
         elif not entry.path.lower().endswith(suffixes):
-            videos.append((entry.path, entry.length, entry.modified))
+            videos.append((entry.path, entry.length, entry.modified, entry.error))
         else:
-            rows.append((entry.path, entry.length, entry.modified))
+            rows.append((entry.path, entry.length, entry.modified, entry.error))
             if len(rows) == ROWS_A_CHUNK:
                 chunks.append(_chunk(rows))
                 rows = []
     images, clips = pa.Table.from_batches([*chunks, _chunk(rows)]), pa.Table.from_batches([_chunk(videos)])
     listed = Listing(images, +left_out, clips)
+    log.info("%s", listed)
     if not images.num_rows and not clips.num_rows:
         raise RunError(
             f"{listed} below {storage.root}; images are files that end in {', '.join(suffixes)}, "
@@ -107,6 +120,6 @@ def manifest(images: pa.Table, plan: PartitionPlan) -> pa.Table:
 
 
 def _chunk(rows: list[tuple]) -> pa.RecordBatch:
-    columns = zip(*rows, strict=True) if rows else ([], [], [])
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, KEY, strict=True)]
+    columns = zip(*rows, strict=True) if rows else [()] * len(LISTED_SCHEMA)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, LISTED_SCHEMA, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=LISTED_SCHEMA)

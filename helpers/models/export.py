@@ -206,7 +206,8 @@ def calibration_images(storage: Storage, architecture: Architecture, config: Con
     from helpers.images.decoding import UnreadableImageError, load
     from helpers.ingest.listing import list_images
 
-    paths = sorted(list_images(storage, config).images["path"].to_pylist())
+    images = list_images(storage, config).images
+    paths = sorted(images.filter(images["error"].is_null())["path"].to_pylist())
     for path in paths[:: max(1, len(paths) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]:
         try:
             yield load(storage.read(path), architecture.input, config.ingest.max_pixels)[0]

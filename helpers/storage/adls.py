@@ -69,7 +69,14 @@ class AdlsStorage:
     def join(self, *parts: str) -> str:  # noqa: D102
         return "/".join([self.root, *(part.strip("/") for part in parts if part)])
 
-    def list(self, prefix: str = "", directories: bool = False, skip: Collection[str] = ()) -> Iterator[Entry]:
+    def list(
+        self,
+        prefix: str = "",
+        directories: bool = False,
+        skip: Collection[str] = (),
+        tolerant: bool = False,  # one request lists all folders, and there are no links
+        outside_links: bool = True,
+    ) -> Iterator[Entry]:
         """List a page at a time, in one pass; modification times are of whole seconds.
 
         Raises:
