@@ -22,7 +22,7 @@ from helpers import stages
 from helpers.config import Config
 from helpers.errors import RunError, StorageError
 from helpers.ingest import listing
-from helpers.ingest.readers import add_frames, choose_reader, planned_paths, read_by_spark, reading
+from helpers.ingest.readers import add_frames, choose_reader, frame_by_spark, planned_paths, read_by_spark, reading
 from helpers.models.bundle import Bundle, load_bundle
 from helpers.models.runtime import batch_size
 from helpers.partitioning import PartitionPlan
@@ -37,7 +37,7 @@ from helpers.stages.task import RECORD_SCHEMA, Task
 from helpers.storage import open_storage
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import DataFrame, Row, SparkSession
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
     plan = listing.plan(images, get_slots(spark), config)
     manifest = listing.manifest(images, plan)
     if choose_reader(spark, storage, manifest, config) == "spark":
-        return read_by_spark(spark, storage, manifest, config)
+        return frame_by_spark(spark, storage, manifest, config)
     return planned_paths(spark, manifest, plan).mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
 
 
@@ -226,17 +226,21 @@ def _run_tasks(
     store.stage(task.run)
     try:
         if choose_reader(spark, task.source, manifest, config) == "spark":
-            frame = read_by_spark(spark, task.source, manifest, config)
+            frames = read_by_spark(spark, task.source, manifest, config)
         else:
-            frame = planned_paths(spark, manifest, plan)
+            frames = iter([planned_paths(spark, manifest, plan)])
+        rows: list[Row] = []
         with Progress(manifest.num_rows, partial(store.progress, task.run)):
-            rows = frame.mapInArrow(task, spark_schema(RECORD_SCHEMA)).collect()
+            for frame in frames:
+                numbered = replace(task, first_partition=1 + max((row.partition for row in rows), default=-1))
+                rows += frame.mapInArrow(numbered, spark_schema(RECORD_SCHEMA)).collect()
     except Exception as error:
         raise RunError(f"the run stopped: {spark_failure(error)}") from error
     records = [row.asDict(recursive=True) for row in rows]
     if sum(record["images"] for record in records) < manifest.num_rows:
-        # Spark's reader leaves out files that have gone meanwhile: here they get their error rows.
+        # What Spark's reader has passed over gets its rows here: read after all, or with the error that this gives.
         left = without(manifest, store.rows([record["file"] for record in records]))
+        log.info("the driver reads %d images that Spark has passed over", left.num_rows)
         records += [record for batch in task(left.to_batches()) for record in batch.to_pylist()]
     peak = max((record["peak_megabytes"] for record in records), default=0)
     if peak > config.inference.memory_megabytes:
