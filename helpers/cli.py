@@ -10,13 +10,16 @@ import json
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from helpers.config import Config, load_config, parse_assignments
 from helpers.errors import ConfigError, UserError
+from helpers.redaction import Redacting, redact
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for handler in logging.root.handlers:
+        handler.addFilter(Redacting())
     logging.getLogger("helpers").setLevel(logging.INFO)
     try:
         config = load_config(options.profile, **parse_assignments(options.set))
@@ -34,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception:
+        print(redact(traceback.format_exc()), file=sys.stderr)
+        return 1
 
 
 def run(options: argparse.Namespace, config: Config) -> int:
@@ -134,11 +142,20 @@ def doctor(options: argparse.Namespace, config: Config) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names options that it does not know without what follows them, which may be a secret."""
+
+    def error(self, message: str) -> NoReturn:
+        head, unknown, arguments = message.partition("unrecognized arguments: ")
+        names = [part.partition("=")[0] for part in arguments.split() if part.startswith("--")]
+        super().error(f"{head}{unknown}{' '.join(names) or 'a value without an option'}" if unknown else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = _Parser(add_help=False)
     shared.add_argument("--profile", help="a file in conf/ without its suffix; by default that of the host found")
     shared.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of conf/")
-    parser = argparse.ArgumentParser(prog="python -m helpers", description="Vision models over images on Spark.")
+    parser = _Parser(prog="python -m helpers", description="Vision models over images on Spark.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("run", parents=[shared], help="the four stages over every image below a location")

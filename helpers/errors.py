@@ -1,13 +1,18 @@
 """The errors a user can mend: each message names the thing and the remedy, and the command line shows only it."""
 
+from helpers.redaction import redact
+
 
 class UserError(Exception):
-    """Base of every error that is shown as one message, without a stack trace."""
+    """Base of every error that is shown as one message, without a stack trace and without secrets."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(redact(message))
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of another library says first; its type where it says nothing."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def first_line(error: BaseException | str) -> str:
+    """What an error of another library says first, without secrets; its type where it says nothing."""
+    return redact(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
 
 
 class ConfigError(UserError):

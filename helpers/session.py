@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from helpers.config import PROJECT, Config
 from helpers.errors import HostError, first_line
 from helpers.hosts.java import check_java, local_options
+from helpers.redaction import redact
 from helpers.temporary import user_folder
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ SESSION_SETTINGS = {
     "spark.sql.execution.arrow.maxBytesPerBatch": str(16 * 2**20),
     "spark.sql.session.timeZone": "UTC",
 }
+# Settings and variables of such a name are hidden in Spark's pages and event log; its own default knows fewer.
+REDACTED_NAMES = "(?i)secret|password|passwd|pwd|token|credential|signature|sas|key"
 PACKAGES_REMEDY = "the workers lack packages of requirements.txt; install them on every worker, or send them along: \
 `make pack`, then --set spark.environment=out/pack/executors.tar.gz"
 UNPACKED = "environment"  # the folder of a packed environment in an executor's working directory
@@ -56,6 +59,7 @@ def get_spark(config: Config) -> "SparkSession":
     from pyspark.sql import SparkSession
 
     builder = SparkSession.builder.appName(config.spark.app_name)
+    check_master(config)
     if config.spark.mode == "connect":
         check_answers(config.spark.master)
         builder = builder.remote(_master(config))
@@ -72,7 +76,7 @@ def get_spark(config: Config) -> "SparkSession":
                 warnings.filterwarnings("ignore", "Failed to set", UserWarning)
             spark = builder.getOrCreate()
     except Exception as error:
-        said = first_line(error).replace(config.spark.master, shown_master(config))
+        said = first_line(str(error).replace(config.spark.master, shown_master(config)))
         raise HostError(f"no Spark session from {shown_master(config)}: {said}") from None
     if not own_jvm:
         set_where_allowed(spark, SESSION_SETTINGS)
@@ -139,12 +143,25 @@ def spark_failure(error: Exception) -> str:
     crashed = [text[0] for text in re.finditer(r"Python\s+worker exited unexpectedly[^.\n]*", str(error))]
     found = (ours or python or crashed or lines or [type(error).__name__])[-1 if ours or python else 0]
     remedy = f": {PACKAGES_REMEDY}" if re.match(r"ModuleNotFoundError|PySparkImportError", found) else ""
-    return re.sub(r"^helpers\.errors\.\w+: ", "", found) + remedy
+    return redact(re.sub(r"^helpers\.errors\.\w+: ", "", found) + remedy)
 
 
 def shown_master(config: Config) -> str:
     """The master or remote without the parameters of a remote, among which may be a token, and without a user."""
-    return re.sub(r"//[^/@]*@", "//", config.spark.master.partition(";")[0].rstrip("/"))
+    return re.sub(r"//.*@", "//", config.spark.master.partition(";")[0].rstrip("/"))
+
+
+def check_master(config: Config) -> None:
+    """Refuse what Spark would repeat in its own words, which may be a secret.
+
+    Raises:
+        HostError: `spark.master` is no address of a master, or has a user or password in it.
+    """
+    address = config.spark.master.partition(";")[0]
+    if not re.match(r"(local(-cluster)?(\[|$)|yarn$|(spark|k8s|sc)://)", address):
+        raise HostError("spark.master is no master: write local[N], spark://HOST:PORT, yarn, k8s://URL or sc://HOST:PORT")
+    if "@" in address:
+        raise HostError("spark.master has a user in its address, which no master takes: leave all before the @ out")
 
 
 def check_answers(remote: str) -> None:
@@ -264,4 +281,5 @@ def _jvm_settings(config: Config) -> dict[str, str]:
         "spark.driver.extraJavaOptions": f"{log4j} {local_options()}" if config.spark.mode != "cluster" else log4j,
         "spark.task.maxFailures": str(config.spark.task_attempts),
         "spark.ui.showConsoleProgress": "false",
+        "spark.redaction.regex": REDACTED_NAMES,
     }

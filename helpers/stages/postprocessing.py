@@ -91,7 +91,7 @@ POSTPROCESSORS: dict[str, Postprocessor] = {
 
 def _check_top_k(top_k: Any = None, **_: Any) -> None:
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ConfigError(f"postprocess.top_k is {top_k!r}, not a whole number of 1 or more")
+        raise ConfigError("postprocess.top_k is not a whole number of 1 or more")
 
 
 _CHECKS: dict[str, Callable[..., Any]] = {"classification": _check_top_k, "instance_segmentation": Parameters}
