@@ -159,7 +159,9 @@ def check_master(config: Config) -> None:
     """
     address = config.spark.master.partition(";")[0]
     if not re.match(r"(local(-cluster)?(\[|$)|yarn$|(spark|k8s|sc)://)", address):
-        raise HostError("spark.master is no master: write local[N], spark://HOST:PORT, yarn, k8s://URL or sc://HOST:PORT")
+        raise HostError(
+            "spark.master is no master: write local[N], spark://HOST:PORT, yarn, k8s://URL or sc://HOST:PORT"
+        )
     if "@" in address:
         raise HostError("spark.master has a user in its address, which no master takes: leave all before the @ out")
 
