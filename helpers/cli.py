@@ -1,7 +1,8 @@
 """The command line: `run`, `export`, `plan` and `doctor`, each thin over the functions that the notebooks call.
 
 Standard output is for the answer (the last line is the JSON summary of a run); everything else goes to standard error.
-Exit codes: 0 done, 1 done but too many images failed or the host lacks something, 2 a mistake the message explains.
+Exit codes: 0 done; 1 done, but too many images failed, a folder could not be listed, or the host lacks something; 2 a
+mistake the message explains.
 """
 
 import argparse
@@ -9,13 +10,16 @@ import json
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from helpers.config import Config, load_config, parse_assignments
 from helpers.errors import ConfigError, UserError, explain
+from helpers.redaction import Redacting, redact
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for handler in logging.root.handlers:
+        handler.addFilter(Redacting())
     logging.getLogger("helpers").setLevel(logging.INFO)
     try:
         config = load_config(options.profile, **parse_assignments(options.set))
@@ -34,7 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         # All but temporary files is explained where it is read or written, and their error has no name in it.
-        print(f"error: {explain(error, error.filename or 'temporary files (TMPDIR)')}", file=sys.stderr)
+        print(f"error: {explain(error, redact(str(error.filename or 'temporary files (TMPDIR)')))}", file=sys.stderr)
+    except Exception:
+        print(redact(traceback.format_exc()), file=sys.stderr)
+        return 1
     return 2
 
 
@@ -62,8 +71,14 @@ def run(options: argparse.Namespace, config: Config) -> int:
         )
     for reason, count in summary.reasons():
         print(f"  {count} images: {reason}", file=sys.stderr)
+    if summary.unlisted:
+        print(
+            f"error: {summary.unlisted} folders could not be listed, so that images may be missing: the warnings above "
+            "say which and why; mend them and run again, what is done is kept",
+            file=sys.stderr,
+        )
     print(summary.to_json())
-    return 1 if too_many else 0
+    return 1 if too_many or summary.unlisted else 0
 
 
 def export(options: argparse.Namespace, config: Config) -> int:
@@ -132,11 +147,20 @@ def doctor(options: argparse.Namespace, config: Config) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names options that it does not know without what follows them, which may be a secret."""
+
+    def error(self, message: str) -> NoReturn:
+        head, unknown, arguments = message.partition("unrecognized arguments: ")
+        names = [part.partition("=")[0] for part in arguments.split() if part.startswith("--")]
+        super().error(f"{head}{unknown}{' '.join(names) or 'a value without an option'}" if unknown else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = _Parser(add_help=False)
     shared.add_argument("--profile", help="a file in conf/ without its suffix; by default that of the host found")
     shared.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of conf/")
-    parser = argparse.ArgumentParser(prog="python -m helpers", description="Vision models over images on Spark.")
+    parser = _Parser(prog="python -m helpers", description="Vision models over images on Spark.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("run", parents=[shared], help="the four stages over every image below a location")

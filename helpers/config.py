@@ -7,6 +7,7 @@ Databricks notebook (which a job's parameters fill), arguments (`--set section.k
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from helpers.storage import StorageOptions
 
 PROJECT = Path(__file__).resolve().parent.parent
 ENVIRONMENT_PREFIX = "HELPERS_"
+SHOWN_NAME = re.compile(r"[a-z][a-z_]{0,30}(\.[a-z_]{1,30}){0,3}")
+NUMBER_PROBLEMS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
@@ -73,6 +76,7 @@ class IngestSettings(_Section):
     """Which files are images, and how large one may be."""
 
     suffixes: tuple[str, ...]
+    outside_links: bool
     max_bytes: Annotated[int, Field(gt=0, lt=2**31 - 1)]  # what Arrow can hold; `Config.max_image_bytes` may be less
     max_pixels: Large
 
@@ -136,8 +140,8 @@ def load_config(profile: str | None = None, **overrides: Any) -> Config:
         overrides: nested mappings (`spark={"master": "local[1]"}`) or dotted names (`**{"spark.master": ...}`).
 
     Raises:
-        ConfigError: an unknown profile or key, a wrong type or an impossible value; the message names the key,
-            the value and where it was set.
+        ConfigError: an unknown profile or key, a wrong type or an impossible value; the message names the key and
+            where it was set, and the value only where it can be no secret.
     """
     profile = profile or os.environ.get(f"{ENVIRONMENT_PREFIX}PROFILE") or detect_profile()
     layers = {
@@ -174,7 +178,9 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator or not key:
-            raise ConfigError(f"--set takes KEY=VALUE, not {assignment!r}, for example --set resume=false")
+            raise ConfigError(
+                "--set takes KEY=VALUE, for example --set resume=false, and one of them has no KEY or no ="
+            )
         if key == "profile":
             raise ConfigError("the profile is not a setting: name it with --profile")
         overrides[key] = _value(key, value)
@@ -185,11 +191,14 @@ def _read_profile(name: str) -> dict[str, Any]:
     path = PROJECT / "conf" / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in (PROJECT / "conf").glob("*.yaml") if p.stem != "base")
-        raise ConfigError(f"no profile {name!r} in conf/; there are {', '.join(known)}")
+        raise ConfigError(f"no profile {_shown(name)} in conf/; there are {', '.join(known)}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"conf/{name}.yaml is not valid YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # What YAML says about it repeats the text that it stands in.
+        mark = getattr(error, "problem_mark", None)
+        where = f", at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"conf/{name}.yaml is not valid YAML{where}: look at its indentation and quotes") from None
     if not isinstance(content, dict):
         raise ConfigError(f"conf/{name}.yaml must hold settings as `key: value` lines, not a {type(content).__name__}")
     return content
@@ -218,7 +227,7 @@ def _value(key: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(
-            f"{key}: its value is not valid YAML; put quotes around text with special characters"
+            f"{_shown(key)}: its value is not valid YAML; put quotes around text with special characters"
         ) from None
 
 
@@ -240,7 +249,7 @@ def _assign(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             above = ".".join(parts[: position + 1])
-            raise ConfigError(f"{key} (set in {origin}): {above} is a single value, nothing can stand below it")
+            raise ConfigError(f"{_shown(key)} (set in {origin}): {above} is a single value, nothing can stand below it")
     if value == {}:
         values.setdefault(parts[-1], {})
     else:
@@ -255,12 +264,21 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
             name for name in origins if name.startswith(f"{key}.")
         ]
         origin = origins[max(matches, key=len)] if matches else "conf/base.yaml"
-        # A secret pasted where its reference belongs, or under a name that is wrong, must not be repeated.
-        value = "(not shown)" if key.startswith("storage") else repr(problem["input"])
+        named = f"{_shown(key)}{_shown_value(problem)} (set in {origin})"
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             near = difflib.get_close_matches(key, [name for name in origins if name != key], n=1)
             hint = f"; did you mean {near[0]}?" if near else "; conf/base.yaml lists every setting"
-            lines.append(f"{key} = {value} (set in {origin}): no such setting{hint}")
+            lines.append(f"{named}: no such setting{hint}")
         else:
-            lines.append(f"{key} = {value} (set in {origin}): {problem['msg']}")
+            lines.append(f"{named}: {problem['msg']}")
     return "\n".join(lines)
+
+
+def _shown(name: str) -> str:
+    """A name of a setting or a profile; what does not look like one may be a secret that was set in its place."""
+    return name if SHOWN_NAME.fullmatch(name) else "a name that is not shown"
+
+
+def _shown_value(problem: Mapping[str, Any]) -> str:
+    """The value of a known setting, if it is a number where one belongs: what is of another kind may be a secret."""
+    return f" = {problem['input']!r}" if problem["type"] in NUMBER_PROBLEMS else ""

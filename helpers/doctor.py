@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from helpers.config import PROJECT, Config, detect_profile
 from helpers.errors import HostError, UserError
 from helpers.java import check_java
-from helpers.session import check_answers, count_cores, find_environment, shown_master
+from helpers.session import check_answers, check_master, count_cores, find_environment, shown_master
 from helpers.storage import open_storage
 
 MINIMUM_PYTHON = (3, 11)
@@ -99,6 +99,7 @@ def _spark(config: Config) -> str:
     master = config.spark.master
     if config.spark.mode == "databricks" and detect_profile() != "databricks":
         raise HostError("mode databricks is for a Databricks notebook or job: name another --profile here")
+    check_master(config)
     if config.spark.mode == "connect":
         check_answers(master)
     if config.spark.mode == "cluster":

@@ -5,6 +5,8 @@ import errno
 import logging
 from collections.abc import Iterator
 
+from helpers.redaction import redact
+
 log = logging.getLogger(__name__)
 
 FULL = "the disk is full; make space and run again, what is finished is kept"
@@ -27,12 +29,15 @@ REMEDIES = {
 
 
 class UserError(Exception):
-    """Base of every error that is shown as one message, without a stack trace."""
+    """Base of every error that is shown as one message, without a stack trace and without secrets."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(redact(message))
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of another library says first; its type where it says nothing."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def first_line(error: BaseException | str) -> str:
+    """What an error of another library says first, without secrets; its type where it says nothing."""
+    return redact(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
 
 
 def explain(error: OSError, place: str) -> str:

@@ -3,10 +3,14 @@
 Differences between hosts live in `conf/` and here. Only DataFrame calls that Spark Connect has are used.
 """
 
+import atexit
+import functools
 import hashlib
+import io
 import logging
 import os
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -20,6 +24,8 @@ from urllib.parse import urlsplit
 from helpers.config import PROJECT, Config
 from helpers.errors import HostError, first_line
 from helpers.java import check_java, local_options
+from helpers.redaction import redact
+from helpers.temporary import user_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,6 +41,8 @@ SESSION_SETTINGS = {
     "spark.sql.execution.arrow.maxBytesPerBatch": str(16 * 2**20),
     "spark.sql.session.timeZone": "UTC",
 }
+# Settings and variables of such a name are hidden in Spark's pages and event log; its own default knows fewer.
+REDACTED_NAMES = "(?i)secret|password|passwd|pwd|token|credential|signature|sas|key"
 PACKAGES_REMEDY = "the workers lack packages of requirements.txt; install them on every worker, or send them along: \
 `make pack`, then --set spark.environment=out/pack/executors.tar.gz"
 UNPACKED = "environment"  # the folder of a packed environment in an executor's working directory
@@ -51,6 +59,7 @@ def get_spark(config: Config) -> "SparkSession":
     from pyspark.sql import SparkSession
 
     builder = SparkSession.builder.appName(config.spark.app_name)
+    check_master(config)
     if config.spark.mode == "connect":
         check_answers(config.spark.master)
         builder = builder.remote(_master(config))
@@ -67,7 +76,7 @@ def get_spark(config: Config) -> "SparkSession":
                 warnings.filterwarnings("ignore", "Failed to set", UserWarning)
             spark = builder.getOrCreate()
     except Exception as error:
-        said = first_line(error).replace(config.spark.master, shown_master(config))
+        said = first_line(str(error).replace(config.spark.master, shown_master(config)))
         raise HostError(f"no Spark session from {shown_master(config)}: {said}") from None
     if not own_jvm:
         set_where_allowed(spark, SESSION_SETTINGS)
@@ -136,12 +145,27 @@ def spark_failure(error: Exception) -> str:
     crashed = [text[0] for text in re.finditer(r"Python\s+worker exited unexpectedly[^.\n]*", str(error))]
     found = (ours or python or crashed or lines or [type(error).__name__])[-1 if ours or python else 0]
     remedy = f": {PACKAGES_REMEDY}" if re.match(r"ModuleNotFoundError|PySparkImportError", found) else ""
-    return re.sub(r"^helpers\.errors\.\w+: ", "", found) + remedy
+    return redact(re.sub(r"^helpers\.errors\.\w+: ", "", found) + remedy)
 
 
 def shown_master(config: Config) -> str:
     """The master or remote without the parameters of a remote, among which may be a token, and without a user."""
-    return re.sub(r"//[^/@]*@", "//", config.spark.master.partition(";")[0].rstrip("/"))
+    return re.sub(r"//.*@", "//", config.spark.master.partition(";")[0].rstrip("/"))
+
+
+def check_master(config: Config) -> None:
+    """Refuse what Spark would repeat in its own words, which may be a secret.
+
+    Raises:
+        HostError: `spark.master` is no address of a master, or has a user or password in it.
+    """
+    address = config.spark.master.partition(";")[0]
+    if not re.match(r"(local(-cluster)?(\[|$)|yarn$|(spark|k8s|sc)://)", address):
+        raise HostError(
+            "spark.master is no master: write local[N], spark://HOST:PORT, yarn, k8s://URL or sc://HOST:PORT"
+        )
+    if "@" in address:
+        raise HostError("spark.master has a user in its address, which no master takes: leave all before the @ out")
 
 
 def check_answers(remote: str) -> None:
@@ -186,21 +210,36 @@ def ship_helpers(spark: "SparkSession") -> None:
 
 
 def pack_helpers() -> Path:
-    """Zip the package; its content is in its name, so that an edited package is another archive."""
-    files = sorted((PROJECT / "helpers").rglob("*.py"))
-    content = [(str(file.relative_to(PROJECT)), file.read_bytes()) for file in files]
-    digest = hashlib.sha256(repr(content).encode()).hexdigest()[:12]
-    archive = Path(tempfile.gettempdir()) / f"spark-vision-{os.getuid()}" / f"helpers-{digest}.zip"
-    if not archive.exists():
-        archive.parent.mkdir(mode=0o700, exist_ok=True)
-        with (
-            tempfile.NamedTemporaryFile(dir=archive.parent, delete=False) as unfinished,
-            zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as package,
-        ):
-            for file in files:
-                package.write(file, file.relative_to(PROJECT))
+    """Zip the package; the archive's hash is in its name, so that an edited package is another archive.
+
+    An archive that is there already is used only if it is the same, byte for byte.
+    """
+    content = _zip_helpers()
+    folder = user_folder() or _process_folder()
+    archive = folder / f"helpers-{hashlib.sha256(content).hexdigest()[:12]}.zip"
+    if not archive.is_file() or archive.read_bytes() != content:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unfinished:
+            unfinished.write(content)
         Path(unfinished.name).replace(archive)
     return archive
+
+
+def _zip_helpers() -> bytes:
+    """The package as a zip archive whose bytes depend on the modules' names and texts alone."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as package:
+        for file in sorted((PROJECT / "helpers").rglob("*.py")):
+            # Without a time, which `ZipInfo` sets to 1980.
+            package.writestr(zipfile.ZipInfo(str(file.relative_to(PROJECT))), file.read_bytes(), zipfile.ZIP_DEFLATED)
+    return archive.getvalue()
+
+
+@functools.cache
+def _process_folder() -> Path:
+    """A folder of this process, removed when it ends."""
+    folder = tempfile.mkdtemp(prefix="spark-vision-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _start_workers(spark: "SparkSession") -> None:
@@ -246,4 +285,5 @@ def _jvm_settings(config: Config) -> dict[str, str]:
         "spark.driver.extraJavaOptions": f"{log4j} {local_options()}" if config.spark.mode != "cluster" else log4j,
         "spark.task.maxFailures": str(config.spark.task_attempts),
         "spark.ui.showConsoleProgress": "false",
+        "spark.redaction.regex": REDACTED_NAMES,
     }

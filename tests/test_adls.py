@@ -20,7 +20,7 @@ How it was checked that tests fail without their protection: in a copy of the re
     adls.py: the lock is no lease                              3 tests of locks in test_storage.py
     lease.py: nothing is renewed                               renewed while it is held
     lease.py: a lease is for ever                              until it is killed, in test_storage.py
-    credentials.py: `redact` without URLs, or without secrets  redacting, wrong address
+    redaction.py: `redact` without names, or without secrets  redacting, wrong address
 
 One is double: the SDK's own errors do not show the planted token either, whether `_explain` redacts them or not.
 """
@@ -47,13 +47,14 @@ from azure.storage.filedatalake import FileSystemSasPermissions, generate_file_s
 from dfs_facade import ACCOUNT, BUSY, CUT, DROP, DROP_AFTERWARDS, EXPIRE, KEY, Refusal, Request
 from pyspark import cloudpickle
 
+from helpers import redaction
 from helpers.config import load_config
 from helpers.errors import ConfigError, StorageError
 from helpers.images import boundary
 from helpers.pipeline import reading
 from helpers.storage import StorageOptions, adls, client, credentials, lease, open_storage
 from helpers.storage.adls import AdlsStorage
-from helpers.storage.credentials import redact, resolve
+from helpers.storage.credentials import resolve
 from helpers.storage.prefetch import map_groups
 from studies.cluster import wait_for
 
@@ -550,6 +551,51 @@ def test_a_lock_that_nobody_took_meanwhile_is_simply_renewed(storage, dfs):
     assert storage.read("a") == b"1"
 
 
+# ---------------------------------------------------------------- hosts
+
+STRANGERS = [
+    "attacker.example",
+    "dfs.core.windows.net",
+    "acct.dfs.core.windows.net.attacker.example",
+    "127.0.0.1:10000",
+]
+STRANGERS += [
+    "attacker.example:443",
+    "acct.dfs.core.windows.net:443",
+    "acct.dfs.core.windows.net.",
+    "dfs.core.windows.net.evil",
+]
+STRANGERS += ["attacker.example\\.dfs.core.windows.net", "a cct.dfs.core.windows.net", "аcct.dfs.core.windows.net"]
+STRANGERS += ["xdfs.core.windows.net", "acct.dfs.core.windows.net\nx", "[::1]", "acct.dfs.core.windowsxnet"]
+
+
+@pytest.mark.parametrize("host", STRANGERS)
+def test_a_credential_goes_to_no_host_that_only_a_location_names(host, monkeypatch):
+    monkeypatch.setenv("ADLS_SAS", "sv=1&sig=PLANTED")
+    monkeypatch.setattr(client, "_open", lambda *arguments: pytest.fail(f"a client for {arguments}"))
+    for credential in ("default", "env:ADLS_SAS"):
+        with pytest.raises(StorageError, match=r"no host of Azure.*storage\.endpoint") as error:
+            open_storage(f"abfss://c@{host}/p", load_config("local", **{"storage.credential": credential})).exists("a")
+        assert "PLANTED" not in str(error.value)
+
+
+AZURES = ["acct.dfs.core.windows.net", "ACCT.dfs.core.Windows.net", "a.privatelink.dfs.core.windows.net"]
+AZURES += ["acct.dfs.core.usgovcloudapi.net", "acct.dfs.core.chinacloudapi.cn", "acct.z12.dfs.storage.azure.net"]
+
+
+@pytest.mark.parametrize("host", AZURES)
+def test_the_hosts_of_azures_clouds_get_it(host):
+    assert AdlsStorage(f"abfss://c@{host}/p").root == f"abfss://c@{host}/p"
+
+
+def test_another_host_is_for_storage_endpoint_to_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(client, "_open", lambda address, *_: asked.append(address) or pytest.raises(ValueError))
+    storage = AdlsStorage("abfss://c@acct.attacker.example/p", StorageOptions("https://ours.example"))
+    assert pickle.loads(pickle.dumps(storage)).root == storage.root
+    assert storage._files and asked == ["https://ours.example"]
+
+
 # ---------------------------------------------------------------- credentials
 
 
@@ -638,7 +684,7 @@ def test_in_a_task_the_errors_say_what_a_worker_needs(databricks, monkeypatch):
 def test_a_planted_secret_is_in_no_error_log_or_pickle(by_sas, dfs, hasty, caplog):
     storage = by_sas()
     secret = parse_qs(os.environ["ADLS_SAS"])["sig"][0]
-    forms = [secret, *(form for form in credentials._resolved if secret[:8] in form), os.environ["ADLS_SAS"]]
+    forms = [secret, *(form for form in redaction._resolved if secret[:8] in form), os.environ["ADLS_SAS"]]
     texts: list[str] = []
 
     def note_errors(of: AdlsStorage) -> None:
@@ -663,9 +709,9 @@ def test_a_planted_secret_is_in_no_error_log_or_pickle(by_sas, dfs, hasty, caplo
 
 
 def test_redacting_hides_tokens_and_known_secrets_in_every_form(monkeypatch):
-    monkeypatch.setattr(credentials, "_resolved", set())
-    credentials._remember("?sv=1&sig=abc%2Bdef%3D%3D&se=x")
-    hidden = redact("sig=abc%2Bdef%3D%3D&x abc+def== abc%2Bdef%3D%3D https://h/c?sig=other&y='z'")
+    monkeypatch.setattr(redaction, "_resolved", set())
+    redaction.remember("?sv=1&sig=abc%2Bdef%3D%3D&se=x")
+    hidden = redaction.redact("sig=abc%2Bdef%3D%3D&x abc+def== abc%2Bdef%3D%3D https://h/c?sig=other&y='z'")
     assert "abc" not in hidden and "other" not in hidden and "y='z'" in hidden
 
 

@@ -118,7 +118,9 @@ BAD = {  # content, and what the row's error must say
 LINKS = {  # the link's target, and what the row's error must say
     "loop.png": ("loop.png", "the link leads back to itself"),
     "nowhere.png": ("no such file.png", "leads nowhere"),
-    "elsewhere.png": ("../locked/photo.png", "permission denied"),
+    "locked.png": ("locked/photo.png", "permission denied"),
+    "elsewhere.png": ("../elsewhere/photo.png", "the link leads out of the source"),
+    "device.png": ("/dev/zero", "the link leads out of the source"),
 }
 NO_TEXT = b"bad\xff.png"  # a name that is no text in any encoding but an old one
 LEFT_OUT = {"photo.txt": picture(), ".hidden.png": picture(), "noextension": picture()}
@@ -133,8 +135,11 @@ def write_all(folder: Path) -> Path:
         (folder / name).symlink_to(folder / target)
     (folder / "linked.png").symlink_to(folder / "plain.png")
     (folder / "deep" / "circle").symlink_to(folder)  # a folder that holds itself
+    (folder / "processes").symlink_to("/proc")
     (folder / "secret.png").chmod(0)
-    (folder / "../locked").mkdir(mode=0)
+    (folder / "locked").mkdir(mode=0)
+    (folder / "../elsewhere").mkdir()
+    (folder / "../elsewhere/photo.png").write_bytes(picture())
     (folder / os.fsdecode(NO_TEXT)).write_bytes(picture())
     return folder
 
@@ -181,8 +186,11 @@ def test_every_image_is_one_row_and_nothing_else_is(outcome):
     assert counts["images"] == counts["ok"] + counts["failed"] == len(names) + 1
 
 
-def test_some_bad_images_are_no_reason_to_fail_the_run(outcome):
-    assert outcome.finished.code == 0, outcome.finished.errors
+def test_a_folder_that_cannot_be_listed_costs_its_images_and_the_exit_code_tells(outcome):
+    assert outcome.finished.code == 1
+    errors = [line for line in outcome.finished.errors.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "1 folders could not be listed" in errors[0]  # bad images alone are no reason
+    assert "locked: this folder cannot be listed (Permission denied)" in outcome.finished.errors
     assert "Traceback" not in outcome.finished.errors
 
 

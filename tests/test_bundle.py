@@ -1,14 +1,21 @@
+import contextlib
 import hashlib
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from helpers.bundle.manifest import Manifest, OutputSpec, load_bundle, save_bundle
-from helpers.errors import BundleError
+from helpers.bundle.manifest import Bundle, Manifest, OutputSpec, load_bundle, save_bundle
+from helpers.bundle.runtime import batch_size
+from helpers.errors import BundleError, UserError
 from helpers.images.spec import InputSpec
+from helpers.pipeline.postprocessing import parameters_for
+from helpers.pipeline.stages import output_schema
 from helpers.storage import open_storage
 
 MANIFEST = Manifest(
@@ -179,6 +186,130 @@ def test_a_missing_file_is_named_with_the_remedy(storage, name):
     storage.delete(name)
     with pytest.raises(BundleError, match=f"{name} cannot be read.*copy the bundle again"):
         load_bundle(storage).read(name)
+
+
+NAMES = ["../x.npy", "/etc/passwd", "a/b.npy", "..", ".", "", "a\\b.npy", "nul\0.npy", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_is_not_in_the_bundles_own_folder_is_refused_and_not_looked_at(storage, manifest_file, name):
+    (manifest_file.parent.parent / "x.npy").write_bytes(b"secret")
+    change(manifest_file, files={name: hashlib.sha256(b"secret").hexdigest()})
+    with pytest.raises(BundleError, match="no file of the bundle's own folder") as error:
+        load_bundle(storage)
+    assert "6" not in str(error.value).partition("files names")[2]  # bytes of the file elsewhere
+
+
+LIES = {
+    "nested without end": lambda text: "[" * 200_000,
+    "nested within": lambda text: text.replace('"top_k": 2', '"top_k": ' + "[" * 500 + "]" * 500),
+    "flops beyond all numbers": lambda text: text.replace('"flops": 1000', '"flops": 1e400'),
+    "flops of 5,000 digits": lambda text: text.replace('"flops": 1000', f'"flops": {"9" * 5000}'),
+    "flops of 100 digits": lambda text: text.replace('"flops": 1000', f'"flops": {"9" * 100}'),
+    "negative flops": lambda text: text.replace('"flops": 1000', '"flops": -1'),
+    "flops true": lambda text: text.replace('"flops": 1000', '"flops": true'),
+    "not a number": lambda text: text.replace("4.0", "NaN"),
+    "infinite": lambda text: text.replace("0.5", "-Infinity"),
+    "std of zero": lambda text: text.replace("4.0", "0"),
+    "a side of zero": lambda text: text.replace('"height": 20', '"height": 0'),
+    "a side that no memory holds": lambda text: text.replace('"height": 20', '"height": 1000000000'),
+    "an output that no memory holds": lambda text: text.replace(
+        '"shape": [\n        3', '"shape": [\n        3000000000'
+    ),
+    "an output of many dimensions": lambda text: text.replace(
+        '"shape": [\n        3', '"shape": [' + "9," * 10**6 + "3"
+    ),
+    "a name of no characters of any file": lambda text: text.replace("net-fp32", "\\ud800"),
+    "a key of none": lambda text: text.replace("threshold", "\\ud800"),
+    "labels that are numbers": lambda text: text.replace('"a"', "1"),
+    "two outputs of one name": lambda text: text.replace('"grid"', '"logits"'),
+    "unknown arithmetic": lambda text: text.replace('"f32"', '"f64"'),
+    "an enormous manifest": lambda text: text + " " * 17 * 2**20,
+    "bytes that are no text": lambda text: text.replace("größer", "\udcff"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_manifest_that_cannot_be_is_one_sentence(storage, manifest_file, lie):
+    text = json.dumps(json.loads(manifest_file.read_text()), indent=2, ensure_ascii=False)
+    changed = LIES[lie](text)
+    assert changed != text
+    manifest_file.write_bytes(changed.encode("utf-8", "surrogateescape"))
+    with pytest.raises(BundleError, match=r"manifest\.json.*export the bundle again") as error:
+        load_bundle(storage)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    str(error.value).encode()
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([10**400, -1, 1e300]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+GOOD = json.loads(replace(MANIFEST, files={"model.xml": "0" * 64}).to_json())
+
+
+def places(value, path=()):
+    """Where a value of JSON has other values."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in inner for place in places(item, (*path, key)))]
+
+
+def mutated(value, path, mutation):
+    if not path:
+        return mutation
+    copy = value.copy()
+    if mutation == "(removed)" and len(path) == 1:
+        copy.pop(path[0])
+    else:
+        copy[path[0]] = mutated(value[path[0]], path[1:], mutation)
+    return copy
+
+
+MUTATIONS = st.lists(st.tuples(st.sampled_from(places(GOOD)), JSON | st.just("(removed)")), min_size=1, max_size=3)
+
+
+@given(MUTATIONS)
+@settings(max_examples=1000, deadline=None)
+def test_any_manifest_is_a_bundle_that_can_be_used_or_a_bundle_error(mutations):
+    values = GOOD
+    for path, mutation in mutations:
+        with contextlib.suppress(
+            LookupError, TypeError, AttributeError
+        ):  # an earlier mutation has taken the place away
+            values = mutated(values, path, mutation)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "manifest.json").write_bytes(json.dumps(values).encode())
+        use(folder)
+
+
+@given(JSON | st.binary(max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_anything_in_a_manifests_place_is_a_bundle_error(content):
+    with tempfile.TemporaryDirectory() as folder:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        Path(folder, "manifest.json").write_bytes(data)
+        with pytest.raises(BundleError):
+            load_bundle(open_storage(folder))
+
+
+def use(folder: str) -> None:
+    """All that a run does with a manifest before it reads the graph."""
+    try:
+        manifest = load_bundle(open_storage(folder)).manifest
+    except BundleError as error:
+        assert "\n" not in str(error)
+        return
+    assert json.loads(manifest.to_json())["name"] == manifest.name and len(manifest.digest) == 12
+    assert manifest.input.nbytes > 0 and 1 <= batch_size(Bundle(open_storage(folder), manifest), 1, 64) <= 64
+    assert len(output_schema(manifest)) == 6 + len(manifest.outputs)
+    with contextlib.suppress(UserError):
+        assert parameters_for(manifest, {})
 
 
 def test_a_bundle_whose_writing_is_cut_off_has_no_manifest(tmp_path):

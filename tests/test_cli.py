@@ -93,7 +93,7 @@ def test_run_with_too_many_failures_exits_1_with_the_reasons_and_keeps_the_resul
 
 WRONG_SETTINGS = {
     "spark.mastr=local[1]": ("spark.mastr", "spark.master"),
-    "pictures=many": ("pictures", "many"),
+    "pictures=many": ("pictures", "integer"),
     "pictures": ("KEY=VALUE",),
     "spark.app_name=[": ("spark.app_name",),
     "profile=cluster": ("profile",),

@@ -131,7 +131,7 @@ WRONG = {
 
 @pytest.mark.parametrize("origin", ["conf/local.yaml", "the environment", "the arguments"])
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_mistake_is_named_with_key_value_and_origin(wrong, origin, conf, monkeypatch):
+def test_a_mistake_is_named_with_key_and_origin_and_a_number_with_its_value(wrong, origin, conf, monkeypatch):
     key, value, problem = WRONG[wrong]
     overrides = {}
     if origin == "the environment":
@@ -150,24 +150,25 @@ def test_a_mistake_is_named_with_key_value_and_origin(wrong, origin, conf, monke
     with pytest.raises(ConfigError) as error:
         load_config("local", **overrides)
     message = str(error.value)
-    assert f"{key} = {value!r}" in message and origin in message and problem in message
+    assert message.startswith(key) and origin in message and problem in message
+    assert (f"{key} = {value!r}" in message) == (wrong in ("impossible value", "share above one"))
 
 
 def test_an_unknown_section_is_named_with_what_is_in_it():
-    with pytest.raises(ConfigError, match=r"inferense\b.*2.*the arguments.*no such setting"):
+    with pytest.raises(ConfigError, match=r"inferense\b.*the arguments.*no such setting"):
         load_config("local", **{"inferense.threads": 2})
 
 
 def test_a_mistake_in_base_is_placed_there(conf):
     append(conf / "base.yaml", "colour: blue")
-    with pytest.raises(ConfigError, match="colour = 'blue'.*conf/base.yaml"):
+    with pytest.raises(ConfigError, match="colour .*conf/base.yaml"):
         load_config("local")
 
 
 def test_every_mistake_is_listed_at_once():
     with pytest.raises(ConfigError) as error:
         load_config("local", pictures=-1, resume="perhaps")
-    assert "pictures = -1" in str(error.value) and "resume = 'perhaps'" in str(error.value)
+    assert "pictures = -1" in str(error.value) and "resume (set in the arguments)" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_a_setting_below_a_single_value_is_explained():
 
 
 def test_a_value_in_place_of_a_section_is_explained():
-    with pytest.raises(ConfigError, match="spark = 5"):
+    with pytest.raises(ConfigError, match="spark .*the arguments"):
         load_config("local", spark=5)
 
 
@@ -219,7 +220,7 @@ def test_settings_cannot_be_changed():
 
 
 def test_an_unknown_profile_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="'laptop'") as error:
+    with pytest.raises(ConfigError, match="no profile laptop") as error:
         load_config("laptop")
     assert all(profile in str(error.value) for profile in PROFILES)
 

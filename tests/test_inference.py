@@ -1,13 +1,20 @@
 import hashlib
 import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import openvino as ov
+import openvino.opset13 as opset
 import pyarrow as pa
 import pytest
 
 from helpers.bundle import runtime
-from helpers.bundle.manifest import Bundle, load_bundle, save_bundle
+from helpers.bundle.manifest import Bundle, Manifest, OutputSpec, load_bundle, save_bundle
 from helpers.bundle.runtime import batch_size, compile_options, get_model
 from helpers.errors import BundleError
 from helpers.pipeline import stages
@@ -120,6 +127,71 @@ def test_truncated_weights_are_refused(copy):
         get_model(copy)
 
 
+def spec(**values) -> Callable[[Manifest], Manifest]:
+    return lambda manifest: replace(manifest, input=replace(manifest.input, **values))
+
+
+def outputs(*shapes: tuple[str, tuple[int, ...]]) -> Callable[[Manifest], Manifest]:
+    return lambda manifest: replace(manifest, outputs=tuple(OutputSpec(*shape) for shape in shapes))
+
+
+LIES = {
+    "the input's height": (spec(height=29), r"the input is u8 \[\?,29,28,1\], and the graph's is u8 \[\?,28,28,1\]"),
+    "the input's width": (spec(width=14), "the input"),
+    "the input's channels": (spec(color="rgb", mean=(0.0,) * 3, std=(1.0,) * 3), "the input"),
+    "a large input": (spec(height=2000, width=2000), "the input"),
+    "an output of half the size": (outputs(("logits", (5,))), r"'logits' is f32 \[\?,5\].*\[\?,10\]"),
+    "an output of another form": (outputs(("logits", (2, 5))), "'logits'"),
+    "an output that is none": (outputs(("scores", (10,))), "'scores', and the graph's are logits"),
+    "two outputs": (outputs(("logits", (10,)), ("more", (10,))), "'more'"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_manifest_that_does_not_say_what_the_graph_is_is_refused_with_the_first_difference(copy, lie):
+    change, words = LIES[lie]
+    files = {name: copy.read(name) for name in copy.manifest.files}
+    with pytest.raises(BundleError, match=rf"manifest\.json says .*{words}.*export the bundle again") as error:
+        get_model(save_bundle(copy.storage, change(copy.manifest), files))
+    assert "\n" not in str(error.value)
+
+
+def serialized(model: ov.Model) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        ov.save_model(model, f"{folder}/model.xml", compress_to_fp16=False)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def graph(shape: list[int], element: ov.Type = ov.Type.f32, inputs: int = 1, named: bool = True) -> ov.Model:
+    """Sums over each image, ten times."""
+    images = [opset.parameter([*shape, 28, 28, 1], ov.Type.u8) for _ in range(inputs)]
+    sums = opset.reduce_sum(opset.convert(images[0], "f32"), np.array([1, 2]), keep_dims=False)
+    model = ov.Model([opset.convert(opset.concat([sums] * 10, 1), element)], images)
+    if named:
+        model.outputs[0].set_names({"logits"})
+    return model
+
+
+GRAPHS = {
+    "two inputs": (graph([-1], inputs=2), "one input, and the graph has 2"),
+    "a batch of one": (graph([1]), "the input is"),
+    "an output of 16 bits": (graph([-1], ov.Type.f16), "'logits' is f32 .* is f16"),
+    "an output without a name": (graph([-1], named=False), "'logits'"),
+}
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_a_graph_that_is_not_what_the_manifest_says_is_refused(copy, kind):
+    model, words = GRAPHS[kind]
+    with pytest.raises(BundleError, match=words):
+        get_model(save_bundle(copy.storage, copy.manifest, serialized(model)))
+
+
+def test_a_graph_that_is_what_the_manifest_says_is_taken(copy):
+    model = get_model(save_bundle(copy.storage, copy.manifest, serialized(graph([-1]))))
+    np.testing.assert_allclose(one_by_one(model, pixels(2))[:, 0], pixels(2).sum((1, 2, 3)))
+
+
 @pytest.mark.parametrize("graph", [b"<net/>", b"not xml", b""])
 def test_a_graph_openvino_cannot_read_names_the_bundle(copy, graph):
     files = dict(copy.manifest.files, **{"model.xml": hashlib.sha256(graph).hexdigest()})
@@ -128,6 +200,18 @@ def test_a_graph_openvino_cannot_read_names_the_bundle(copy, graph):
     with pytest.raises(BundleError) as error:
         get_model(spoilt)
     assert "OpenVINO" in str(error.value) and copy.storage.root in str(error.value)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_compiled_models_are_kept_where_nobody_else_can_write_or_nowhere(bundle, monkeypatch, tmp_path, taken):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / f"spark-vision-{os.geteuid()}"
+    if taken:
+        folder.mkdir()
+        folder.chmod(0o777)
+    assert len(one_by_one(get_model(bundle), pixels(2))) == 2
+    assert len(list(folder.rglob("*.blob"))) == (0 if taken else 1)
+    assert folder.stat().st_mode & 0o777 == (0o777 if taken else 0o700)
 
 
 def test_another_networks_weights_in_the_same_graph_are_another_model(bundle, tmp_path):

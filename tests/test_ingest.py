@@ -5,7 +5,9 @@ import pytest
 
 from helpers.config import load_config
 from helpers.errors import RunError, StorageError
-from helpers.pipeline.listing import LISTED_SCHEMA, list_images, manifest, plan
+from helpers.pipeline import stages
+from helpers.pipeline.frames import list_frames
+from helpers.pipeline.listing import LISTED_SCHEMA, UNLISTED, list_images, manifest, plan
 from helpers.pipeline.stages import MANIFEST_SCHEMA
 from helpers.storage import open_storage
 
@@ -74,7 +76,56 @@ def test_a_location_that_is_not_there_is_an_error(storage, config):
 def test_a_name_that_is_no_text_does_not_stop_the_others(storage, config):
     storage.write("good.png", b"1")
     os.close(os.open(os.fsencode(storage.root) + b"/caf\xe9.png", os.O_CREAT))
-    assert "good.png" in listed(storage, config)
+    assert listed(storage, config) == ["caf\\xe9.png", "good.png"]
+
+
+@pytest.mark.parametrize("followed", [False, True])
+def test_links_that_lead_out_of_the_source_are_error_rows_or_counted_unless_asked_for(storage, tmp_path, followed):
+    storage.write("a.png", b"1")
+    open_storage(str(tmp_path)).write("elsewhere/b.png", b"12")
+    for name, target in {"b.png": "../elsewhere/b.png", "b.mp4": "../elsewhere/b.png", "c": "../elsewhere"}.items():
+        (tmp_path / "photos" / name).symlink_to(target)
+    listing = list_images(storage, load_config("local", **{"ingest.outside_links": followed}))
+    errors = dict(zip(listing.images["path"].to_pylist(), listing.images["error"].to_pylist(), strict=True))
+    names = {path.removeprefix(f"{storage.root}/"): error for path, error in errors.items()}
+    if followed:
+        assert names == dict.fromkeys(["a.png", "b.png", "c/b.png"]) and listing.left_out == {}
+    else:
+        assert set(names) == {"a.png", "b.png"} and names["a.png"] is None
+        assert "leads out of the source" in names["b.png"]
+        assert "leads out of the source" in listing.videos["error"][0].as_py()
+        assert listing.left_out == {"not followed or unreadable": 1}
+
+
+def test_what_the_listing_has_found_wrong_is_not_read(storage, tmp_path):
+    storage.write("a.png", b"1")
+    open_storage(str(tmp_path)).write("elsewhere/b.png", b"12")
+    for name in ("b.png", "b.mp4"):
+        (tmp_path / "photos" / name).symlink_to("../elsewhere/b.png")
+    listing = list_images(storage, load_config("local"))
+    (rows,) = stages.read_images(listing.images.to_batches(), storage, 8, 2**20)
+    contents = dict(zip(rows["path"].to_pylist(), rows["content"].to_pylist(), strict=True))
+    assert contents == {storage.join("a.png"): b"1", storage.join("b.png"): None}
+    (video,) = list_frames(listing.videos.to_batches(), storage, 1, 10**6)
+    assert "leads out of the source" in video["error"][0].as_py() and video["count"][0].as_py() is None
+
+
+def test_folders_that_cannot_be_listed_are_told_counted_and_cost_no_other(storage, config, monkeypatch, caplog):
+    scan = os.scandir
+    for name in ("a.png", *(f"locked {number}/b.png" for number in range(25)), ".hidden locked 1/c.png"):
+        storage.write(name, b"1")
+
+    def refuse(folder):
+        if "locked" in folder:
+            raise PermissionError(13, "Permission denied")
+        return scan(folder)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    listing = list_images(storage, config)
+    assert listing.images["path"].to_pylist() == [storage.join("a.png")]
+    assert listing.left_out == {UNLISTED: 25, "hidden": 1}
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert 1 <= len(told) <= 10 and all("cannot be listed (Permission denied)" in line for line in told)
 
 
 def test_the_manifest_has_every_image_once_in_its_planned_partition(samples, config):

@@ -1,6 +1,7 @@
 """Both readers give the same images, and a run's dashboard holds what happened."""
 
 import logging
+import os
 import shutil
 import struct
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from pyspark import cloudpickle
@@ -17,6 +19,7 @@ from helpers import pipeline
 from helpers.config import load_config
 from helpers.images.decoding import decode, load
 from helpers.images.spec import InputSpec
+from helpers.pipeline import readers
 from helpers.pipeline.listing import list_images, manifest, plan
 from helpers.pipeline.readers import choose_reader, read_by_spark
 from helpers.pipeline.task import STAGES
@@ -73,6 +76,106 @@ def test_spark_divides_what_it_reads(spark, photos):
     config = load_config("local", **{"reader": "spark", "partitioning.target_bytes": 100_000})
     assert pipeline.ingest(spark, str(photos), config).where("length > 0").toArrow().num_rows == 64
     assert spark.conf.get("spark.sql.files.maxPartitionBytes") == "100000"
+
+
+@pytest.fixture
+def trap(photos) -> Path:
+    """What Spark cannot read, what it passes over, and what nobody may make it read."""
+    good = (photos / "bags" / "sample 018.bmp").read_bytes()
+    for name in ("2026-01-01T10:00:00.bmp", "_MG_0001.bmp", "_folder/a.bmp", "part=1/b.bmp", "name=\\xff.bmp"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(good)
+    (photos / os.fsdecode(b"bytes\xff.bmp")).write_bytes(good)
+    for name in ("backup.tar", "scan.tiff", "notes"):
+        with (photos / name).open("wb") as file:
+            file.truncate(3 * 2**30)
+    for number in (1, 2):
+        (photos / "clothes" / f"up {number}").symlink_to("..", target_is_directory=True)
+    (photos / "folder.png").mkdir()
+    return photos
+
+
+TRAP_GOOD = {"2026-01-01T10:00:00.bmp", "_MG_0001.bmp", "_folder/a.bmp", "part=1/b.bmp", "name=\\x5cxff.bmp"}
+TRAP_GOOD |= {"bytes\\xff.bmp"}
+
+
+def test_spark_reads_what_was_listed_and_nothing_else_of_the_source(spark, trap, bundle_uri, tmp_path):
+    rows = {
+        row["path"].removeprefix(f"{trap}/"): row
+        for row in run(spark, trap, bundle_uri, tmp_path / "out", reader="spark")
+    }
+    assert len(rows) == 65 + len(TRAP_GOOD) + 2
+    assert {name for name in TRAP_GOOD if rows[name]["error"]} == set()
+    assert "2 GB" in rows["scan.tiff"]["error"] and rows["folder.png"]["error"]
+    assert sum(row["error"] is not None for row in rows.values()) == 4 + 2
+
+
+def test_stage_1_by_spark_has_a_row_for_each_image(spark, trap):
+    rows = {
+        row.path.removeprefix(f"{trap}/"): row
+        for row in pipeline.ingest(spark, str(trap), load_config("local", reader="spark")).collect()
+    }
+    assert len(rows) == 65 + len(TRAP_GOOD) + 2
+    passed = {name for name, row in rows.items() if "passes over" in (row.error or "")}
+    assert passed == {"2026-01-01T10:00:00.bmp", "_MG_0001.bmp", "name=\\x5cxff.bmp", "bytes\\xff.bmp"}
+    assert rows["_folder/a.bmp"].content == rows["part=1/b.bmp"].content == (trap / "part=1/b.bmp").read_bytes()
+
+
+def test_a_colon_in_a_name_is_no_harm_where_nothing_must_be_escaped(spark, samples, bundle_uri, tmp_path):
+    source = shutil.copytree(samples, tmp_path / "photos")
+    shutil.copy(source / "bags" / "sample 018.bmp", source / "2026-01-01T10:00:00.bmp")
+    assert run(spark, source, bundle_uri, tmp_path / "spark", reader="spark") == run(
+        spark, source, bundle_uri, tmp_path / "files", reader="files"
+    )
+
+
+def test_the_listed_length_is_pushed_down_to_spark_and_the_plan_has_the_listed_paths_alone(spark, photos, capsys):
+    config, storage = load_config("local"), open_storage(str(photos))
+    images = list_images(storage, config).images
+    images = images.filter(pc.greater(images["length"], 0)).slice(0, 3)
+    (frame,) = read_by_spark(spark, storage, manifest(images, plan(images, 2, config)), config)
+    frame.explain()
+    shown = capsys.readouterr().out
+    assert "InMemoryFileIndex(3 paths)" in shown
+    assert f"LessThanOrEqual(length,{pc.max(images['length']).as_py()})" in shown
+
+
+def test_a_file_that_has_grown_since_it_was_listed_is_not_opened_by_spark(spark, deletable_photos):
+    storage, config, images = deletable_photos
+    frames = list(read_by_spark(spark, storage, images, config))
+    with open(images["path"][0].as_py(), "ab") as file:  # noqa: PTH123
+        file.truncate(3 * 2**30)
+    assert sum(frame.count() for frame in frames) == images.num_rows - 1
+
+
+@pytest.fixture
+def deletable_photos(photos):
+    config, storage = load_config("local"), open_storage(str(photos))
+    images = list_images(storage, config).images
+    images = images.filter(pc.greater(images["length"], 0))
+    return storage, config, manifest(images, plan(images, 2, config))
+
+
+def test_files_that_have_gone_cost_themselves_before_and_while_spark_looks_for_them(spark, deletable_photos):
+    storage, config, images = deletable_photos
+    for path in images["path"].to_pylist()[:5]:
+        Path(path).unlink()
+    (frame,) = read_by_spark(spark, storage, images, config)
+    Path(images["path"][5].as_py()).unlink()
+    assert {row.path for row in frame.select("path").collect()} == set(images["path"].to_pylist()[6:])
+    for path in images["path"].to_pylist()[6:]:
+        Path(path).unlink()
+    (frame,) = read_by_spark(spark, storage, images, config)
+    assert frame.count() == 0
+
+
+def test_a_run_of_several_plans_gives_each_image_once(spark, photos, bundle_uri, tmp_path, monkeypatch):
+    expected = run(spark, photos, bundle_uri, tmp_path / "one", reader="spark")
+    monkeypatch.setattr(readers, "FILES_A_PLAN", 7)
+    assert run(spark, photos, bundle_uri, tmp_path / "ten", reader="spark") == expected
+    (records,) = (tmp_path / "ten" / "runs").glob("*.parquet")
+    partitions = pq.read_table(records)["partition"].to_pylist()
+    assert len(partitions) == len(set(partitions)) > 9
 
 
 def test_an_image_changed_under_a_run_by_spark_is_not_lost(spark, photos, bundle_uri, tmp_path):

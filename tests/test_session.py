@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers import java, session
+from helpers import temporary as temporary_module
 from helpers.config import PROJECT, load_config
 from helpers.errors import HostError
 from helpers.java import check_java
@@ -153,6 +154,78 @@ def test_a_renamed_module_is_another_archive(temporary, project):
     assert names_in(pack_helpers()) == ["helpers/__init__.py", "helpers/one.py"]
     (project / "one.py").rename(project / "two.py")
     assert names_in(pack_helpers()) == ["helpers/__init__.py", "helpers/two.py"]
+
+
+def plant(folder: Path) -> None:
+    """What an attacker leaves who knows the name of this user's folder, and the name of the archive to come."""
+    name = pack_helpers().name
+    shutil.rmtree(folder)
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    with zipfile.ZipFile(folder / name, "w") as package:
+        package.writestr("helpers/__init__.py", "print('planted')\n")
+
+
+def as_another_user(folder: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can be another user")
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, 65534, 65534)
+    folder.chmod(0o755)
+
+
+def as_a_link(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.with_name("elsewhere").chmod(0o700)
+    folder.symlink_to(folder.with_name("elsewhere"), target_is_directory=True)
+
+
+def as_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
+TAKEN = [as_another_user, as_a_link, as_a_file, lambda folder: folder.chmod(0o770), lambda folder: folder.chmod(0o777)]
+
+
+@pytest.mark.parametrize("take", TAKEN)
+def test_code_that_another_user_has_planted_in_the_temporary_folder_is_never_shipped(temporary, project, take):
+    folder = temporary / f"spark-vision-{os.geteuid()}"
+    plant(folder)
+    take(folder)
+    before = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    archive = pack_helpers()
+    assert archive.parent != folder and archive.parent.stat().st_mode & 0o077 == 0
+    with zipfile.ZipFile(archive) as package:
+        assert package.read("helpers/__init__.py") == b""
+    assert before == (sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [])
+    assert temporary_module.user_folder() is None
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"anything else"])
+def test_an_archive_that_is_not_what_it_should_be_is_made_anew(temporary, project, content):
+    archive = pack_helpers()
+    made = archive.read_bytes()
+    archive.write_bytes(content)
+    assert pack_helpers() == archive and archive.read_bytes() == made
+
+
+def test_the_archive_depends_on_the_modules_alone(temporary, project):
+    archive = pack_helpers()
+    os.utime(project / "one.py", (0, 10**9))
+    (project / "one.py").chmod(0o777)
+    archive.unlink()
+    assert pack_helpers() == archive
+
+
+def test_the_users_own_folder_is_nobody_elses_whatever_the_umask(temporary):
+    before = os.umask(0)
+    try:
+        folder = temporary_module.user_folder()
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert temporary_module.user_folder() == folder
 
 
 class FakeSpark:

@@ -6,13 +6,18 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
 from helpers.config import load_config
 from helpers.errors import StorageError
@@ -382,6 +387,204 @@ def test_a_link_to_a_file_has_the_files_length(local, tmp_path):
     local.write("real.png", b"123")
     (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
     assert {entry.length for entry in local.list()} == {3}
+
+
+def links(local, tmp_path) -> None:
+    """A location with links that stay in it and links that lead out of it."""
+    (tmp_path / "else" / "where").mkdir(parents=True)
+    (tmp_path / "else" / "where" / "b.png").write_bytes(b"12")
+    for name, target in {
+        "in.png": "real/a.png",
+        "in": "real",
+        "absolute.png": tmp_path / "linked root" / "real" / "a.png",
+        "out.png": tmp_path / "else" / "where" / "b.png",
+        "out": "../else/where",
+        "out of proc": "/proc",
+        "nowhere.png": "real/none.png",
+        "nowhere outside.png": "../else/none.png",
+        "beside.png": "../source too/c.png",
+    }.items():
+        (Path(local.root) / name).symlink_to(target)
+
+
+@pytest.fixture
+def linked(tmp_path) -> LocalStorage:
+    local = open_storage(str(tmp_path / "source"))
+    local.write("real/a.png", b"1")
+    open_storage(str(tmp_path / "source too")).write("c.png", b"123")
+    (tmp_path / "linked root").symlink_to("source")
+    links(local, tmp_path)
+    return local
+
+
+LEADING_OUT = {"out.png", "out", "out of proc", "nowhere outside.png", "beside.png"}
+
+
+@pytest.mark.parametrize("root", ["source", "linked root"])
+def test_links_that_lead_out_of_a_source_are_entries_that_say_so(linked, tmp_path, root):
+    storage = open_storage(str(tmp_path / root))
+    entries = {entry.path.removeprefix(f"{storage.root}/"): entry for entry in storage.list(outside_links=False)}
+    assert set(entries) == {"real/a.png", "in.png", "absolute.png", "nowhere.png", *LEADING_OUT}
+    for name, entry in entries.items():
+        assert ("leads out of the source" in (entry.error or "")) == (name in LEADING_OUT), name
+        assert entry.length == (1 if name in ("real/a.png", "in.png", "absolute.png") else entry.length)
+
+
+def test_links_that_lead_out_are_followed_where_that_is_asked_for(linked):
+    (Path(linked.root) / "out of proc").unlink()
+    names = {entry.path.removeprefix(f"{linked.root}/"): entry.length for entry in linked.list(outside_links=True)}
+    assert names["out.png"] == 2 and names["out/b.png"] == 2 and names["beside.png"] == 3
+
+
+def test_what_has_a_path_of_its_own_is_not_listed_below_a_link(local, tmp_path):
+    for name in ("a", "m", "z"):
+        (tmp_path / name).symlink_to("folder", target_is_directory=True)
+        local.write("folder/deep/x.png", b"")
+        assert [entry.path for entry in local.list() if entry.path.endswith(".png")] == [
+            local.join("folder/deep/x.png")
+        ]
+
+
+def test_folders_are_told_apart_where_every_inode_is_0(local, monkeypatch):
+    for name in ("a/1.png", "b/2.png", "b/c/3.png", "skipped/4.png"):
+        local.write(name, b"")
+    real = os.stat
+
+    def numberless(path, **options):
+        status = real(path, **options)
+        return SimpleNamespace(
+            **{name: getattr(status, name) for name in dir(status) if name[:3] == "st_"} | {"st_ino": 0}
+        )
+
+    monkeypatch.setattr("os.stat", numberless)
+    listed = local.list(skip=[local.join("skipped")])
+    assert {entry.path for entry in listed} == {local.join(name) for name in ("a/1.png", "b/2.png", "b/c/3.png")}
+
+
+def test_a_chain_of_links_of_any_length_is_one_entry(local, tmp_path):
+    local.write("good.png", b"1")
+    for number in range(3000):
+        (tmp_path / f"{number}.png").symlink_to(f"{number + 1}.png")
+    entries = list(local.list(tolerant=True, outside_links=False))
+    assert len(entries) == 3001
+    with pytest.raises(OSError, match="symbolic links"):
+        local.read("0.png")
+
+
+def make_deep(folder: Path, name: str, depth: int) -> None:
+    """A file whose path is longer than the operating system takes; only its folder's own process can make it."""
+    script = "import os, sys\nfor _ in range(int(sys.argv[3])):\n    os.mkdir('d' * 200)\n    os.chdir('d' * 200)\n\
+    open(sys.argv[2], 'w').close()"
+    subprocess.run([sys.executable, "-c", script, "", name, str(depth)], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x" * 251 + ".png"])
+def test_a_path_that_is_too_long_costs_what_is_below_it(local, tmp_path, name):
+    local.write("good.png", b"1")
+    for depth in (18, 30):
+        (tmp_path / str(depth)).mkdir()
+        make_deep(tmp_path / str(depth), name, depth)
+    entries = list(local.list(tolerant=True))
+    assert [entry.path for entry in entries if entry.error is None and entry.length] == [local.join("good.png")]
+    wrong = [entry for entry in entries if entry.error]
+    assert wrong and all("too long" in entry.error.lower() for entry in wrong)
+
+
+def test_what_cannot_be_looked_at_is_an_entry_with_the_reason(local, monkeypatch):
+    for name in ("good.png", "bad.png", "value.png", "folder/x.png"):
+        local.write(name, b"1")
+    failures = {"bad.png": OSError(5, "Input/output error"), "value.png": ValueError("odd")}
+    failures = {local.join(name): error for name, error in failures.items()}
+    for function in ("stat", "lstat"):
+        monkeypatch.setattr(f"os.{function}", failing(getattr(os, function), failures))
+    entries = {entry.path.removeprefix(f"{local.root}/"): entry.error for entry in local.list()}
+    assert entries["good.png"] is None and entries["folder/x.png"] is None
+    assert "Input/output error" in entries["bad.png"] and "odd" in entries["value.png"]
+
+
+def failing(function: Callable, failures: dict[str, Exception]) -> Callable:
+    def call(path, *arguments, **options):
+        if str(path) in failures:
+            raise failures[str(path)]
+        return function(path, *arguments, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_folder_that_cannot_be_listed_costs_its_own_files_only(local, monkeypatch, error):
+    for name in ("good.png", "locked/a.png", "z/deep/b.png"):
+        local.write(name, b"1")
+    monkeypatch.setattr("os.scandir", failing(os.scandir, {local.join("locked"): error}))
+    entries = {entry.path: entry for entry in local.list(tolerant=True)}
+    locked = entries.pop(local.join("locked"))
+    assert locked.is_directory and error.strerror in locked.error
+    assert set(entries) == {local.join("good.png"), local.join("z/deep/b.png")}
+    with pytest.raises(StorageError, match=rf"locked: this folder cannot be listed \({error.strerror}\)"):
+        list(local.list())
+
+
+def test_a_location_that_cannot_be_looked_at_is_told_in_one_line(tmp_path):
+    storage = open_storage(str(tmp_path / ("x" * 300)))
+    for look in (lambda: storage.exists(""), lambda: list(storage.list())):
+        with pytest.raises(StorageError, match="too long"):
+            look()
+
+
+@pytest.mark.parametrize("seconds", [300_000_000_000, -70_000_000_000, 2**62])
+def test_a_time_that_no_calendar_has_is_an_entry_with_the_reason(local, monkeypatch, seconds):
+    for name in ("good.png", "odd.png", "folder/x.png"):
+        local.write(name, b"1")
+    real, odd = os.stat, local.join("odd.png")
+
+    def far(path, **options):
+        status = real(path, **options)
+        return (
+            SimpleNamespace(st_mode=status.st_mode, st_size=1, st_mtime_ns=seconds * 10**9) if path == odd else status
+        )
+
+    monkeypatch.setattr("os.stat", far)
+    entries = {entry.path: entry for entry in local.list()}
+    assert "modification time" in entries.pop(odd).error
+    assert {entry.error for entry in entries.values()} == {None} and len(entries) == 2
+
+
+BYTES = st.sampled_from(
+    [b"\\", b"x", b"5", b"c", b"f", b"8", b"\xff", b"\x80", b"a", "é".encode(), b"\xc3", b"\n", b" "]
+)
+FILE_NAMES = st.sets(st.lists(BYTES, min_size=1, max_size=12).map(b"".join), min_size=1, max_size=12)
+
+
+@given(FILE_NAMES)
+@settings_of_hypothesis(deadline=None, max_examples=200)
+def test_every_name_of_bytes_has_a_path_of_its_own_that_reads_the_same_file(names):
+    with tempfile.TemporaryDirectory() as folder:
+        root = os.fsencode(folder) + b"/d\xff\\xff"
+        os.mkdir(root)  # noqa: PTH102 - of bytes
+        for name in names:
+            Path(os.fsdecode(root + b"/" + name)).write_bytes(name)
+        storage = open_storage(os.fsdecode(root))
+        entries = list(storage.list())
+        assert {storage.read(entry.path) for entry in entries} == names
+        assert len({entry.path for entry in entries}) == len(names)
+        for entry in entries:
+            entry.path.encode()  # any reader can have it
+            assert entry.path.startswith(f"{storage.root}/")
+            again = pickle.loads(pickle.dumps(storage))
+            assert again.read(entry.path.removeprefix(f"{storage.root}/")) == storage.read(entry.path)
+            again.delete(entry.path)
+        assert not list(storage.list())
+
+
+def test_a_device_is_never_opened(tmp_path, monkeypatch):
+    (tmp_path / "watchdog.jpg").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    opened = []
+    monkeypatch.setattr("os.open", lambda *arguments, **options: opened.append(arguments))
+    for name in ("watchdog.jpg", "pipe.jpg"):
+        with pytest.raises(OSError, match="not a file"):
+            open_storage(str(tmp_path)).read(name)
+    assert opened == []
 
 
 def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):

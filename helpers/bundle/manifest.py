@@ -10,16 +10,25 @@ Executors import this module, so it needs the standard library only.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+import math
+import re
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import islice
+from typing import Any, get_args, get_origin
 
-from helpers.errors import BundleError
+from helpers.errors import BundleError, StorageError
 from helpers.images.spec import COLORS, RESIZE_RULES, InputSpec
 from helpers.storage import Storage
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+ARITHMETIC = ("f32", "bf16", "f16")
+MANIFEST_BYTES = 16 * 2**20  # at most; a million labels fit
+TENSOR_BYTES = 2**30  # of one image's input or output, at most
+DEPTH = 8  # of what is free in form
+MESSAGE = 200  # characters of a message that repeats names of the manifest's own
+SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ def load_bundle(storage: Storage) -> Bundle:
     """
     path = storage.join(MANIFEST)
     try:
-        values = json.loads(storage.read(MANIFEST))
+        values = json.loads(_read_manifest(storage))
     except OSError as error:
         raise BundleError(
             f"no model bundle at {storage.root}: {MANIFEST} cannot be read ({error.strerror or error}); "
@@ -121,41 +130,106 @@ def load_bundle(storage: Storage) -> Bundle:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise BundleError(f"{path} has not format {FORMAT}; export the bundle again with this version")
     try:
-        _check_types(values)
-        manifest = Manifest(
-            **{
-                **values,
-                "input": InputSpec(**_tuples(values["input"])),
-                "outputs": tuple(OutputSpec(**_tuples(o)) for o in values["outputs"]),
-                "labels": tuple(values["labels"]),
-            }
-        )
-        _check(manifest, path)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise BundleError(f"{path} is incomplete or has unknown entries: {error}; export the bundle again") from None
+        manifest = _parse(Manifest, values, "")
+        _check(manifest)
+    except ValueError as error:
+        raise BundleError(f"{path} is incomplete or wrong: {error}; export the bundle again") from None
     return Bundle(storage, manifest)
 
 
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+def _read_manifest(storage: Storage) -> bytes:
+    """Raises OSError where there is none, and ValueError where it is too long to be one."""
+    try:
+        lengths = [entry.length for entry in islice(storage.list(MANIFEST), 1)]
+    except StorageError:
+        lengths = []  # there is none, and reading says so
+    if lengths and lengths[0] > MANIFEST_BYTES:
+        raise ValueError(f"it has {lengths[0]} bytes")
+    return storage.read(MANIFEST)
 
 
-def _check_types(values: dict[str, Any]) -> None:
-    kinds = {"input": dict, "outputs": list, "labels": list, "postprocess": dict, "files": dict, "flops": int}
-    for name, kind in kinds.items():
-        if not isinstance(values[name], kind):
-            raise TypeError(f"{name} is a {type(values[name]).__name__}, not a {kind.__name__}")
-    sizes = [values["input"]["height"], values["input"]["width"]]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise TypeError(f"input.height and input.width are {sizes}, not positive whole numbers")
+def _parse(kind: Any, value: Any, name: str) -> Any:
+    """What JSON gave as a dataclass, tuple, dictionary or plain value of the annotated type; raises ValueError."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        _expect(isinstance(value, dict), name or "the whole", value, "an object")
+        known = {field.name: field for field in fields(kind)}
+        required = {key for key, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+        wrong = [f"no {_below(name, key)}" for key in sorted(required - set(value))]
+        wrong += [f"an unknown {_below(name, key)}" for key in sorted(set(value) - set(known))]
+        if wrong:
+            raise ValueError(f"there is {wrong[0]}"[:MESSAGE])
+        return kind(**{key: _parse(known[key].type, item, _below(name, key)) for key, item in value.items()})
+    if get_origin(kind) is tuple:
+        _expect(isinstance(value, list), name, value, "a list")
+        return tuple(_parse(get_args(kind)[0], item, f"{name}[{position}]") for position, item in enumerate(value))
+    if get_origin(kind) is dict:
+        _expect(isinstance(value, dict), name, value, "an object")
+        return {
+            _plain(str, key, name): _parse(get_args(kind)[1], item, _below(name, key)) for key, item in value.items()
+        }
+    return _free(value, name) if kind is Any else _plain(kind, value, name)
 
 
-def _check(manifest: Manifest, path: str) -> None:
+def _plain(kind: type, value: Any, name: str) -> Any:
+    if kind is str:
+        # Unpaired surrogates can be in no file and no table.
+        _expect(isinstance(value, str) and not SURROGATES.search(value), name, value, "text")
+    elif kind is int:
+        _expect(type(value) is int and abs(value) < 2**63, name, value, "a whole number of 64 bits")
+    else:
+        _expect(type(value) in (int, float) and abs(value) < 2**63, name, value, "a number")
+    return value
+
+
+def _free(value: Any, name: str, depth: int = 0) -> Any:
+    """A value of any form, without what cannot be written again: endless numbers, and nesting without end."""
+    if isinstance(value, dict | list):
+        _expect(depth < DEPTH, name, value, f"nested {DEPTH} levels at most")
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
+            _free(item, name, depth + 1)
+    elif value is not None and not isinstance(value, bool):
+        _plain(str if isinstance(value, str) else float, value, name)
+    return value
+
+
+def _expect(is_so: bool, name: str, value: Any, wanted: str) -> None:
+    if not is_so:
+        shown = type(value).__name__ if isinstance(value, dict | list | str) else value
+        raise ValueError(f"{name} is {shown}, not {wanted}"[:MESSAGE])
+
+
+def _check(manifest: Manifest) -> None:
+    """What the types do not say; raises ValueError."""
     spec = manifest.input
-    if spec.color not in COLORS:
-        raise BundleError(f"{path}: input.color is {spec.color!r}, not one of {', '.join(COLORS)}")
-    if spec.resize not in RESIZE_RULES:
-        raise BundleError(f"{path}: input.resize is {spec.resize!r}, not one of {', '.join(RESIZE_RULES)}")
-    values = [spec.mean, spec.std]
-    if not all(isinstance(v, tuple) and len(v) == COLORS[spec.color] for v in values):
-        raise BundleError(f"{path}: input.mean and input.std need one value a channel, {COLORS[spec.color]}")
+    for name, value, known in (
+        ("input.color", spec.color, COLORS),
+        ("input.resize", spec.resize, RESIZE_RULES),
+        ("arithmetic", manifest.arithmetic, ARITHMETIC),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value[:40]!r}, not one of {', '.join(known)}")
+    for name, values in (("input.mean", spec.mean), ("input.std", spec.std)):
+        if len(values) != COLORS[spec.color]:
+            raise ValueError(f"{name} needs one value a channel, {COLORS[spec.color]}")
+    _expect(all(value > 0 for value in spec.std), "input.std", min(spec.std), "above 0")
+    _expect(0 <= spec.scaled_decoding <= 1000, "input.scaled_decoding", spec.scaled_decoding, "from 0 to 1000")
+    _expect(manifest.flops >= 0, "flops", manifest.flops, "0 or more")
+    _check_size("input", spec.shape, 1)
+    for output in manifest.outputs:
+        _check_size(f"outputs: {output.name[:40]!r}", output.shape, 4)
+    names = [output.name for output in manifest.outputs]
+    if not names or len(set(names)) < len(names):
+        raise ValueError("outputs are none, or two have the same name")
+    for name in manifest.files:
+        if not re.fullmatch(r"[^/\\\0]+", name) or name in (".", "..", MANIFEST):
+            raise ValueError(f"files names {name[:40]!r}, which is no file of the bundle's own folder")
+
+
+def _check_size(name: str, shape: tuple[int, ...], item_bytes: int) -> None:
+    if len(shape) > DEPTH or min(shape, default=1) < 1 or math.prod(shape) * item_bytes > TENSOR_BYTES:
+        raise ValueError(f"{name} has the shape {str(shape)[:60]}, not one of 1 to {TENSOR_BYTES} bytes")
+
+
+def _below(name: str, key: str) -> str:
+    shown = ascii(key)[1:-1]  # it may be of any characters, and messages are of one line
+    return f"{name}.{shown}" if name else shown

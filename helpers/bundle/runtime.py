@@ -5,25 +5,24 @@ Executors import this module; it needs numpy and OpenVINO only.
 
 import gc
 import logging
-import os
-import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 
-from helpers.bundle.manifest import Bundle
-from helpers.errors import BundleError
+from helpers.bundle.manifest import MANIFEST, Bundle
+from helpers.errors import BundleError, first_line
 from helpers.memory import resident_megabytes
+from helpers.temporary import user_folder
 
 log = logging.getLogger(__name__)
 
 SINGLE_MEGABYTES = 1  # inputs and outputs of which not even two images fit into this are inferred one by one
+ANY = -1  # length of a dimension that is open
 REQUESTS = 2  # one batch is inferred while the next is read and decoded
 
 _models: dict[tuple[str, str, int], "Model"] = {}
@@ -117,14 +116,39 @@ def read_graph(core: ov.Core, bundle: Bundle) -> tuple[ov.Model, bool]:
     Large inputs and outputs gain nothing from batches, and a graph of fixed shapes is faster.
 
     Raises:
-        BundleError: a file is missing or damaged.
+        BundleError: a file is missing or damaged, or the graph is not what the manifest says.
         RuntimeError: OpenVINO cannot read it.
     """
     graph = core.read_model(model=bundle.read("model.xml"), weights=bundle.read("model.bin"))
-    single = batch_size(bundle, SINGLE_MEGABYTES, most=2) == 1
+    manifest, single = bundle.manifest, batch_size(bundle, SINGLE_MEGABYTES, most=2) == 1
+    batch = 1 if single else ANY
+    if len(graph.inputs) != 1:
+        raise _lies(bundle, f"one input, and the graph has {len(graph.inputs)}")
+    _compare(bundle, "that the input", graph.inputs[0], "u8", manifest.input.shape, {batch, ANY})
     if single:
-        graph.reshape([1, *bundle.manifest.input.shape])
+        graph.reshape([1, *manifest.input.shape])
+    ports = {name: port for port in graph.outputs for name in port.get_names()}
+    for output in manifest.outputs:
+        if output.name not in ports:
+            raise _lies(bundle, f"an output {output.name!r}, and the graph's are {', '.join(sorted(ports))}")
+        _compare(bundle, f"that the output {output.name!r}", ports[output.name], "f32", output.shape, {batch})
+    if len(manifest.outputs) != len(graph.outputs):
+        raise _lies(bundle, f"{len(manifest.outputs)} outputs, and the graph has {len(graph.outputs)}")
     return graph, single
+
+
+def _compare(
+    bundle: Bundle, what: str, port: Any, element: str, shape: tuple[int, ...], batches: Collection[int]
+) -> None:
+    """Compare what the manifest says of an input or output with the graph's own, which takes so many images."""
+    found, kind = port.get_partial_shape(), port.get_element_type().get_type_name()
+    lengths = [d.get_length() if d.is_static else ANY for d in found] if found.rank.is_static else []
+    if kind != element or lengths not in [[batch, *shape] for batch in batches]:
+        raise _lies(bundle, f"{what} is {element} [?,{','.join(map(str, shape))}], and the graph's is {kind} {found}")
+
+
+def _lies(bundle: Bundle, difference: str) -> BundleError:
+    return BundleError(f"{bundle.storage.join(MANIFEST)} says {difference}; export the bundle again")
 
 
 def compile_options(precision: str, threads: int) -> dict[str, Any]:
@@ -156,12 +180,13 @@ def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
 def _load(bundle: Bundle, precision: str, threads: int) -> Model:
     start = time.perf_counter()
     core = ov.Core()
-    core.set_property({"CACHE_DIR": str(Path(tempfile.gettempdir(), f"spark-vision-{os.getuid()}", "openvino"))})
+    if folder := user_folder():
+        core.set_property({"CACHE_DIR": str(folder / "openvino")})
     try:
         graph, single = read_graph(core, bundle)
         compiled = core.compile_model(graph, "CPU", compile_options(precision, threads))
     except RuntimeError as error:
-        raise BundleError(f"OpenVINO {ov.__version__} cannot load {bundle.storage.root}: {error}") from None
+        raise BundleError(f"OpenVINO {ov.__version__} cannot load {bundle.storage.root}: {first_line(error)}") from None
     if precision == "bf16" and not has_bf16():
         log.warning("this CPU has no bfloat16 units, so it computes %s in 32 bits", bundle.manifest.model)
     seconds = time.perf_counter() - start

@@ -212,7 +212,8 @@ def calibration_images(storage: Storage, architecture: Architecture, config: Con
         content = storage.read(path, config.max_image_bytes)
         return load(content, architecture.input, config.ingest.max_pixels)[0]
 
-    paths = sorted(list_images(storage, config).images["path"].to_pylist())
+    images = list_images(storage, config).images
+    paths = sorted(images.filter(images["error"].is_null())["path"].to_pylist())
     for path in paths[:: max(1, len(paths) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]:
         image, error = attempt(prepare, path)
         if image is None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from helpers.errors import UserError
-from helpers.storage.credentials import redact
+from helpers.redaction import redact
 
 R = TypeVar("R")
 

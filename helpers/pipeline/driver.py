@@ -12,7 +12,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from helpers.errors import RunError, StorageError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, stages
 from helpers.pipeline.postprocessing import parameters_for
-from helpers.pipeline.readers import add_frames, choose_reader, planned_paths, read_by_spark, reading
+from helpers.pipeline.readers import add_frames, choose_reader, frame_by_spark, planned_paths, read_by_spark, reading
 from helpers.pipeline.records import Stopwatch, describe, write_record
 from helpers.pipeline.results import ResultStore
 from helpers.pipeline.rows import is_among, outdated, replaced, settled, without
@@ -37,7 +37,7 @@ from helpers.tracking.dashboard import log_run
 from helpers.tracking.progress import Progress
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import DataFrame, Row, SparkSession
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class RunSummary:
     `images` are those listed, `ok` and `failed` those worked on; `skipped` have a row of an earlier run that still
     holds, with predictions or with an error of the image's bytes. `images_per_second` counts the images processed over
     the wall time of the distributed pass, model loading in it, session start-up and listing left out; `seconds` is the
-    whole run.
+    whole run. Nobody knows how many images are in the `unlisted` folders, which could not be listed.
     """
 
     images: int
@@ -60,6 +60,7 @@ class RunSummary:
     seconds: float
     images_per_second: float
     results: str
+    unlisted: int = 0
     records: list[dict[str, Any]] = field(default_factory=list, repr=False)  # `task.RECORD_SCHEMA`, one a task
     skipped_errors: Counter[str] = field(default_factory=Counter, repr=False)  # of the skipped; their counts
 
@@ -69,8 +70,8 @@ class RunSummary:
         return self.failed + self.skipped_errors.total()
 
     def to_json(self) -> str:
-        """One line, without the tasks' records and the errors of the skipped."""
-        hidden = ("records", "skipped_errors")
+        """One line, without the tasks' records, the errors of the skipped and the folders not listed."""
+        hidden = ("records", "skipped_errors", "unlisted")
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden})
 
     def reasons(self, most: int = 5) -> list[tuple[str, int]]:
@@ -92,7 +93,7 @@ def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
     plan = listing.plan(images, get_slots(spark), config)
     manifest = listing.manifest(images, plan)
     if choose_reader(spark, storage, manifest, config) == "spark":
-        return read_by_spark(spark, storage, manifest, config)
+        return frame_by_spark(spark, storage, manifest, config)
     return planned_paths(spark, manifest, plan).mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
 
 
@@ -198,7 +199,8 @@ def run(
         if records:
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(task.output, {**about, **watch.laps})
-    return _summarise(images, records, seconds, watch.laps["seconds"], store, kept)
+    summary = _summarise(images, records, seconds, watch.laps["seconds"], store, kept)
+    return replace(summary, unlisted=listed.left_out.get(listing.UNLISTED, 0))
 
 
 def make_task(source: str, model: str, output: str, config: Config) -> Task:
@@ -240,17 +242,21 @@ def _run_tasks(
     store.stage(task.run)
     try:
         if choose_reader(spark, task.source, manifest, config) == "spark":
-            frame = read_by_spark(spark, task.source, manifest, config)
+            frames = read_by_spark(spark, task.source, manifest, config)
         else:
-            frame = planned_paths(spark, manifest, plan)
+            frames = iter([planned_paths(spark, manifest, plan)])
+        rows: list[Row] = []
         with Progress(manifest.num_rows, partial(store.progress, task.run)):
-            rows = frame.mapInArrow(task, spark_schema(RECORD_SCHEMA)).collect()
+            for frame in frames:
+                numbered = replace(task, first_partition=1 + max((row.partition for row in rows), default=-1))
+                rows += frame.mapInArrow(numbered, spark_schema(RECORD_SCHEMA)).collect()
     except Exception as error:
         raise RunError(f"the run stopped: {spark_failure(error)}") from error
     records = [row.asDict(recursive=True) for row in rows]
     if sum(record["images"] for record in records) < manifest.num_rows:
-        # Spark's reader leaves out files that have gone meanwhile: here they get their error rows.
+        # What Spark's reader has passed over gets its rows here: read after all, or with the error that this gives.
         left = without(manifest, store.rows([record["file"] for record in records]))
+        log.info("the driver reads %d images that Spark has passed over", left.num_rows)
         records += [record for batch in task(left.to_batches()) for record in batch.to_pylist()]
     peak = max((record["peak_megabytes"] for record in records), default=0)
     if peak > config.inference.memory_megabytes:

@@ -37,7 +37,7 @@ def list_frames(
     """Find the frames of videos.
 
     Args:
-        batches: `KEY` of the files.
+        batches: `listing.LISTED_SCHEMA`, or more.
         storage: where they lie.
         every: k, where every k-th frame is wanted, from the first on.
         max_pixels: videos with larger frames are not decoded.
@@ -50,10 +50,12 @@ def list_frames(
     for batch in batches:
         import av  # noqa: F401 - what loading it takes or lacks is not a video's
 
-        for row in batch.select(KEY_NAMES).to_pylist():
-            with bounded(memory_megabytes):
-                frames, row["error"] = attempt(_find, storage, row["path"], frame_pixels(max_pixels, memory_megabytes))
-            if frames:
+        for row in batch.select([*KEY_NAMES, "error"]).to_pylist():
+            if row["error"] is None:
+                with bounded(memory_megabytes):
+                    most = frame_pixels(max_pixels, memory_megabytes)
+                    frames, row["error"] = attempt(_find, storage, row["path"], most)
+            if row["error"] is None and frames is not None:
                 row |= {"count": frames.count, "announced": frames.announced}
                 if frames.pts is not None and frames.seek is not None:
                     row |= {"pts": frames.pts[::every], "seek": frames.seek[::every]}
@@ -69,7 +71,7 @@ def with_frames(images: pa.Table, videos: pa.Table, every: int) -> pa.Table:
     """The images and every k-th frame of the videos, one row each; a video without any frame is one row, its error.
 
     Args:
-        images: `KEY`.
+        images: `listing.LISTED_SCHEMA`.
         videos: `FRAMES_SCHEMA`, from `list_frames` with the same `every`.
         every: which frames; the first is one of them.
 

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 LISTED_SCHEMA = pa.schema([*KEY, ERROR])
 ROWS_A_CHUNK = 65_536
+UNLISTED = "folders that cannot be listed"
+WARNINGS = 10  # of such folders, at most
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,12 @@ def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) ->
     """List the files with the suffix of an image or a video, nested folders included.
 
     Hidden files and other suffixes are left out and counted. A folder with an image's suffix is listed too: it becomes
-    an error row instead of passing unseen.
+    an error row instead of passing unseen. A folder that cannot be listed is told and counted, as `UNLISTED`.
 
     Args:
         storage: where to look.
-        config: its `ingest` and `video` sections name the suffixes, and how long an image may be.
+        config: its `ingest` and `video` sections name the suffixes, which links are followed, and how long an image
+            may be.
         skip: folders to leave out, such as a run's own below its source.
 
     Raises:
@@ -59,20 +62,29 @@ def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) ->
     video_suffixes = tuple(suffix.lower() for suffix in config.video.suffixes)
     left_out: Counter[str] = Counter()
     chunks, rows, videos = [], [], []
-    for entry in storage.list(directories=True, skip=skip):
-        if not entry.path.lower().endswith(suffixes + video_suffixes):
-            left_out["with another suffix"] += not entry.is_directory
+    entries = storage.list(directories=True, skip=skip, tolerant=True, outside_links=config.ingest.outside_links)
+    for entry in entries:
+        unlisted = entry.is_directory and entry.error is not None
+        if not unlisted and not entry.path.lower().endswith(suffixes + video_suffixes):
+            kind = "not followed or unreadable" if entry.error else "with another suffix"
+            left_out[kind] += not entry.is_directory
         elif any(part.startswith(".") for part in entry.path.removeprefix(storage.root).split("/")):
             left_out["hidden"] += 1
+        elif unlisted:
+            left_out[UNLISTED] += 1
+            if left_out[UNLISTED] <= WARNINGS:
+                log.warning("%s: %s; its images are missing", entry.path, entry.error)
         elif not entry.path.lower().endswith(suffixes):
-            videos.append((entry.path, entry.length, entry.modified, None))
+            videos.append((entry.path, entry.length, entry.modified, entry.error))
         else:
-            rows.append((entry.path, entry.length, entry.modified, _too_long(entry, config.max_image_bytes)))
+            error = entry.error or _too_long(entry, config.max_image_bytes)
+            rows.append((entry.path, entry.length, entry.modified, error))
             if len(rows) == ROWS_A_CHUNK:
                 chunks.append(_chunk(rows))
                 rows = []
     images, clips = pa.Table.from_batches([*chunks, _chunk(rows)]), pa.Table.from_batches([_chunk(videos)])
     listed = Listing(images, +left_out, clips)
+    log.info("%s", listed)
     if not images.num_rows and not clips.num_rows:
         raise RunError(
             f"{listed} below {storage.root}; images are files that end in {', '.join(suffixes)}, "

@@ -79,6 +79,8 @@ def instance_segmentation(
     if "priors.npy" not in arrays:
         raise BundleError(f"{manifest.name} has no priors.npy, the anchors of its boxes; export the bundle again")
     priors, settings = arrays["priors.npy"], Parameters(**parameters)
+    if priors.shape != outputs["loc"].shape[1:]:
+        raise BundleError(f"{manifest.name}: priors.npy is {priors.shape}, and not as its output loc; export it again")
     return [
         find_instances(heads, priors, settings, manifest.input.width, size, manifest.labels)
         for *heads, size in zip(*(outputs[name] for name in HEADS), sizes, strict=True)
@@ -93,7 +95,7 @@ POSTPROCESSORS: dict[str, Postprocessor] = {
 
 def _check_top_k(top_k: Any = None, **_: Any) -> None:
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ConfigError(f"postprocess.top_k is {top_k!r}, not a whole number of 1 or more")
+        raise ConfigError("postprocess.top_k is not a whole number of 1 or more")
 
 
 _CHECKS: dict[str, Callable[..., Any]] = {"classification": _check_top_k, "instance_segmentation": Parameters}
@@ -110,8 +112,36 @@ def get_arrays(manifest: Manifest, read: Callable[[str], bytes] | None) -> Array
         return NO_ARRAYS
     if manifest.model not in _arrays:
         names = [name for name in manifest.files if name.endswith(".npy")]
-        _arrays[manifest.model] = {name: np.load(io.BytesIO(read(name)), allow_pickle=False) for name in names}
+        _arrays[manifest.model] = {name: _load_array(name, read(name), manifest) for name in names}
     return _arrays[manifest.model]
+
+
+def _load_array(name: str, content: bytes, manifest: Manifest) -> np.ndarray:
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # numpy raises whatever a header leads to, a MemoryError too
+        raise BundleError(f"{manifest.name}: {name} is no array ({type(error).__name__}); export it again") from None
+    if not isinstance(array, np.ndarray):
+        raise BundleError(f"{manifest.name}: {name} is an archive, not an array; export it again")
+    return array
+
+
+def _check_outputs(manifest: Manifest) -> None:
+    """Compare a task's outputs with its labels and with each other; raises BundleError at the first difference."""
+    shapes = {output.name: output.shape for output in manifest.outputs}
+    expected: dict[str, tuple[int, ...]]
+    if manifest.task == "classification":
+        expected = {name: (len(manifest.labels),) for name in list(shapes)[:1]}
+    else:
+        anchors, prototypes = shapes.get("mask", (0, 0))[:1], shapes.get("mask", (0, 0))[1:]
+        expected = {"loc": (*anchors, 4), "conf": (*anchors, len(manifest.labels) + 1), "mask": (*anchors, *prototypes)}
+        expected["proto"] = (*shapes.get("proto", (0, 0))[:2], *prototypes)
+    for name in sorted({*expected, *shapes}):
+        if shapes.get(name) != expected.get(name):
+            raise BundleError(
+                f"{manifest.name}: its output {name} is {shapes.get(name)}, and {len(manifest.labels)} labels of task "
+                f"{manifest.task} need {expected.get(name)}; export the bundle again"
+            )
 
 
 def parameters_for(manifest: Manifest, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,18 +149,23 @@ def parameters_for(manifest: Manifest, overrides: Mapping[str, Any]) -> dict[str
 
     Raises:
         ConfigError: the task has no post-processing here, or it has no parameter of that name or value.
+        BundleError: the bundle's own parameters, or its outputs, are not those of the task.
     """
     if manifest.task not in POSTPROCESSORS:
         raise ConfigError(
             f"{manifest.name} has task {manifest.task!r}; post-processing exists for {', '.join(POSTPROCESSORS)}"
         )
+    _check_outputs(manifest)
     unknown = sorted(set(overrides) - set(manifest.postprocess))
     if unknown:
         known = ", ".join(sorted(manifest.postprocess))
         raise ConfigError(f"postprocess.{unknown[0]}: {manifest.name} has no such parameter; it has {known}")
     parameters = {**manifest.postprocess, **overrides}
     if manifest.task in _CHECKS:
-        _CHECKS[manifest.task](**parameters)
+        try:
+            _CHECKS[manifest.task](**parameters)
+        except TypeError as error:
+            raise BundleError(f"{manifest.name}: its post-processing is not as it should be: {error}") from None
     return parameters
 
 

@@ -4,13 +4,14 @@
     spark   Spark's `binaryFile` reads, where only Spark can reach the storage (Unity Catalog, serverless); videos are
             read by the tasks nevertheless, and are error rows where these cannot
 
-`binaryFile` silently leaves empty files out, and folders with an image's suffix; both come back from the listing.
+`binaryFile` silently leaves out empty files, hidden ones and those it cannot read; a run compares with the listing.
 """
 
 import logging
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ from helpers.pipeline.frames import FRAMES_SCHEMA, list_frames, with_frames
 from helpers.pipeline.listing import Listing
 from helpers.pipeline.listing import manifest as make_manifest
 from helpers.pipeline.listing import plan as make_plan
-from helpers.pipeline.schemas import PLACE, Batches
+from helpers.pipeline.schemas import KEY_NAMES, Batches
 from helpers.session import get_slots, local_slots, set_where_allowed, spark_failure, spark_schema
 from helpers.storage import Storage
 
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FILES_A_PLAN = 50_000  # read by Spark: their paths are in its plan, and in the driver's memory
+LARGEST = 2_000_000_000  # bytes of a file that Spark's rows can hold, with room for the rest of the row
+LOOKING_TASKS = 100  # that look for the files of a plan; Spark's own default is 10,000, of 4 ms each
+LOOKING_THREADS = 32
+PATTERN = r"([\\{}\[\]*?])"  # what is not literal in a path of Spark's
 TRIED = 8  # images that a task tries to read, to choose the reader
 
 
@@ -58,33 +64,103 @@ def planned_paths(spark: "SparkSession", manifest: pa.Table, plan: PartitionPlan
     return spark.createDataFrame(manifest).repartitionById(max(1, plan.partitions), "partition")
 
 
-def read_by_spark(spark: "SparkSession", storage: Storage, manifest: pa.Table, config: Config) -> "DataFrame":
-    """The images of a manifest with their bytes, read by Spark in partitions of about `partitioning.target_bytes`."""
+def read_by_spark(spark: "SparkSession", storage: Storage, manifest: pa.Table, config: Config) -> Iterator["DataFrame"]:
+    """The images of a manifest with their bytes, read by Spark in partitions of about `partitioning.target_bytes`.
+
+    Spark is given the listed paths and sees nothing else of the location. It looks for each before a job begins, which
+    takes its driver some tenths of a millisecond and a kilobyte or more a file: a plan has so many that this stays
+    small. What Spark cannot read, and what it passes over by its name (`passed_over`), is in none of them.
+
+    Yields:
+        DataFrames of `stages.IMAGE_SCHEMA`, to be used one after the other.
+    """
+    # Both must be set: many small files would otherwise count as 4 MB each, and one core could get all of a large set.
+    settings = {"files.maxPartitionBytes": config.partitioning.target_bytes, "files.openCostInBytes": 64 * 2**10}
+    settings["sources.parallelPartitionDiscovery.parallelism"] = LOOKING_TASKS
+    set_where_allowed(spark, {f"spark.sql.{name}": str(value) for name, value in settings.items()})
+    is_frame = split_paths(manifest["path"])[1].is_valid()
+    frames, images = manifest.filter(is_frame), manifest.filter(pc.invert(is_frame))
+    size = pc.and_(pc.greater(images["length"], 0), pc.less_equal(images["length"], LARGEST))
+    good = pc.and_(size, pc.is_null(images["error"]))
+    files = images.filter(pc.and_(good, pc.invert(passed_over(images))))
+    for start in range(0, files.num_rows, FILES_A_PLAN):
+        yield _read_files(spark, storage, files.slice(start, FILES_A_PLAN))
+    if not pc.all(good).as_py():
+        yield spark.createDataFrame(_unread(images.filter(pc.invert(good))))
+    if frames.num_rows:
+        # Spark has no ranges of a file: it would send all of a video to whoever wants a frame. The tasks read these.
+        tasks = spark.createDataFrame(frames).repartitionById(pc.max(frames["partition"]).as_py() + 1, "partition")
+        yield tasks.mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
+
+
+def frame_by_spark(spark: "SparkSession", storage: Storage, manifest: pa.Table, config: Config) -> "DataFrame":
+    """All of `read_by_spark` as one DataFrame; what Spark passes over is an error row."""
     from pyspark.sql import functions as F
 
-    # Both must be set: many small files would otherwise count as 4 MB each, and one core could get all of a large set.
-    settings = {"maxPartitionBytes": config.partitioning.target_bytes, "openCostInBytes": 64 * 2**10}
-    set_where_allowed(spark, {f"spark.sql.files.{name}": str(value) for name, value in settings.items()})
-    is_frame = split_paths(manifest["path"])[1].is_valid()
-    frames, manifest = manifest.filter(is_frame), manifest.filter(pc.invert(is_frame))
-    listed = spark.createDataFrame(manifest.drop_columns(["partition", *(place.name for place in PLACE)]))
-    files = (
-        spark.read.format("binaryFile")
-        .option("recursiveFileLookup", "true")
-        .option("ignoreMissingFiles", "true")
-        .load(_literal(storage.root))
-        .select(F.regexp_replace("path", "^(file|dbfs):/+", "/").alias("path"), "content")
+    frames = list(read_by_spark(spark, storage, manifest, config))
+    left = manifest.filter(passed_over(manifest))
+    if left.num_rows:
+        error = F.lit("Spark's reader passes over files of such a name (_x, x:y, no text): rename it")
+        frames.append(spark.createDataFrame(_unread(left)).withColumns({"error": error, "content": F.lit(None)}))
+    return reduce(lambda one, other: one.unionByName(other), frames)
+
+
+def passed_over(images: pa.Table) -> pa.ChunkedArray:
+    """Whether Spark's reader passes over a file for its name.
+
+    It is hidden to Spark, or not Unicode (`storage.local`), or has a colon in a path that must be escaped.
+    """
+    hidden_or_bytes, colon, pattern = (
+        pc.match_substring_regex(images["path"], regex) for regex in (r"/_[^/=]*$|\\x", "/[^/]*:", PATTERN)
     )
+    return pc.or_(hidden_or_bytes, pc.and_(colon, pattern))
+
+
+def _read_files(spark: "SparkSession", storage: Storage, files: pa.Table) -> "DataFrame":
+    from pyspark.sql import functions as F
+
+    # A file may have grown since it was listed; this is pushed down, and what is longer is not opened.
+    content = _load(spark, storage, files["path"].to_pylist()).where(F.col("length") <= pc.max(files["length"]).as_py())
+    content = content.select(F.regexp_replace("path", "^(file|dbfs):/+", "/").alias("path"), "content")
     # The small side is the listing: it goes to every task, and the images stay where they are read.
-    good = "length > 0 and error is null"
-    read = files.join(F.broadcast(listed.where(good)), "path")
-    rest = listed.where(f"not ({good})").withColumn("content", F.when(F.col("error").isNull(), F.lit(b"")))
-    read = read.unionByName(rest).select(stages.IMAGE_SCHEMA.names)
-    if not frames.num_rows:
-        return read
-    # Spark has no ranges of a file: it would send all of a video to whoever wants a frame. The tasks read these.
-    tasks = spark.createDataFrame(frames).repartitionById(pc.max(frames["partition"]).as_py() + 1, "partition")
-    return read.unionByName(tasks.mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA)))
+    listed = spark.createDataFrame(files.select([*KEY_NAMES, "error"]))
+    return content.join(F.broadcast(listed), "path").select(stages.IMAGE_SCHEMA.names)
+
+
+def _load(spark: "SparkSession", storage: Storage, paths: list[str]) -> "DataFrame":
+    """Spark's own DataFrame of some files, less those that have gone since they were listed."""
+    from pyspark.errors import AnalysisException
+
+    reader = spark.read.format("binaryFile").option("recursiveFileLookup", "true")  # folder names are no columns
+    # A file that fails when it is read is passed over too, as `run` finds out.
+    reader = reader.option("ignoreMissingFiles", "true").option("ignoreCorruptFiles", "true")
+    while paths:
+        try:
+            files = reader.load([_literal(path) for path in paths])
+            assert files.schema.names  # which has Spark look for the files now, over Connect too
+            return files
+        except AnalysisException as error:
+            if error.getCondition() != "PATH_NOT_FOUND":
+                raise
+            missing = (error.getMessageParameters() or {}).get("path", "")
+            with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+                found = zip(paths, pool.map(storage.exists, paths), strict=True)
+                left = [path for path, is_there in found if is_there and not missing.endswith(path)]
+            if len(left) == len(paths):
+                raise
+            paths = left
+    return spark.createDataFrame([], "path string, length long, content binary")
+
+
+def _unread(images: pa.Table) -> pa.Table:
+    """Rows, `stages.IMAGE_SCHEMA`, of files that need no reader: empty, too large, or found wrong by the listing."""
+    large = pc.and_(pc.greater(images["length"], LARGEST), pc.is_null(images["error"]))
+    error = pc.if_else(
+        large, pa.scalar("the file has more bytes than Spark's reader takes, which is 2 GB"), images["error"]
+    )
+    content = pc.if_else(pc.is_null(error), pa.scalar(b""), pa.scalar(None, pa.binary()))
+    columns = [*(images[name] for name in KEY_NAMES), error, content]
+    return pa.table(columns, schema=stages.IMAGE_SCHEMA)
 
 
 def reading(storage: Storage, config: Config) -> Callable[[Batches], Iterator[pa.RecordBatch]]:
@@ -131,7 +207,7 @@ def add_frames(spark: "SparkSession", storage: Storage, listed: Listing, config:
 
 def _literal(path: str) -> str:
     """Escape what Spark takes for a pattern in a path."""
-    return re.sub(r"([\\{}\[\]*?])", r"\\\1", path)
+    return re.sub(PATTERN, r"\\\1", path)
 
 
 def _tasks_can_read(spark: "SparkSession", storage: Storage, manifest: pa.Table, config: Config) -> bool:

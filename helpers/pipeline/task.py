@@ -76,6 +76,7 @@ class Task:
     batch_megabytes: int
     max_batch: int
     memory_megabytes: int
+    first_partition: int = 0  # a run may have several jobs, whose partitions Spark counts from 0 each
 
     def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]:
         """Run one partition: the input of `results` in, one row of `RECORD_SCHEMA` out (no images, no row)."""
@@ -83,6 +84,7 @@ class Task:
 
         context = TaskContext.get()
         partition, attempt = (context.partitionId(), context.attemptNumber()) if context else (ON_DRIVER, 0)
+        partition += self.first_partition
         started, clock, loaded = datetime.now(UTC), Clock(), loading_seconds()
         # The budget is of Spark's workers; the driver has much else in memory.
         memory_megabytes = self.memory_megabytes if context else None

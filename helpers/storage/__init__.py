@@ -39,8 +39,6 @@ def open_storage(uri: str, config: Any = None) -> Storage:
         return LocalStorage(uri)
     if scheme[1] == "file":
         return LocalStorage(unquote(urlsplit(uri).path) if uri.startswith("file:/") else uri.removeprefix("file:"))
-    from helpers.storage.credentials import redact
-
     raise StorageError(
-        f"{redact(uri)}: {scheme[1]}: locations cannot be opened; use a path, or a file:, dbfs:/ or abfss:// URI"
+        f"{uri}: {scheme[1]}: locations cannot be opened; use a path, or a file:, dbfs:/ or abfss:// URI"
     )

@@ -36,11 +36,17 @@ from azure.storage.filedatalake import DataLakeFileClient, FileSystemClient, Sto
 
 from helpers.errors import StorageError, first_line
 from helpers.storage.client import TRIES, forget_clients, get_client
-from helpers.storage.credentials import redact
 from helpers.storage.interface import Entry, StorageOptions
 from helpers.storage.lease import Lease, code_of
 
 URI = re.compile(r"abfss://([^@/?#]+)@([^@/?#]+)(/.*)?", re.DOTALL)
+# The hosts that may get a credential: of the public and the sovereign clouds, and of accounts with DNS zones.
+AZURE = re.compile(
+    r"[a-z0-9-]+(\.[a-z0-9-]+)*\.(dfs\.core\.(windows\.net|chinacloudapi\.cn|usgovcloudapi\.net|cloudapi\.de)|"
+    r"z\d+\.dfs\.storage\.azure\.net)",
+    re.IGNORECASE | re.ASCII,
+)
+SIGNATURE = re.compile(r"[?&;]sig(=|%3d)", re.IGNORECASE)
 PAGE = 5000  # paths of a listing's page, the most there can be
 RANGE_BYTES = 16 * 2**20  # a larger file is read in ranges ...
 RANGES = 4  # ... so many at once
@@ -58,12 +64,17 @@ class AdlsStorage:
 
     def __init__(self, uri: str, options: StorageOptions | None = None):
         found = URI.fullmatch(uri)
-        if found is None or re.search(r"[?&]sig=", uri):
+        if found is None or ":" in found[1] or SIGNATURE.search(uri):
             raise StorageError(
-                f"{redact(uri)} is not abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH (a SAS token is no part "
+                f"{uri} is not abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH (a SAS token is no part "
                 "of it: put it into an environment variable and name that with storage.credential=env:NAME)"
             )
         self.options = options or StorageOptions()
+        if not (self.options.endpoint or AZURE.fullmatch(found[2])):
+            raise StorageError(
+                f"{uri}: {found[2]} is no host of Azure Data Lake Storage, so it gets no credential; correct the "
+                "location, or set storage.endpoint to the service's address"
+            )
         self._container, self._host = found[1], found[2]
         self._base = f"abfss://{found[1]}@{found[2]}"
         self._folder = posixpath.normpath(f"/{found[3] or ''}").strip("/")
@@ -80,7 +91,14 @@ class AdlsStorage:
     def join(self, *parts: str) -> str:  # noqa: D102
         return "/".join([self.root, *(part.strip("/") for part in parts if part)])
 
-    def list(self, prefix: str = "", directories: bool = False, skip: Collection[str] = ()) -> Iterator[Entry]:
+    def list(
+        self,
+        prefix: str = "",
+        directories: bool = False,
+        skip: Collection[str] = (),
+        tolerant: bool = False,  # one request lists all folders, and there are no links
+        outside_links: bool = True,
+    ) -> Iterator[Entry]:
         """List a page at a time, in one pass; modification times are of whole seconds.
 
         Raises:
@@ -293,7 +311,7 @@ class AdlsStorage:
 
     def _explain(self, error: AzureError, path: str, of_one_file: bool) -> Exception:
         status, code, reference = getattr(error, "status_code", None), code_of(error), self.options.credential
-        said = redact(first_line(error))
+        said = first_line(error)
         if code in ("FilesystemNotFound", "ContainerNotFound"):
             return StorageError(f"{self._base}: there is no such container; check the location, or create it first")
         if status == 404:

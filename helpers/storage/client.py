@@ -11,7 +11,8 @@ from urllib.request import getproxies
 from azure.storage.filedatalake import DataLakeServiceClient, ExponentialRetry, FileSystemClient
 
 from helpers.errors import StorageError
-from helpers.storage.credentials import Redacting, resolve
+from helpers.redaction import Redacting
+from helpers.storage.credentials import resolve
 
 TRIES = 5  # after the first: for about a minute in all, 1 to 3 s before the first of them
 RETRY: dict[str, Any] = {"initial_backoff": 0, "increment_base": 2, "random_jitter_range": 1}

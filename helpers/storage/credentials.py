@@ -10,20 +10,15 @@ Executors import this module.
 """
 
 import base64
-import logging
 import os
 import re
 import socket
 from typing import Any
-from urllib.parse import parse_qs, quote
 
 from helpers.errors import StorageError, first_line
+from helpers.redaction import remember
 
-HIDDEN = "***"
 STORAGE_SCOPE = "https://storage.azure.com/.default"
-IN_A_URL = re.compile(r"(?<=\bsig=)[^&\s'\"<>)]+")
-
-_resolved: set[str] = set()  # every secret that this process has seen, in each form in which it could be shown
 
 
 def resolve(reference: str, account: str) -> Any:
@@ -41,7 +36,7 @@ def resolve(reference: str, account: str) -> Any:
     if kind == "default":
         return _checked(_identity())
     secret = _FETCH[kind](name).strip()
-    _remember(secret)
+    remember(secret)
     if secret.startswith("?") or "sig=" in secret:
         return secret.removeprefix("?")
     from azure.core.credentials import AzureNamedKeyCredential
@@ -53,28 +48,6 @@ def resolve(reference: str, account: str) -> Any:
             f"{reference} holds neither an account key (it is not base64) nor a SAS token (it has no sig=); set it anew"
         ) from None
     return AzureNamedKeyCredential(account, secret)
-
-
-def redact(text: str) -> str:
-    """A text without any secret that this process has resolved, and without the signature of any SAS token."""
-    for secret in _resolved:
-        text = text.replace(secret, HIDDEN)
-    return IN_A_URL.sub(HIDDEN, text)
-
-
-class Redacting(logging.Filter):
-    """For the logger of a library that logs the URLs it asks for."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record in place, and keep it."""
-        record.msg, record.args = redact(record.getMessage()), None
-        return True
-
-
-def _remember(secret: str) -> None:
-    forms = [secret, secret.removeprefix("?"), *parse_qs(secret.removeprefix("?")).get("sig", [])]
-    # What is too short is no secret, and would hide parts of every text.
-    _resolved.update(form for text in forms for form in (text, quote(text), quote(text, safe="")) if len(form) > 7)
 
 
 def _identity() -> Any:
@@ -91,7 +64,7 @@ def _checked(identity: Any) -> Any:
         identity.get_token(STORAGE_SCOPE)
     except ClientAuthenticationError as error:
         raise StorageError(
-            f"default: this process has no identity in Azure ({redact(first_line(error))}); give the host a managed "
+            f"default: this process has no identity in Azure ({first_line(error)}); give the host a managed "
             "identity, log in with `az login`, set AZURE_CLIENT_ID and its like, or name another storage.credential"
         ) from None
     return identity
@@ -129,7 +102,7 @@ def _from_databricks(name: str) -> str:
             if _in_task()
             else "check the scope, the key and your permission to read it"
         )
-        raise StorageError(f"secret:{name} cannot be read ({redact(first_line(error))}); {remedy}") from None
+        raise StorageError(f"secret:{name} cannot be read ({first_line(error)}); {remedy}") from None
 
 
 def _from_key_vault(name: str) -> str:
@@ -143,7 +116,7 @@ def _from_key_vault(name: str) -> str:
             return client.get_secret(secret).value or ""
     except AzureError as error:
         raise StorageError(
-            f"keyvault:{name} cannot be read ({redact(first_line(error))}); check the vault, the secret's name, and "
+            f"keyvault:{name} cannot be read ({first_line(error)}); check the vault, the secret's name, and "
             "that the identity of this process may get secrets"
         ) from None
 

@@ -32,13 +32,15 @@ class StorageOptions:
 class Entry:
     """A file, or a directory where directories were asked for.
 
-    `modified` is in UTC; a broken link has length 0 and the modification time of the link.
+    `modified` is in UTC; a broken link has length 0 and the modification time of the link. `error` says why a file is
+    not to be read, or that a directory could not be listed; then the other values may be zero.
     """
 
     path: str
     length: int
     modified: datetime
     is_directory: bool = False
+    error: str | None = None
 
 
 class Storage(Protocol):
@@ -47,8 +49,19 @@ class Storage(Protocol):
     root: str
     concurrent_reads: int  # how many are worth having under way at once; 1 where reading does not mean waiting
 
-    def list(self, prefix: str = "", directories: bool = False, skip: Collection[str] = ()) -> Iterator[Entry]:
-        """Every file below the prefix, nested folders included but for those to skip, in no particular order."""
+    def list(
+        self,
+        prefix: str = "",
+        directories: bool = False,
+        skip: Collection[str] = (),
+        tolerant: bool = False,
+        outside_links: bool = True,
+    ) -> Iterator[Entry]:
+        """Every file below the prefix, nested folders included but for those to skip, in no particular order.
+
+        Where `tolerant`, what is wrong below the prefix is an entry with an `error`, and not a StorageError. Without
+        `outside_links`, so is a link that leads out of the location.
+        """
 
     def read(self, path: str, limit: int | None = None) -> bytes:
         """The whole content of one file; raises OSError, with EFBIG where it is longer than so many bytes."""

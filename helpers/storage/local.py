@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import uuid
+from collections import deque
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,11 @@ from helpers.errors import StorageError, explain
 from helpers.storage.interface import Entry
 
 DELETED = re.compile(r"\.[0-9a-f]{32}\.deleted")
+NO_TIME = datetime.fromtimestamp(0, UTC)
+ODD_TIME = "its modification time is in no year from 1 to 9999: set another, for example with `touch`"
+LEADS_OUT = "the link leads out of the source and is not followed: set ingest.outside_links=true if it should be"
+UNCLEAR = re.compile(r"\\(?=x(?:5c|[89a-f][0-9a-f]))")
+ESCAPED = re.compile(rb"\\x(5c|[89a-f][0-9a-f])")
 
 
 class LocalStorage:
@@ -25,7 +31,7 @@ class LocalStorage:
 
     def __init__(self, root: str):
         # Absolute, because workers have another working directory; without `..`, so that a file has one path.
-        self.root = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - Path.absolute keeps `..`
+        self.root = _to_text(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100 - Path.absolute keeps `..`
 
     def __repr__(self) -> str:
         return f"LocalStorage({self.root!r})"
@@ -33,36 +39,55 @@ class LocalStorage:
     def join(self, *parts: str) -> str:  # noqa: D102
         return str(Path(self.root, *parts))
 
-    def list(self, prefix: str = "", directories: bool = False, skip: Collection[str] = ()) -> Iterator[Entry]:
+    def list(
+        self,
+        prefix: str = "",
+        directories: bool = False,
+        skip: Collection[str] = (),
+        tolerant: bool = False,
+        outside_links: bool = True,
+    ) -> Iterator[Entry]:
         """List with one directory open at a time, following links but entering no directory twice.
 
         Raises:
-            StorageError: there is no such folder, or it cannot be read.
+            StorageError: there is no such folder, or it cannot be listed; a folder below it neither, unless `tolerant`.
         """
-        start = Path(self.join(prefix))
-        if start.is_file():
-            yield _entry(str(start))
+        start = self._path(prefix)
+        if self.exists(prefix) and start.is_file():
+            yield _entry(str(start), False)
             return
         if not start.is_dir():
             raise StorageError(f"{start}: no such folder; check the location, or create it first")
-        pending, seen = [str(start)], {_identity(folder) for folder in skip if Path(folder).is_dir()}
+        within = None if outside_links else os.path.realpath(self._path(""))
+        left_out = [self._path(folder) for folder in skip]
+        # Real paths tell folders apart: on some mounts all inodes are 0.
+        seen = {os.path.realpath(folder) for folder in left_out}
+        identities = {_identity(folder) for folder in left_out} - {None}  # the same folder may be mounted twice
+        pending = deque([(str(start), os.path.realpath(start))])
         while pending:
-            folder = pending.pop()
-            with contextlib.suppress(FileNotFoundError):  # gone since its parent was listed
-                if _identity(folder) in seen:
-                    continue
-                seen.add(_identity(folder))
-                for item in _scan(folder):
-                    is_directory = _is_directory(item)
-                    if is_directory:
-                        pending.append(item.path)
-                    if directories or not is_directory:
-                        with contextlib.suppress(FileNotFoundError):
-                            yield _entry(item.path, is_directory)
+            folder, real = pending.pop()
+            if real in seen or (identities and _identity(folder) in identities):
+                continue
+            seen.add(real)
+            try:
+                with os.scandir(folder) as items:
+                    for item in items:
+                        entry, target = _look(item, real, within)
+                        if target is not None:  # links last: what has a path of its own is found below that
+                            (pending.appendleft if item.is_symlink() else pending.append)((item.path, target))
+                        if entry is not None and (directories or not entry.is_directory):
+                            yield entry
+            except FileNotFoundError:  # gone since its parent was listed
+                continue
+            except OSError as error:
+                why = f"this folder cannot be listed ({error.strerror or error})"
+                if not tolerant or folder == str(start):
+                    raise StorageError(f"{_to_text(folder)}: {why}; grant read access, or leave it out") from None
+                yield Entry(_to_text(folder), 0, NO_TIME, True, why)
 
     def open(self, path: str) -> BinaryIO:
         """One file, to read from any position; raises OSError."""
-        return open(_to_name(self.join(path)), "rb", opener=_open_file)  # noqa: PTH123, SIM115 - the caller closes it
+        return open(self._path(path), "rb", opener=_open_file)  # noqa: PTH123, SIM115 - the caller closes it
 
     def read(self, path: str, limit: int | None = None) -> bytes:  # noqa: D102
         with self.open(path) as file:
@@ -78,7 +103,7 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:  # noqa: D102
-        target = Path(self.join(path))
+        target = self._path(path)
         temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
             with self._explained(path, FileNotFoundError):
@@ -93,18 +118,18 @@ class LocalStorage:
 
     def write(self, path: str, data: bytes) -> None:  # noqa: D102
         with self._explained(path):
-            Path(self.join(path)).parent.mkdir(parents=True, exist_ok=True)
+            self._path(path).parent.mkdir(parents=True, exist_ok=True)
         with self.create(path) as file:
             file.write(data)
 
     def rename(self, source: str, target: str) -> None:  # noqa: D102
-        destination = Path(self.join(target))
+        destination = self._path(target)
         with self._explained(target, FileNotFoundError):
             destination.parent.mkdir(parents=True, exist_ok=True)
-            Path(self.join(source)).replace(destination)
+            self._path(source).replace(destination)
 
     def delete(self, path: str) -> None:  # noqa: D102
-        target = Path(self.join(path))
+        target = self._path(path)
         with self._explained(path):
             if not target.is_dir() or target.is_symlink():
                 target.unlink(missing_ok=True)
@@ -118,15 +143,15 @@ class LocalStorage:
 
     def exists(self, path: str) -> bool:  # noqa: D102
         with self._explained(path):
-            return Path(self.join(path)).exists()
+            return self._path(path).exists()
 
     @contextlib.contextmanager
     def lock(self, path: str) -> Iterator[None]:  # noqa: D102
         import fcntl  # not on Windows, where only this method would miss it
 
-        target = Path(self.join(path))
+        target = self._path(path)
         with self._explained(path):
-            if Path(self.root).is_file():
+            if self._path("").is_file():
                 raise StorageError(f"{self.root} is a file, and results need a folder; name another location")
             target.parent.mkdir(parents=True, exist_ok=True)
             file = target.open("ab")
@@ -134,6 +159,10 @@ class LocalStorage:
             with self._explained(path, BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
+
+    def _path(self, path: str) -> Path:
+        """Where the operating system has what `list` gives as this path, or what lies there relative to the root."""
+        return Path(_to_name(self.join(path)))
 
     @contextlib.contextmanager
     def _explained(self, path: str, *expected: type[OSError]) -> Iterator[None]:
@@ -146,39 +175,78 @@ class LocalStorage:
             raise StorageError(explain(error, self.join(path))) from None
 
 
-def _scan(folder: str) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as items:
-            yield from items
-    except PermissionError as error:
-        raise StorageError(f"{folder}: this folder cannot be listed ({error.strerror}); grant read access") from None
-
-
-def _open_file(path: str | bytes, flags: int) -> int:
+def _open_file(path: str, flags: int) -> int:
     """Open without waiting for the other end of a pipe, and refuse what has no end, such as a device."""
+    # Looked at before it is opened, because opening is enough to start some devices; and after, because it may change.
+    _check_is_file(os.stat(path))
     descriptor = os.open(path, flags | os.O_NONBLOCK)
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # of a directory, `open` itself says so
-        return descriptor
-    os.close(descriptor)
-    raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
+    try:
+        _check_is_file(os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
-def _identity(folder: str) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
+def _check_is_file(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # of a directory, `open` itself says so
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
+
+
+def _identity(folder: str | Path) -> tuple[int, int] | None:
+    """Device and inode of a folder, where there are any."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if status.st_ino else None
+
+
+def _look(item: os.DirEntry[str], folder: str, within: str | None) -> tuple[Entry | None, str | None]:
+    """The entry of what is in a folder, None if it has gone, and its real path if it is a folder to list.
+
+    Args:
+        item: what was found.
+        folder: the real path of where.
+        within: a real path; links that lead out of it are not followed.
+    """
+    try:
+        real = f"{folder.rstrip('/')}/{item.name}"
+        if item.is_symlink() and not _is_endless(item.path):
+            real = os.path.realpath(item.path)
+            if within is not None and not f"{real}/".startswith(f"{within.rstrip('/')}/"):
+                return _entry(item.path, False, os.lstat(item.path), LEADS_OUT), None
+        is_directory = _is_directory(item)
+        return _entry(item.path, is_directory), real if is_directory else None
+    except FileNotFoundError:
+        return None, None
+    except Exception as error:  # whatever is wrong with one entry costs no other
+        why = f"it cannot be looked at: {getattr(error, 'strerror', None) or error}"
+        return Entry(_to_text(item.path), 0, NO_TIME, error=why), None
+
+
+def _is_endless(link: str) -> bool:
+    """Whether a link leads to itself, or through more links than the kernel follows, which is 40.
+
+    `realpath` follows any number: a folder full of them would take hours.
+    """
+    try:
+        os.stat(link)
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def _to_text(name: str) -> str:
-    """A path as valid Unicode: bytes that are none stand as `\\xNN`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A path as valid Unicode: bytes that are none stand as `\\xNN`, and so does a backslash that looks like one."""
+    text = UNCLEAR.sub(r"\\x5c", name) if "\\x" in name else name
+    return text if text.isascii() else os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
-def _to_name(text: str) -> str | bytes:
-    """The inverse of `_to_text`, for the few names that need it."""
-    if "\\x" not in text or Path(text).exists():
-        return text
-    return re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes.fromhex(match[1].decode()), text.encode())
+def _to_name(text: str) -> str:
+    """The inverse of `_to_text`."""
+    name = text.encode("utf-8", "surrogateescape")
+    return os.fsdecode(ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), name) if b"\\x" in name else name)
 
 
 def _is_directory(item: os.DirEntry[str]) -> bool:
@@ -188,10 +256,14 @@ def _is_directory(item: os.DirEntry[str]) -> bool:
         return False
 
 
-def _entry(path: str, is_directory: bool = False) -> Entry:
+def _entry(path: str, is_directory: bool, status: os.stat_result | None = None, error: str | None = None) -> Entry:
     try:
-        status = os.stat(path)
+        status = status or os.stat(path)
     except OSError:
         status = os.lstat(path)  # a broken or looping link: reading it gives the error row
     length = status.st_size if stat.S_ISREG(status.st_mode) else 0
-    return Entry(_to_text(path), length, datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, UTC), is_directory)
+    try:
+        modified = datetime.fromtimestamp(status.st_mtime_ns // 1000 / 1e6, UTC)
+    except (ValueError, OverflowError, OSError):
+        modified, error = NO_TIME, error or (None if is_directory else ODD_TIME)
+    return Entry(_to_text(path), length, modified, is_directory, error)

@@ -47,15 +47,15 @@ class Parameters:
 
     def __post_init__(self) -> None:
         if self.nms not in NMS:
-            raise ConfigError(f"postprocess.nms is {self.nms!r}, not one of {', '.join(NMS)}")
+            raise ConfigError(f"postprocess.nms is not one of {', '.join(NMS)}")
         for name in ("score_threshold", "nms_threshold", "mask_threshold"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ConfigError(f"postprocess.{name} is {value!r}, not a number from 0 to 1")
+                raise ConfigError(f"postprocess.{name} is not a number from 0 to 1")
         for name in ("top_k", "max_detections"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"postprocess.{name} is {value!r}, not a whole number of 1 or more")
+                raise ConfigError(f"postprocess.{name} is not a whole number of 1 or more")
 
     @property
     def lowest_score(self) -> float:
