@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from helpers.errors import ConfigError
-from helpers.storage import StorageOptions
+from helpers.options import StorageOptions
 
 PROJECT = Path(__file__).resolve().parent.parent
 ENVIRONMENT_PREFIX = "HELPERS_"

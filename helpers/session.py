@@ -80,10 +80,7 @@ def get_spark(config: Config) -> "SparkSession":
         raise HostError(f"no Spark session from {shown_master(config)}: {said}") from None
     if not own_jvm:
         set_where_allowed(spark, SESSION_SETTINGS)
-    new = spark not in _shipped
     ship_helpers(spark)
-    if new and config.spark.mode == "local":
-        _start_workers(spark)
     return spark
 
 
@@ -240,21 +237,6 @@ def _process_folder() -> Path:
     folder = tempfile.mkdtemp(prefix="spark-vision-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
-
-
-def _start_workers(spark: "SparkSession") -> None:
-    """Have a Python worker in each slot import what a run needs, and the JVM load the classes of a run's plan.
-
-    All of it is start-up, which the first run of a fresh session would else wait for with every core idle.
-    """
-    import pyarrow as pa
-
-    from helpers.pipeline.task import pass_through
-
-    slots = local_slots(spark) or 1
-    table = pa.table({"partition": pa.array(range(slots), pa.int32())})
-    frame = spark.createDataFrame(table).repartitionById(slots, "partition")
-    frame.mapInArrow(pass_through, frame.schema).collect()
 
 
 def _is_local_connect(config: Config) -> bool:

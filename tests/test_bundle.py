@@ -14,9 +14,9 @@ from helpers.bundle.manifest import Bundle, Manifest, OutputSpec, load_bundle, s
 from helpers.bundle.runtime import batch_size
 from helpers.errors import BundleError, UserError
 from helpers.images.spec import InputSpec
-from helpers.pipeline.postprocessing import parameters_for
 from helpers.pipeline.stages import output_schema
 from helpers.storage import open_storage
+from helpers.tasks import parameters_for
 
 MANIFEST = Manifest(
     name="net-fp32",

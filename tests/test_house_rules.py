@@ -12,9 +12,24 @@ import pytest
 
 from helpers.config import PROJECT
 
-EXECUTOR_MODULES = ["stages", "stages.task", "images.decoding", "images.video", "ingest.frames", "models.bundle"]
+EXECUTOR_MODULES = ["pipeline.stages", "pipeline.task", "pipeline.frames", "images.decoding", "images.video", "tasks"]
+EXECUTOR_MODULES += ["bundle.runtime", "redaction", "temporary", "memory", "options"]
 EXECUTOR_MODULES += ["storage", "storage.adls", "storage.credentials", "storage.lease", "storage.prefetch"]
 EXECUTOR_MODULES += ["training.shards", "training.rank"]
+# From the top down; a room uses rooms of floors below only. Modules of the lowest floor may use one another.
+FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"doctor", "training", "export", "planning"},
+    {"pipeline"},
+    {"tracking"},
+    {"tasks"},
+    {"yolact"},
+    {"bundle"},
+    {"images"},
+    {"session", "storage"},
+    {"config", "errors", "java", "memory", "metrics", "options", "partitioning", "redaction", "temporary"},
+]
 HEAVY = {"torch", "torchvision", "pydantic", "onnx", "nncf", "matplotlib", "tensorboard"}
 NOT_IN_CONNECT = {"SparkContext", "sparkContext", "_sc", "_jvm", "_jsc", "_jdf", "_jsparkSession"}
 NOT_IN_CONNECT |= {"rdd", "RDD", "parallelize", "foreachPartition"}
@@ -98,9 +113,9 @@ def names_in(text: str) -> set[str]:
 
 def test_nothing_is_used_that_spark_connect_or_serverless_lacks():
     found = sources()
-    assert {"pipeline.py", "yolact/network.py", "programs/search.py", "studies/samples.py"} <= set(found) and len(
+    assert {"pipeline/driver.py", "yolact/network.py", "programs/search.py", "studies/samples.py"} <= set(
         found
-    ) > len(NOTEBOOKS) + 10
+    ) and len(found) > len(NOTEBOOKS) + 10
     for name, text in found.items():
         assert not names_in(text) & NOT_IN_CONNECT, name
         assert not attributes(text) & NOT_ON_SERVERLESS, name
@@ -136,7 +151,6 @@ def test_helpers_know_nothing_of_the_notebooks():
     assert {"programs", "studies", "fashion_mnist", "train_yolact", "yolact", "search"} <= theirs
     modules = {name: text for name, text in sources().items() if (PROJECT / "helpers" / name).is_file()}
     assert len(modules) > 50
-    del modules["hosts/badges.py"]  # whose work is to rewrite them
     for name, text in modules.items():
         assert not imported(text) & theirs, name
         assert not paths_in(text), name
@@ -146,6 +160,39 @@ def test_helpers_know_nothing_of_the_notebooks():
 def test_the_search_for_imports_of_notebooks_finds_them(text):
     assert imported(text) & {"yolact", "studies"}
     assert not imported("from helpers.yolact import build\nfrom . import studies") & {"yolact", "studies"}
+
+
+def rooms(text: str) -> set[str]:
+    """The folders and modules right below `helpers` that are imported, those within functions and annotations too."""
+    modules = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {module.split(".")[1] for module in modules if module.startswith("helpers.")}
+
+
+def upward(room: str, others: set[str]) -> set[str]:
+    """The rooms that are not on a floor below; the lowest floor's modules may use one another."""
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    lowest = len(FLOORS) - 1
+    return {other for other in others - {room} if floor[other] <= floor[room] < lowest or floor[other] < floor[room]}
+
+
+def test_imports_only_run_down():
+    modules = {Path(name): text for name, text in sources().items() if (PROJECT / "helpers" / name).is_file()}
+    homes = {path: path.parts[0].removesuffix(".py") for path in modules if path != Path("__init__.py")}
+    assert set(homes.values()) == {name for names in FLOORS for name in names}
+    found = {str(path): upward(room, rooms(modules[path])) for path, room in homes.items()}
+    assert {path: others for path, others in found.items() if others} == {}
+
+
+def test_the_search_for_imports_that_run_up_finds_them():
+    text = "from helpers import cli\ndef f():\n    from helpers.pipeline.task import Task\n    import helpers.errors"
+    assert rooms(text) == {"cli", "pipeline", "errors"}
+    assert upward("images", rooms(text)) == {"cli", "pipeline"} and upward("config", {"errors"}) == set()
+    assert upward("pipeline", {"export", "planning", "training"}) == {"export", "planning", "training"}
 
 
 def test_the_search_for_paths_of_notebooks_finds_them():

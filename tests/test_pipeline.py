@@ -523,13 +523,14 @@ def test_what_cannot_be_written_beside_the_results_is_a_warning(
 
 
 def test_no_folder_for_temporary_files_is_no_dashboard_and_no_more(
-    spark, photos, bundle_uri, tmp_path, caplog, monkeypatch
+    spark, photos, bundle_uri, tmp_path, caplog, monkeypatch, adls_root, adls_settings
 ):
     def fail(*_: object, **__: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
-    monkeypatch.setattr("helpers.tracking.dashboard.tempfile.TemporaryDirectory", fail)
-    assert pipeline.run(spark, str(photos), bundle_uri, str(tmp_path / "out"), settings()).ok > 0
+    monkeypatch.setattr("helpers.tracking.tensorboard.tempfile.TemporaryDirectory", fail)
+    config = settings(**{"paths.runs": adls_root}, **adls_settings)
+    assert pipeline.run(spark, str(photos), bundle_uri, str(tmp_path / "out"), config).ok > 0
     assert "no dashboard: [Errno 2] No usable temporary directory found; set paths.runs" in caplog.text
 
 

@@ -12,11 +12,12 @@ from helpers.bundle.manifest import OutputSpec, load_bundle
 from helpers.errors import BundleError, ConfigError, StorageError
 from helpers.images.decoding import decode, fit
 from helpers.memory import resident_megabytes
-from helpers.pipeline import inference, make_task, postprocessing, preprocessing, stages
+from helpers.pipeline import make_task, stages
 from helpers.pipeline.listing import list_images, manifest, plan
-from helpers.pipeline.postprocessing import classification, parameters_for
 from helpers.pipeline.rows import without
 from helpers.storage import open_storage
+from helpers.tasks import TASKS, parameters_for
+from helpers.tasks.classification import classification
 
 NAMES = ["0.png", "1 missing.png", "2.jpg", "3 empty.png", "4 text.png", "5 folder.png", "6.png", "7 loop.png"]
 GOOD = [0, 2, 6]
@@ -201,14 +202,14 @@ def test_tensors_and_pixels_are_each_others_inverse_also_in_slices(bundle):
     spec = bundle.manifest.input
     pixels = np.random.default_rng(0).integers(0, 256, (5, *spec.shape), np.uint8)
     failed = [False, True, False, False, True, True, False, False]
-    column = preprocessing._tensors(pixels, failed)
+    column = stages._tensors(pixels, failed)
     column.validate(full=True)
     assert [value is None for value in column.to_pylist()] == failed
     batch = pa.RecordBatch.from_arrays([column], names=["tensor"])
     for start in range(9):
         for stop in range(start, 9):
             good_before, good = failed[:start].count(False), failed[start:stop].count(False)
-            found = inference._pixels(batch.slice(start, stop - start), spec)
+            found = stages._pixels(batch.slice(start, stop - start), spec)
             np.testing.assert_array_equal(found, pixels[good_before : good_before + good])
 
 
@@ -247,9 +248,9 @@ def test_outputs_of_more_dimensions_keep_their_shape(bundle):
     values = {name: np.random.default_rng(0).random((2, *shape), np.float32) for name, shape in shapes.items()}
     failed = np.array([False, True, False])
     for name, shape in shapes.items():
-        column = inference._float_lists(values[name], int(np.prod(shape)), failed)
+        column = stages._float_lists(values[name], int(np.prod(shape)), failed)
         assert column.is_null().to_pylist() == failed.tolist()
-        np.testing.assert_array_equal(postprocessing._array(column.filter(pa.array(~failed)), shape), values[name])
+        np.testing.assert_array_equal(stages._array(column.filter(pa.array(~failed)), shape), values[name])
     assert stages.output_schema(manifest).names[-2:] == ["proto", "loc"]
 
 
@@ -323,14 +324,14 @@ def three(tmp_path):
 def test_whatever_decoding_an_image_raises_is_its_own_error(three, bundle, monkeypatch, error):
     spoilt = three.read("b.png") + b"more"
     three.write("b.png", spoilt)
-    original = preprocessing.load
+    original = stages.load
 
     def load(content, *arguments):
         if bytes(content) == spoilt:
             raise error
         return original(content, *arguments)
 
-    monkeypatch.setattr(preprocessing, "load", load)
+    monkeypatch.setattr(stages, "load", load)
     read = stages.read_images([manifest_of(three, "a.png", "b.png", "c.png")], three, 4, MEGABYTE)
     rows = rows_of(list(stages.preprocess(read, bundle.manifest.input, 4, 10**6)))
     assert [row["error"] is None for row in rows] == [True, False, True]
@@ -424,7 +425,7 @@ def test_an_image_whose_outputs_cannot_be_post_processed_costs_its_own_row(bundl
                 predictions[0]["class_id"] = "seven" if kind == "no numbers" else 2**40  # which Arrow does not take
         return found
 
-    monkeypatch.setitem(postprocessing.POSTPROCESSORS, "classification", odd)
+    monkeypatch.setitem(TASKS, "classification", replace(TASKS["classification"], predict=odd))
     good, bad = [0.0] * 9 + [5.0], [99.0] + [0.0] * 9
     logits = ([good, None, bad, good, None] * count)[: 5 * count - 1]
     rows = rows_of(list(stages.postprocess([outputs_of(bundle, logits)], bundle.manifest, {}, "net")))
@@ -440,7 +441,7 @@ def test_a_batch_of_which_nothing_can_be_post_processed_is_errors(bundle, monkey
     def odd(*_):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setitem(postprocessing.POSTPROCESSORS, "classification", odd)
+    monkeypatch.setitem(TASKS, "classification", replace(TASKS["classification"], predict=odd))
     rows = rows_of(list(stages.postprocess([outputs_of(bundle, [[1.0] * 10] * 3)], bundle.manifest, {}, "net")))
     assert len(rows) == 3 and all("ZeroDivisionError: division by zero" in row["error"] for row in rows)
 
@@ -472,7 +473,7 @@ FINITE = [float(i) for i in range(10)]
 def test_an_image_with_outputs_that_are_no_numbers_is_an_error_and_its_neighbours_are_not(bundle, monkeypatch, odd):
     bad = [*FINITE[:5], odd, *FINITE[6:]]
     model = Outputs([FINITE, bad, FINITE], [bad, bad], [FINITE])
-    monkeypatch.setattr(inference, "get_model", lambda *_: model)
+    monkeypatch.setattr(stages, "get_model", lambda *_: model)
     failed = [[None, None, "damaged", None], [None, None], ["damaged", None, "damaged"]]
     batches = []
     for errors in failed:
@@ -489,7 +490,7 @@ def test_an_image_with_outputs_that_are_no_numbers_is_an_error_and_its_neighbour
 
 
 def test_outputs_so_large_that_only_their_sum_is_infinite_are_good(bundle, monkeypatch):
-    monkeypatch.setattr(inference, "get_model", lambda *_: Outputs([[3e38] * 10]))
+    monkeypatch.setattr(stages, "get_model", lambda *_: Outputs([[3e38] * 10]))
     tensor = bytes(bundle.manifest.input.nbytes)
     batch = pa.RecordBatch.from_pylist([{"path": "a", "tensor": tensor}], schema=stages.TENSOR_SCHEMA)
     (row,) = rows_of(list(stages.infer([batch], bundle, None, 1)))

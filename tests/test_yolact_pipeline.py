@@ -25,8 +25,9 @@ from helpers.export.architectures import get_architecture
 from helpers.images import drawing as pictures
 from helpers.pipeline import make_task, stages
 from helpers.pipeline.listing import list_images, manifest, plan
-from helpers.pipeline.postprocessing import get_arrays, instance_segmentation, parameters_for
 from helpers.storage import open_storage
+from helpers.tasks import get_arrays, parameters_for
+from helpers.tasks.instance_segmentation import instance_segmentation
 from helpers.yolact import build
 from helpers.yolact.configurations import COCO_CLASSES
 

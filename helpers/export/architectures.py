@@ -1,5 +1,6 @@
 """The networks this project can export, and what their bundles' manifests say of input, labels and post-processing."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 
+STALE = re.compile(r"backbone\.layer(?!s)|fpn\.downsample_layers\.(?![01]\.)\d+\.")
+
+
 def unchanged(value: Any) -> Any:
     """What an architecture without peculiarities needs done to its weights and its network: nothing."""
     return value
@@ -28,8 +32,8 @@ class Architecture:
     Attributes:
         build: returns the `torch.nn.Module`, which takes normalized float32 `[B, channels, height, width]`.
         outputs: names of the exported outputs, in order.
-        mend: takes a checkpoint's state dictionary and returns what the network must load without exception.
-        heads: takes the network and returns the module to export, the one that has `outputs`.
+        adapt_state_dict: takes a checkpoint's state dictionary and returns the one that the network must load whole.
+        export_module: takes the network and returns the module to export, the one that has `outputs`.
         arrays: returns what post-processing needs beside the outputs, by the name of its `.npy` file in the bundle.
     """
 
@@ -40,8 +44,8 @@ class Architecture:
     outputs: tuple[str, ...]
     labels: tuple[str, ...]
     postprocess: dict[str, Any]
-    mend: Callable[[dict[str, Any]], dict[str, Any]] = unchanged
-    heads: Callable[["torch.nn.Module"], "torch.nn.Module"] = unchanged
+    adapt_state_dict: Callable[[dict[str, Any]], dict[str, Any]] = unchanged
+    export_module: Callable[["torch.nn.Module"], "torch.nn.Module"] = unchanged
     arrays: Callable[[], dict[str, "np.ndarray"]] = dict
 
 
@@ -67,6 +71,16 @@ def get_architecture(name: str, labels: Sequence[str] = ()) -> Architecture:
     raise BundleError(f"no architecture {name!r}; there are {known}, or name the .yaml of a model card")
 
 
+def drop_stale_keys(weights: dict[str, Any]) -> dict[str, Any]:
+    """Return an official YOLACT checkpoint's state dictionary without the weights that no network has today.
+
+    The published files hold second copies of the backbone's stages, under torchvision's names (`backbone.layerN...`),
+    and layers of a pyramid above P7 that were built and never used (`fpn.downsample_layers.N...` from 2 on). The
+    official loader drops both too. Nothing is renamed, and everything else must be there.
+    """
+    return {key: value for key, value in weights.items() if not STALE.match(str(key))}
+
+
 def _from_card(path: Path) -> Architecture:
     card = read_card(path)
     return Architecture(
@@ -81,7 +95,6 @@ def _from_card(path: Path) -> Architecture:
 
 
 def _yolact(name: str, labels: Sequence[str] = ()) -> Architecture:
-    from helpers.yolact.checkpoint import drop_stale_keys
     from helpers.yolact.detection import Parameters
     from helpers.yolact.network import OUTPUTS, RawHeads, Yolact
     from helpers.yolact.priors import make_priors
@@ -95,7 +108,7 @@ def _yolact(name: str, labels: Sequence[str] = ()) -> Architecture:
         outputs=OUTPUTS,
         labels=configuration.labels,
         postprocess=asdict(Parameters()),
-        mend=drop_stale_keys,
-        heads=RawHeads,
+        adapt_state_dict=drop_stale_keys,
+        export_module=RawHeads,
         arrays=lambda: {"priors.npy": make_priors(configuration)},
     )

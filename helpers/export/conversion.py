@@ -77,7 +77,7 @@ def to_onnx(network: "torch.nn.Module", architecture: Architecture, opset: int =
 
     if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
         raise BundleError(f"opset {opset} cannot be exported; choose one from {OLDEST_OPSET} to {NEWEST_OPSET}")
-    heads = architecture.heads(network).eval()
+    module = architecture.export_module(network).eval()
     height, width, channels = architecture.input.shape
     images = torch.zeros(2, channels, height, width)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": list(architecture.outputs), "verbose": False}
@@ -87,10 +87,12 @@ def to_onnx(network: "torch.nn.Module", architecture: Architecture, opset: int =
             axes = {name: {0: "batch"} for name in ("images", *architecture.outputs)}
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "model.onnx")
-                torch.onnx.export(heads, (images,), path, dynamo=False, opset_version=opset, dynamic_axes=axes, **names)
+                torch.onnx.export(
+                    module, (images,), path, dynamo=False, opset_version=opset, dynamic_axes=axes, **names
+                )
                 return onnx.load(path)
         shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},)
-        program = torch.onnx.export(heads, (images,), dynamo=True, opset_version=opset, dynamic_shapes=shapes, **names)
+        program = torch.onnx.export(module, (images,), dynamo=True, opset_version=opset, dynamic_shapes=shapes, **names)
     assert program is not None  # it is None only for the old exporter
     model = program.model_proto  # each access makes another
     name_by_module(model)

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from helpers.bundle.manifest import Manifest
 from helpers.images.drawing import DRAWN_SCORE
 from helpers.metrics import average_precision
-from helpers.pipeline.postprocessing import POSTPROCESSORS, Arrays, Prediction
+from helpers.tasks import TASKS, Arrays, Prediction
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -41,7 +41,7 @@ def predict(engine: Engine, images: Iterable[np.ndarray], manifest: Manifest, ar
         manifest: says how outputs are post-processed.
         arrays: that post-processing needs.
     """
-    process, size = POSTPROCESSORS[manifest.task], (manifest.input.width, manifest.input.height)
+    process, size = TASKS[manifest.task].predict, (manifest.input.width, manifest.input.height)
     # numpy's threads for an image's small matrices cost more than they save beside the engine's, and tasks have none.
     with threadpool_limits(1, user_api="blas"):
         return [process(engine(image[None]), [size], manifest, manifest.postprocess, arrays)[0] for image in images]

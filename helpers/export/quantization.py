@@ -21,7 +21,7 @@ from helpers.bundle.runtime import compile_options
 from helpers.errors import BundleError
 from helpers.export import evaluation
 from helpers.export.graph import MULTIPLYING
-from helpers.pipeline.postprocessing import Arrays
+from helpers.tasks import Arrays
 
 if TYPE_CHECKING:
     import openvino as ov

@@ -29,7 +29,7 @@ def read_weights(architecture: Architecture, checkpoint: Path | BinaryIO, name: 
         raise BundleError(f"{name} is no PyTorch checkpoint or is damaged: {first_line(error)}") from None
     if not isinstance(weights, dict):
         raise BundleError(f"{name} holds a {type(weights).__name__}, not a state dictionary")
-    return architecture.mend(weights)
+    return architecture.adapt_state_dict(weights)
 
 
 def find_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ import logging
 import time
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,17 +25,17 @@ from helpers.config import Config
 from helpers.errors import RunError, StorageError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, stages
-from helpers.pipeline.postprocessing import parameters_for
 from helpers.pipeline.readers import add_frames, choose_reader, frame_by_spark, planned_paths, read_by_spark, reading
 from helpers.pipeline.records import Stopwatch, describe, write_record
 from helpers.pipeline.results import ResultStore
 from helpers.pipeline.rows import is_among, outdated, replaced, settled, without
 from helpers.pipeline.sample import draw_sample, read_pictures
-from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind
-from helpers.session import get_slots, spark_failure, spark_schema
+from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_through
+from helpers.session import get_slots, local_slots, spark_failure, spark_schema
 from helpers.storage import open_storage
-from helpers.tracking.dashboard import log_run
+from helpers.tasks import parameters_for
 from helpers.tracking.progress import Progress
+from helpers.tracking.tensorboard import log_run
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row, SparkSession
@@ -161,7 +162,8 @@ def run(
     watch = Stopwatch()
     task = make_task(source, model, output, config)
     store = ResultStore(task.output)
-    with store.exclusive():
+    with ThreadPoolExecutor(1) as pool, store.exclusive():
+        started = pool.submit(_start_workers, spark)
         done = store.resume(task.model) if config.resume else store.rows()
         slots = get_slots(spark)
         watch.lap("open")
@@ -172,6 +174,7 @@ def run(
         plan = listing.plan(todo, slots, config, _image_seconds(task.bundle, config))
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
         watch.lap("list")
+        started.exception()  # if it failed, so will the run, and say why
         records = _run_tasks(spark, task, listing.manifest(todo, plan), plan, store, config)
         seconds = watch.lap("pass")
         about = describe(task, spark, config, slots, watch, records, session_seconds)
@@ -232,6 +235,18 @@ def model_identity(bundle: Bundle, parameters: dict[str, Any], config: Config) -
     """Name a model in the results so that whatever changes its predictions changes its name."""
     settings = json.dumps([bundle.manifest.digest, parameters, config.inference.precision], sort_keys=True)
     return f"{bundle.manifest.name}@{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+
+def _start_workers(spark: "SparkSession") -> None:
+    """Have a Python worker in each slot import what a run needs, and the JVM load the classes of a run's plan.
+
+    In the first run of a session all cores would wait for that after the listing; a later run finds it done.
+    """
+    slots = local_slots(spark)
+    if slots is not None:  # elsewhere executors may come and go
+        table = pa.table({"partition": pa.array(range(slots), pa.int32())})
+        rows = spark.createDataFrame(table).repartitionById(slots, "partition")
+        rows.mapInArrow(pass_through, rows.schema).collect()
 
 
 def _run_tasks(

@@ -1,15 +1,36 @@
 """The four stages as they run in a task: functions from Arrow record batches to Arrow record batches.
 
-Each stage has its output's schema beside it, keeps one row an image, and turns what is wrong with an image into the
-row's `error`. A notebook runs one stage alone; `helpers.pipeline.task` fuses all four, so that pixels and raw outputs
-stay in the worker. Executors import this package.
+Each stage keeps one row per image, and turns what is wrong with an image into the row's `error`. A notebook runs one
+stage alone; `helpers.pipeline.task` fuses all four, so that pixels and raw outputs stay in the worker. Stage 1 is in
+`helpers.pipeline.reading`. Executors import this module.
 """
 
-from helpers.pipeline.inference import infer
-from helpers.pipeline.postprocessing import postprocess
-from helpers.pipeline.preprocessing import preprocess
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from helpers.bundle.manifest import Bundle, Manifest
+from helpers.bundle.runtime import get_model
+from helpers.images.boundary import attempt
+from helpers.images.decoding import load
+from helpers.images.headers import Size
+from helpers.images.spec import InputSpec
+from helpers.memory import bounded
 from helpers.pipeline.reading import read_images
-from helpers.pipeline.schemas import IMAGE_SCHEMA, MANIFEST_SCHEMA, RESULT_SCHEMA, TENSOR_SCHEMA, output_schema
+from helpers.pipeline.schemas import (
+    IMAGE_SCHEMA,
+    MANIFEST_SCHEMA,
+    PREDICTIONS,
+    RESULT_SCHEMA,
+    TENSOR_SCHEMA,
+    Batches,
+    extend,
+    output_schema,
+)
+from helpers.tasks import TASKS, get_arrays
 
 __all__ = [
     "IMAGE_SCHEMA",
@@ -22,3 +43,180 @@ __all__ = [
     "preprocess",
     "read_images",
 ]
+
+NOT_FINITE = "the model's outputs for this image are not finite: the model is damaged, or not fit for its arithmetic"
+
+
+def preprocess(
+    batches: Batches, spec: InputSpec, most_images: int, max_pixels: int, memory_megabytes: int | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Stage 2: bytes to the model's input.
+
+    Args:
+        batches: `IMAGE_SCHEMA`.
+        spec: size, colour order and resize rule, from the bundle's manifest.
+        most_images: images an output batch.
+        max_pixels: larger images are not decoded.
+        memory_megabytes: what this process may take; images that would take it beyond are not decoded either.
+
+    Yields:
+        `TENSOR_SCHEMA`; `tensor` holds uint8 `[height, width, channels]` row by row, and the size is the original's.
+    """
+    for batch in batches:
+        for start in range(0, batch.num_rows, most_images):
+            yield _preprocess(batch.slice(start, most_images), spec, max_pixels, memory_megabytes)
+
+
+def infer(
+    batches: Batches, bundle: Bundle, precision: str | None, threads: int, memory_megabytes: int | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Stage 3: the model's input to its raw outputs, in the process's one compiled model.
+
+    Args:
+        batches: `TENSOR_SCHEMA`; one batch is one inference, or several of one image where the model takes no more.
+        bundle: which model.
+        precision: arithmetic; None for the bundle's own.
+        threads: OpenVINO threads.
+        memory_megabytes: what this process may take.
+
+    Yields:
+        `output_schema(manifest)`; the outputs are null where `error` is set. Outputs that are not numbers, or infinite,
+        are an error of their image.
+    """
+    schema = output_schema(bundle.manifest)
+    model = get_model(bundle, precision, threads, memory_megabytes)
+    parts = (part for batch in batches for part in (_split_rows(batch) if model.single else [batch]))
+    for batch, outputs in model.infer((part, _pixels(part, bundle.manifest.input)) for part in parts):
+        errors = batch["error"].to_pylist()
+        if not_finite := _not_finite(outputs):
+            good = np.flatnonzero(batch["error"].is_null())
+            errors = [NOT_FINITE if row in good[not_finite] else error for row, error in enumerate(errors)]
+            outputs = {name: np.delete(values, not_finite, axis=0) for name, values in outputs.items()}
+        failed = np.array([error is not None for error in errors])
+        columns = {
+            output.name: _float_lists(outputs.get(output.name), int(np.prod(output.shape)), failed)
+            for output in bundle.manifest.outputs
+        }
+        yield extend(batch, schema, error=errors, **columns)
+
+
+def postprocess(
+    batches: Batches,
+    manifest: Manifest,
+    parameters: Mapping[str, Any],
+    model: str,
+    read: Callable[[str], bytes] | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Stage 4: raw outputs to predictions.
+
+    Args:
+        batches: `output_schema(manifest)`.
+        manifest: task, outputs and labels.
+        parameters: of the task's post-processing.
+        model: what the results' `model` column says.
+        read: reads a file of the bundle, for tasks that need more than the graph's outputs (`Bundle.read`).
+
+    Yields:
+        `RESULT_SCHEMA`; `predictions` is null where `error` is set. What goes wrong with one image is its own error.
+    """
+    arrays = get_arrays(manifest, read)
+
+    def predict(good: pa.RecordBatch) -> pa.Array:
+        outputs = {o.name: _array(good[o.name], o.shape) for o in manifest.outputs}
+        sizes = list(zip(good["width"].to_pylist(), good["height"].to_pylist(), strict=True))
+        predictions = TASKS[manifest.task].predict(outputs, sizes, manifest, parameters, arrays)
+        return pa.array(predictions, PREDICTIONS)
+
+    for batch in batches:
+        predictions, errors = _each(predict, batch)
+        yield extend(batch, RESULT_SCHEMA, predictions=predictions, error=errors, model=[model] * batch.num_rows)
+
+
+def _preprocess(
+    batch: pa.RecordBatch, spec: InputSpec, max_pixels: int, memory_megabytes: int | None
+) -> pa.RecordBatch:
+    pixels = np.empty((batch.num_rows, *spec.shape), np.uint8)
+    errors, sizes, count = batch["error"].to_pylist(), [], 0
+    # The files are in memory by now, and in a fused run the model, because the last stage's start is the first.
+    with bounded(memory_megabytes) as left:
+        for row, content in enumerate(batch["content"]):
+            size = None
+            if errors[row] is None:
+                loaded, errors[row] = attempt(_load, content, spec, max_pixels, left)
+                if loaded is not None:
+                    pixels[count], size = loaded
+                    count += 1
+            sizes.append(size or (None, None))
+    widths, heights = zip(*sizes, strict=True)
+    tensors = _tensors(pixels[:count], [error is not None for error in errors])
+    return extend(batch, TENSOR_SCHEMA, width=widths, height=heights, error=errors, tensor=tensors)
+
+
+def _load(
+    content: pa.BinaryScalar, spec: InputSpec, max_pixels: int, most_memory: int | None
+) -> tuple[np.ndarray, Size]:
+    return load(memoryview(content.as_buffer()).cast("B"), spec, max_pixels, most_memory)
+
+
+def _tensors(pixels: np.ndarray, failed: list[bool]) -> pa.Array:
+    """The rows of a uint8 array as a binary column, without copying, with nulls where an image failed."""
+    nbytes = int(np.prod(pixels.shape[1:]))
+    offsets = np.fromiter(accumulate((0 if bad else nbytes for bad in failed), initial=0), np.int32)
+    valid = None if not any(failed) else pa.array([not bad for bad in failed]).buffers()[1]
+    return pa.Array.from_buffers(pa.binary(), len(failed), [valid, pa.py_buffer(offsets), pa.py_buffer(pixels)])
+
+
+def _not_finite(outputs: dict[str, np.ndarray]) -> list[int]:
+    """The images, by their place among the good ones, with an output that is not a number, or infinite."""
+    found: set[int] = set()
+    for values in outputs.values():
+        # A sum has the worst of what is in it, and takes a fraction of the time that a look at each number does.
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = values.sum()
+        if not np.isfinite(total):
+            found.update(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1)).tolist())
+    return sorted(found)
+
+
+def _split_rows(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    return (batch.slice(row, 1) for row in range(batch.num_rows))
+
+
+def _pixels(batch: pa.RecordBatch, spec: InputSpec) -> np.ndarray:
+    """The inverse of `_tensors`: uint8 `[good images, height, width, channels]`, without copying."""
+    column = batch["tensor"]
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+    content = np.frombuffer(data or b"", np.uint8)[bounds[0] : bounds[-1]]
+    return content.reshape(-1, *spec.shape)
+
+
+def _float_lists(values: np.ndarray | None, width: int, failed: np.ndarray) -> pa.Array:
+    flat = np.zeros(0, np.float32) if values is None else values.reshape(-1)
+    offsets = np.concatenate([[0], np.cumsum(np.where(failed, 0, width))]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, flat, mask=pa.array(failed) if failed.any() else None)
+
+
+def _each(predict: Callable[[pa.RecordBatch], pa.Array], batch: pa.RecordBatch) -> tuple[pa.Array, list[str | None]]:
+    """Predictions of a batch, all together, or one by one where that fails, and the errors; null where there is one."""
+    errors, good = batch["error"].to_pylist(), batch["error"].is_null()
+    rows = np.flatnonzero(good)
+    if not len(rows):
+        return pa.nulls(len(errors), PREDICTIONS), errors
+    if len(rows) < len(errors):  # filtering copies, and raw outputs can be large
+        batch = batch.filter(good)
+    predictions, _ = attempt(predict, batch)
+    if predictions is not None and len(predictions) == len(errors):
+        return predictions, errors
+    if predictions is None:
+        alone = [attempt(predict, batch.slice(place, 1)) for place in range(len(rows))]
+        for row, (_, error) in zip(rows, alone, strict=True):
+            errors[row] = error
+        predictions = pa.concat_arrays([pa.array([], PREDICTIONS), *(one for one, _ in alone if one is not None)])
+    places = accumulate((error is None for error in errors), initial=0)
+    taken = [place if error is None else None for error, place in zip(errors, places, strict=False)]
+    return predictions.take(pa.array(taken, pa.int64())), errors
+
+
+def _array(column: pa.ListArray, shape: tuple[int, ...]) -> np.ndarray:
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)

@@ -11,7 +11,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from helpers.errors import StorageError
-from helpers.storage.interface import Entry, Storage, StorageOptions
+from helpers.options import StorageOptions
+from helpers.storage.interface import Entry, Storage
 from helpers.storage.local import LocalStorage
 
 __all__ = ["Entry", "LocalStorage", "Storage", "StorageOptions", "open_storage"]

@@ -35,8 +35,9 @@ from azure.core.exceptions import (
 from azure.storage.filedatalake import DataLakeFileClient, FileSystemClient, StorageStreamDownloader
 
 from helpers.errors import StorageError, first_line
+from helpers.options import StorageOptions
 from helpers.storage.client import TRIES, forget_clients, get_client
-from helpers.storage.interface import Entry, StorageOptions
+from helpers.storage.interface import Entry
 from helpers.storage.lease import Lease, code_of
 
 URI = re.compile(r"abfss://([^@/?#]+)@([^@/?#]+)(/.*)?", re.DOTALL)

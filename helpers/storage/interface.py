@@ -8,24 +8,6 @@ from datetime import datetime
 from typing import BinaryIO, Protocol
 
 UNFINISHED = re.compile(r"\.[0-9a-f]{8,}\.tmp")  # the name of a file that is written, or was when its writer was killed
-CREDENTIAL_REFERENCE = re.compile(r"default|env:\w+|secret:[^/]+/.+|keyvault:[^/]+/.+")
-
-
-@dataclass(frozen=True)
-class StorageOptions:
-    """Where object storage answers and where its credential is found; never the credential itself."""
-
-    __pydantic_config__ = {"extra": "forbid"}  # read when the configuration is validated; executors ignore it
-
-    endpoint: str | None = None
-    credential: str = "default"
-
-    def __post_init__(self) -> None:
-        if not CREDENTIAL_REFERENCE.fullmatch(self.credential):
-            # The value may be a secret set here by mistake, so it is not repeated.
-            raise ValueError("not a reference: use default, env:NAME, secret:SCOPE/KEY or keyvault:VAULT/NAME")
-        if self.endpoint and re.search(r"[?@]", self.endpoint):
-            raise ValueError("an endpoint is an address, without a SAS token: name that with storage.credential")
 
 
 @dataclass(frozen=True)

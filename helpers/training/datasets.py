@@ -28,7 +28,7 @@ from helpers.training.shards import INDEX
 
 LABELED = ("file", "label", "content")  # columns of shards whose index does not name them
 SHUFFLED = 4  # shards whose images are mixed, and which a rank holds in memory
-MAX_PIXELS = 178_956_970  # a larger image is a decompression bomb; ingest.max_pixels has the same
+OPENCV_PIXELS = 2**30  # OpenCV decodes no larger image, unless its environment says so
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images, uint8, and labels, int64 [B]
 B_co = TypeVar("B_co", covariant=True)
@@ -241,7 +241,7 @@ def load_image(content: memoryview, spec: InputSpec, file: str) -> tuple[np.ndar
         DataError: the image cannot be read; names it.
     """
     try:
-        return decoding.load(content, spec, MAX_PIXELS)
+        return decoding.load(content, spec, OPENCV_PIXELS)
     except boundary.UnreadableImageError as error:
         raise DataError(f"{file}: {error}; remove it from the training set") from None
 

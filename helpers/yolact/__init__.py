@@ -6,7 +6,6 @@
     priors           anchors                                                     numpy
     detection        from raw heads to instances: boxes, non-maximum suppression numpy
     masks            mask assembly and COCO run-length encoding                  numpy
-    checkpoint       what an official checkpoint must lose before it loads
 
 Executors import `detection` and `masks`, so importing this package imports no torch.
 """

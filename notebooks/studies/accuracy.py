@@ -10,7 +10,7 @@ from helpers.export.evaluation import to_results
 from helpers.images import rle
 from helpers.images.drawing import DRAWN_SCORE
 from helpers.metrics import average_precision, boundary_iou, mask_iou
-from helpers.pipeline.postprocessing import Prediction
+from helpers.tasks import Prediction
 
 RATIOS = tuple(ratio / 1000 for ratio in range(5, 51, 5))  # of boundary IoU: 0.005 to 0.05
 

@@ -29,8 +29,8 @@ def torch_engine(
     """
     import torch
 
-    heads = architecture.heads(network).eval()
-    module = torch.compile(heads) if compiled else heads
+    module = architecture.export_module(network).eval()
+    module = torch.compile(module) if compiled else module
     torch.set_num_threads(threads)
 
     def infer(images: np.ndarray) -> dict[str, np.ndarray]:
