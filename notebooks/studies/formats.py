@@ -30,13 +30,13 @@ def torch_engine(
     import torch
 
     module = architecture.export_module(network).eval()
-    module = torch.compile(module) if compiled else module
+    predict = torch.compile(module) if compiled else module
     torch.set_num_threads(threads)
 
     def infer(images: np.ndarray) -> dict[str, np.ndarray]:
         with torch.inference_mode():
-            found = module(torch.from_numpy(_normalise(images, architecture.input)))
-        tensors = found if isinstance(found, tuple) else (found,)
+            outputs = predict(torch.from_numpy(_normalise(images, architecture.input)))
+        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
         return {name: tensor.numpy() for name, tensor in zip(architecture.outputs, tensors, strict=True)}
 
     return infer
