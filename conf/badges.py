@@ -1,6 +1,6 @@
 """What the notebooks need of the repository's address: the Colab badge and the first cell's `git clone`.
 
-    python conf/badges.py        the first cell and a badge to Colab's dialogue for GitHub
+    python conf/badges.py        the first cell, and no badge: there is nothing yet that it could open
     python conf/badges.py URL    a badge that opens the notebook, and a cell that clones
 
 The address is nowhere else; run it once after the repository has got one (`make badges REPOSITORY=URL`).
@@ -19,11 +19,13 @@ BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)[^\n]*\n\n?")
 OLD_ADVICE = re.compile(r"\n*In Colab: clone the project[^\n]*\n*\Z")
 FIRST_CELL = """import os
 import runpy
+import subprocess
 from pathlib import Path
 
 if {{"COLAB_RELEASE_TAG", "DATABRICKS_RUNTIME_VERSION"}} & set(os.environ):  # elsewhere `make setup` has done this
     if "COLAB_RELEASE_TAG" in os.environ and not Path("../helpers").is_dir():  # the notebook is there alone
-        os.system(f"git clone --quiet --depth 1 {{{address}}} project")
+        address = {address}
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", "--", address, "project"], check=True)
         os.chdir("project/notebooks")
     root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "helpers").is_dir())
     runpy.run_path(f"{{root}}/conf/bootstrap.py", run_name="__main__")"""
@@ -40,20 +42,18 @@ def apply(notebook: dict[str, Any], name: str, repository: str | None) -> dict[s
     Raises:
         UserError: Colab opens notebooks by address from GitHub only.
     """
-    link, note, address = f"{COLAB}/github/", "", "os.environ['PROJECT_REPOSITORY']"
+    badge, address = "", "os.environ['PROJECT_REPOSITORY']"
     if repository:
-        found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", repository)
-        if found is None:
+        match = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", repository)
+        if match is None:
             raise UserError(f"{repository}: not of the form https://github.com/OWNER/NAME, which Colab can open")
-        link = f"{COLAB}/github/{found[1]}/blob/main/notebooks/{name}"
-        address = f"os.environ.get('PROJECT_REPOSITORY', 'https://github.com/{found[1]}')"
-    else:
-        note = " (name this repository there, and set `%env PROJECT_REPOSITORY=` to its address before the first cell)"
+        link = f"{COLAB}/github/{match[1]}/blob/main/notebooks/{name}"
+        badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})\n\n"
+        address = f"os.environ.get('PROJECT_REPOSITORY', 'https://github.com/{match[1]}')"
     cells = [dict(cell) for cell in notebook["cells"]]
     title, _, rest = "".join(cells[0]["source"]).partition("\n\n")
     rest = OLD_ADVICE.sub("", BADGE.sub("", rest))
-    badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link}){note}"
-    cells[0]["source"] = f"{title}\n\n{badge}\n\n{rest}".splitlines(keepends=True)
+    cells[0]["source"] = f"{title}\n\n{badge}{rest}".splitlines(keepends=True)
     first = next(cell for cell in cells if cell["cell_type"] == "code")
     first["source"] = FIRST_CELL.format(address=address).splitlines(keepends=True)
     return {**notebook, "cells": cells}
@@ -61,8 +61,8 @@ def apply(notebook: dict[str, Any], name: str, repository: str | None) -> dict[s
 
 def repository_of(notebook: dict[str, Any]) -> str | None:
     """The repository that a notebook's badge leads to."""
-    found = re.search(rf"{COLAB}/github/([\w.-]+/[\w.-]+)/blob/", "".join(notebook["cells"][0]["source"]))
-    return f"https://github.com/{found[1]}" if found else None
+    match = re.search(rf"{COLAB}/github/([\w.-]+/[\w.-]+)/blob/", "".join(notebook["cells"][0]["source"]))
+    return f"https://github.com/{match[1]}" if match else None
 
 
 def main(arguments: list[str]) -> None:

@@ -68,15 +68,15 @@ def test_a_mutant_follows_from_its_number():
 
 def test_the_fuzzer_sees_a_process_that_dies_takes_memory_or_does_not_come_back(tmp_path, monkeypatch):
     program, tests = tmp_path / "faulty.py", Path(__file__).parent
-    program.write_text(FAULTY.format(tests=str(tests), project=str(tests.parent), seconds=3))
+    program.write_text(FAULTY.format(tests=str(tests), project=str(tests.parent), seconds=6))
     monkeypatch.setattr(fuzz, "PROGRAM", str(program))
-    monkeypatch.setattr(fuzz, "SECONDS", 3)
+    monkeypatch.setattr(fuzz, "SECONDS", 6)
     report = watch("faulty", SEED, 20)
     found = dict(report.findings)
     assert sorted(found) == [3, 5, 7, 11]
     assert found[3] == "the process ended with -6"
     assert found[5] == "ZeroDivisionError: division by zero"
-    assert "MB of memory" in found[7] and found[11] == "more than 3 s"
+    assert "MB of memory" in found[7] and found[11] == "more than 6 s"
     assert report.mutants == 20
 
 

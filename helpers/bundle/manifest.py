@@ -8,16 +8,16 @@
 Executors import this module, so it needs the standard library only.
 """
 
+import errno
 import hashlib
 import json
 import math
 import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from itertools import islice
 from typing import Any, get_args, get_origin
 
-from helpers.errors import BundleError, StorageError
+from helpers.errors import BundleError
 from helpers.images.spec import COLORS, RESIZE_RULES, InputSpec
 from helpers.storage import Storage
 
@@ -119,8 +119,12 @@ def load_bundle(storage: Storage) -> Bundle:
     """
     path = storage.join(MANIFEST)
     try:
-        values = json.loads(_read_manifest(storage))
+        values = json.loads(storage.read(MANIFEST, MANIFEST_BYTES))
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise BundleError(
+                f"{path} is longer than a manifest can be, {MANIFEST_BYTES} bytes; export the bundle again"
+            ) from None
         raise BundleError(
             f"no model bundle at {storage.root}: {MANIFEST} cannot be read ({error.strerror or error}); "
             "make one with `python -m helpers export`"
@@ -135,17 +139,6 @@ def load_bundle(storage: Storage) -> Bundle:
     except ValueError as error:
         raise BundleError(f"{path} is incomplete or wrong: {error}; export the bundle again") from None
     return Bundle(storage, manifest)
-
-
-def _read_manifest(storage: Storage) -> bytes:
-    """Raises OSError where there is none, and ValueError where it is too long to be one."""
-    try:
-        lengths = [entry.length for entry in islice(storage.list(MANIFEST), 1)]
-    except StorageError:
-        lengths = []  # there is none, and reading says so
-    if lengths and lengths[0] > MANIFEST_BYTES:
-        raise ValueError(f"it has {lengths[0]} bytes")
-    return storage.read(MANIFEST)
 
 
 def _parse(kind: Any, value: Any, name: str) -> Any:
