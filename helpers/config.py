@@ -77,7 +77,9 @@ class IngestSettings(_Section):
 
     suffixes: tuple[str, ...]
     outside_links: bool
-    max_bytes: Annotated[int, Field(gt=0, lt=2**31 - 1)]  # what Arrow can hold; `Config.max_image_bytes` may be less
+    max_bytes: Annotated[
+        int, Field(gt=0, le=2 * 10**9)
+    ]  # a row of Arrow or Spark; `Config.max_image_bytes` may be less
     max_pixels: Large
 
 

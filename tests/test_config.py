@@ -121,7 +121,7 @@ WRONG = {
     "wrong type": ("inference.threads", "many", "integer"),
     "fraction of a thread": ("inference.threads", 1.5, "integer"),
     "impossible value": ("inference.threads", 0, "greater than 0"),
-    "longer than a value may be": ("ingest.max_bytes", 2**31, "less than"),
+    "longer than a value may be": ("ingest.max_bytes", 2**31, "less than or equal to 2000000000"),
     "more than a batch may have": ("inference.batch_megabytes", 2048, "less than or equal to 1024"),
     "share above one": ("max_failed_share", 1.5, "less than or equal to 1"),
     "not one of the choices": ("spark.mode", "yarn", "'local', 'connect', 'cluster' or 'databricks'"),

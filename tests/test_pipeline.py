@@ -110,7 +110,7 @@ def fresh_worker(samples, bundle_uri, tmp_path_factory) -> dict:
 def test_a_worker_imports_helpers_from_the_shipped_archive(fresh_worker):
     assert fresh_worker["rows"] == 64
     assert fresh_worker["helpers"].endswith(f"/{fresh_worker['archive']}/helpers/__init__.py")
-    assert fresh_worker["stages"].endswith(f"/{fresh_worker['archive']}/helpers/stages/__init__.py")
+    assert fresh_worker["stages"].endswith(f"/{fresh_worker['archive']}/helpers/pipeline/stages.py")
 
 
 def test_a_worker_runs_all_stages_without_the_drivers_heavy_packages(fresh_worker):

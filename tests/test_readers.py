@@ -106,7 +106,7 @@ def test_spark_reads_what_was_listed_and_nothing_else_of_the_source(spark, trap,
     }
     assert len(rows) == 65 + len(TRAP_GOOD) + 2
     assert {name for name in TRAP_GOOD if rows[name]["error"]} == set()
-    assert "2 GB" in rows["scan.tiff"]["error"] and rows["folder.png"]["error"]
+    assert "ingest.max_bytes" in rows["scan.tiff"]["error"] and rows["folder.png"]["error"]
     assert sum(row["error"] is not None for row in rows.values()) == 4 + 2
 
 
@@ -266,7 +266,7 @@ def test_a_file_that_goes_while_spark_reads_is_a_row(spark, photos, bundle_uri, 
         (photos / "clothes" / "sample 002.bmp").unlink()
         return read_by_spark(*arguments)
 
-    monkeypatch.setattr("helpers.pipeline.read_by_spark", remove_then_read)
+    monkeypatch.setattr("helpers.pipeline.driver.read_by_spark", remove_then_read)
     rows = run(spark, photos, bundle_uri, tmp_path / "out", reader="spark")
     assert len(rows) == 65
     gone = next(row for row in rows if row["path"].endswith("sample 002.bmp"))

@@ -19,7 +19,7 @@ from fuzz import CORPUS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import pipeline, stages
+from helpers import pipeline
 from helpers.config import Config, load_config
 from helpers.errors import ConfigError, StorageError
 from helpers.export.architectures import get_architecture
@@ -30,7 +30,7 @@ from helpers.images.decoding import decode
 from helpers.images.video import find_frames, frame_columns, frame_paths, read_frames, split_path, split_paths
 from helpers.memory import resident_megabytes
 from helpers.partitioning import plan_partitions
-from helpers.pipeline import RunSummary, make_task
+from helpers.pipeline import RunSummary, make_task, stages
 from helpers.pipeline.frames import list_frames, with_frames
 from helpers.pipeline.listing import list_images, manifest, plan
 from helpers.pipeline.reading import FRAMES_BYTES

@@ -239,7 +239,7 @@ def test_an_image_without_detections_has_an_empty_list(photographs, bundle, tmp_
 
 
 def test_a_parameter_that_cannot_be_is_told_before_a_run(bundle):
-    with pytest.raises(ConfigError, match="postprocess.nms is 'soft', not one of fast, cross_class, traditional"):
+    with pytest.raises(ConfigError, match="postprocess.nms is not one of fast, cross_class, traditional"):
         parameters_for(bundle.manifest, {"nms": "soft"})
     with pytest.raises(ConfigError, match=r"postprocess\.iou.*nms_threshold"):
         parameters_for(bundle.manifest, {"iou": 0.5})

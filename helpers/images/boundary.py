@@ -44,11 +44,11 @@ def attempt(function: Callable[..., R], *arguments: object) -> tuple[R | None, s
 
     Raises:
         UserError: what must be mended before any image can be worked on, such as a refused credential.
-        ImportError: the same, where this host lacks a package.
+        ModuleNotFoundError: the same, where this host lacks a package.
     """
     try:
         return function(*arguments), None
-    except (UserError, ImportError):
+    except (UserError, ModuleNotFoundError):
         raise
     except Exception as error:
         return None, reason(error)

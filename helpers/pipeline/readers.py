@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FILES_A_PLAN = 50_000  # read by Spark: their paths are in its plan, and in the driver's memory
-LARGEST = 2_000_000_000  # bytes of a file that Spark's rows can hold, with room for the rest of the row
 LOOKING_TASKS = 100  # that look for the files of a plan; Spark's own default is 10,000, of 4 ms each
 LOOKING_THREADS = 32
 PATTERN = r"([\\{}\[\]*?])"  # what is not literal in a path of Spark's
@@ -80,8 +79,7 @@ def read_by_spark(spark: "SparkSession", storage: Storage, manifest: pa.Table, c
     set_where_allowed(spark, {f"spark.sql.{name}": str(value) for name, value in settings.items()})
     is_frame = split_paths(manifest["path"])[1].is_valid()
     frames, images = manifest.filter(is_frame), manifest.filter(pc.invert(is_frame))
-    size = pc.and_(pc.greater(images["length"], 0), pc.less_equal(images["length"], LARGEST))
-    good = pc.and_(size, pc.is_null(images["error"]))
+    good = pc.and_(pc.greater(images["length"], 0), pc.is_null(images["error"]))
     files = images.filter(pc.and_(good, pc.invert(passed_over(images))))
     for start in range(0, files.num_rows, FILES_A_PLAN):
         yield _read_files(spark, storage, files.slice(start, FILES_A_PLAN))
@@ -153,13 +151,9 @@ def _load(spark: "SparkSession", storage: Storage, paths: list[str]) -> "DataFra
 
 
 def _unread(images: pa.Table) -> pa.Table:
-    """Rows, `stages.IMAGE_SCHEMA`, of files that need no reader: empty, too large, or found wrong by the listing."""
-    large = pc.and_(pc.greater(images["length"], LARGEST), pc.is_null(images["error"]))
-    error = pc.if_else(
-        large, pa.scalar("the file has more bytes than Spark's reader takes, which is 2 GB"), images["error"]
-    )
-    content = pc.if_else(pc.is_null(error), pa.scalar(b""), pa.scalar(None, pa.binary()))
-    columns = [*(images[name] for name in KEY_NAMES), error, content]
+    """Rows, `stages.IMAGE_SCHEMA`, of files that need no reader: empty, or wrong by the listing."""
+    content = pc.if_else(pc.is_null(images["error"]), pa.scalar(b""), pa.scalar(None, pa.binary()))
+    columns = [*(images[name] for name in KEY_NAMES), images["error"], content]
     return pa.table(columns, schema=stages.IMAGE_SCHEMA)
 
 

@@ -39,13 +39,14 @@ Charts = Mapping[str, Sequence[str]]  # the title of a chart, and the tags, whic
 class TensorBoard:
     """The events of one run."""
 
-    def __init__(self, place: str | Storage, steps: int = 0, charts: Charts | None = None):
+    def __init__(self, place: str | Storage, steps: int = 0, charts: Charts | None = None, live: bool = True):
         """Start the run, or go on with it.
 
         Args:
             place: the run's own folder; events that an earlier run left there are deleted, or curves would mix.
             steps: after how many the run goes on; its events up to there stay.
             charts: several curves in one chart each, in TensorBoard's *Custom Scalars*.
+            live: whether events appear while the run goes on; otherwise `close` writes them in one step.
         """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -60,7 +61,7 @@ class TensorBoard:
             else:
                 self.storage.delete(entry.path)
         appends = isinstance(self.storage, LocalStorage) and not self.storage.root.startswith(WHOLE_FILES_ONLY)
-        self.staging = None if appends else tempfile.TemporaryDirectory()
+        self.staging = None if appends and live else tempfile.TemporaryDirectory()
         self.folder = Path(self.staging.name if self.staging else self.storage.root)
         self._writer = EventFileWriter(str(self.folder))
         if steps:  # readers forget what an interrupted run wrote after the step that this one goes on from
@@ -198,7 +199,7 @@ def log_run(
         stages: what a record has the seconds of.
         pictures: names and PNG files.
     """
-    board = TensorBoard(place)
+    board = TensorBoard(place, live=False)
     start = min((record["started"].timestamp() for record in records), default=0.0)
     done, failed, megabytes = 0, 0, 0.0
     # A task ends when it began plus what it took; the clocks of hosts may differ by little.
