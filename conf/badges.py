@@ -1,9 +1,9 @@
-"""What the notebooks need of the repository's address: the Colab badge and the first cell's `git clone`.
+"""Write the repository's address into the notebooks: the Colab badge and the first cell's `git clone`.
 
-    python conf/badges.py        the first cell and a badge to Colab's dialogue for GitHub
+    python conf/badges.py        the first cell, and a badge that leads to Colab's dialog for GitHub
     python conf/badges.py URL    a badge that opens the notebook, and a cell that clones
 
-The address is nowhere else; run it once after the repository has got one (`make badges REPOSITORY=URL`).
+The address stands nowhere else. Run this once the repository has one (`make badges REPOSITORY=URL`).
 """
 
 import json
