@@ -134,7 +134,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         averaged: Any = average.module.eval()
 
         optimizer = torch.optim.AdamW(decay_matrices(network, options.weight_decay), lr=options.learning_rate)
-        # The rate rises in a few steps, stays level, and falls to nothing. Until it falls, their number does not matter.
+        # The rate rises in a few steps, stays level, and falls to nothing. Until it falls, the number of steps has no
+        # effect.
         total, warm_up = options.epochs * steps_per_epoch, options.warm_up_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warm_up, 1.0, (total - step) / (DECAY * total))
