@@ -1,7 +1,7 @@
 # make run      train, convert, and run the four stages on this machine; pictures, tables and logs end up in out/
 # make studies  the remaining notebooks: YOLACT's training, formats side by side, scale, tuning
 # make test     all tests, the notebooks among them, on two processes side by side
-# make pack     one archive with all that Spark's executors need, for a cluster without our packages
+# make pack     one archive with all that Spark's executors need, for a cluster without the project's packages
 # make fuzz     mutants of images, videos and manifests, for MINUTES=10; fails if one does more than become an error
 # Each does its own set-up; a second call finds it done. `make -B run` runs the notebooks again.
 
@@ -14,7 +14,7 @@ SOURCES := $(wildcard helpers/*.py helpers/*/*.py conf/* conf/cards/*) $(wildcar
 CLASSES := .venv/spark-classes.jsa
 AZURITE := .venv/node/node_modules/azurite
 DATA := out/data/FashionMNIST/.ready
-# apt-get as root or through sudo without a password; empty where there is neither
+# apt-get as root or through sudo without a password; empty if neither works
 APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo apt-get || { sudo -n true 2>/dev/null && echo sudo apt-get; }; })
 
 .PHONY: setup run studies test fuzz lint notebooks clean java azurite pack badges
@@ -26,7 +26,7 @@ setup: .venv/.ready java $(CLASSES) $(DATA)
 	@echo "== packages (several minutes the first time) =="
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt -r requirements-test.txt --editable .
-	@# programs and studies are imported from where they lie, as helpers are
+	@# programs and studies are importable from where they lie, as helpers are
 	@printf '%s\n' "$(CURDIR)/notebooks" "$(CURDIR)/notebooks/programs" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/notebooks.pth"
 	@touch $@
 
@@ -35,12 +35,12 @@ java: .venv/.ready
 	  || { [ -n "$(APT)" ] && echo "== Java ==" && $(APT) update -qq && $(APT) install -y -qq openjdk-17-jre-headless; } \
 	  || { $(BIN)/python -m helpers.java; exit 1; }
 
-# Spark starts without it too, only later; so a JVM that cannot make it stops nothing.
+# Spark starts without the archive too, but more slowly. So a JVM that cannot make it stops nothing.
 $(CLASSES): .venv/.ready | java
 	@echo "== Spark's classes, archived =="
 	-@$(BIN)/python conf/classes.py
 
-# 3.35.0 is the newest for node 20, and any node that runs it will do.
+# 3.35.0 is the newest version for node 20. Any node that runs it will do.
 azurite: .venv/.ready
 	@[ -f $(AZURITE)/package.json ] \
 	  || { echo "== Azurite =="; command -v npm >/dev/null || { [ -n "$(APT)" ] && $(APT) update -qq && $(APT) install -y -qq npm; } \
@@ -63,7 +63,7 @@ run: setup $(filter-out $(STUDIES),$(EXECUTED))
 
 studies: run $(STUDIES)
 
-# One after the other, because each needs what the one before has made.
+# Notebooks run one after the other, because each needs what the one before has made.
 .NOTPARALLEL:
 out/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | setup
 	@mkdir -p out/notebooks
@@ -93,7 +93,7 @@ lint: .venv/.ready
 notebooks: setup
 	$(BIN)/jupyter-execute --inplace $(NOTEBOOKS)
 
-# Once the repository has an address: what opens the notebooks in Colab.
+# Write the repository's address into the notebooks, so that Colab can open them.
 badges: .venv/.ready
 	$(BIN)/python conf/badges.py $(REPOSITORY)
 

@@ -16,7 +16,6 @@ from helpers.errors import UserError
 
 COLAB = "https://colab.research.google.com"
 BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)[^\n]*\n\n?")
-OLD_ADVICE = re.compile(r"\n*In Colab: clone the project[^\n]*\n*\Z")
 FIRST_CELL = """import os
 import runpy
 import subprocess
@@ -52,7 +51,7 @@ def apply(notebook: dict[str, Any], name: str, repository: str | None) -> dict[s
         address = f"os.environ.get('PROJECT_REPOSITORY', 'https://github.com/{match[1]}')"
     cells = [dict(cell) for cell in notebook["cells"]]
     title, _, rest = "".join(cells[0]["source"]).partition("\n\n")
-    rest = OLD_ADVICE.sub("", BADGE.sub("", rest))
+    rest = BADGE.sub("", rest)
     cells[0]["source"] = f"{title}\n\n{badge}{rest}".splitlines(keepends=True)
     first = next(cell for cell in cells if cell["cell_type"] == "code")
     first["source"] = FIRST_CELL.format(address=address).splitlines(keepends=True)

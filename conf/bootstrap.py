@@ -1,6 +1,6 @@
-"""The first cell of a notebook on a hosted runtime (Colab, Databricks): install what the runtime lacks, no more.
+"""Install what a hosted runtime (Colab, Databricks) lacks, and no more, for the first cell of a notebook.
 
-The cell runs this file, which makes `helpers` importable too; so it imports nothing that could be missing.
+The cell runs this file, which also makes `helpers` importable. So it imports nothing that could be missing.
 """
 
 import importlib.util
@@ -30,11 +30,11 @@ def prepare() -> None:
 def install_missing() -> list[str]:
     """Install the packages of `requirements.txt` that are absent, with their pins; leave present ones as they are.
 
-    Another version of numpy or pandas than the one a hosted runtime has loaded would need a restart of it, so what is
-    loaded, and what is there of our own requirements, is a constraint that pip cannot leave.
+    A runtime that has loaded numpy or pandas would need a restart for another version. So loaded packages, and present
+    packages of `requirements.txt`, are constraints for pip.
 
     Returns:
-        What was installed, as pins.
+        The new packages, as pins.
     """
     missing = find_missing()
     if missing:
@@ -53,7 +53,7 @@ def find_missing() -> list[str]:
 
 
 def find_fixed() -> list[str]:
-    """List as pins what pip must leave: the packages of loaded modules, and those that we share with the runtime."""
+    """List as pins what pip must leave: packages of loaded modules, and those of `requirements.txt` that are there."""
     present = _present()
     modules = {name.partition(".")[0] for name in sys.modules}
     loaded = {_canonical(name) for m, names in packages_distributions().items() if m in modules for name in names}
@@ -62,7 +62,7 @@ def find_fixed() -> list[str]:
 
 
 def install_java() -> None:
-    """Install Java with apt-get where Spark's is missing or too old and this process may; else Spark will say so."""
+    """Install Java with apt-get if it is missing or too old and this process may; else Spark will say so."""
     from helpers.errors import HostError
     from helpers.java import check_java
 

@@ -1,8 +1,8 @@
 """An archive of Spark's classes for the JVM, made at set-up: `python conf/classes.py`.
 
-Most of a small job's start is the JVM reading and verifying thousands of classes from Spark's jars. An archive of them
-in the JVM's own form (class-data sharing, JEP 350) halves that. It belongs to one Java and one set of jars; the JVM
-passes over an archive of others, or a damaged one, by itself.
+A small job's start mostly goes into the JVM's reading and verification of thousands of classes from Spark's jars. An
+archive of them in the JVM's own form (class-data sharing, JEP 350) halves that time. An archive belongs to one Java and
+one set of jars. The JVM ignores an archive of others, or a damaged one, by itself.
 """
 
 import subprocess
@@ -17,7 +17,7 @@ from helpers.session import get_spark
 
 
 def make_archive() -> None:
-    """Archive the classes that a small run of this project's kind loads; takes some seconds.
+    """Archive the classes that a small run of this project loads; takes some seconds.
 
     Raises:
         HostError: there is no usable Java, or its JVM made no archive; says what it wrote instead.
@@ -25,7 +25,7 @@ def make_archive() -> None:
     check_java()
     with tempfile.TemporaryDirectory(dir=ARCHIVE.parent) as folder:
         unfinished = Path(folder, ARCHIVE.name)
-        # In a process of its own, because the JVM writes the archive when it ends. It ends after the process that
+        # The JVM writes the archive when it ends, so it has a process of its own. It ends after the process that
         # started it, and holds the pipe open until then.
         command = [sys.executable, __file__, str(unfinished)]
         process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)

@@ -1,20 +1,20 @@
 #!/bin/sh
-# The four stages on Kubernetes, driver and executors in the image of conf/Dockerfile:
+# Run the four stages on Kubernetes, with driver and executors in the image of conf/Dockerfile:
 #   docker build -f conf/Dockerfile -t REGISTRY/spark-vision . && docker push REGISTRY/spark-vision
 #   IMAGE=REGISTRY/spark-vision API=https://HOST:6443 conf/kubernetes.sh SOURCE MODEL OUTPUT [--set KEY=VALUE ...]
-# Once for a namespace, so that the driver may start pods:
+# Once per namespace, so that the driver may start pods:
 #   kubectl create serviceaccount spark && kubectl create rolebinding spark --clusterrole=edit --serviceaccount=default:spark
-# Locations: abfss:// (workload identity, or a secret as an environment variable), or a volume that all pods mount.
+# Locations are abfss:// (workload identity, or a secret as an environment variable), or a volume that all pods mount.
 set -eu
 [ $# -ge 3 ] || { sed -n '2,7s/^# //p' "$0"; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 source=$1 model=$2 output=$3
 shift 3
 export PYSPARK_DRIVER_PYTHON="$root/.venv/bin/python" # spark-submit finds Spark by it
-# A pod's memory is heap and overhead, and Python workers live in the overhead: one a core, of at most
-# inference.memory_megabytes (2048) each. The answer, with the JSON summary, is the log of the driver's pod.
+# A pod's memory is heap and overhead. The overhead holds one Python worker per core, each of at most
+# inference.memory_megabytes (2048). The log of the driver's pod has the JSON summary.
 # Dashboards go below the output, because what a pod writes elsewhere is lost with it.
-# A credential that is an environment variable: spark.kubernetes.{driver,executor}.secretKeyRef.NAME=SECRET:KEY.
+# spark.kubernetes.{driver,executor}.secretKeyRef.NAME=SECRET:KEY sets a credential that is an environment variable.
 exec "$root/.venv/bin/spark-submit" \
   --master "k8s://${API:?the address of the cluster, https://HOST:6443}" \
   --deploy-mode cluster \

@@ -1,8 +1,8 @@
-"""Pack what executors import into one archive, for workers that have none of it: `make pack`.
+"""Pack what executors import into one archive, for workers that lack it: `make pack`.
 
-The archive holds this environment's Python interpreter and the packages of inference in the versions installed here, no
-torch; `spark.environment` ships it (`helpers.session`). Workers need the same processor family and a C library at least
-as new as this machine's, and no Python.
+The archive holds this environment's Python interpreter and the packages of inference in the versions installed here,
+without torch. `spark.environment` ships it (`helpers.session`). Workers need no Python, but the same processor family
+and a C library at least as new as this machine's.
 """
 
 import importlib.metadata
@@ -23,18 +23,18 @@ from helpers.config import PROJECT
 from helpers.errors import HostError
 
 ARCHIVE = PROJECT / "out" / "pack" / "executors.tar.gz"
-# Of the pins in requirements.txt, those that tasks import, some of them late.
+# The pins in requirements.txt that tasks import, some of them late.
 PACKAGES = re.compile(r"^(numpy|pyarrow|opencv-python-headless|openvino|av|pycocotools|azure-[\w-]+)==", re.MULTILINE)
 IMPORTS = "import helpers.pipeline.task, av, cv2, azure.identity, azure.storage.filedatalake, openvino as ov; \
 ov.Core().available_devices"
-# Tests and sources; other devices than the CPU and other formats than OpenVINO's own; Arrow's network services.
+# Tests and sources, devices other than the CPU, formats other than OpenVINO's own, and Arrow's network services.
 LEFT_OUT = re.compile(
     r"/tests?/|/include/|/cmake/|\.(pyx|pxi|pxd|pyi|h|hpp|lib|a)$|^\.\./|"
     r"openvino/libs/(cache\.json|libopenvino_(intel_[gn]pu_plugin|(onnx|tensorflow|pytorch|paddle|gguf|jax)\w*_frontend))|"
     r"pyarrow/(src/|lib\w*_flight|_flight|libarrow_python\w*\.so(\.\d+\.\d+\.\d+)?$)"
 )
 NOT_OF_THE_LIBRARY = ("test", "idlelib", "tkinter", "turtledemo", "ensurepip", "*-packages", "config-*", "*.opt-?.pyc")
-# Python finds its library by where it lies, but a shared libpython only by this variable.
+# Python finds its library by its own location, but a shared libpython only by this variable.
 START = """#!/bin/sh
 here=$(dirname "$(readlink -f "$0")")
 export LD_LIBRARY_PATH="$here/../lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
@@ -47,7 +47,7 @@ def pack(archive: Path = ARCHIVE) -> Path:
     """Write the archive; takes some seconds.
 
     Raises:
-        HostError: a package is missing here, or what was packed does not start.
+        HostError: a package is missing here, or the packed environment does not start.
     """
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as temporary:
@@ -60,7 +60,7 @@ def pack(archive: Path = ARCHIVE) -> Path:
         if tried.returncode:
             raise HostError(f"the packed environment does not start:\n{tried.stderr}")
         unfinished = Path(temporary, archive.name)
-        # Half a second more for each worker that unpacks it weighs less than the time to compress it harder.
+        # The time to compress it harder weighs more than half a second per worker that unpacks it.
         with tarfile.open(unfinished, "w:gz", compresslevel=4) as tar:
             tar.add(folder, ".")
         unfinished.replace(archive)
@@ -73,7 +73,7 @@ def executor_packages() -> list[str]:
 
 
 def closure(names: list[str]) -> set[str]:
-    """The packages and all that they require here.
+    """The packages and everything that they require here.
 
     Raises:
         HostError: one of them is not installed.

@@ -1,7 +1,7 @@
 #!/bin/sh
-# The four stages on YARN, from a machine that has this project and the cluster's configuration in HADOOP_CONF_DIR:
+# Run the four stages on YARN, from a machine with this project and the cluster's configuration in HADOOP_CONF_DIR:
 #   conf/yarn.sh SOURCE MODEL OUTPUT [--set KEY=VALUE ...]
-# The nodes need nothing of ours and no Python: `make pack` made what they get. Locations must be reached by all nodes,
+# The nodes need no Python and no package: they get the archive of `make pack`. All nodes must reach the locations:
 # abfss:// for example, or a mount. MASTER=spark://HOST:7077 runs the same on a standalone cluster.
 set -eu
 [ $# -ge 3 ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
@@ -9,8 +9,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 source=$1 model=$2 output=$3
 shift 3
 export PYSPARK_DRIVER_PYTHON="$root/.venv/bin/python" # spark-submit finds Spark by it
-# Images are decoded and inferred in Python workers, outside of the JVM: an executor's overhead holds a worker a core,
-# each of at most inference.memory_megabytes (2048), and its heap (executor.memory) may stay small.
+# Python workers outside the JVM decode and infer. An executor's overhead holds one worker per core, each of at most
+# inference.memory_megabytes (2048). The executor's heap (executor.memory) may stay small.
 # Client mode: the driver runs here, in .venv, and lists, plans and publishes.
 # A credential that is an environment variable reaches executors with --conf spark.executorEnv.NAME="$NAME".
 exec "$root/.venv/bin/spark-submit" \

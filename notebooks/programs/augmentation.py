@@ -1,4 +1,4 @@
-"""Changes that leave an image's class as it is, for a whole batch at once."""
+"""Changes that keep an image's class, for a whole batch at once."""
 
 import torch
 from torch import nn
@@ -7,15 +7,15 @@ from torch import nn
 def augment(
     images: torch.Tensor, epoch: int = 0, horizontal_flip: bool = False, shift: int = 0, cutout: int = 0
 ) -> torch.Tensor:
-    """Change each image of a batch in its own way, as torch's random numbers have it.
+    """Change each image of a batch at random, each in its own way.
 
     Args:
         images: uint8 `[B, side, side]`.
-        epoch: in the next one the other half is flipped, so that two epochs show all of both (Jordan,
+        epoch: the next epoch flips the other half, so that two epochs show all of both (Jordan,
             arXiv:2404.00498, section 3.6).
-        horizontal_flip: turn half of them over; which half, their pixels decide.
-        shift: pixels by which an image moves at most, in each direction; what comes in is black.
-        cutout: pixels, the side of a square that is blackened, whose center lies anywhere (DeVries and Taylor,
+        horizontal_flip: mirror half of them; their pixels decide which half.
+        shift: pixels by which an image moves at most, in each direction; the gap is black.
+        cutout: pixels, the side of a black square whose center lies anywhere (DeVries and Taylor,
             arXiv:1708.04552).
     """
     if not (horizontal_flip or shift or cutout):

@@ -1,6 +1,6 @@
 """Fashion-MNIST: 60,000 training and 10,000 test images of 28x28 gray pixels in ten classes.
 
-Fetched from Debian's package or the network, checked, and mapped into arrays.
+It comes from Debian's package or the network; its checksums are checked, and arrays map the files.
 """
 
 import gzip
@@ -38,13 +38,13 @@ CHECKSUMS = {
 
 
 def download(root: str) -> Path:
-    """Fetch the data set unless it is there whole; two processes may do so at once.
+    """Fetch the data set unless it is complete; two processes may do so at once.
 
     Returns:
         The folder of the four unpacked files, laid out as torchvision does: `ROOT/FashionMNIST/raw`.
 
     Raises:
-        DataError: neither Debian's package nor the network gave it whole; the message has both remedies.
+        DataError: neither Debian's package nor the network gave all of it; the message has both remedies.
     """
     raw = Path(root, "FashionMNIST", "raw")
     if not is_whole(root):
@@ -58,7 +58,7 @@ def download(root: str) -> Path:
 
 
 def is_whole(root: str) -> bool:
-    """Whether all files are there and are what they should be; fetches nothing."""
+    """Whether all files are there with the right checksums; fetches nothing."""
     return not _damaged_files(Path(root, "FashionMNIST", "raw"))
 
 
@@ -66,8 +66,8 @@ def load(root: str, train: bool) -> tuple[np.ndarray, np.ndarray]:
     """Open the training or the test set.
 
     Returns:
-        Images, uint8 `[N, 28, 28]`, 0 black to 255 white, mapped from their file: what is indexed is read, and no
-        more, and what is changed is changed in memory alone. Labels, int64 `[N]`, indices into `CLASSES`.
+        Images, uint8 `[N, 28, 28]`, 0 black to 255 white, mapped from their file: an index reads only what it
+        takes, and a change stays in memory. Labels, int64 `[N]`, indices into `CLASSES`.
 
     Raises:
         DataError: `download` has not been called for this root.

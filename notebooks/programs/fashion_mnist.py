@@ -5,7 +5,7 @@
     train_on_spark(spark, "programs/fashion_mnist.py", [...], processes=2)      # in a notebook
 
 Rank 0 writes TensorBoard's events, `checkpoint.pt` (a state_dict) and `result.json` to the run directory, and
-checkpoints until then: the same call goes on where an interrupted one has stopped. The last line that it prints is the
+checkpoints until then. The same call goes on where an interrupted one stopped. The last line of its output is the
 result.
 """
 
@@ -53,12 +53,12 @@ CHARTS = {
     "accuracy": ["train/accuracy", "val/accuracy", "test/accuracy"],
     "throughput": ["train/images_per_second", r"throughput/rank_\d+"],
 }
-# A recipe that a CPU affords in minutes, chosen on 10,000 held-out training images; `tests/bench/recipe.py` measures
-# what it reaches on the test images.
+# A recipe that a CPU affords in minutes, chosen on 10,000 held-out training images. `tests/bench/recipe.py` measures
+# its accuracy on the test images.
 RECIPE = ["--network", "fashion_resnet", "--epochs", "9", "--evaluate-every", "9", "--batch-size", "256"]
 RECIPE += ["--optimizer", "muon", "--learning-rate", "0.1", "--weight-decay", "0.02", "--label-smoothing", "0.1"]
 RECIPE += ["--horizontal-flip", "--shift", "1"]
-# Arguments that say how a training is carried out and where, and do not decide what comes out of it.
+# Arguments that say how and where a training runs, and do not decide its result.
 HOW = {"data", "run_dir", "device", "threads", "num_workers", "resume", "checkpoints", "checkpoint_steps"}
 HOW |= {"endpoint", "credential"}
 
@@ -86,7 +86,7 @@ NETWORKS: dict[str, type[nn.Module]] = {"fashion_cnn": FashionCNN, "fashion_resn
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; one given twice counts the last time."""
+    """Read the command line; the last of repeated arguments counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--network", choices=NETWORKS, default="fashion_cnn")
@@ -121,7 +121,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0; a ValueError is argparse's to explain."""
+    """A whole number above 0; argparse explains a ValueError."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -132,7 +132,7 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
 
     Args:
         options: what `parse` returns.
-        report: called with each evaluated epoch, from 1, and its accuracy; what it raises ends the training.
+        report: called with each evaluated epoch, from 1, and its accuracy; an exception of it ends the training.
 
     Returns:
         What `result.json` holds: accuracy (0 to 1) and loss as `test_NAME`, of held-out images as `val_NAME`, those of
@@ -156,7 +156,7 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
         network = NETWORKS[options.network](**({"width": options.width} if options.width else {}))
         network.to(group.device).to(memory_format=torch.channels_last)
         torch.manual_seed(options.seed * group.world_size + group.rank)  # each rank augments in its own way
-        # Batch norm's statistics are averaged for an evaluation and a checkpoint; they need no broadcast at every step.
+        # An evaluation and a checkpoint average batch norm's statistics, so they need no broadcast at every step.
         model = DistributedDataParallel(network, forward_sync_buffers=False) if group.world_size > 1 else network
 
         make = Muon if options.optimizer == "muon" else torch.optim.AdamW
@@ -261,7 +261,7 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
 
 
 def evaluate(network: nn.Module, images: MappedImages, group: Group) -> torch.Tensor:
-    """The logits, float32 `[N, classes]`, that every rank gets for all images; each computes those of its share."""
+    """The logits of all images, float32 `[N, classes]`, on every rank; each rank computes its share."""
     group.average(network.buffers())
     share = slice(group.rank, None, group.world_size)
     own = compute_logits(network, torch.from_numpy(np.array(images.images[share])).to(group.device))
@@ -301,7 +301,7 @@ def embed(network: FashionResNet, images: np.ndarray) -> np.ndarray:
 def log_results(
     board: TensorBoard, network: nn.Module, evaluated: MappedImages, logits: torch.Tensor, result: dict, kind: str
 ) -> None:
-    """Write what is known at the end: pictures, a curve per class, the graph, the hyper-parameters, the embedding."""
+    """Write what the end of a training shows: pictures, a curve per class, graph, hyperparameters and embedding."""
     images, labels, probabilities = evaluated.images, evaluated.labels, logits.softmax(dim=1).cpu().numpy()
     predictions = probabilities.argmax(axis=1)
     wrong = np.flatnonzero(predictions != labels)
@@ -314,7 +314,7 @@ def log_results(
         board.log_precision_recall(f"precision_recall/{name}", labels == number, probabilities[:, number])
     board.log_graph(network, torch.zeros(1, 1, 28, 28, device=logits.device))
     board.log_hyperparameters(result["settings"], {f"final/{kind}_accuracy": result[f"{kind}_accuracy"]})
-    if isinstance(network, FashionResNet):  # the last layer of the other has more channels than the projector takes
+    if isinstance(network, FashionResNet):  # the other network's last layer has more channels than the projector takes
         few = slice(PROJECTED)
         board.log_embedding(embed(network, images[few]), [CLASSES[label] for label in labels[few]], images[few])
 

@@ -1,4 +1,4 @@
-"""A residual network for 28x28 gray images, better than `FashionCNN` and still trained on a CPU in minutes."""
+"""A residual network for 28x28 gray images, better than `FashionCNN`; it too trains on a CPU in minutes."""
 
 import torch
 from torch import nn
@@ -9,9 +9,9 @@ WIDTH = 16  # channels at 28x28; 4, 8 and 16 times as many at 14x14, 7x7 and 3x3
 class FashionResNet(nn.Module):
     """A 3x3 convolution at full resolution, three stages that halve it (14, 7, 3), mean, one linear layer.
 
-    In the manner of the ResNet-9 of Page, "How to train your ResNet", part 4 (2018), where a stage pools before it
-    normalizes: on a CPU with matrix units elementwise work takes longer than convolution, and this quarters it. The
-    first convolution is narrow for the same reason, and keeps the resolution because 28x28 pixels have few details.
+    It follows the ResNet-9 of Page, "How to train your ResNet", part 4 (2018), where a stage pools before it
+    normalizes. On a CPU with matrix units, elementwise work takes longer than convolution, and this order quarters it.
+    The first convolution is narrow for the same reason. It keeps the resolution because 28x28 pixels have few details.
     """
 
     def __init__(self, width: int = WIDTH, classes: int = 10):
@@ -29,7 +29,7 @@ class FashionResNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map normalized float32 images `[B, 1, 28, 28]` to logits `[B, classes]`.
 
-        In evaluation they are the mean of an image's and of its mirror image's.
+        In evaluation they are the mean of those of an image and of its mirror image.
         """
         logits = self.classifier(self.embed(images))
         return logits if self.training else (logits + self.classifier(self.embed(images.flip(3)))) / 2
@@ -40,7 +40,7 @@ class FashionResNet(nn.Module):
 
 
 class Stage(nn.Module):
-    """Convolution, 2x2 max-pool, batch norm and ReLU; to which a convolution with batch norm and ReLU is added."""
+    """Convolution, 2x2 max-pool, batch norm and ReLU, plus a convolution of their output with batch norm and ReLU."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()

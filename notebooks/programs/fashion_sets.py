@@ -1,4 +1,4 @@
-"""What `fashion_mnist.py` is trained and evaluated on: Fashion-MNIST, or your own images in its place."""
+"""The images that `fashion_mnist.py` trains and evaluates on: Fashion-MNIST, or your own in its place."""
 
 import argparse
 from typing import Any
@@ -15,12 +15,12 @@ from helpers.storage import open_storage
 from helpers.training import Batch, DataSet, Folder, MappedImages, Shards, is_sharded, load_image
 
 LABELS = "labels.parquet"  # of a folder of images: file string, label int
-VALIDATION_SEED = 1  # which images are held out stays the same, whatever the seed of a training
+VALIDATION_SEED = 1  # the held-out images are the same for every seed of a training
 GRAY = InputSpec(28, 28, "gray", (0.0,), (1.0,))
 
 
 def open_sets(options: argparse.Namespace, config: Any = None) -> tuple[DataSet[Batch], MappedImages]:
-    """The images to train on, and those to evaluate on, which are test images or held-out training images.
+    """The images to train on and those to evaluate on: test images or held-out training images.
 
     Args:
         options: of the program; `training_set`, `data`, `train_images`, `validation_images` and `test_images`.
@@ -47,7 +47,7 @@ def open_images(place: str | None, root: str, count: int | None = None, config: 
 
     Args:
         place: a folder with `labels.parquet` and `images`, or the target of `write_shards`; None for Fashion-MNIST.
-        root: where `fashion_data.download` put that.
+        root: where `fashion_data.download` put Fashion-MNIST.
         count: take the first only.
         config: its `storage` says how object storage is reached.
 
@@ -62,7 +62,7 @@ def open_images(place: str | None, root: str, count: int | None = None, config: 
 
 
 class Labeled:
-    """What training is given of a stored image: made 28x28 gray, and its class."""
+    """A stored image as training takes it: 28x28 gray pixels and its class."""
 
     columns = frozenset(("label",))
 

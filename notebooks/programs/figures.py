@@ -1,4 +1,4 @@
-"""What a training shows of images: a grid of them, with what was found, and which classes are confused.
+"""Figures of images for a training: a grid, a grid with predictions, and the confusion of classes.
 
 Figures are plain `matplotlib.figure.Figure` objects, so that a rank needs no display.
 """
@@ -51,7 +51,7 @@ def plot_grid(
 def plot_predictions(
     images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str], count: int = 32
 ) -> Figure:
-    """Draw the first images with what they were taken for; a mistake is red and names the true class too.
+    """Draw the first images with their predicted classes; a mistake is red and names the true class too.
 
     Args:
         images: uint8 `[N, height, width]`.
@@ -80,7 +80,7 @@ def plot_instances(
 
 
 def plot_confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Draw how often each true class (row) was taken for each class (column); arguments as for `plot_predictions`."""
+    """Draw how often each true class (row) is predicted as each class (column); arguments as for `plot_predictions`."""
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
     figure = new_figure(5.6, width=6.4)

@@ -1,7 +1,7 @@
-"""Muon, an optimizer that learns more from a step than momentum does: for networks whose training has few steps.
+"""Muon, an optimizer for trainings of few steps: it learns more from a step than momentum does.
 
-Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). PyTorch's own takes matrices alone, so
-that every network with convolutions and biases would need two optimizers, two schedules and a copy of its weights.
+Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). PyTorch's own Muon takes only matrices.
+So a network with convolutions and biases would need two optimizers, two schedules and a copy of its weights.
 """
 
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of Newton and Schulz'
 class Muon(torch.optim.Optimizer):
     """Nesterov's momentum; a hidden convolution moves by the orthogonal matrix that is nearest to it.
 
-    Its weight is taken as a matrix with a row an output channel. The weights of the first convolution, linear layers'
-    and all vectors move by the momentum itself, and do not decay.
+    Its weight counts as a matrix with one row per output channel. The weights of the first convolution and of linear
+    layers, and all vectors, move by the momentum itself, and do not decay.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float):

@@ -1,8 +1,8 @@
-"""Hyper-parameter search: each trial is one Spark task, Optuna chooses what the next one tries.
+"""Hyperparameter search: each trial is one Spark task, and Optuna chooses the parameters of the next one.
 
-The driver alone asks Optuna and keeps the study; a task gets the parameters and what earlier trials reported, and
-returns what its own trial reported. So nothing has to be shared between them, no location has to lock or append, and
-a task that Spark repeats tries the same parameters again.
+Only the driver asks Optuna and keeps the study. A task gets the parameters and the reports of earlier trials, and
+returns the reports of its own trial. So tasks share nothing, and no location has to lock or append. A task that Spark
+repeats tries the same parameters again.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How trials are chosen and given up, in Optuna's terms."""
+    """How trials are chosen and pruned, in Optuna's terms."""
 
     direction: Literal["maximize", "minimize"] = "maximize"
     n_startup_trials: int = 5  # before the sampler learns from results, and before any trial is pruned
@@ -62,21 +62,21 @@ def search(
     parallel: int | None = None,
     resume: bool = True,
 ) -> optuna.Study:
-    """Try parameters in parallel Spark tasks, going on from what the study in the folder already has.
+    """Try parameters in parallel Spark tasks, beginning with the study that the folder already has.
 
     The sampler is the tree-structured Parzen estimator (Bergstra et al., NIPS 2011, section 4), which takes running
     trials for bad ones so that parallel tasks try different things. A trial worse than the median of the complete
-    ones at the same report is pruned. What fails is recorded as failed, with its error as the user attribute `error`,
-    and tried no more in this call.
+    ones at the same report is pruned. A failed trial is recorded, with its error as the user attribute `error`, and
+    not repeated in this call.
 
     Args:
         spark: the session; a trial is a job of one task.
         objective: pickled into the task, which can import the modules of this folder. It may be any that Optuna takes,
             as long as it asks for nothing but `space`.
-        space: a distribution for each parameter.
+        space: a distribution per parameter.
         run_dir: where the study lies, in the format of Optuna's journal files, and TensorBoard's events: one run per
             trial, `trial-0000` and on, with its reports and its row of the HParams dashboard.
-        trials: to end up with, complete or pruned; those of earlier searches in the folder count.
+        trials: the total to reach, complete or pruned; those of earlier searches in the folder count.
         rules: how they are chosen.
         parallel: trials at once; by default as many as Spark has slots.
         resume: go on with the study in the folder; False: start over.
@@ -148,7 +148,7 @@ def open_study(storage: Storage, rules: Rules) -> optuna.Study:
 
 
 class _Journal(BaseJournalBackend):
-    """Optuna's records, one line of JSON each, published whole: object storage can replace a file, not append to it."""
+    """Optuna's records, one line of JSON each. Each write replaces the file, because object storage cannot append."""
 
     def __init__(self, storage: Storage):
         self.storage = storage
@@ -173,7 +173,7 @@ def _run_trials(
     parallel: int,
 ) -> None:
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)  # of a driver that has died: nobody works on it any more
+        study.tell(trial.number, state=TrialState.FAIL)  # of a dead driver: nobody works on it any more
 
     def run_one(_: int) -> None:
         trial = study.ask(space)
@@ -196,7 +196,7 @@ def _delete(storage: Storage) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """One trial, as a function of Arrow batches; it runs in the task."""
+    """One trial, as a function of Arrow batches that runs in the task."""
 
     objective: Objective
     space: dict[str, BaseDistribution]
@@ -209,7 +209,7 @@ class _Task:
             yield pa.RecordBatch.from_pylist([{"outcome": json.dumps(self.run())}], schema=OUTCOME)
 
     def run(self) -> dict[str, Any]:
-        """Carry the trial out with Optuna's own objects, in a study of this task that knows the complete trials."""
+        """Run the trial with Optuna's own objects, in a study of this task that knows the complete trials."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         pruner = optuna.pruners.MedianPruner(self.rules.n_startup_trials, self.rules.n_warmup_steps)
         study = optuna.create_study(direction=self.rules.direction, pruner=pruner)
@@ -223,7 +223,7 @@ class _Task:
                 outcome |= {"state": "FAIL", "value": None, "error": "the objective is not a number"}
         except optuna.TrialPruned:
             outcome["state"] = "PRUNED"
-        except Exception as error:  # whatever a user's objective raises is this trial's result
+        except Exception as error:  # any exception of a user's objective is this trial's result
             outcome |= {"state": "FAIL", "error": "".join(traceback.format_exception_only(error)).strip()}
         reports = list(study.trials[trial.number].intermediate_values.items())
         return {**outcome, "reports": reports, "started": started, "ended": time.time()}
@@ -250,7 +250,7 @@ def _record(study: optuna.Study, trial: Trial, outcome: dict[str, Any]) -> None:
 
 
 def _log_to_tensorboard(storage: Storage, trial: FrozenTrial) -> None:
-    """Write the trial's run, unless it ended without any result to show."""
+    """Write the trial's run, unless it has no result to show."""
     if trial.state not in ENDED or trial.value is None:
         return
     board = TensorBoard(storage.join(f"trial-{trial.number:04d}"))

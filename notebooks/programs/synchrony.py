@@ -1,10 +1,10 @@
-"""How often, and with what delay, ranks exchange what they have learned; three ways to see why all-reduce is usual.
+"""Three ways for ranks to exchange gradients or parameters, which show why all-reduce is usual.
 
 `all-reduce` averages the gradients of all ranks at every step (Li et al., arXiv:2006.15704). `local` lets each take
 plain steps of its own and averages the parameters every k-th (local SGD: Stich, arXiv:1805.09767, algorithm 1).
-`stale` is one process that plays a parameter server without locks: each gradient was taken at the parameters of some
-steps before (Dean et al., NIPS 2012, section 4.1), a fixed number of them, so that it is the same in every run.
-All use plain SGD at a constant rate, or momentum would hide which is which. There are no checkpoints.
+`stale` is one process that plays a parameter server without locks: each gradient is of the parameters some steps
+before (Dean et al., NIPS 2012, section 4.1). The number of steps is fixed, so every run is the same. All use plain SGD
+at a constant rate, because momentum would hide the differences. There are no checkpoints.
 """
 
 import argparse
@@ -64,10 +64,10 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         network = FashionCNN()
         parameters = dict(network.named_parameters())
         synchronous = options.synchrony == "all-reduce" and group.world_size > 1
-        # Batch norm's statistics stay each rank's own until the end of an epoch, in every way alike.
+        # In all three ways, batch norm's statistics stay each rank's own until the end of an epoch.
         model = DistributedDataParallel(network, forward_sync_buffers=False) if synchronous else network
         optimizer = torch.optim.SGD(network.parameters(), lr=options.learning_rate)
-        # The oldest first; at the beginning, when there are no older ones, gradients are less late.
+        # The oldest come first. At the beginning there are no older ones, so gradients are less late.
         history: deque[dict[str, torch.Tensor]] = deque(maxlen=options.staleness + 1)
         result: dict[str, Any] = {"loss": [], "seconds": [], "test_loss": [], "test_accuracy": []}
         seconds, steps = 0.0, 0
@@ -95,7 +95,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
                 losses.append(loss.detach())
                 seconds = time.perf_counter() - started
                 result["seconds"].append(seconds)
-            # Only now, because an average at every step would keep ranks together that ought to run apart.
+            # The average comes only now, because one at every step would keep ranks together that ought to run apart.
             mean = torch.stack(losses)
             group.average([mean])
             result["loss"] += mean.tolist()
@@ -120,7 +120,7 @@ def load(data: str, train: bool, count: int | None) -> tuple[torch.Tensor, torch
 def average_parameters(group: Group, network: nn.Module) -> None:
     """Give all ranks the mean of their parameters."""
     if group.world_size > 1:
-        # One message instead of one per tensor: the network is small, so that latency is what an average costs.
+        # One message carries all tensors: the network is small, so latency is the cost of an average.
         vector = nn.utils.parameters_to_vector(network.parameters())
         group.average([vector])
         nn.utils.vector_to_parameters(vector, network.parameters())

@@ -5,8 +5,8 @@
     train_on_spark(spark, "programs/train_yolact.py", [...], processes=2)       # in a notebook
 
 Rank 0 writes TensorBoard's events and, after each epoch, `checkpoint.pt` (a state_dict) and `result.json` to the run
-directory, and checkpoints until the end: the same call goes on where an interrupted one has stopped. The last line that
-it prints is the result.
+directory, and checkpoints until the end. The same call goes on where an interrupted one stopped. The last line of its
+output is the result.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from yolact.losses import compute_losses
 from yolact.scenes import join_coco, to_coco
 
 DECAY = 0.4  # the share of all steps in which the learning rate falls
-EMA_DECAY = 0.998  # of the weights' moving average, which is what is kept
+EMA_DECAY = 0.998  # of the weights' moving average, which is the result
 MAX_GRAD_NORM = 10.0  # a longer gradient is shortened to it
 PICTURES = 12  # validation scenes that TensorBoard shows
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -58,13 +58,13 @@ CHARTS = {
     "average precision": ["val/AP", "val/AP50", "val/AP75"],
     "throughput": ["train/scenes_per_second", r"throughput/rank_\d+"],
 }
-# Arguments that say how a training is carried out and where, and do not decide what comes out of it.
+# Arguments that say how and where a training runs, and do not decide its result.
 HOW = {"data", "run_dir", "device", "threads", "num_workers", "resume", "checkpoints", "checkpoint_steps"}
 HOW |= {"endpoint", "credential"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; one given twice counts the last time."""
+    """Read the command line; the last of repeated arguments counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--architecture", choices=CONFIGURATIONS, default="yolact_scenes")
@@ -94,7 +94,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0; a ValueError is argparse's to explain."""
+    """A whole number above 0; argparse explains a ValueError."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -128,13 +128,14 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         network = build(options.architecture, labels)
         initialize(network)
         network.to(group.device).to(memory_format=torch.channels_last)
-        # Batch norm's statistics are averaged for an evaluation and a checkpoint; they need no broadcast at every step.
+        # An evaluation and a checkpoint average batch norm's statistics, so they need no broadcast at every step.
         model = DistributedDataParallel(network, forward_sync_buffers=False) if group.world_size > 1 else network
         average = AveragedModel(network, multi_avg_fn=average_weights, use_buffers=True)
         averaged: Any = average.module.eval()
 
         optimizer = torch.optim.AdamW(decay_matrices(network, options.weight_decay), lr=options.learning_rate)
-        # Up in a few steps, level, and down to nothing: until it falls, nothing depends on the number of steps.
+        # The rate rises in a few steps, stays level, and falls to nothing. Until it falls, the number of steps has no
+        # effect.
         total, warm_up = options.epochs * steps_per_epoch, options.warm_up_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warm_up, 1.0, (total - step) / (DECAY * total))
@@ -265,7 +266,7 @@ def open_sets(options: argparse.Namespace, storage: Any) -> tuple[SceneSet, Scen
 
 
 def prototype_side(architecture: str) -> int:
-    """Side of the prototypes, the size that masks are compared at: twice that of P3."""
+    """Side of the prototypes, at which masks are compared: twice that of P3."""
     return 2 * level_sizes(get_configuration(architecture).size)[0]
 
 
@@ -290,7 +291,7 @@ def decay_matrices(network: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def average_weights(average: Any, current: Any, updates: Any) -> None:
     """Update the moving average of the weights, in place."""
-    # At the start the mean of the few there are, or the first, random weights would stay in it for long.
+    # At the start it is the plain mean of the few there are; else the first, random weights would stay in it for long.
     decay = min(EMA_DECAY, (1 + int(updates)) / (10 + int(updates)))
     get_ema_multi_avg_fn(decay)(average, current, updates)
 
@@ -298,7 +299,7 @@ def average_weights(average: Any, current: Any, updates: Any) -> None:
 def evaluate(
     network: Yolact, scenes: SceneSet, labels: tuple[str, ...], group: Group
 ) -> tuple[dict[str, float], list[list[dict[str, Any]]]]:
-    """Mask AP on scenes, as `val_NAME`, and what was found in each; every rank segments a part of them."""
+    """Mask AP on scenes, as `val_NAME`, and the detections in each; every rank segments a part of them."""
     group.average(network.buffers())
     share = torch.arange(len(scenes)).tensor_split(group.world_size)[group.rank]
     batches = [numbers for numbers in share.split(BATCH) if len(numbers)]

@@ -1,1 +1,1 @@
-"""What a notebook, benchmark or test needs beside the package: figures, formats side by side, clusters."""
+"""Tools that notebooks, benchmarks and tests need beside the package: figures, comparisons of formats, clusters."""

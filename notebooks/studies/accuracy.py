@@ -1,4 +1,4 @@
-"""Tables of notebook 03: what each format finds, against the truth and against one another. No torch."""
+"""Tables of notebook 03: each format's detections against the truth and against one another, without torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ RATIOS = tuple(ratio / 1000 for ratio in range(5, 51, 5))  # of boundary IoU: 0.
 
 
 def to_predictions(truth: dict[str, Any], place: int) -> list[Prediction]:
-    """The instances of one of the truth's images as predictions without doubt, to be drawn."""
+    """The true instances of one image as predictions with score 1, for a drawing."""
     identity, names = truth["images"][place]["id"], {c["id"]: c["name"] for c in truth["categories"]}
     labels = list(names.values())
     found = []
@@ -31,7 +31,7 @@ def to_predictions(truth: dict[str, Any], place: int) -> list[Prediction]:
 
 
 def precision_table(predictions: Mapping[str, Sequence[list[Prediction]]], truth: dict[str, Any]) -> pd.DataFrame:
-    """Mask AP and boundary AP of each format, in points of 100: one row a format."""
+    """Mask AP and boundary AP of each format, in points of 100: one row per format."""
     rows = {}
     for name, found in predictions.items():
         results = to_results(found, truth)
@@ -48,12 +48,12 @@ def precision_table(predictions: Mapping[str, Sequence[list[Prediction]]], truth
 def overlap_table(
     predictions: Mapping[str, Sequence[list[Prediction]]], truth: dict[str, Any], ratios: Sequence[float] = RATIOS
 ) -> pd.DataFrame:
-    """Agreement of what is drawn as foreground with the truth's, mean of all images.
+    """Agreement of the drawn foreground with the truth's, mean of all images.
 
     The foreground of an image is all of its masks together, whatever their classes, so a value tells of outlines only.
 
     Returns:
-        One row a format, one column `mask IoU` and one for the boundary IoU at each dilation ratio.
+        One row per format, one column `mask IoU` and one for the boundary IoU at each dilation ratio.
     """
     expected = [
         foreground([a["segmentation"] for a in truth["annotations"] if a["image_id"] == image["id"]], image)

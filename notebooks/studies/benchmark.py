@@ -1,7 +1,7 @@
 """One network in several formats side by side: accuracy, difference of the outputs, file size, latency, throughput.
 
-Times are measured in turns, a few images of one format and then of the next, so that a disturbance of the machine
-hits them all; they are compared as ratios.
+The formats take turns, a few images each, so that a disturbance of the machine hits all of them. Times are compared as
+ratios.
 """
 
 import statistics
@@ -24,7 +24,7 @@ from studies.formats import run_parallel
 BATCH = 64
 LATENCY_CALLS = 200
 ROUNDS = 3
-PUBLISHED = (0.70, 0.83)  # of the time of PyTorch: what a conversion of YOLACT to OpenVINO was published with
+PUBLISHED = (0.70, 0.83)  # of PyTorch's time: the published share of a conversion of YOLACT to OpenVINO
 
 
 def compare(
@@ -39,7 +39,7 @@ def compare(
         reference: the format whose outputs the others' are compared with.
 
     Returns:
-        One row a format: accuracy (a share of 1), largest difference of an output, size (KiB), latency of one image
+        One row per format: accuracy (a share of 1), largest difference of an output, size (KiB), latency of one image
         (median, ms), throughput in batches of 64 (images/s).
     """
     expected = _predict_all(formats[reference][0], images)[0]
@@ -60,10 +60,10 @@ def compare(
 
 
 def largest_differences(engines: Mapping[str, Engine], images: Sequence[np.ndarray], reference: str) -> pd.DataFrame:
-    """How far raw outputs are from the reference's, the largest absolute difference of all images uint8 `[H, W, C]`.
+    """The largest absolute difference of raw outputs from the reference's, over all images uint8 `[H, W, C]`.
 
     Returns:
-        One row a format but the reference, one column an output.
+        One row per format except the reference, one column per output.
     """
     largest: dict[str, dict[str, float]] = {name: {} for name in engines if name != reference}
     for image in images:
@@ -80,12 +80,12 @@ def time_frames(engines: Mapping[str, Engine], frames: Sequence[np.ndarray], rou
     """Time every engine on a clip, one frame at a time, in turns.
 
     Args:
-        engines: by name; the first is what the others are compared with.
+        engines: by name; the first is the reference for the others.
         frames: uint8 `[H, W, C]` each.
-        rounds: how often the clip is played to each.
+        rounds: how often each plays the clip.
 
     Returns:
-        One row an engine: `clip, s`, the median of the rounds; `frame, ms`, the median of all frames; `of NAME`, that
+        One row per engine: `clip, s`, the median of the rounds; `frame, ms`, the median of all frames; `of NAME`, that
         as a share of the first engine's.
     """
     for engine in engines.values():
@@ -104,18 +104,18 @@ def time_frames(engines: Mapping[str, Engine], frames: Sequence[np.ndarray], rou
 
 
 def time_parallel(bundles: Mapping[str, Bundle], frames: Sequence[np.ndarray], threads: int) -> pd.Series:
-    """Milliseconds a frame of each bundle when frames need not come back one after the other."""
+    """Milliseconds per frame of each bundle when frames may come back in any order."""
     seconds = {name: run_parallel(bundle, frames, threads) for name, bundle in bundles.items()}
     return 1000 * pd.Series(seconds, name="frame in throughput mode, ms") / len(frames)
 
 
 def matrix_product_rate(threads: int, side: int = 2048) -> float:
-    """Floating-point operations a second of a product of float32 matrices: what a CPU can hardly exceed in 32 bits.
+    """Floating-point operations per second of a product of float32 matrices, which a CPU can hardly exceed in 32 bits.
 
     A multiplication and an addition are two operations, as in a manifest's `flops`.
 
     Args:
-        threads: of PyTorch, which computes it.
+        threads: of PyTorch, which computes the product.
         side: of the square matrices.
     """
     import torch
@@ -127,7 +127,7 @@ def matrix_product_rate(threads: int, side: int = 2048) -> float:
 
 
 def ratio_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Time a frame as a share of PyTorch's, one column a network: tables of `time_frames`, by the network's name."""
+    """Time per frame as a share of PyTorch's, one column per network; tables of `time_frames` by the network's name."""
     ratios = pd.DataFrame({name: table.iloc[:, -1].map("{:.2f}".format) for name, table in tables.items()})
     ratios = ratios.reindex(next(iter(tables.values())).index.union([], sort=False)).fillna("not measured")
     ratios.loc["published, OpenVINO"] = "{:.2f} to {:.2f}".format(*PUBLISHED)

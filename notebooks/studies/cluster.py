@@ -1,8 +1,8 @@
-"""A standalone Spark cluster on this machine, of as many one-core workers as asked, to measure and to try things on.
+"""A standalone Spark cluster of one-core workers on this machine, for measurements and trials.
 
-Master and workers are processes of their own, as on real machines. Each is started in a session of its own (`setsid`),
-which its children stay in whoever adopts them: what a killed process leaves is found and ended by that session's id,
-and nothing else ever is.
+Master and workers are separate processes, as on real machines. Each starts in its own session (`setsid`), which its
+children never leave, whoever adopts them. So the session's id finds and ends all that a killed process leaves, and
+nothing else.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 SPARK_HOME = Path(pyspark.__file__).parent
 LOOPBACK = "127.0.0.1"
-PATIENCE = 300.0  # seconds until a process that shows no sign of what is waited for is taken for hung
+PATIENCE = 300.0  # seconds until a process without the awaited sign counts as hung
 POLL = 0.02
 PERIOD = 0.04  # seconds in which a slowed process runs once and stands once; a task should last many
 
@@ -87,9 +87,9 @@ class Process:
 class Cluster:
     """A master and workers of one core and 1 GiB each; logs and the workers' files stay in the folder.
 
-    With an `environment`, the processes have its variables and no others of this one's. With `pinned`, each worker is
-    held to one of this machine's cores with all that it starts: to Spark a core is only a number, and a task that
-    decodes while it infers would take part of another.
+    With an `environment`, the processes have its variables and no others of this one's. With `pinned`, each worker and
+    its children stay on one of this machine's cores. A core is only a number to Spark, and a task that decodes while
+    it infers would take part of another core.
 
     Raises:
         HostError: there is no usable Java, or a process does not come up.
@@ -113,17 +113,17 @@ class Cluster:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What a session in this cluster needs to be told, as `load_config(**settings)` takes it."""
+        """The settings of a session in this cluster, as `load_config(**settings)` takes them."""
         conf = {"driver.host": LOOPBACK, "executor.memory": "512m", "executor.extraJavaOptions": local_options()}
         return {"spark.master": self.url, **{f"spark.conf.spark.{key}": value for key, value in conf.items()}}
 
     @property
     def assignments(self) -> list[str]:
-        """The same as `--set` takes it."""
+        """The same settings, as `--set` takes them."""
         return [f"{key}={value}" for key, value in self.settings.items()]
 
     def complete(self, workers: int = 2) -> None:
-        """Start workers until so many are registered, in place of those that were killed."""
+        """Start workers in place of killed ones, until so many are registered."""
         self.workers = [worker for worker in self.workers if worker.popen.poll() is None]
         while len(self.workers) < workers:
             place = str(self.folder / f"work{self.started + 1}")
@@ -161,7 +161,7 @@ class Cluster:
                 "PYSPARK_PYTHON": sys.executable,
                 "SPARK_LOCAL_DIRS": str(self.folder / "local"),
                 "SPARK_DAEMON_MEMORY": "256m",
-                # Several JVMs share this machine, each for seconds: code is not worth compiling twice.
+                # Several JVMs share this machine, each for seconds, so a second compilation of code does not pay.
                 "SPARK_DAEMON_JAVA_OPTS": local_options(),
                 **(self.environment or {}),
             },
@@ -193,7 +193,7 @@ def standalone(folder: str | Path, workers: int = 2) -> Iterator[Cluster]:
 def slowed(worker: psutil.Process, share: float) -> Iterator[None]:
     """Let a worker's Python processes run only a share of the time, as on a slower machine, for a block.
 
-    They are stopped and continued by signals, as `cpulimit` does; the JVM is not, or it would be taken for dead.
+    Signals stop and continue them, as `cpulimit` does. The JVM runs on, or it would count as dead.
     """
     ended = threading.Event()
     thread = threading.Thread(target=_stop_and_go, args=(worker, share, ended), daemon=True)
@@ -273,7 +273,7 @@ def _stop_and_go(worker: psutil.Process, share: float, ended: threading.Event) -
 
 
 def _python_below(worker: psutil.Process) -> list[psutil.Process]:
-    """The processes in which tasks run: what is below a worker and no JVM."""
+    """The processes in which tasks run: all below a worker that are no JVM."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return [p for p in worker.children(recursive=True) if "python" in p.name()]
     return []

@@ -62,7 +62,7 @@ def plot_overlaps(table: pd.DataFrame, reference: str) -> Figure:
 
 
 def plot_ratios(tables: Mapping[str, pd.DataFrame], published: tuple[float, float]) -> Figure:
-    """Time per frame as a share of the first format's, one chart per network; tables of `benchmark.time_frames`."""
+    """Time per frame as a share of the first format's, one chart per network; the tables are those of `time_frames`."""
     figure = new_figure(3.0)
     axes = figure.subplots(1, len(tables), sharey=True, sharex=True)
     for axis, (network, table) in zip(np.ravel(axes), tables.items(), strict=True):
@@ -166,11 +166,11 @@ def plot_epochs(epochs: Sequence[Mapping[str, float]]) -> Figure:
 def plot_synchrony(
     distributed: Mapping[str, Mapping[str, Any]], simulated: Mapping[str, Mapping[str, Any]], highest: float = 2.5
 ) -> Figure:
-    """Draw the loss against time and epochs, and in a panel of its own what staleness does to it.
+    """Draw the loss against time and epochs, and in a separate panel against staleness.
 
     Args:
         distributed: a name for the legend and the result of `synchrony.train`, of runs whose times compare.
-        simulated: the same of runs that one process plays, whose times mean nothing.
+        simulated: the same of simulated runs, whose times mean nothing.
         highest: loss at the upper edge; what diverges leaves the picture there.
     """
     figure = new_figure(3.4)

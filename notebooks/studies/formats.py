@@ -1,6 +1,6 @@
-"""One network in several formats: each an engine that takes the images a task has and returns the outputs by name.
+"""One network in several formats: each is an engine that takes a task's images and returns the outputs by name.
 
-All engines get the same number of threads, so that what is compared is the format and not the share of the machine.
+All engines get the same number of threads, so that a comparison shows the format and not the share of the machine.
 """
 
 import time
@@ -61,10 +61,10 @@ def openvino_engine(bundle: Bundle, threads: int = 1) -> Engine:
 
 
 def run_parallel(bundle: Bundle, images: Sequence[np.ndarray], threads: int) -> float:
-    """Run single images, uint8 `[H, W, C]`, through a bundle for the most images a second, one on each thread.
+    """Run single images, uint8 `[H, W, C]`, through a bundle for the most images per second, one on each thread.
 
     Returns:
-        Seconds that all of them took, compiling left out.
+        Seconds for all of them, without compilation.
     """
     import openvino as ov
 

@@ -25,10 +25,10 @@ FILES_PER_FOLDER = 1000
 
 
 def write_images(root: str, folder: str, train: bool = False, count: int | None = None) -> Path:
-    """Write images as PNG files, as users have them: names that tell no class, labels in a table apart.
+    """Write images as PNG files, as users have them: names without the class, and labels in a separate table.
 
     Images go to `FOLDER/images/00/00000.png` and on, labels to `FOLDER/labels.parquet` (file string, relative to
-    the image folder; label int32). Nothing is written where all of it is there; other images are replaced.
+    the image folder; label int32). Complete images are left as they are; others are replaced.
 
     Args:
         root: where `download` put the data set.
@@ -48,7 +48,7 @@ def write_images(root: str, folder: str, train: bool = False, count: int | None 
         if target.exists():
             shutil.rmtree(target)
         _write_pngs(target, names, images)
-        # Last, so that a labels table says that its images are all there.
+        # The table comes last, so that its presence shows that all images are there.
         _write_table(table, names, labels)
     return target
 
@@ -82,7 +82,7 @@ def write_samples(root: str, folder: str, count: int = 60) -> Path:
 def write_scenes(scenes: Scenes, folder: str, count: int) -> str:
     """Write the first scenes as files: `FOLDER/images/00000.png` and on, and `FOLDER/annotations.json`.
 
-    The annotations are apart, so that the image folder is a source of images as users have them, and come last: where
+    The annotations lie apart, so that the image folder is a source of images as users have them. They come last: if
     they are there and describe these scenes, nothing is written.
 
     Returns:

@@ -28,7 +28,7 @@ STYLE: dict[Any, Any] = {
 
 
 def _drawn(plot: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in this module's style, and leave nothing open that a notebook would show twice."""
+    """Draw in this module's style, and close the figure, which a notebook would show twice."""
 
     @wraps(plot)
     def draw(*arguments, **named) -> Figure:
@@ -42,10 +42,10 @@ def _drawn(plot: Callable[..., Figure]) -> Callable[..., Figure]:
 
 @_drawn
 def plot_scaling(table: pd.DataFrame) -> Figure:
-    """Time an image against cores and executors.
+    """Time per image against cores and executors.
 
     Args:
-        table: `kind` (a line each), `slots` and `milliseconds` an image, by the wall clock of the pass.
+        table: `kind` (one line each), `slots` and `milliseconds` per image, by the wall clock of the pass.
     """
     figure, axis = _axes()
     shares = []
@@ -65,7 +65,7 @@ def plot_scaling(table: pd.DataFrame) -> Figure:
 
 @_drawn
 def plot_workers(tasks: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
-    """Average time an image on each worker.
+    """Average time per image on each worker.
 
     Args:
         tasks: `records.read_tasks`.
@@ -86,7 +86,7 @@ def plot_workers(tasks: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
 
 @_drawn
 def plot_sizes(table: pd.DataFrame) -> Figure:
-    """Time an image against its size: `workers` (a line each), `megapixels` of a mean image and `milliseconds`."""
+    """Time per image against its size: `workers` (one line each), `megapixels` of a mean image and `milliseconds`."""
     figure, axis = _axes()
     for workers, rows in table.groupby("workers"):
         rows = rows.sort_values("megapixels")
@@ -102,7 +102,7 @@ def plot_sizes(table: pd.DataFrame) -> Figure:
 
 @_drawn
 def plot_partitions(table: pd.DataFrame, predicted: pd.DataFrame | None = None) -> Figure:
-    """Throughput against partitions, and images a partition above.
+    """Throughput against partitions, with images per partition above.
 
     Args:
         table: `partitions`, `images` and `images_per_second` of runs.
@@ -131,7 +131,7 @@ def plot_partitions(table: pd.DataFrame, predicted: pd.DataFrame | None = None) 
 
 @_drawn
 def plot_timeline(tasks: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
-    """Which task ran when on which worker, a panel a run: long bars at the end are stragglers, white is idle.
+    """The tasks of each worker over time, one panel per run: long bars at the end are stragglers, white is idle.
 
     Args:
         tasks: `records.read_tasks`.
@@ -160,7 +160,7 @@ def plot_timeline(tasks: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
 
 @_drawn
 def plot_stages(tasks: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
-    """Where the time of an image goes, a bar a run.
+    """Where the time of an image goes, one bar per run.
 
     Args:
         tasks: `records.read_tasks`.
@@ -208,7 +208,7 @@ def plot_predictions(table: pd.DataFrame) -> Figure:
 
 
 def compact(figure: Figure) -> Image.Image:
-    """The figure in a few colours, a fourth of the bytes: notebooks are committed with their pictures."""
+    """The figure in a few colors and a fourth of the bytes, because notebooks are committed with their pictures."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     return Image.open(buffer).convert("RGB").quantize(64)

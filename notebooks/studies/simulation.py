@@ -1,9 +1,8 @@
-"""Spark's scheduling of one stage, event by event: which attempt of which task runs on which slot, from when to when.
+"""Spark's scheduling of one stage, event by event: the slot, start and end of each attempt of a task.
 
-A slot that is free takes the first task that waits (list scheduling: Graham, 1966). A failed task goes to the front of
-the queue, as in `TaskSetManager`. With speculation, a slot that has nothing to do runs a copy of a task that takes much
-longer than the median, and what ends first counts. Locality is ignored. `helpers.planning.makespan` has
-the mean in closed form.
+A free slot takes the first waiting task (list scheduling: Graham, 1966). A failed task goes to the front of
+the queue, as in `TaskSetManager`. With speculation, an idle slot runs a copy of a task that takes much longer than the
+median, and the first to end counts. Locality is ignored. `helpers.planning.makespan` has the mean in closed form.
 """
 
 import bisect
@@ -32,7 +31,7 @@ class Speculation:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What ran, one entry an attempt, in the order of their ends.
+    """The attempts, one entry each, in the order of their ends.
 
     Attributes:
         task: int64, which task.
@@ -102,7 +101,7 @@ def play(
 ) -> Schedule:
     """Simulate the pass of a run whose tasks fluctuate as they did in the calibration, from its first task on.
 
-    A slot's speed is the same from beginning to end: that tasks are faster beside idle cores is left out.
+    A slot's speed stays the same from beginning to end, although real tasks are faster beside idle cores.
     """
     rng = np.random.default_rng(seed)
     spread = math.sqrt(math.log1p(model.variation**2))
@@ -123,7 +122,7 @@ def draw_failures(rate: float, tasks: int, rng: np.random.Generator) -> np.ndarr
 
 
 def _without_trouble(work: np.ndarray, pace: np.ndarray, begin: np.ndarray) -> Schedule:
-    """The same with nothing but ends for events: a million tasks in a second."""
+    """The same with ends as the only events: a million tasks in a second."""
     free = [(float(time), slot) for slot, time in enumerate(begin)]
     heapq.heapify(free)
     divisors, slots, starts, ends = pace.tolist(), [], [], []
@@ -142,7 +141,7 @@ def _without_trouble(work: np.ndarray, pace: np.ndarray, begin: np.ndarray) -> S
 
 @dataclass
 class _Stage:
-    """The state of a stage: what waits, what runs, what has ended."""
+    """The state of a stage: its waiting, running and ended tasks."""
 
     work: np.ndarray
     pace: np.ndarray

@@ -1,8 +1,8 @@
-"""Several runs in one Spark session, in a process of its own: sessions of different masters cannot share one.
+"""Several runs in one Spark session, in a separate process, because sessions of different masters cannot share one.
 
 Each run leaves its record beside its results (`helpers.pipeline.records`), in place of those of earlier sweeps. The
-first run of each model is made twice and its second record kept, so that all are of a session that is warm and of
-workers that have their model, and can be compared.
+first run of each model runs twice and keeps its second record. So all records are comparable: the session is warm, and
+the workers have their model.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ def sweep(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], cores:
 
     Args:
         settings: of the session, as `load_config` takes them.
-        runs: of each `source`, `model` and `output`, and what of the settings differs; where a worker shall be slower
-            meanwhile, `slowed`: the id of its process and the share of the time that it may run (`cluster.slowed`).
-        cores: how many the process is held to with all that it starts; None for all there are. `local[1]` alone
+        runs: `source`, `model` and `output` of each, and its own settings. For a slower worker also `slowed`: the id of
+            its process and the share of the time that it may run (`cluster.slowed`).
+        cores: how many cores the process and its children may use; None for all. `local[1]` alone
             means one task at a time, whose threads and JVM may take more than one core.
 
     Raises:
-        RunError: the process failed; the message has the end of what it said.
+        RunError: the process failed; the message has the end of its output.
     """
     job = json.dumps({"settings": dict(settings), "runs": [dict(run) for run in runs]})
     command = [sys.executable, "-m", "studies.sweep"]

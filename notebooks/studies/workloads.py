@@ -1,4 +1,4 @@
-"""Images and models to measure with: made here, seeded, so that anyone gets the same."""
+"""Seeded images and models for measurements, so that anyone gets the same."""
 
 import shutil
 from collections.abc import Callable
@@ -16,20 +16,20 @@ IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 NETWORKS = {"light": ("mobilenet_v3_large", 224), "heavy": ("resnet50", 550)}  # of torchvision, and the input's side
 SIDES = (320, 1280)  # of photographs, the smallest and the largest, in pixels
 YOLACT = "yolact_resnet50"
-PROBABLE = 12  # anchors of a photograph, about, that a YOLACT of arbitrary weights takes for objects
+PROBABLE = 12  # anchors per photograph, about, that a YOLACT with arbitrary weights takes for objects
 
 
 def make_photographs(
     folder: Path, count: int, seed: int = 0, sides: tuple[int, int] = SIDES, different: int | None = None
 ) -> Path:
-    """Write JPEG files that are to a decoder what photographs are; files that are there already are kept.
+    """Write JPEG files that are like photographs to a decoder; existing files are kept.
 
     Args:
         folder: where `00000.jpg` and so on go.
         count: how many.
         seed: of the pictures.
         sides: the smallest and largest width and height in pixels; by default a file has about 100 KB.
-        different: how many are drawn, which takes longer than to classify them; the others are copies in turn.
+        different: how many are drawn, because drawing takes longer than classification; the others are copies in turn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -42,7 +42,7 @@ def make_photographs(
 
 
 def make_bundle(name: str, folder: Path) -> Bundle:
-    """Export a network with seeded weights, or load it where it is already.
+    """Export a network with seeded weights, or load it if it exists.
 
     Args:
         name: `light` (MobileNet-v3-large, 224 x 224), `heavy` (ResNet-50, 550 x 550) or `yolact` (the published
@@ -121,7 +121,7 @@ def _yolact() -> tuple[Any, Any]:
         head.bbox_layer.weight *= 1.0 / loc.std()
         head.mask_layer.weight *= 0.7 / mask.std()
         network.proto_net[10].weight *= 1.0 / proto.std()
-        # What the background must gain, for each anchor, to push its best class below the threshold.
+        # For each anchor, the gain of the background that pushes its best class below the threshold.
         best, background = conf[..., 1:].amax(dim=2), conf[..., 0]
         room = best / architecture.postprocess["score_threshold"] - conf[..., 1:].sum(dim=2)
         gain = (room.clamp(min=1e-6) / background).log().flatten().sort(descending=True).values
@@ -132,7 +132,7 @@ def _yolact() -> tuple[Any, Any]:
 
 def _jpeg(rng: np.random.Generator, sides: tuple[int, int]) -> bytes:
     width, height = rng.integers(sides[0], sides[1] + 1, 2)
-    # Smooth colors, edges and grain: what a photograph's compressed size and decoding time come from.
+    # Smooth colors, edges and grain decide a photograph's compressed size and decoding time.
     image = cv2.resize(rng.integers(0, 256, (12, 12, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
     for _ in range(12):
         center, axes = rng.integers(0, (width, height)).tolist(), rng.integers(10, 160, 2).tolist()
@@ -144,7 +144,7 @@ def _jpeg(rng: np.random.Generator, sides: tuple[int, int]) -> bytes:
 
 
 def _spread_activations(network: Any, side: int) -> Any:
-    """Give random weights outputs that differ from image to image, so that comparing them means something."""
+    """Give random weights outputs that differ from image to image, so that a comparison means something."""
     import torch
 
     images = torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,10 @@
-"""What `train_yolact.py` is made of: data, augmentation, matching, losses, and the measure of what a network finds.
+"""The parts of `train_yolact.py`: data, augmentation, matching, losses, and the evaluation of a network.
 
-scenes       images of Fashion-MNIST items with exact masks, made when they are asked for
+scenes       images of Fashion-MNIST items with exact masks, made on request
 sprites      what they are painted with
 coco         annotations of your own images in COCO's format
 datasets     either of them, for training
-augmentation scenes changed at random, and their truth with them
+augmentation random changes of scenes and of their truth
 matching     which anchor learns which object
 losses       what training minimizes
 finetuning   the weights to start from

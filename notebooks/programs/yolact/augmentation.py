@@ -9,8 +9,8 @@ from yolact.scenes import Scene, boxes_of
 
 CROPPED = 0.5  # of the images
 SMALLEST_CROP = 0.7  # of the image's side
-LEAST_VISIBLE = 0.35  # of what there was of an object; what a crop leaves less of is not to be found
-LEAST_PIXELS = 30  # of an object; the loss of a mask, divided by its box's area, would be out of all proportion
+LEAST_VISIBLE = 0.35  # of an object's visible part; an object with less in a crop counts as background
+LEAST_PIXELS = 30  # of an object; the loss of a smaller mask, divided by its box's area, would be out of proportion
 LIGHT = 0.25  # largest change of brightness and of contrast, as a share
 
 
@@ -19,7 +19,7 @@ def augment(scene: Scene, cells: int, rng: np.random.Generator) -> tuple[np.ndar
 
     Args:
         scene: what to change.
-        cells: side of the prototypes, the size that masks are wanted at.
+        cells: side of the prototypes and of the target's masks.
         rng: decides.
 
     Returns:
@@ -55,7 +55,7 @@ def _window(height: int, width: int, rng: np.random.Generator) -> tuple[slice, s
 
 
 def _relight(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    # One table a channel, so that the light's color changes too.
+    # One table per channel, so that the light's color changes too.
     contrast = rng.uniform(1 - LIGHT, 1 + LIGHT, 3)
     shift = 255 * rng.uniform(-LIGHT, LIGHT) / 2
     table = (np.arange(256)[:, None] - 127.5) * contrast + 127.5 + shift

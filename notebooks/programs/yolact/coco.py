@@ -1,7 +1,7 @@
 """Instances as COCO describes them: FOLDER/annotations.json and FOLDER/images.
 
-What is read is a table with a row for each image, which stays small where Python's objects would take ten times the
-file, and which Spark takes too. Masks are made one by one, when their image is read.
+A table holds one row per image, and Spark takes it too. It stays small, where Python's objects would take ten times the
+file. Each mask is made when its image is read.
 """
 
 import json
@@ -23,7 +23,7 @@ FARTHEST = 2  # times the image's longer side: a polygon may reach beyond the im
 
 
 class Annotations(NamedTuple):
-    """What a file of annotations says.
+    """The content of a file of annotations.
 
     Attributes:
         table: `file` string, relative to the folder of images; `width` and `height` int32, pixels; `annotations`, a
@@ -38,12 +38,12 @@ class Annotations(NamedTuple):
 def read_annotations(place: str, config: Any = None, empty: bool = False) -> Annotations:
     """Read FOLDER/annotations.json, and no image.
 
-    Crowds (`iscrowd`) are left out: one mask around many objects is none of them.
+    Crowds (`iscrowd`) are left out, because one mask around many objects is the mask of none.
 
     Args:
         place: the folder, in a storage of any kind.
         config: how object storage is reached.
-        empty: also give images on which nothing is annotated; training learns little from them.
+        empty: also give images without annotations; training learns little from them.
 
     Raises:
         DataError: the file is missing or is not COCO's, an annotation is of an image or a category that it lacks, or
@@ -90,7 +90,7 @@ def to_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
             raise ValueError(f"it is no run-length encoding of {height} rows and {width} columns")
         return rle.decode(segmentation)
     polygons = [np.array(polygon, float) for polygon in segmentation if len(polygon) >= 2 * CORNERS]
-    # Far from the image pycocotools crashes.
+    # Pycocotools crashes on points far from the image.
     if not all((np.abs(polygon) <= FARTHEST * max(height, width)).all() for polygon in polygons):
         raise ValueError("a polygon has corners that are no numbers or far from the image")
     if not polygons:
@@ -100,7 +100,7 @@ def to_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 class _Texts:
-    """Texts one after the other in memory, as Arrow has them."""
+    """Texts one after the other in memory, as in Arrow."""
 
     def __init__(self) -> None:
         self.content, self.ends = bytearray(), array("q", [0])
@@ -115,7 +115,7 @@ class _Texts:
 
 
 class _Collector:
-    """Takes images and annotations from the parser as soon as it has made them, so that few are there at a time."""
+    """Takes images and annotations from the parser one by one, so that few are in memory at a time."""
 
     def __init__(self) -> None:
         self.images, self.widths, self.heights, self.files = array("q"), array("i"), array("i"), _Texts()
@@ -149,7 +149,7 @@ class _Collector:
 
 
 def _positions(wanted: array, known: array, what: str, file: str) -> np.ndarray:
-    """Where in `known` each number stands, int64."""
+    """The index of each number in `known`, int64."""
     numbers = np.array(wanted, np.int64)
     found = pc.index_in(pa.array(numbers), pa.array(np.array(known, np.int64)))
     if found.null_count:

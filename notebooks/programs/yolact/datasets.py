@@ -1,4 +1,4 @@
-"""What YOLACT learns from: scenes made when they are asked for, or your own images in COCO's form; augmented."""
+"""Augmented training data of YOLACT: scenes made on request, or your own images in COCO's form."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from yolact.losses import Target
 from yolact.scenes import Scene, Scenes
 
 SceneSet = DataSet[list[Scene]]
-GENERATED = {"train": 6000, "val": 200}  # scenes, where a number is not given
+GENERATED = {"train": 6000, "val": 200}  # scenes, by default
 
 
 def open_scenes(
@@ -26,7 +26,7 @@ def open_scenes(
 ) -> tuple[SceneSet, tuple[str, ...]]:
     """Open a data set of instance segmentation.
 
-    Images on which nothing is annotated are left out of a folder's training set; its validation set has them.
+    A folder's validation set has images without annotations; its training set leaves them out.
 
     Args:
         place: a folder with `annotations.json`, COCO's instances, and `images`, or the target of `write_shards`; None
@@ -42,7 +42,7 @@ def open_scenes(
         The scenes, and the names of the classes.
 
     Raises:
-        DataError: the data set is not there, or is not such a one.
+        DataError: the data set is not there, or has another form.
     """
     if place is None:
         scenes = Scenes(root, split, seed, size, size)
@@ -57,7 +57,7 @@ def open_scenes(
 
 
 class GeneratedScenes:
-    """Scenes of Fashion-MNIST items; each epoch has scenes of its own, of the same items."""
+    """Scenes of Fashion-MNIST items; each epoch has its own scenes of the same items."""
 
     def __init__(self, scenes: Scenes, count: int):
         self.scenes, self.count = scenes, count

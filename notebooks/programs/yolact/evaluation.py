@@ -1,4 +1,4 @@
-"""What a network finds in images, in PyTorch: the reference that converted models are measured against."""
+"""The detections of a network in PyTorch, as the reference for converted models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +31,7 @@ def segment(network: Yolact, images: Sequence[np.ndarray]) -> list[list[dict[str
         images: uint8 `[height, width, 3]`, red, green, blue; stretched to the network's input size.
 
     Returns:
-        For each image its predictions, as the pipeline's results hold them; masks are of the image's size.
+        The predictions of each image, as the pipeline's results hold them; masks have the image's size.
     """
     parameters, size, labels = Parameters(), network.configuration.size, network.configuration.labels
     found: list[list[dict[str, Any]]] = []
@@ -41,7 +41,7 @@ def segment(network: Yolact, images: Sequence[np.ndarray]) -> list[list[dict[str
         with torch.inference_mode():
             outputs = network(normalize(network, inputs.to(network.priors.device)))
         loc, conf, mask, priors, proto = (output.float().cpu().numpy() for output in outputs)
-        # numpy's threads for an image's small matrices cost more than they save, and tasks of the pipeline have none.
+        # For an image's small matrices, numpy's threads cost more than they save. The pipeline's tasks have none.
         with threadpool_limits(1, user_api="blas"):
             found += [
                 find_instances(heads, priors, parameters, size, image.shape[1::-1], labels)

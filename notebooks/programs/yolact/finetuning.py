@@ -1,4 +1,4 @@
-"""Where the training of a YOLACT may start: the weights of another, whatever classes it tells apart."""
+"""Initial weights for a YOLACT's training: those of another YOLACT, whatever its classes."""
 
 import io
 import re
@@ -19,12 +19,12 @@ CLASS_LAYERS = re.compile(r"prediction_layers\.0\.conf_layer\.|semantic_seg_conv
 def load_initial_weights(network: Yolact, uri: str, group: Group, config: Any = None) -> None:
     """Give a network the weights of a checkpoint, the statistics of its batch norms included; every rank calls it.
 
-    Layers whose number of outputs depends on the classes stay as they are where the checkpoint has another number of
-    these. Rank 0 reads the file, for all, and says what has become of it.
+    Layers whose number of outputs depends on the classes stay as they are if the checkpoint has another number of
+    classes. Rank 0 reads the file for all ranks, and says what it has used.
 
     Args:
         network: what to change.
-        uri: of the checkpoint, a state dictionary; the official ones are such.
+        uri: of the checkpoint, a state dictionary like the official ones.
         group: of the ranks.
         config: its `storage` says how object storage is reached.
 

@@ -11,12 +11,12 @@ from yolact.matching import BACKGROUND, encode, match
 # Section 3.3 gives the first three ("1, 1.5, and 6.125"), section 5 the last.
 WEIGHTS = {"class": 1.0, "box": 1.5, "mask": 6.125, "semantic": 1.0}
 NEGATIVES = 3  # for each positive anchor (SSD, section 2.2, hard negative mining)
-MASKS = 100  # positive anchors of an image that masks are assembled for, at most; more take memory and teach little
+MASKS = 100  # positive anchors per image with assembled masks, at most; more take memory and teach little
 
 
 @dataclass(frozen=True)
 class Target:
-    """What there is in one image.
+    """The objects of one image.
 
     Attributes:
         boxes: float32 `[n, 4]`, corners relative to the image.
@@ -37,7 +37,7 @@ def compute_losses(outputs: tuple[torch.Tensor, ...], targets: Sequence[Target])
     """Compare what the network gives in training mode with the truth.
 
     Returns:
-        The weighted terms `class`, `box`, `mask` and `semantic`; their sum is what is minimized. The first three are
+        The weighted terms `class`, `box`, `mask` and `semantic`; training minimizes their sum. The first three are
         means over the batch's positive anchors, the last over its images.
     """
     loc, conf, coefficients, priors, proto, semantic = (output.float() for output in outputs)
@@ -63,7 +63,7 @@ def class_loss(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         classes: int64 `[B, A]`: 0 the background, negative what is not to be learned.
     """
     with torch.no_grad():
-        # How far from the background a negative is taken to be: its loss.
+        # A negative's loss: the network's distance from the answer `background`.
         hardness = logits.logsumexp(dim=2) - logits[..., 0]
         hardness[classes != 0] = -1
         ranks = hardness.argsort(dim=1, descending=True).argsort(dim=1)
@@ -82,8 +82,8 @@ def box_loss(loc: torch.Tensor, matched: torch.Tensor, target: Target, priors: t
 def mask_loss(proto: torch.Tensor, coefficients: torch.Tensor, matched: torch.Tensor, target: Target) -> torch.Tensor:
     """Binary cross-entropy of the assembled masks (equation 1), cropped at the objects' boxes, divided by their area.
 
-    The division keeps small objects from counting less (section 3.3, "Cropping Masks"). Where an object covers a part
-    of a cell, that share is what is to be predicted, because masks are enlarged before they are cut off at one half.
+    The division keeps small objects from counting less (section 3.3, "Cropping Masks"). The
+    target of a cell is the share that an object covers, because masks are enlarged before they are cut off at one half.
 
     Args:
         proto: prototypes of one image, float32 `[H, W, k]`.

@@ -1,10 +1,10 @@
-"""Which anchor is to predict which object (section 3.2: as in SSD, Liu et al., ECCV 2016, section 2.2)."""
+"""The object that each anchor has to predict (section 3.2: as in SSD, Liu et al., ECCV 2016, section 2.2)."""
 
 import torch
 
 from helpers.yolact.detection import CENTER_VARIANCE, SIZE_VARIANCE
 
-POSITIVE, NEGATIVE = 0.5, 0.4  # intersection over union, from and below which an anchor is of an object or of none
+POSITIVE, NEGATIVE = 0.5, 0.4  # intersection over union: an object from the first on, none below the second
 BACKGROUND, IGNORED = -1, -2
 
 

@@ -1,8 +1,8 @@
 """Scenes: images with several Fashion-MNIST items on textured backgrounds, and the exact mask of each item.
 
-A data set of instance segmentation that anyone can make: a scene is fixed by the seed, the split and its number. Items
-lie at random places, sizes and angles, and later ones cover parts of earlier ones; a mask is what is left to see of its
-item. The splits share no item. It does not augment: see `augmentation`.
+Anyone can make this data set of instance segmentation: seed, split and number fix a scene. Items lie at random places,
+sizes and angles, and later ones cover parts of earlier ones. A mask is the visible part of its item. The splits share
+no item. Changes for training are in `augmentation`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ from yolact.sprites import Sprite, add_grain, make_background
 SIZE = 160  # pixels of a side, that item sizes are relative to
 ITEMS = (3, 6)  # of a scene: at least and at most, though some may find no place
 MARGIN = 0.12  # of the image's side: an item's center keeps off the edge
-LEAST_VISIBLE = 0.6  # of an item's area, the rest being behind later ones or beyond the edge
+LEAST_VISIBLE = 0.6  # of an item's area; the rest is behind later items or beyond the edge
 ATTEMPTS = 12  # to find a place for an item
 VALIDATION_FROM = 55_000  # training images from here on are for validation alone
 SPLITS = {"train": (True, slice(None, VALIDATION_FROM)), "val": (True, slice(VALIDATION_FROM, None))}
@@ -29,7 +29,7 @@ SPLITS["test"] = (False, slice(None))
 
 @dataclass(frozen=True)
 class Scene:
-    """One image and what is to be found in it.
+    """One image and the objects in it.
 
     Attributes:
         image: uint8 `[height, width, 3]`, red, green, blue.

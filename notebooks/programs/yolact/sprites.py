@@ -1,4 +1,4 @@
-"""What scenes are painted with: textured backgrounds, and Fashion-MNIST items in any color, size and place."""
+"""The paint of scenes: textured backgrounds, and Fashion-MNIST items in any color, size and place."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +14,7 @@ EDGE = 16  # brightness, of 255, from which a pixel is the item's; the backgroun
 
 @dataclass(frozen=True)
 class Cover:
-    """An item at its place: what it covers and with which colors; `area` counts what lies beyond the image too."""
+    """An item at its place: its cover and its colors; `area` also counts the part beyond the image."""
 
     mask: np.ndarray  # bool [height, width]
     area: int
@@ -42,8 +42,8 @@ class Sprite:
 
     @classmethod
     def of(cls, item: np.ndarray, rng: np.random.Generator, zoom: float) -> "Sprite":
-        """Choose how an item, uint8 `[28, 28]`, looks; half of them are turned over."""
-        # Closed, because what is dark within an item belongs to it.
+        """Choose the look of an item, uint8 `[28, 28]`; half of them are mirrored."""
+        # The mask is closed, because dark parts within an item belong to it.
         solid = cv2.morphologyEx((item >= EDGE).astype(np.uint8) * 255, cv2.MORPH_CLOSE, np.ones((3, 3)))
         layers = np.dstack([item, solid])
         if rng.random() < 0.5:
@@ -91,7 +91,7 @@ def _noise(height: int, width: int) -> np.ndarray:
 
 
 def add_grain(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Add what a sensor adds; a random window of one field of noise, because drawing each anew takes longest of all."""
+    """Add a sensor's noise: a random window of one field, because a new field per scene would take longest of all."""
     height, width = image.shape[:2]
     top, left = rng.integers(0, height), rng.integers(0, width)
     noise = _noise(height, width)[top : top + height, left : left + width]
