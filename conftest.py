@@ -1,10 +1,10 @@
 """Hooks for every test, notebooks included."""
 
-from pathlib import Path
-
-import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ALONE = ("02", "08", "09")  # notebooks that need nothing of the ones before them
+# It takes the bundle of notebook 03, and trains one itself where there is none.
+AFTER_NOTEBOOKS = "test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs"
 # The groups of more than a minute, the longest first: a long one that starts last would leave a process without work.
 # Notebooks stand before all of them.
 SLOW = (
@@ -31,17 +31,25 @@ def pytest_collectstart(collector):
 
 
 def pytest_collection_modifyitems(items):
-    """Keep what shares its fixtures in one process: the tests of a file, and the notebooks that need one another."""
+    """Let the long groups start first."""
     items.sort(key=_turn)  # a stable sort: tests of one file keep their order
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:  # a test may name another group than its file's
-            item.add_marker(pytest.mark.xdist_group(_group(item.path)))
 
 
-def _group(path: Path) -> str:
-    if path.suffix == ".ipynb":
-        return path.name if path.name.startswith(ALONE) else "notebooks"
-    return path.name
+class Groups(LoadScopeScheduling):
+    """Keep what shares its fixtures in one process: the tests of a file, and the notebooks that need one another.
+
+    xdist's own `loadgroup` writes the group into an attribute that pytest no longer reads, and so groups nothing.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = nodeid.partition("::")[0].rpartition("/")[2]
+        chained = nodeid.startswith("notebooks/") and not name.startswith(ALONE)
+        return "notebooks" if chained or nodeid.endswith(f"::{AFTER_NOTEBOOKS}") else name
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Let tests be dealt out by these groups."""
+    return Groups(config, log)
 
 
 def _turn(item) -> int:

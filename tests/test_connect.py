@@ -177,7 +177,6 @@ def test_a_program_is_trained_over_a_server(server, tmp_path):
     assert rest[-1] == "rank 1 of 2 failed with ValueError: so it is told"
 
 
-@pytest.mark.xdist_group("notebooks")  # after notebook 03, whose bundle they take
 def test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs(models, tmp_path):
     assert len(NOTEBOOKS) == 4
     environment = {
