@@ -71,7 +71,7 @@ out/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | setup
 	@$(BIN)/papermill $< $@ --cwd notebooks --log-output --no-progress-bar
 
 test: setup azurite
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 20 \
+	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 20 \
 	  --nbval --nbval-sanitize-with conf/nbval.cfg notebooks tests
 
 MINUTES ?= 10

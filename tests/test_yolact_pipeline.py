@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import onnxruntime
 import openvino as ov
 import pyarrow as pa
@@ -15,7 +16,7 @@ import yolact_oracle as oracle
 from pycocotools import mask as coco
 from torch import nn
 
-from helpers.bundle.manifest import load_bundle
+from helpers.bundle.manifest import Bundle, load_bundle
 from helpers.bundle.runtime import compile_options
 from helpers.cli import main
 from helpers.config import load_config
@@ -103,12 +104,26 @@ def checkpoint_file(network, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoint_file, tmp_path_factory):
-    """Made by the command that users give."""
+def exported(checkpoint_file, tmp_path_factory) -> tuple[Bundle, onnx.ModelProto]:
+    """The bundle that the command of users makes, and the simplified ONNX graph on the way to it."""
+    graphs: list[onnx.ModelProto] = []
+
+    def simplify(model: onnx.ModelProto, original=export.simplify) -> onnx.ModelProto:
+        graphs.append(original(model))
+        return graphs[-1]
+
     folder = str(tmp_path_factory.mktemp("yolact_bundle"))
     command = ["export", "--architecture", NAME, "--checkpoint", str(checkpoint_file), "--output", folder]
-    assert main(command) == 0
-    return load_bundle(open_storage(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "simplify", simplify)
+        assert main(command) == 0
+    (graph,) = graphs
+    return load_bundle(open_storage(folder)), graph
+
+
+@pytest.fixture(scope="module")
+def bundle(exported) -> Bundle:
+    return exported[0]
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +202,9 @@ def test_openvino_gives_the_networks_outputs(bundle, decoded, heads, batch):
     agree({name: found[name] for name in ("loc", "conf", "mask", "proto")}, heads, batch)
 
 
-def test_simplified_onnx_gives_the_networks_outputs_for_any_batch(checkpoint_file, decoded, heads):
+def test_simplified_onnx_gives_the_networks_outputs_for_any_batch(exported, decoded, heads):
     architecture = get_architecture(NAME)
-    model = export.simplify(export.to_onnx(export.load_network(architecture, checkpoint_file), architecture))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(exported[1].SerializeToString(), providers=["CPUExecutionProvider"])
     for batch in (1, 2):
         outputs = session.run(None, {"images": normalise(decoded[:batch]).numpy()})
         agree(dict(zip(architecture.outputs, outputs, strict=True)), heads, batch)
