@@ -113,7 +113,7 @@ def plan(options: argparse.Namespace, config: Config) -> int:
 
     try:
         cluster = Cluster(
-            options.executors, options.cores, tuple(options.speed), options.executors_a_machine, options.price
+            options.executors, options.cores, tuple(options.speed), options.executors_per_machine, options.price
         )
     except ValueError as error:
         raise ConfigError(f"no such cluster: {error}") from None
@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         "--speed", type=speeds, default=[1.0], metavar="S[,S...]", help="of the executors in turn; 1: as the records'"
     )
     command.add_argument(
-        "--executors-a-machine", type=int, default=1, metavar="M", help="executors that share a machine"
+        "--executors-per-machine", type=int, default=1, metavar="M", help="executors that share a machine"
     )
     command.add_argument("--price", type=float, default=0.0, metavar="P", help="of one executor for an hour")
     command.add_argument("--partitions", type=int, metavar="N", help="tasks; by default the best number")

@@ -1,7 +1,7 @@
 """A model bundle: a folder with an OpenVINO model and a manifest that says all a pipeline needs to run it.
 
     manifest.json   task, input, outputs, labels, post-processing, precision, source checkpoint, file hashes
-    model.xml       the graph; takes uint8 images and normalises them itself
+    model.xml       the graph; takes uint8 images and normalizes them itself
     model.bin       the weights
     priors.npy      anchors, where the task needs them
 

@@ -103,11 +103,11 @@ def loading_seconds() -> float:
     return sum(model.load_seconds for model in _models.values())
 
 
-def batch_size(bundle: Bundle, megabytes: int, most: int) -> int:
+def batch_size(bundle: Bundle, megabytes: int, max_images: int) -> int:
     """Images a batch, so that its inputs and outputs stay within a budget."""
     manifest = bundle.manifest
     outputs = sum(4 * int(np.prod(output.shape)) for output in manifest.outputs)
-    return max(1, min(most, megabytes * 2**20 // (manifest.input.nbytes + outputs)))
+    return max(1, min(max_images, megabytes * 2**20 // (manifest.input.nbytes + outputs)))
 
 
 def read_graph(core: ov.Core, bundle: Bundle) -> tuple[ov.Model, bool]:
@@ -120,7 +120,7 @@ def read_graph(core: ov.Core, bundle: Bundle) -> tuple[ov.Model, bool]:
         RuntimeError: OpenVINO cannot read it.
     """
     graph = core.read_model(model=bundle.read("model.xml"), weights=bundle.read("model.bin"))
-    manifest, single = bundle.manifest, batch_size(bundle, SINGLE_MEGABYTES, most=2) == 1
+    manifest, single = bundle.manifest, batch_size(bundle, SINGLE_MEGABYTES, max_images=2) == 1
     batch = 1 if single else ANY
     if len(graph.inputs) != 1:
         raise _lies(bundle, f"one input, and the graph has {len(graph.inputs)}")

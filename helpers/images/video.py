@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MARK = "#frame="
 PROBED = 16  # frames decoded to see whether the file's packets are its frames
 JUMP = 8  # frames; over fewer, going on is cheaper than seeking
-BYTES_A_PIXEL = 40  # of a frame while it is decoded: up to 16 that others refer to, and three copies of its own
+BYTES_PER_PIXEL = 40  # of a frame while it is decoded: up to 16 that others refer to, and three copies of its own
 VP8_SHOWN = 0x10  # of a packet's first byte (RFC 6386, 9.1)
 
 
@@ -81,7 +81,7 @@ class Frames:
 
 def frame_pixels(max_pixels: int | None, memory_megabytes: int | None) -> int | None:
     """How many pixels a frame may have, so that decoding a video stays within the memory of a task; None for any."""
-    limits = [max_pixels, memory_megabytes and memory_megabytes * 2**20 // BYTES_A_PIXEL]
+    limits = [max_pixels, memory_megabytes and memory_megabytes * 2**20 // BYTES_PER_PIXEL]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

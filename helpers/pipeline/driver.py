@@ -75,12 +75,12 @@ class RunSummary:
         hidden = ("records", "skipped_errors", "unlisted")
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden})
 
-    def reasons(self, most: int = 5) -> list[tuple[str, int]]:
+    def reasons(self, limit: int = 5) -> list[tuple[str, int]]:
         """The commonest errors and how many images have each, the skipped among them."""
         counts = Counter(self.skipped_errors)
         for record in self.records:
             counts.update({reason["error"]: reason["count"] for reason in record["reasons"]})
-        return counts.most_common(most)
+        return counts.most_common(limit)
 
 
 def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
@@ -104,7 +104,7 @@ def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
     stage = partial(
         stages.preprocess,
         spec=bundle.manifest.input,
-        most_images=batch_size(bundle, config.inference.batch_megabytes, config.inference.max_batch),
+        max_images=batch_size(bundle, config.inference.batch_megabytes, config.inference.max_batch),
         max_pixels=config.ingest.max_pixels,
         memory_megabytes=config.inference.memory_megabytes,
     )
@@ -202,7 +202,7 @@ def run(
         if records:
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(task.output, {**about, **watch.laps})
-    summary = _summarise(images, records, seconds, watch.laps["seconds"], store, kept)
+    summary = _summarize(images, records, seconds, watch.laps["seconds"], store, kept)
     return replace(summary, unlisted=listed.left_out.get(listing.UNLISTED, 0))
 
 
@@ -282,7 +282,7 @@ def _run_tasks(
     return records
 
 
-def _summarise(
+def _summarize(
     images: pa.Table,
     records: list[dict[str, Any]],
     pass_seconds: float,

@@ -132,7 +132,7 @@ def detect(
     kept = np.flatnonzero(conf[:, 1:].max(axis=1) > parameters.score_threshold)
     with np.errstate(over="ignore", invalid="ignore"):
         boxes = decode(loc[kept], priors[kept])
-    usable = np.isfinite(boxes).all(axis=1)  # a damaged or badly quantised network's sizes can be beyond all numbers
+    usable = np.isfinite(boxes).all(axis=1)  # a damaged or badly quantized network's sizes can be beyond all numbers
     kept, boxes = kept[usable], boxes[usable]
     probabilities = np.ascontiguousarray(conf[kept, 1:].T)
     classes, anchors = NMS[parameters.nms](probabilities, boxes, parameters, size)
