@@ -121,11 +121,11 @@ def plan(options: argparse.Namespace, config: Config) -> int:
         raise ConfigError("--images must be at least 1, and --failure-rate at least 0 and below 1")
     model = fit(read_runs(options.records, config), read_tasks(options.records, config))
     others = {"image_bytes": options.image_bytes, "failure_rate": options.failure_rate}
-    found = predict(model, options.images, cluster, options.partitions, **others)
+    prediction = predict(model, options.images, cluster, options.partitions, **others)
     table = curve(model, options.images, cluster, **others)
     if options.plot:
         plot_curve(table, cluster.executors, cluster.price).savefig(options.plot, dpi=120)
-    print(found.report())
+    print(prediction.report())
     if model.computing < BUSY:
         log.warning(
             "the tasks of these records computed in only %.0f %% of their time: their storage was slow, or the machine "
@@ -133,7 +133,7 @@ def plan(options: argparse.Namespace, config: Config) -> int:
             100 * model.computing,
         )
     print(table.drop(columns=list(PARTS)).round(3).to_string(index=False))
-    print(json.dumps(found.summary()))
+    print(json.dumps(prediction.summary()))
     return 0
 
 

@@ -44,8 +44,8 @@ def check_java() -> str:
         raise HostError(f"Spark needs Java, and {java} cannot be started ({error.strerror}): {JAVA_REMEDY}.") from None
     version = re.search(r'version "((\d+)[^"]*)"', answer)
     if version is None or int(version[2]) < MINIMUM_JAVA:
-        found = version[1] if version else answer.strip()
-        raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {java} is {found}: {JAVA_REMEDY}.")
+        description = version[1] if version else answer.strip()
+        raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {java} is {description}: {JAVA_REMEDY}.")
     return version[1]
 
 

@@ -89,8 +89,8 @@ def average_precision(
         raise DataError(f"there are predictions of images that the truth has not: {sorted(unknown)[:3]}")
     # The library writes into annotations and predictions, so it gets copies.
     expected = COCO({**truth, "annotations": [dict(annotation) for annotation in truth["annotations"]]})
-    wanted = ("image_id", "category_id", "score", "segmentation")
-    results = expected.loadRes([{key: prediction[key] for key in wanted} for prediction in predictions])
+    keys = ("image_id", "category_id", "score", "segmentation")
+    results = expected.loadRes([{key: prediction[key] for key in keys} for prediction in predictions])
     evaluation = COCOeval_faster(
         expected,
         results,

@@ -192,10 +192,10 @@ def _free(value: Any, name: str, depth: int = 0) -> Any:
     return value
 
 
-def _expect(is_so: bool, name: str, value: Any, wanted: str) -> None:
+def _expect(is_so: bool, name: str, value: Any, expectation: str) -> None:
     if not is_so:
         shown = type(value).__name__ if isinstance(value, dict | list | str) else value
-        raise ValueError(f"{name} is {shown}, not {wanted}"[:MESSAGE])
+        raise ValueError(f"{name} is {shown}, not {expectation}"[:MESSAGE])
 
 
 def _check(manifest: Manifest) -> None:

@@ -141,10 +141,12 @@ def _compare(
     bundle: Bundle, what: str, port: Any, element: str, shape: tuple[int, ...], batches: Collection[int]
 ) -> None:
     """Compare what the manifest says of an input or output with the graph's own, which takes so many images."""
-    found, kind = port.get_partial_shape(), port.get_element_type().get_type_name()
-    lengths = [d.get_length() if d.is_static else ANY for d in found] if found.rank.is_static else []
+    dimensions, kind = port.get_partial_shape(), port.get_element_type().get_type_name()
+    lengths = [d.get_length() if d.is_static else ANY for d in dimensions] if dimensions.rank.is_static else []
     if kind != element or lengths not in [[batch, *shape] for batch in batches]:
-        raise _lies(bundle, f"{what} is {element} [?,{','.join(map(str, shape))}], and the graph's is {kind} {found}")
+        raise _lies(
+            bundle, f"{what} is {element} [?,{','.join(map(str, shape))}], and the graph's is {kind} {dimensions}"
+        )
 
 
 def _lies(bundle: Bundle, difference: str) -> BundleError:
@@ -169,10 +171,10 @@ def has_bf16() -> bool:
 
 
 def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
-    taken = resident_megabytes()
-    if memory_megabytes is not None and taken > memory_megabytes:
+    resident = resident_megabytes()
+    if memory_megabytes is not None and resident > memory_megabytes:
         raise BundleError(
-            f"a task takes {taken:.0f} MB with {bundle.manifest.model} loaded, more than inference.memory_megabytes="
+            f"a task takes {resident:.0f} MB with {bundle.manifest.model} loaded, more than inference.memory_megabytes="
             f"{memory_megabytes}: set it higher, with fewer tasks at a time (spark.master=local[1]) if memory is short"
         )
 

@@ -137,29 +137,29 @@ class Measure:
     def of(cls, model: "ov.Model", validation: Validation, manifest: Manifest, arrays: Arrays) -> "Measure":
         """Prepare to measure on these images."""
         kind = "accuracy" if manifest.task == "classification" else "mask AP"
-        found = evaluation.predict(
+        predictions = evaluation.predict(
             evaluation.compiled_engine(compile_exactly(model)), validation.images, manifest, arrays
         )
         truth = validation.truth
         max_drop = validation.max_drop
         if truth is None:
-            name, truth = f"{kind} against the model before", evaluation.to_truth(found, manifest)
+            name, truth = f"{kind} against the model before", evaluation.to_truth(predictions, manifest)
             max_drop = MAX_DISAGREEMENT if max_drop is None else max_drop
             if isinstance(truth, dict) and not truth["annotations"]:
                 log.warning("nothing is found in the calibration images, so what int8 loses cannot be measured")
         else:
             name, max_drop = kind, MAX_DROP if max_drop is None else max_drop
-        return cls(name, truth, evaluation.score(dict(enumerate(found)), truth), max_drop, manifest, arrays)
+        return cls(name, truth, evaluation.score(dict(enumerate(predictions)), truth), max_drop, manifest, arrays)
 
     def validate(
         self, compiled: "ov.CompiledModel", items: Iterable[tuple[int, np.ndarray]]
     ) -> tuple[float, list[float]]:
         """Measure a model on some of the images, given with their numbers: of all together, and of each."""
         numbers, images = zip(*items, strict=True)
-        predictions = evaluation.predict(evaluation.compiled_engine(compiled), images, self.manifest, self.arrays)
-        found = dict(zip(numbers, predictions, strict=True))
-        each = [evaluation.score({number: of_image}, self.truth) for number, of_image in found.items()]
-        return evaluation.score(found, self.truth), each
+        ordered = evaluation.predict(evaluation.compiled_engine(compiled), images, self.manifest, self.arrays)
+        predictions = dict(zip(numbers, ordered, strict=True))
+        each = [evaluation.score({number: of_image}, self.truth) for number, of_image in predictions.items()]
+        return evaluation.score(predictions, self.truth), each
 
 
 def float_layers(model: "ov.Model") -> list[str]:

@@ -108,19 +108,19 @@ def _read_header(content: Content, head: bytes) -> Header | None:
 
 
 def _jpeg(content: Content) -> Header | None:
-    found, position, segments = None, 2, 0
+    frame, position, segments = None, 2, 0
     while (segment := JPEG_SEGMENT.search(content, position)) and segments < SEGMENTS:
         start = segment.start()
         marker = content[start + 1]
         if marker == 0xDA or start + 4 > len(content):
             break
-        if marker in JPEG_SIZE_MARKERS and found is None:
-            found = marker, *struct.unpack_from(">HHB", content, start + 5)
+        if marker in JPEG_SIZE_MARKERS and frame is None:
+            frame = marker, *struct.unpack_from(">HHB", content, start + 5)
         position = start + 2 + struct.unpack_from(">H", content, start + 2)[0]
         segments += 1
-    if found is None:
+    if frame is None:
         return None
-    kind, height, width, components = found
+    kind, height, width, components = frame
     # Several scans add to one image, which waits in coefficients of two bytes for the last of them.
     several = kind in JPEG_PROGRESSIVE or any(first < components for first in content[start + 4 : start + 5])
     scans = sum(1 for _ in islice(JPEG_SCAN.finditer(content, start), SCANS + 1)) if several else 1
@@ -190,20 +190,20 @@ def _count_tables(codes: bytes, bits: int, limit: int) -> int:
     while count <= limit < count + (size - place) // (bits + 1):
         start, offset = divmod(place, 8)
         first, shift, mask, ends = _code_places(bits, is_full, offset)
-        there = int(np.searchsorted(ends, size - 8 * start, side="right"))
-        some = min(there, looked_at)
-        if not there:
+        available = int(np.searchsorted(ends, size - 8 * start, side="right"))
+        window = min(available, looked_at)
+        if not available:
             break
-        is_end = (words[start:][first[:some]] >> shift[:some] & mask[:some]) >> 1 == 1 << bits - 1  # two codes do
-        found = int(is_end.argmax())
-        if is_end[found]:
-            count, is_full, looked_at = count + 1, False, 2 * found + 64  # tables are about as long as the last
-        elif some < there:
-            looked_at = there
+        is_end = (words[start:][first[:window]] >> shift[:window] & mask[:window]) >> 1 == 1 << bits - 1  # two codes do
+        last = int(is_end.argmax())
+        if is_end[last]:
+            count, is_full, looked_at = count + 1, False, 2 * last + 64  # tables are about as long as the last
+        elif window < available:
+            looked_at = available
             continue
         else:
-            is_full, found = True, there - 1
-        place = 8 * start + int(ends[found])
+            is_full, last = True, available - 1
+        place = 8 * start + int(ends[last])
     return count
 
 

@@ -144,8 +144,8 @@ def _load(spark: "SparkSession", storage: Storage, paths: list[str]) -> "DataFra
                 raise
             missing = (error.getMessageParameters() or {}).get("path", "")
             with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-                found = zip(paths, pool.map(storage.exists, paths), strict=True)
-                left = [path for path, is_there in found if is_there and not missing.endswith(path)]
+                existence = zip(paths, pool.map(storage.exists, paths), strict=True)
+                left = [path for path, is_there in existence if is_there and not missing.endswith(path)]
             if len(left) == len(paths):
                 raise
             paths = left

@@ -60,9 +60,9 @@ def read_images(
         runs = list(_runs(images["length"].to_pylist(), max_images, batch_bytes))
         files = _files(images, min(max_bytes, ARROW_BYTES), max(batch_bytes, GROWTH_BYTES))
         read = map_groups(partial(_read, storage), [files[run] for run in runs], storage.concurrent_reads)
-        for run, found in zip(runs, read, strict=True):
+        for run, contents in zip(runs, read, strict=True):
             part = images.slice(run.start, run.stop - run.start)
-            yield from _parts(part, found, max_images, batch_bytes)
+            yield from _parts(part, contents, max_images, batch_bytes)
         if is_frame.true_count:
             pixel_limit = frame_pixels(max_pixels, memory_megabytes)
             yield from _read_frames(batch.filter(is_frame), storage, max_images, pixel_limit, memory_megabytes)

@@ -168,14 +168,14 @@ def _tensors(pixels: np.ndarray, failed: list[bool]) -> pa.Array:
 
 def _not_finite(outputs: dict[str, np.ndarray]) -> list[int]:
     """The images, by their place among the good ones, with an output that is not a number, or infinite."""
-    found: set[int] = set()
+    places: set[int] = set()
     for values in outputs.values():
         # A sum has the worst of what is in it, and takes a fraction of the time that a look at each number does.
         with np.errstate(over="ignore", invalid="ignore"):
             total = values.sum()
         if not np.isfinite(total):
-            found.update(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1)).tolist())
-    return sorted(found)
+            places.update(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1)).tolist())
+    return sorted(places)
 
 
 def _split_rows(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -214,8 +214,8 @@ def _each(predict: Callable[[pa.RecordBatch], pa.Array], batch: pa.RecordBatch) 
             errors[row] = error
         predictions = pa.concat_arrays([pa.array([], PREDICTIONS), *(one for one, _ in alone if one is not None)])
     places = accumulate((error is None for error in errors), initial=0)
-    taken = [place if error is None else None for error, place in zip(errors, places, strict=False)]
-    return predictions.take(pa.array(taken, pa.int64())), errors
+    positions = [place if error is None else None for error, place in zip(errors, places, strict=False)]
+    return predictions.take(pa.array(positions, pa.int64())), errors
 
 
 def _array(column: pa.ListArray, shape: tuple[int, ...]) -> np.ndarray:

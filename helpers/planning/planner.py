@@ -161,9 +161,9 @@ def predict(
     speeds = cluster.slot_speeds(model)
     total = speeds.sum()
     task = task_seconds(model, images, partitions)
-    used = min(partitions, cluster.slots)
+    workers = min(partitions, cluster.slots)
     work = model.mean_image_seconds * images / total
-    overhead = (model.task_seconds * partitions + model.worker_seconds * used) / total
+    overhead = (model.task_seconds * partitions + model.worker_seconds * workers) / total
     wasted = failure_rate / (1 - failure_rate) * task * partitions / 2 / total
     idle = (1 - max(model.alone, cluster.share_of_cores(partitions % cluster.slots))) * (task - model.task_seconds)
     end = expected_makespan(
@@ -189,8 +189,8 @@ def best_partitions(model: CostModel, images: int, cluster: Cluster, failure_rat
     slots = min(cluster.slots, images)
     last_exponent = math.log2(max(1, images // slots))
     waves = np.unique(np.round(2 ** np.linspace(0, last_exponent, CANDIDATES)).astype(int))
-    tried = [min(images, slots * int(wave)) for wave in waves]
-    return min(tried, key=lambda n: predict(model, images, cluster, n, failure_rate=failure_rate).seconds)
+    counts = [min(images, slots * int(wave)) for wave in waves]
+    return min(counts, key=lambda n: predict(model, images, cluster, n, failure_rate=failure_rate).seconds)
 
 
 def curve(
@@ -205,16 +205,20 @@ def curve(
     steps = np.geomspace(1, 2 * cluster.executors, 9).round().astype(int).tolist()
     rows = []
     for executors in sorted({*steps, cluster.executors}):
-        found = predict(
+        prediction = predict(
             model,
             images,
             replace(cluster, executors=executors),
             image_bytes=image_bytes,
             failure_rate=failure_rate,
         )
-        parts = {name: getattr(found, name) for name in PARTS}
-        rows.append({"executors": executors, "slots": found.cluster.slots, "partitions": found.partitions, **parts})
-        rows[-1].update(seconds=found.seconds, images_per_second=images / found.pass_seconds, cost=found.cost)
+        parts = {name: getattr(prediction, name) for name in PARTS}
+        rows.append(
+            {"executors": executors, "slots": prediction.cluster.slots, "partitions": prediction.partitions, **parts}
+        )
+        rows[-1].update(
+            seconds=prediction.seconds, images_per_second=images / prediction.pass_seconds, cost=prediction.cost
+        )
     table = pd.DataFrame(rows)
     table["efficiency"] = table["seconds"].iloc[0] / table["seconds"] / table["executors"]
     return table
