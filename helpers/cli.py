@@ -113,7 +113,7 @@ def plan(options: argparse.Namespace, config: Config) -> int:
 
     try:
         cluster = Cluster(
-            options.executors, options.cores, tuple(options.speed), options.executors_a_machine, options.price
+            options.executors, options.cores, tuple(options.speed), options.executors_per_machine, options.price
         )
     except ValueError as error:
         raise ConfigError(f"no such cluster: {error}") from None
@@ -121,11 +121,11 @@ def plan(options: argparse.Namespace, config: Config) -> int:
         raise ConfigError("--images must be at least 1, and --failure-rate at least 0 and below 1")
     model = fit(read_runs(options.records, config), read_tasks(options.records, config))
     others = {"image_bytes": options.image_bytes, "failure_rate": options.failure_rate}
-    found = predict(model, options.images, cluster, options.partitions, **others)
+    prediction = predict(model, options.images, cluster, options.partitions, **others)
     table = curve(model, options.images, cluster, **others)
     if options.plot:
         plot_curve(table, cluster.executors, cluster.price).savefig(options.plot, dpi=120)
-    print(found.report())
+    print(prediction.report())
     if model.computing < BUSY:
         log.warning(
             "the tasks of these records computed in only %.0f %% of their time: their storage was slow, or the machine "
@@ -133,7 +133,7 @@ def plan(options: argparse.Namespace, config: Config) -> int:
             100 * model.computing,
         )
     print(table.drop(columns=list(PARTS)).round(3).to_string(index=False))
-    print(json.dumps(found.summary()))
+    print(json.dumps(prediction.summary()))
     return 0
 
 
@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         "--speed", type=speeds, default=[1.0], metavar="S[,S...]", help="of the executors in turn; 1: as the records'"
     )
     command.add_argument(
-        "--executors-a-machine", type=int, default=1, metavar="M", help="executors that share a machine"
+        "--executors-per-machine", type=int, default=1, metavar="M", help="executors that share a machine"
     )
     command.add_argument("--price", type=float, default=0.0, metavar="P", help="of one executor for an hour")
     command.add_argument("--partitions", type=int, metavar="N", help="tasks; by default the best number")

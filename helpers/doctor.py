@@ -117,9 +117,9 @@ def _check_master(master: str) -> None:
         try:
             socket.create_connection((url.hostname, port), timeout=10).close()
         except OSError as error:
-            said = error.strerror or error
+            reason = error.strerror or error
             raise HostError(
-                f"no master answers at {url.hostname}:{port} ({said}): start it, or correct spark.master"
+                f"no master answers at {url.hostname}:{port} ({reason}): start it, or correct spark.master"
             ) from None
 
 
@@ -144,8 +144,8 @@ def _openvino(config: Config) -> str:
 
 def _data(config: Config) -> str:
     folder = Path(config.paths.data, "FashionMNIST", "raw")
-    there = {file.name: file.stat().st_size for file in folder.glob("*-ubyte")}
-    if there != FASHION_MNIST:
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*-ubyte")}
+    if sizes != FASHION_MNIST:
         raise UserError(f"Fashion-MNIST is not in {config.paths.data}, or is damaged there: {_fetch(config)}")
     return f"Fashion-MNIST in {config.paths.data}"
 
@@ -156,8 +156,8 @@ def _fetch(config: Config) -> str:
 
 def _models(config: Config) -> str:
     storage = open_storage(config.paths.models, config)
-    found = storage.list() if storage.exists("") else ()
-    names = sorted({e.path.split("/")[-2] for e in found if e.path.endswith("/manifest.json")})
+    entries = storage.list() if storage.exists("") else ()
+    names = sorted({e.path.split("/")[-2] for e in entries if e.path.endswith("/manifest.json")})
     if not names:
         return f"none yet in {storage.root}: notebooks 01 and 03 make them (`make run`), and `python -m helpers export`"
     return f"{', '.join(names)} in {storage.root}"

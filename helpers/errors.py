@@ -42,8 +42,8 @@ def first_line(error: BaseException | str) -> str:
 
 def explain(error: OSError, place: str) -> str:
     """What an error of the system means for a place, and its remedy."""
-    said = error.strerror or first_line(error)
-    return f"{place}: {REMEDIES.get(error.errno or 0, f'{said}; mend that, or name another location')}"
+    message = error.strerror or first_line(error)
+    return f"{place}: {REMEDIES.get(error.errno or 0, f'{message}; mend that, or name another location')}"
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ ARCHIVE = Path(sys.prefix, "spark-classes.jsa")  # made by `conf/classes.py`
 
 def local_options() -> str:
     """Options of a JVM that is master and executor in one."""
-    # Short jobs on few cores: the optimising compiler and the parallel collector start threads that cost more
+    # Short jobs on few cores: the optimizing compiler and the parallel collector start threads that cost more
     # processor time than they save, because the images are worked on in Python, not in the JVM.
     options = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
     return f'{options} "-XX:SharedArchiveFile={ARCHIVE}"' if ARCHIVE.exists() else options
@@ -44,8 +44,8 @@ def check_java() -> str:
         raise HostError(f"Spark needs Java, and {java} cannot be started ({error.strerror}): {JAVA_REMEDY}.") from None
     version = re.search(r'version "((\d+)[^"]*)"', answer)
     if version is None or int(version[2]) < MINIMUM_JAVA:
-        found = version[1] if version else answer.strip()
-        raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {java} is {found}: {JAVA_REMEDY}.")
+        description = version[1] if version else answer.strip()
+        raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {java} is {description}: {JAVA_REMEDY}.")
     return version[1]
 
 

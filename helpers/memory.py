@@ -35,8 +35,8 @@ def bounded(megabytes: int | None) -> Iterator[int | None]:
         yield left
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = space + left
-    resource.setrlimit(resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(most, soft), hard))
+    limit = space + left
+    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
     try:
         yield left
     finally:

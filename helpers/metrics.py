@@ -14,7 +14,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from helpers.errors import DataError
 
 BOUNDARY_RATIO = 0.02  # of the image's diagonal; what the paper takes for COCO
-NEIGHBOURS = np.ones((3, 3), np.uint8)
+NEIGHBORS = np.ones((3, 3), np.uint8)
 
 
 def mask_iou(mask_a: np.ndarray, mask_b: np.ndarray) -> float:
@@ -59,7 +59,7 @@ def boundary(mask: np.ndarray, width: int) -> np.ndarray:
     Beyond the image there is no mask, so an instance that the image cuts off has a contour at the cut.
     """
     inside = (np.asarray(mask) != 0).astype(np.uint8)
-    core = cv2.erode(inside, NEIGHBOURS, iterations=width, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    core = cv2.erode(inside, NEIGHBORS, iterations=width, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return inside > core
 
 
@@ -89,8 +89,8 @@ def average_precision(
         raise DataError(f"there are predictions of images that the truth has not: {sorted(unknown)[:3]}")
     # The library writes into annotations and predictions, so it gets copies.
     expected = COCO({**truth, "annotations": [dict(annotation) for annotation in truth["annotations"]]})
-    wanted = ("image_id", "category_id", "score", "segmentation")
-    results = expected.loadRes([{key: prediction[key] for key in wanted} for prediction in predictions])
+    keys = ("image_id", "category_id", "score", "segmentation")
+    results = expected.loadRes([{key: prediction[key] for key in keys} for prediction in predictions])
     evaluation = COCOeval_faster(
         expected,
         results,

@@ -85,8 +85,8 @@ def plan_partitions(
         raise ValueError("lengths must not be negative; slots, targets and partitions must be at least 1")
     if not sizes.size:
         return PartitionPlan(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64), slots)
-    wanted = partitions or _count(sizes, slots, target_bytes, target_images)
-    count = min(wanted, sizes.size)
+    target = partitions or _count(sizes, slots, target_bytes, target_images)
+    count = min(target, sizes.size)
     costs = sizes + max(1, int(sizes.mean()))
     assignment = np.empty(sizes.size, np.int32)
     heap = [(0, partition) for partition in range(count)]

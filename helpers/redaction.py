@@ -62,15 +62,15 @@ def _redact(text: str) -> str:
     for pattern, shown in _compiled:
         text = pattern.sub(shown, text)
     text = QUOTED.sub(
-        lambda found: f"{found[1]}{found[2]}{found[3]}{HIDDEN}" if _is_secret(found[2]) else found[0], text
+        lambda match: f"{match[1]}{match[2]}{match[3]}{HIDDEN}" if _is_secret(match[2]) else match[0], text
     )
     parts, shown_to = [], 0
-    for found in NAME.finditer(text):
+    for match in NAME.finditer(text):
         # `KEY` alone is a placeholder in our own messages, and a secret's name in a query only.
-        alone = found[1].lower() == "key" and text[found.start() - 1 : found.start()] not in ("?", "&", ";")
-        if found.start() >= shown_to and not alone and _is_secret(found[1]):
-            end = next(VALUE.finditer(text, found.end())).end()  # which may be empty
-            parts += [text[shown_to : found.end()], HIDDEN if end > found.end() else ""]
+        alone = match[1].lower() == "key" and text[match.start() - 1 : match.start()] not in ("?", "&", ";")
+        if match.start() >= shown_to and not alone and _is_secret(match[1]):
+            end = next(VALUE.finditer(text, match.end())).end()  # which may be empty
+            parts += [text[shown_to : match.end()], HIDDEN if end > match.end() else ""]
             shown_to = end
     return "".join([*parts, text[shown_to:]])
 

@@ -76,8 +76,8 @@ def get_spark(config: Config) -> "SparkSession":
                 warnings.filterwarnings("ignore", "Failed to set", UserWarning)
             spark = builder.getOrCreate()
     except Exception as error:
-        said = first_line(str(error).replace(config.spark.master, shown_master(config)))
-        raise HostError(f"no Spark session from {shown_master(config)}: {said}") from None
+        message = first_line(str(error).replace(config.spark.master, shown_master(config)))
+        raise HostError(f"no Spark session from {shown_master(config)}: {message}") from None
     if not own_jvm:
         set_where_allowed(spark, SESSION_SETTINGS)
     ship_helpers(spark)
@@ -140,9 +140,9 @@ def spark_failure(error: Exception) -> str:
     python = re.findall(r"Traceback \(most recent call last\):\n(?:[ \t].*\n)+(\S.*)", str(error))
     python = python or [line for line in lines if re.match(r"[\w.]*(Error|Exception|Expired|Exit): ", line)]
     crashed = [text[0] for text in re.finditer(r"Python\s+worker exited unexpectedly[^.\n]*", str(error))]
-    found = (ours or python or crashed or lines or [type(error).__name__])[-1 if ours or python else 0]
-    remedy = f": {PACKAGES_REMEDY}" if re.match(r"ModuleNotFoundError|PySparkImportError", found) else ""
-    return redact(re.sub(r"^helpers\.errors\.\w+: ", "", found) + remedy)
+    message = (ours or python or crashed or lines or [type(error).__name__])[-1 if ours or python else 0]
+    remedy = f": {PACKAGES_REMEDY}" if re.match(r"ModuleNotFoundError|PySparkImportError", message) else ""
+    return redact(re.sub(r"^helpers\.errors\.\w+: ", "", message) + remedy)
 
 
 def shown_master(config: Config) -> str:

@@ -22,11 +22,11 @@ def user_folder() -> Path | None:
     folder = Path(tempfile.gettempdir(), f"spark-vision-{os.geteuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
+        status = folder.lstat()
     except OSError as error:
         log.warning("%s cannot be used, and nothing is kept there: %s", folder, error.strerror or error)
         return None
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077:
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
         return folder
     log.warning("%s is not this user's alone, and nothing is kept there: remove it", folder)
     return None

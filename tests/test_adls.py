@@ -414,7 +414,7 @@ from helpers.config import load_config
 from helpers.pipeline import listing as ingest
 from helpers.pipeline.listing import list_images
 from helpers.storage import open_storage
-ingest.ROWS_A_CHUNK = 5000
+ingest.ROWS_PER_CHUNK = 5000
 config = load_config("local", **{"storage.endpoint": sys.argv[1], "storage.credential": "env:ADLS_KEY"})
 storage = open_storage("abfss://" + sys.argv[2] + "@devstoreaccount1.dfs.core.windows.net", config)
 next(storage.list())

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.errors import StorageError, UserError
-from helpers.images.boundary import MOST_CHARACTERS, READ_ERRORS, UnreadableImageError, attempt
+from helpers.images.boundary import MAX_CHARACTERS, READ_ERRORS, UnreadableImageError, attempt
 from helpers.memory import bounded, resident_megabytes
 
 EXCEPTIONS = [ValueError, OverflowError, IndexError, KeyError, RecursionError, MemoryError, OSError, RuntimeError]
@@ -33,7 +33,7 @@ def test_what_works_is_handed_on():
 def test_whatever_is_raised_becomes_one_line_that_is_not_empty_and_not_long(kind, text):
     result, error = attempt(fail, made(kind, text))
     assert result is None
-    assert error and error.strip() == error and len(error) <= MOST_CHARACTERS
+    assert error and error.strip() == error and len(error) <= MAX_CHARACTERS
     assert len(error.splitlines()) == 1
     error.encode()  # as Arrow wants it
 

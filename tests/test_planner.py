@@ -168,7 +168,7 @@ def test_tasks_that_slow_each_other_down_are_seen_in_runs_of_different_numbers_o
     found = fit(*(pd.concat(frames, ignore_index=True) for frames in zip(alone, beside, strict=True)))
     assert found.contention == pytest.approx(0.1, abs=0.02)
     assert Cluster(1, 4).slot_speeds(found)[0] / Cluster(1, 1).slot_speeds(found)[0] == pytest.approx(1 / 1.3, abs=0.03)
-    shared = Cluster(4, 1, executors_a_machine=4).slot_speeds(found)
+    shared = Cluster(4, 1, executors_per_machine=4).slot_speeds(found)
     assert shared.tolist() == Cluster(1, 4).slot_speeds(found).tolist()
 
 
@@ -208,7 +208,7 @@ def test_a_last_wave_that_leaves_cores_idle_is_shorter():
     assert saved(1) == pytest.approx(0.4 * 12) and saved(3) == pytest.approx(0.4 * 4)  # 12 s of images altogether
     assert saved(2) == saved(4) == 0  # both cores are busy
     assert saved(1, Cluster(2, 1)) == 0  # a machine of one core has none to spare
-    assert saved(1, Cluster(2, 1, executors_a_machine=2)) == saved(1)
+    assert saved(1, Cluster(2, 1, executors_per_machine=2)) == saved(1)
     assert saved(6, Cluster(1, 8)) == pytest.approx(0.25 * 2) and saved(6, Cluster(2, 4)) == pytest.approx(0.25 * 2)
     assert saved(3, Cluster(1, 8)) == pytest.approx(0.4 * 4)  # a task does not keep more than its two threads busy
 

@@ -100,7 +100,7 @@ def test_truth_is_what_is_measured_by_where_it_is_given(make, images, classes):
 
 
 def test_a_loss_that_cannot_be_mended_is_warned_of(make, images, caplog, monkeypatch):
-    monkeypatch.setattr(quantization, "MOST_GROUPS", 1)
+    monkeypatch.setattr(quantization, "MAX_GROUPS", 1)
     with caplog.at_level(logging.WARNING, logger="helpers"):
         make(Validation(list(images), max_drop=0.05))  # which takes two
     assert "loses more than asked for" in caplog.text

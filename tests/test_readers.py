@@ -171,7 +171,7 @@ def test_files_that_have_gone_cost_themselves_before_and_while_spark_looks_for_t
 
 def test_a_run_of_several_plans_gives_each_image_once(spark, photos, bundle_uri, tmp_path, monkeypatch):
     expected = run(spark, photos, bundle_uri, tmp_path / "one", reader="spark")
-    monkeypatch.setattr(readers, "FILES_A_PLAN", 7)
+    monkeypatch.setattr(readers, "FILES_PER_PLAN", 7)
     assert run(spark, photos, bundle_uri, tmp_path / "ten", reader="spark") == expected
     (records,) = (tmp_path / "ten" / "runs").glob("*.parquet")
     partitions = pq.read_table(records)["partition"].to_pylist()

@@ -139,16 +139,14 @@ def test_images_larger_than_allowed_are_errors(read, bundle):
     assert "58 x 56 pixels" in rows[2]["error"] and "840" in rows[2]["error"]
 
 
-@pytest.mark.parametrize("most_images", [1, 3, 64])
-def test_batches_have_at_most_so_many_rows(listed, storage, bundle, most_images):
-    read = list(stages.read_images([listed, listed], storage, most_images, MEGABYTE))
-    assert max(batch.num_rows for batch in read) == min(most_images, 8)
+@pytest.mark.parametrize("max_images", [1, 3, 64])
+def test_batches_have_at_most_so_many_rows(listed, storage, bundle, max_images):
+    read = list(stages.read_images([listed, listed], storage, max_images, MEGABYTE))
+    assert max(batch.num_rows for batch in read) == min(max_images, 8)
     tensors = list(
-        stages.preprocess(
-            stages.read_images([listed], storage, 64, MEGABYTE), bundle.manifest.input, most_images, 10**6
-        )
+        stages.preprocess(stages.read_images([listed], storage, 64, MEGABYTE), bundle.manifest.input, max_images, 10**6)
     )
-    assert max(batch.num_rows for batch in tensors) == min(most_images, 8)
+    assert max(batch.num_rows for batch in tensors) == min(max_images, 8)
     assert [row["path"] for row in rows_of(read)] == 2 * listed["path"].to_pylist()
 
 

@@ -1,7 +1,7 @@
 """A model bundle: a folder with an OpenVINO model and a manifest that says all a pipeline needs to run it.
 
     manifest.json   task, input, outputs, labels, post-processing, precision, source checkpoint, file hashes
-    model.xml       the graph; takes uint8 images and normalises them itself
+    model.xml       the graph; takes uint8 images and normalizes them itself
     model.bin       the weights
     priors.npy      anchors, where the task needs them
 
@@ -185,10 +185,10 @@ def _free(value: Any, name: str, depth: int = 0) -> Any:
     return value
 
 
-def _expect(is_so: bool, name: str, value: Any, wanted: str) -> None:
+def _expect(is_so: bool, name: str, value: Any, expectation: str) -> None:
     if not is_so:
         shown = type(value).__name__ if isinstance(value, dict | list | str) else value
-        raise ValueError(f"{name} is {shown}, not {wanted}"[:MESSAGE])
+        raise ValueError(f"{name} is {shown}, not {expectation}"[:MESSAGE])
 
 
 def _check(manifest: Manifest) -> None:

@@ -103,11 +103,11 @@ def loading_seconds() -> float:
     return sum(model.load_seconds for model in _models.values())
 
 
-def batch_size(bundle: Bundle, megabytes: int, most: int) -> int:
+def batch_size(bundle: Bundle, megabytes: int, max_images: int) -> int:
     """Images a batch, so that its inputs and outputs stay within a budget."""
     manifest = bundle.manifest
     outputs = sum(4 * int(np.prod(output.shape)) for output in manifest.outputs)
-    return max(1, min(most, megabytes * 2**20 // (manifest.input.nbytes + outputs)))
+    return max(1, min(max_images, megabytes * 2**20 // (manifest.input.nbytes + outputs)))
 
 
 def read_graph(core: ov.Core, bundle: Bundle) -> tuple[ov.Model, bool]:
@@ -120,7 +120,7 @@ def read_graph(core: ov.Core, bundle: Bundle) -> tuple[ov.Model, bool]:
         RuntimeError: OpenVINO cannot read it.
     """
     graph = core.read_model(model=bundle.read("model.xml"), weights=bundle.read("model.bin"))
-    manifest, single = bundle.manifest, batch_size(bundle, SINGLE_MEGABYTES, most=2) == 1
+    manifest, single = bundle.manifest, batch_size(bundle, SINGLE_MEGABYTES, max_images=2) == 1
     batch = 1 if single else ANY
     if len(graph.inputs) != 1:
         raise _lies(bundle, f"one input, and the graph has {len(graph.inputs)}")
@@ -141,10 +141,12 @@ def _compare(
     bundle: Bundle, what: str, port: Any, element: str, shape: tuple[int, ...], batches: Collection[int]
 ) -> None:
     """Compare what the manifest says of an input or output with the graph's own, which takes so many images."""
-    found, kind = port.get_partial_shape(), port.get_element_type().get_type_name()
-    lengths = [d.get_length() if d.is_static else ANY for d in found] if found.rank.is_static else []
+    dimensions, kind = port.get_partial_shape(), port.get_element_type().get_type_name()
+    lengths = [d.get_length() if d.is_static else ANY for d in dimensions] if dimensions.rank.is_static else []
     if kind != element or lengths not in [[batch, *shape] for batch in batches]:
-        raise _lies(bundle, f"{what} is {element} [?,{','.join(map(str, shape))}], and the graph's is {kind} {found}")
+        raise _lies(
+            bundle, f"{what} is {element} [?,{','.join(map(str, shape))}], and the graph's is {kind} {dimensions}"
+        )
 
 
 def _lies(bundle: Bundle, difference: str) -> BundleError:
@@ -169,10 +171,10 @@ def has_bf16() -> bool:
 
 
 def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
-    taken = resident_megabytes()
-    if memory_megabytes is not None and taken > memory_megabytes:
+    resident = resident_megabytes()
+    if memory_megabytes is not None and resident > memory_megabytes:
         raise BundleError(
-            f"a task takes {taken:.0f} MB with {bundle.manifest.model} loaded, more than inference.memory_megabytes="
+            f"a task takes {resident:.0f} MB with {bundle.manifest.model} loaded, more than inference.memory_megabytes="
             f"{memory_megabytes}: set it higher, with fewer tasks at a time (spark.master=local[1]) if memory is short"
         )
 

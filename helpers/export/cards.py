@@ -100,16 +100,16 @@ def load_network_class(card: Card, path: Path) -> Callable[[], "torch.nn.Module"
         raise BundleError(f"{path}: network is {card.network!r}: write FILE.py:CLASS")
     source = _find(file, path, "network")
     try:
-        found = getattr(_import(source), name, None)
+        network = getattr(_import(source), name, None)
     except Exception as error:  # a user's code may raise anything
         raise BundleError(f"{source} cannot be imported: {type(error).__name__}: {first_line(error)}") from None
-    if not callable(found):
+    if not callable(network):
         raise BundleError(f"{source} has no class {name!r}, which {path} names")
     try:
-        inspect.signature(found).bind()
+        inspect.signature(network).bind()
     except TypeError as error:
         raise BundleError(f"{name} in {source} needs arguments ({error}): give all of them defaults") from None
-    return found
+    return network
 
 
 def _find(file: str, card: Path, entry: str) -> Path:

@@ -1,7 +1,7 @@
 """PyTorch checkpoint -> ONNX -> simplified ONNX -> OpenVINO -> model bundle.
 
-The graph that ends in a bundle takes uint8 images and normalises them itself, so that a quarter of the bytes of
-float32 goes into it, and no caller can normalise them differently.
+The graph that ends in a bundle takes uint8 images and normalizes them itself, so that a quarter of the bytes of
+float32 goes into it, and no caller can normalize them differently.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ def load_network(architecture: Architecture, checkpoint: Path) -> "torch.nn.Modu
 
 
 def to_onnx(network: "torch.nn.Module", architecture: Architecture, opset: int = OPSET) -> "onnx.ModelProto":
-    """Export a network with a dynamic batch dimension; the input is normalised float32 `[B, C, H, W]`.
+    """Export a network with a dynamic batch dimension; the input is normalized float32 `[B, C, H, W]`.
 
     Nodes are named after the modules they come from.
 
@@ -114,7 +114,7 @@ def simplify(model: "onnx.ModelProto") -> "onnx.ModelProto":
 
 
 def to_openvino(model: "onnx.ModelProto", architecture: Architecture) -> "ov.Model":
-    """Convert to OpenVINO with uint8 `[B, H, W, C]` input and the normalisation in the graph."""
+    """Convert to OpenVINO with uint8 `[B, H, W, C]` input and the normalization in the graph."""
     import openvino as ov
     from openvino.preprocess import PrePostProcessor
 

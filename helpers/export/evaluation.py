@@ -53,11 +53,11 @@ def to_truth(predictions: Sequence[list[Prediction]], manifest: Manifest) -> Tru
     Of detections those count that are probable enough to be drawn.
     """
     if manifest.task == "classification":
-        return [found[0]["class_id"] for found in predictions]
+        return [instances[0]["class_id"] for instances in predictions]
     annotations = [
         {"image_id": i, "category_id": p["class_id"], "segmentation": p["mask"], "iscrowd": 0, "area": 0, "bbox": []}
-        for i, found in enumerate(predictions)
-        for p in found
+        for i, instances in enumerate(predictions)
+        for p in instances
         if p["score"] >= DRAWN_SCORE
     ]
     size = {"width": manifest.input.width, "height": manifest.input.height}
@@ -75,7 +75,7 @@ def score(predictions: Mapping[int, list[Prediction]], truth: Truth) -> float:
         truth: of all images.
     """
     if not isinstance(truth, dict):
-        return float(np.mean([found[0]["class_id"] == truth[i] for i, found in predictions.items()]))
+        return float(np.mean([classes[0]["class_id"] == truth[i] for i, classes in predictions.items()]))
     images = [truth["images"][i] for i in predictions]
     identities = {image["id"] for image in images}
     annotations = [a for a in truth["annotations"] if a["image_id"] in identities]
@@ -95,6 +95,6 @@ def to_results(predictions: Iterable[list[Prediction]], truth: dict[str, Any]) -
             "score": p["score"],
             "segmentation": p["mask"],
         }
-        for image, found in zip(truth["images"], predictions, strict=True)
-        for p in found
+        for image, instances in zip(truth["images"], predictions, strict=True)
+        for p in instances
     ]

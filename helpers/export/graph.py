@@ -27,9 +27,9 @@ def summarize(model: "ov.Model") -> pd.DataFrame:
         One row a type, those with the most parameters first, and a row `total`: number of layers, parameters
         (millions) and floating-point operations for one image (billions).
     """
-    seen: set[str] = set()
+    names: set[str] = set()
     rows = [
-        (node.get_type_name(), 1, _parameters(node, seen) / 1e6, _flops(node) / 1e9)
+        (node.get_type_name(), 1, _parameters(node, names) / 1e6, _flops(node) / 1e9)
         for node in model.get_ordered_ops()
         if node.get_type_name() not in ("Constant", "Convert", "Parameter", "Result")
     ]
@@ -69,7 +69,7 @@ def _flops(node: "ov.Node") -> int:
     return int(2 * np.prod(results) * depth)
 
 
-def _parameters(node: "ov.Node", seen: set[str]) -> int:
+def _parameters(node: "ov.Node", names: set[str]) -> int:
     """Elements of the constants of real numbers that go into a node; what several nodes share is counted once."""
     total = 0
     for value in node.input_values():
@@ -77,7 +77,7 @@ def _parameters(node: "ov.Node", seen: set[str]) -> int:
         while source.get_type_name() == "Convert":
             source = source.input_value(0).get_node()
         name = source.get_friendly_name()
-        if source.get_type_name() == "Constant" and source.get_element_type().is_real() and name not in seen:
-            seen.add(name)
+        if source.get_type_name() == "Constant" and source.get_element_type().is_real() and name not in names:
+            names.add(name)
             total += int(np.prod(list(source.get_output_shape(0))))
     return total

@@ -1,9 +1,9 @@
 """8-bit models: calibrated on images, measured against the model they come from, given back the precision they need.
 
-Quantising costs some layers more than others, and which can only be measured. NNCF quantises every layer; if that
+Quantizing costs some layers more than others, and which can only be measured. NNCF quantizes every layer; if that
 loses more than is allowed, it returns layers to floating point one group after the other, those first that lose most.
 The measure is accuracy or mask AP against the truth where there is one, and otherwise against the predictions of the
-model before it was quantised, for which any images will do.
+model before it was quantized, for which any images will do.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ MAX_DROP = 0.005  # of accuracy or mask AP against the truth; half a point
 MAX_DISAGREEMENT = 0.05  # of the same against the model's own predictions, which says more of small changes
 VALIDATION_IMAGES = 64
 RANKING_IMAGES = 16  # that show which layers lose most
-MOST_GROUPS = 20  # of layers that are returned to floating point
+MAX_GROUPS = 20  # of layers that are returned to floating point
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Images that show what quantising loses.
+    """Images that show what quantizing loses.
 
     Attributes:
         images: uint8 `[H, W, C]` each, prepared as the pipeline prepares them.
-        truth: see `helpers.export.evaluation`; None to compare with the model before it was quantised.
+        truth: see `helpers.export.evaluation`; None to compare with the model before it was quantized.
         max_drop: of accuracy or mask AP, a share of 1; above it, layers are returned to floating point. By default
             `MAX_DROP`, without truth `MAX_DISAGREEMENT`.
     """
@@ -53,12 +53,12 @@ class Validation:
 
 @dataclass(frozen=True)
 class Record:
-    """What quantising lost and what was done about it; a bundle's manifest holds it.
+    """What quantizing lost and what was done about it; a bundle's manifest holds it.
 
     Attributes:
         measure: what was measured, and against what.
-        before: the measure's value of the model that was quantised.
-        after: of the quantised model.
+        before: the measure's value of the model that was quantized.
+        after: of the quantized model.
         float_layers: convolutions and matrix products that are not computed in 8 bits, by their names in the graph.
     """
 
@@ -79,7 +79,7 @@ def quantize(
     arrays: Arrays,
     validation: Validation | None = None,
 ) -> tuple["ov.Model", Record]:
-    """Quantise weights and activations to 8 bits with NNCF.
+    """Quantize weights and activations to 8 bits with NNCF.
 
     Args:
         model: takes uint8 images; it is not changed.
@@ -100,7 +100,7 @@ def quantize(
     validation = validation or Validation([batch[0] for batch in batches[::step]])
     measure = Measure.of(model, validation, manifest, arrays)
     limit = nncf.AdvancedAccuracyRestorerParameters(
-        max_num_iterations=MOST_GROUPS, ranking_subset_size=RANKING_IMAGES, num_ranking_workers=1
+        max_num_iterations=MAX_GROUPS, ranking_subset_size=RANKING_IMAGES, num_ranking_workers=1
     )
     logging.getLogger("nncf").setLevel(logging.WARNING)
     with quiet():
@@ -124,7 +124,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class Measure:
-    """How good the predictions of a compiled model are; `before` is that of the model before it was quantised."""
+    """How good the predictions of a compiled model are; `before` is that of the model before it was quantized."""
 
     name: str
     truth: evaluation.Truth
@@ -137,33 +137,33 @@ class Measure:
     def of(cls, model: "ov.Model", validation: Validation, manifest: Manifest, arrays: Arrays) -> "Measure":
         """Prepare to measure on these images."""
         kind = "accuracy" if manifest.task == "classification" else "mask AP"
-        found = evaluation.predict(
+        predictions = evaluation.predict(
             evaluation.compiled_engine(compile_exactly(model)), validation.images, manifest, arrays
         )
         truth = validation.truth
         max_drop = validation.max_drop
         if truth is None:
-            name, truth = f"{kind} against the model before", evaluation.to_truth(found, manifest)
+            name, truth = f"{kind} against the model before", evaluation.to_truth(predictions, manifest)
             max_drop = MAX_DISAGREEMENT if max_drop is None else max_drop
             if isinstance(truth, dict) and not truth["annotations"]:
                 log.warning("nothing is found in the calibration images, so what int8 loses cannot be measured")
         else:
             name, max_drop = kind, MAX_DROP if max_drop is None else max_drop
-        return cls(name, truth, evaluation.score(dict(enumerate(found)), truth), max_drop, manifest, arrays)
+        return cls(name, truth, evaluation.score(dict(enumerate(predictions)), truth), max_drop, manifest, arrays)
 
     def validate(
         self, compiled: "ov.CompiledModel", items: Iterable[tuple[int, np.ndarray]]
     ) -> tuple[float, list[float]]:
         """Measure a model on some of the images, given with their numbers: of all together, and of each."""
         numbers, images = zip(*items, strict=True)
-        predictions = evaluation.predict(evaluation.compiled_engine(compiled), images, self.manifest, self.arrays)
-        found = dict(zip(numbers, predictions, strict=True))
-        each = [evaluation.score({number: of_image}, self.truth) for number, of_image in found.items()]
-        return evaluation.score(found, self.truth), each
+        ordered = evaluation.predict(evaluation.compiled_engine(compiled), images, self.manifest, self.arrays)
+        predictions = dict(zip(numbers, ordered, strict=True))
+        each = [evaluation.score({number: of_image}, self.truth) for number, of_image in predictions.items()]
+        return evaluation.score(predictions, self.truth), each
 
 
 def float_layers(model: "ov.Model") -> list[str]:
-    """Names of the convolutions and matrix products of a quantised model whose weights are not 8-bit."""
+    """Names of the convolutions and matrix products of a quantized model whose weights are not 8-bit."""
     return [
         node.get_friendly_name().removesuffix("/WithoutBiases")
         for node in model.get_ordered_ops()

@@ -32,10 +32,10 @@ def read_weights(architecture: Architecture, checkpoint: Path | BinaryIO, name: 
     return architecture.adapt_state_dict(weights)
 
 
-def find_difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+def find_difference(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> str | None:
     """Describe the first key or shape in which one state dictionary is not as another; None where there is none."""
-    for key in [*expected, *found]:
-        have = _shape(found[key]) if key in found else "missing"
+    for key in [*expected, *actual]:
+        have = _shape(actual[key]) if key in actual else "missing"
         want = _shape(expected[key]) if key in expected else "unknown"
         if have != want:
             return f"{key} is {have}, expected {want}"

@@ -9,7 +9,7 @@ from helpers.redaction import redact
 
 R = TypeVar("R")
 
-MOST_CHARACTERS = 300  # of an error: other libraries' may repeat what they were given
+MAX_CHARACTERS = 300  # of an error: other libraries' may repeat what they were given
 READ_ERRORS = {
     errno.ENOENT: "the file is gone: it was moved or deleted after it was listed, or its link leads nowhere",
     errno.EACCES: "the file cannot be read: permission denied",
@@ -66,4 +66,4 @@ def reason(error: Exception) -> str:
         text = f"it cannot be processed: {type(error).__name__}: {error}"
     # Arrow takes no half characters.
     line = " ".join(redact(text).split()).encode("utf-8", "replace").decode() or type(error).__name__
-    return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 3]}..."
+    return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 3]}..."

@@ -87,11 +87,11 @@ def read_packets(container: "InputContainer", stream: "VideoStream") -> Iterator
     """
     import av
 
-    claimed, most = 0, CLAIMED * container.size
+    claimed, limit = 0, CLAIMED * container.size
     try:
         for packet in container.demux(stream):
             claimed += packet.size
-            if claimed > most:
+            if claimed > limit:
                 raise UnreadableImageError("the file is not a video: its frames claim more bytes than it has")
             if packet.size:
                 yield packet

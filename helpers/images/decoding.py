@@ -20,26 +20,26 @@ REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.
 SHOWN_BYTES = 12  # of a file that is no image, in its error
 
 
-def decode(content: bytes | memoryview, max_pixels: int, most_memory: int | None = None) -> Image:
+def decode(content: bytes | memoryview, max_pixels: int, max_memory: int | None = None) -> Image:
     """Decode an image file to uint8 BGR `[height, width, 3]`.
 
-    EXIF orientation is applied; grey, palette, CMYK and 16-bit images become three 8-bit channels; transparency is
+    EXIF orientation is applied; gray, palette, CMYK and 16-bit images become three 8-bit channels; transparency is
     dropped; an animation gives its first frame, a PNG the one that programs without animations show.
 
     Args:
         content: the file.
         max_pixels: larger images are not decoded.
-        most_memory: nor are those for which that would take more, in bytes; None for no limit.
+        max_memory: nor are those for which that would take more, in bytes; None for no limit.
 
     Raises:
         UnreadableImageError: empty, cut short, too large, or not of a format that `headers` knows.
         MemoryError: there is not enough of it.
     """
-    return _decode(content, _checked(content, max_pixels, most_memory), cv2.IMREAD_COLOR)
+    return _decode(content, _checked(content, max_pixels, max_memory), cv2.IMREAD_COLOR)
 
 
 def load(
-    content: bytes | memoryview, spec: InputSpec, max_pixels: int, most_memory: int | None = None
+    content: bytes | memoryview, spec: InputSpec, max_pixels: int, max_memory: int | None = None
 ) -> tuple[np.ndarray, Size]:
     """Decode and resize an image file for a model.
 
@@ -52,7 +52,7 @@ def load(
     Raises:
         UnreadableImageError: as for `decode`; so MemoryError.
     """
-    header = _checked(content, max_pixels, most_memory)
+    header = _checked(content, max_pixels, max_memory)
     stored = header.width, header.height
     factor = _reduction(content, stored, spec)
     image = _decode(content, header, REDUCED.get(factor, cv2.IMREAD_COLOR))
@@ -81,7 +81,7 @@ def _scale(image: Image, width: int, height: int) -> Image:
 def _letterbox(image: Image, width: int, height: int) -> Image:
     scale = min(width / image.shape[1], height / image.shape[0])
     inner_width, inner_height = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    canvas = np.full((height, width, 3), 114, np.uint8)  # the grey that detectors are trained to ignore
+    canvas = np.full((height, width, 3), 114, np.uint8)  # the gray that detectors are trained to ignore
     top, left = (height - inner_height) // 2, (width - inner_width) // 2
     canvas[top : top + inner_height, left : left + inner_width] = _scale(image, inner_width, inner_height)
     return canvas
@@ -98,7 +98,7 @@ def _crop(image: Image, width: int, height: int) -> Image:
 _RESIZE = {"stretch": _scale, "letterbox": _letterbox, "crop": _crop}
 
 
-def _checked(content: bytes | memoryview, max_pixels: int, most_memory: int | None) -> Header:
+def _checked(content: bytes | memoryview, max_pixels: int, max_memory: int | None) -> Header:
     if not content:
         raise UnreadableImageError("the file is empty")
     header = read_header(content)
@@ -111,7 +111,7 @@ def _checked(content: bytes | memoryview, max_pixels: int, most_memory: int | No
         )
     if header.problem:
         raise UnreadableImageError(header.problem)
-    if most_memory is not None and header.nbytes > most_memory:
+    if max_memory is not None and header.nbytes > max_memory:
         raise UnreadableImageError(
             f"the image has {header.width} x {header.height} pixels, which take {header.nbytes / 2**20:.0f} MB to "
             "decode, more than inference.memory_megabytes leaves"

@@ -16,7 +16,7 @@ LARGEST_SIDE = 1024  # ... but a thin one only so far
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 DRAWN_SCORE = 0.3  # results hold detections that are too improbable to look at
 OPACITY = 0.45  # of a mask
-HUES = 180  # of OpenCV's colour circle
+HUES = 180  # of OpenCV's color circle
 GOLDEN_ANGLE = 0.381966 * HUES  # steps of it keep any number of hues apart, and never come back to one
 
 
@@ -39,7 +39,7 @@ def draw(image: Image, predictions: list[dict[str, Any]], threshold: float = DRA
 
 
 def color_of(class_id: int) -> tuple[int, int, int]:
-    """The colour, BGR, that a class has in every picture."""
+    """The color, BGR, that a class has in every picture."""
     pixel = np.array([[[class_id * GOLDEN_ANGLE % HUES, 200, 255]]], np.uint8)
     blue, green, red = cv2.cvtColor(pixel, cv2.COLOR_HSV2BGR)[0, 0].tolist()
     return blue, green, red

@@ -38,15 +38,15 @@ TEXT_BYTES = 8_000_000  # of one text: libpng decompresses no more
 TEXTS_BYTES = 8 * TEXT_BYTES
 ZLIB_RATIO = 1032  # bytes from one byte, at most
 
-GIF_MOST_BITS = 12  # of a code
+GIF_MAX_BITS = 12  # of a code
 GIF_TABLES = 20_000  # of codes, however few pixels there are; each takes 10 us
 GIF_TABLE_PIXELS = 250  # that each further table serves for, at least: those that do not compress change it so often
 
 BITMAP_CORE_HEADER = 12  # bytes; the older one, with sides of 16 bits
 
 TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_SAMPLES = 256, 257, 258, 277
-TIFF_ROWS_A_STRIP, TIFF_TILE_WIDTH, TIFF_TILE_HEIGHT = 278, 322, 323
-TIFF_READ = (TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_SAMPLES, TIFF_ROWS_A_STRIP, TIFF_TILE_WIDTH, TIFF_TILE_HEIGHT)
+TIFF_ROWS_PER_STRIP, TIFF_TILE_WIDTH, TIFF_TILE_HEIGHT = 278, 322, 323
+TIFF_READ = (TIFF_WIDTH, TIFF_HEIGHT, TIFF_BITS, TIFF_SAMPLES, TIFF_ROWS_PER_STRIP, TIFF_TILE_WIDTH, TIFF_TILE_HEIGHT)
 TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
 TIFF_OTHERS = {2: 1, 5: 8, 10: 8, 11: 4, 12: 8}  # bytes of a value of the other types
 TIFF_ENTRIES = 65_535  # of a directory
@@ -108,19 +108,19 @@ def _read_header(content: Content, head: bytes) -> Header | None:
 
 
 def _jpeg(content: Content) -> Header | None:
-    found, position, segments = None, 2, 0
+    frame, position, segments = None, 2, 0
     while (segment := JPEG_SEGMENT.search(content, position)) and segments < SEGMENTS:
         start = segment.start()
         marker = content[start + 1]
         if marker == 0xDA or start + 4 > len(content):
             break
-        if marker in JPEG_SIZE_MARKERS and found is None:
-            found = marker, *struct.unpack_from(">HHB", content, start + 5)
+        if marker in JPEG_SIZE_MARKERS and frame is None:
+            frame = marker, *struct.unpack_from(">HHB", content, start + 5)
         position = start + 2 + struct.unpack_from(">H", content, start + 2)[0]
         segments += 1
-    if found is None:
+    if frame is None:
         return None
-    kind, height, width, components = found
+    kind, height, width, components = frame
     # Several scans add to one image, which waits in coefficients of two bytes for the last of them.
     several = kind in JPEG_PROGRESSIVE or any(first < components for first in content[start + 4 : start + 5])
     scans = sum(1 for _ in islice(JPEG_SCAN.finditer(content, start), SCANS + 1)) if several else 1
@@ -159,11 +159,11 @@ def _gif(content: Content) -> Header:
         position += 1
     # The descriptor of the first frame comes next, then its own colors, then the bits of its codes.
     position += 10 + sum(map(_table_bytes, content[position + 9 : position + 10]))
-    tables, most = 0, GIF_TABLES + width * height // GIF_TABLE_PIXELS
+    tables, limit = 0, GIF_TABLES + width * height // GIF_TABLE_PIXELS
     for bits in content[position : position + 1]:
         codes = b"".join(content[start : start + length] for start, length in _blocks(content, position + 1))
-        tables = _count_tables(codes, bits, most) if 1 < bits < GIF_MOST_BITS else 0
-    problem = f"the image is damaged: it has more than {most} tables of codes" if tables > most else None
+        tables = _count_tables(codes, bits, limit) if 1 < bits < GIF_MAX_BITS else 0
+    problem = f"the image is damaged: it has more than {limit} tables of codes" if tables > limit else None
     return Header(width, height, GIF * width * height, problem)
 
 
@@ -179,7 +179,7 @@ def _blocks(content: Content, position: int) -> Iterator[tuple[int, int]]:
         position += 1 + content[position]
 
 
-def _count_tables(codes: bytes, bits: int, most: int) -> int:
+def _count_tables(codes: bytes, bits: int, limit: int) -> int:
     """How often the codes of a GIF throw their table away, or end it; the count stops at one more than may be.
 
     The length of a code follows from the number of codes before it, so numpy looks at all codes of a table at once.
@@ -187,32 +187,32 @@ def _count_tables(codes: bytes, bits: int, most: int) -> int:
     size, count, place, is_full, looked_at = 8 * len(codes), 0, 0, False, len(codes)
     words = np.ndarray(len(codes), "<u4", codes + bytes(3), strides=(1,))  # of each byte and the three behind it
     # The search ends where not even the shortest codes could come to more than may be.
-    while count <= most < count + (size - place) // (bits + 1):
+    while count <= limit < count + (size - place) // (bits + 1):
         start, offset = divmod(place, 8)
         first, shift, mask, ends = _code_places(bits, is_full, offset)
-        there = int(np.searchsorted(ends, size - 8 * start, side="right"))
-        some = min(there, looked_at)
-        if not there:
+        available = int(np.searchsorted(ends, size - 8 * start, side="right"))
+        window = min(available, looked_at)
+        if not available:
             break
-        is_end = (words[start:][first[:some]] >> shift[:some] & mask[:some]) >> 1 == 1 << bits - 1  # two codes do
-        found = int(is_end.argmax())
-        if is_end[found]:
-            count, is_full, looked_at = count + 1, False, 2 * found + 64  # tables are about as long as the last
-        elif some < there:
-            looked_at = there
+        is_end = (words[start:][first[:window]] >> shift[:window] & mask[:window]) >> 1 == 1 << bits - 1  # two codes do
+        last = int(is_end.argmax())
+        if is_end[last]:
+            count, is_full, looked_at = count + 1, False, 2 * last + 64  # tables are about as long as the last
+        elif window < available:
+            looked_at = available
             continue
         else:
-            is_full, found = True, there - 1
-        place = 8 * start + int(ends[found])
+            is_full, last = True, available - 1
+        place = 8 * start + int(ends[last])
     return count
 
 
 @lru_cache(maxsize=16)
 def _code_places(bits: int, is_full: bool, offset: int) -> tuple[np.ndarray, ...]:
     """First byte, shift, mask and end in bits of each code of a table, or of as many codes behind a full one."""
-    lengths = np.arange(bits + 1, GIF_MOST_BITS + 1)
+    lengths = np.arange(bits + 1, GIF_MAX_BITS + 1)
     widths = np.repeat(lengths, [(1 << bits) - 1, *(1 << lengths[:-1])])
-    widths = np.full_like(widths, GIF_MOST_BITS) if is_full else widths
+    widths = np.full_like(widths, GIF_MAX_BITS) if is_full else widths
     ends = offset + np.cumsum(widths)
     first, shift = np.divmod(ends - widths, 8)
     return first, shift.astype(np.uint32), ((1 << widths) - 1).astype(np.uint32), ends
@@ -230,7 +230,7 @@ def _tiff(content: Content, order: str) -> Header | None:
         if -(-width // across) * -(-height // down) * part > 4 * width * height + TILED_AIR:
             problem = f"the image is damaged: its {width} x {height} pixels are in tiles of {across} x {down}"
     else:
-        rows = tags.get(TIFF_ROWS_A_STRIP, 0)
+        rows = tags.get(TIFF_ROWS_PER_STRIP, 0)
         rows = height if rows in (0, TIFF_ALL_ROWS) else rows
         part, decoded = width * rows, width * min(rows, height)
     # libtiff reads, decodes and widens one whole part after the other. OpenCV refuses more and longer samples.

@@ -8,12 +8,12 @@ RESIZE_RULES = ("stretch", "letterbox", "crop")
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What the graph takes: uint8 `[B, height, width, channels]`, in the given colour order.
+    """What the graph takes: uint8 `[B, height, width, channels]`, in the given color order.
 
     The graph itself subtracts `mean` and divides by `std`, both a channel, in units of 0..255. `resize` is
-    `stretch` (both sides to size), `letterbox` (fit inside, pad) or `crop` (shorter side to size, centre cut).
+    `stretch` (both sides to size), `letterbox` (fit inside, pad) or `crop` (shorter side to size, center cut).
     `scaled_decoding` above 0 allows a JPEG to be decoded at 1/2, 1/4 or 1/8 while that leaves it so many times larger
-    than the input; 2 changes a photograph's input by less than a grey level on average, 0 not at all.
+    than the input; 2 changes a photograph's input by less than a gray level on average, 0 not at all.
     """
 
     height: int

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MARK = "#frame="
 PROBED = 16  # frames decoded to see whether the file's packets are its frames
 JUMP = 8  # frames; over fewer, going on is cheaper than seeking
-BYTES_A_PIXEL = 40  # of a frame while it is decoded: up to 16 that others refer to, and three copies of its own
+BYTES_PER_PIXEL = 40  # of a frame while it is decoded: up to 16 that others refer to, and three copies of its own
 VP8_SHOWN = 0x10  # of a packet's first byte (RFC 6386, 9.1)
 
 
@@ -37,14 +37,14 @@ def split_path(path: str) -> tuple[str, int | None]:
 
     For a pandas column `rows["path"].map(split_path)`, for Arrow `split_paths`, for Spark `frame_columns`.
     """
-    found = re.fullmatch(rf"(.*){MARK}([0-9]+)", path, re.DOTALL)
-    return (found[1], int(found[2])) if found else (path, None)
+    match = re.fullmatch(rf"(.*){MARK}([0-9]+)", path, re.DOTALL)
+    return (match[1], int(match[2])) if match else (path, None)
 
 
 def split_paths(paths: pa.Array | pa.ChunkedArray) -> tuple[Any, Any]:
     """`split_path` of an Arrow column: the files, and int64 numbers that are null where a path is no frame's."""
-    found = pc.extract_regex(paths, rf"(?s)^(?P<file>.*){MARK}(?P<frame>[0-9]+)\z")
-    files, numbers = (pc.struct_field(found, name) for name in ("file", "frame"))
+    groups = pc.extract_regex(paths, rf"(?s)^(?P<file>.*){MARK}(?P<frame>[0-9]+)\z")
+    files, numbers = (pc.struct_field(groups, name) for name in ("file", "frame"))
     return pc.coalesce(files, paths), pc.cast(numbers, pa.int64())
 
 
@@ -81,7 +81,7 @@ class Frames:
 
 def frame_pixels(max_pixels: int | None, memory_megabytes: int | None) -> int | None:
     """How many pixels a frame may have, so that decoding a video stays within the memory of a task; None for any."""
-    limits = [max_pixels, memory_megabytes and memory_megabytes * 2**20 // BYTES_A_PIXEL]
+    limits = [max_pixels, memory_megabytes and memory_megabytes * 2**20 // BYTES_PER_PIXEL]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -179,16 +179,16 @@ def _decodes(decoded: Decoded, pts: np.ndarray | None) -> bool:
         UnreadableImageError: no frame comes out at all.
     """
     expected = [] if pts is None else pts[:PROBED].tolist()
-    found, good, damaged = [], False, False
+    timestamps, good, damaged = [], False, False
     for at, frame in decoded:
-        found.append(at)
+        timestamps.append(at)
         good, damaged = good or frame is not None, damaged or frame is None
-        if good and len(found) >= len(expected):
+        if good and len(timestamps) >= len(expected):
             break
     if not good:
         raise UnreadableImageError("no frame of the video can be decoded")
     # What is damaged comes in another order, or not at all, and is a frame nevertheless.
-    return bool(expected) and (damaged or found[: len(expected)] == expected)
+    return bool(expected) and (damaged or timestamps[: len(expected)] == expected)
 
 
 def _stops(numbers: np.ndarray, seek: np.ndarray) -> list[int]:
@@ -197,22 +197,22 @@ def _stops(numbers: np.ndarray, seek: np.ndarray) -> list[int]:
     return [*gaps.tolist(), len(numbers)]
 
 
-def _pick(decoded: Decoded, wanted: np.ndarray, max_pixels: int | None) -> Iterator[Image | str | None]:
-    """The wanted of the decoded frames as `read_frames` yields them, each once and in order."""
-    position, keys = 0, wanted.tolist()
+def _pick(decoded: Decoded, keys: np.ndarray, max_pixels: int | None) -> Iterator[Image | str | None]:
+    """The frames with the given timestamps (or numbers) as `read_frames` yields them, each once and in order."""
+    position, times = 0, keys.tolist()
     for at, frame in decoded:
         if at is None or frame is None:
             continue
-        while position < len(keys) and keys[position] < at:
+        while position < len(times) and times[position] < at:
             yield None
             position += 1
-        if position < len(keys) and keys[position] == at:
+        if position < len(times) and times[position] == at:
             image, error = attempt(_to_image, frame, max_pixels)
             yield error if image is None else image
             position += 1
-        if position == len(keys):
+        if position == len(times):
             return
-    yield from [None] * (len(keys) - position)
+    yield from [None] * (len(times) - position)
 
 
 def _to_image(frame: "VideoFrame", max_pixels: int | None) -> Image:

@@ -75,12 +75,12 @@ class RunSummary:
         hidden = ("records", "skipped_errors", "unlisted")
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden})
 
-    def reasons(self, most: int = 5) -> list[tuple[str, int]]:
+    def reasons(self, limit: int = 5) -> list[tuple[str, int]]:
         """The commonest errors and how many images have each, the skipped among them."""
         counts = Counter(self.skipped_errors)
         for record in self.records:
             counts.update({reason["error"]: reason["count"] for reason in record["reasons"]})
-        return counts.most_common(most)
+        return counts.most_common(limit)
 
 
 def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
@@ -104,7 +104,7 @@ def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
     stage = partial(
         stages.preprocess,
         spec=bundle.manifest.input,
-        most_images=batch_size(bundle, config.inference.batch_megabytes, config.inference.max_batch),
+        max_images=batch_size(bundle, config.inference.batch_megabytes, config.inference.max_batch),
         max_pixels=config.ingest.max_pixels,
         memory_megabytes=config.inference.memory_megabytes,
     )
@@ -163,18 +163,18 @@ def run(
     task = make_task(source, model, output, config)
     store = ResultStore(task.output)
     with ThreadPoolExecutor(1) as pool, store.exclusive():
-        started = pool.submit(_start_workers, spark)
-        done = store.resume(task.model) if config.resume else store.rows()
+        warm_up = pool.submit(_start_workers, spark)
+        old_rows = store.resume(task.model) if config.resume else store.rows()
         slots = get_slots(spark)
         watch.lap("open")
         listed = listing.list_images(task.source, config, skip=store.folders)
         images = add_frames(spark, task.source, listed, config)
-        kept = settled(done) if config.resume else done.slice(0, 0)
-        todo = without(images, kept)
+        settled_rows = settled(old_rows) if config.resume else old_rows.slice(0, 0)
+        todo = without(images, settled_rows)
         plan = listing.plan(todo, slots, config, _image_seconds(task.bundle, config))
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
         watch.lap("list")
-        started.exception()  # if it failed, so will the run, and say why
+        warm_up.exception()  # if it failed, so will the run, and say why
         records = _run_tasks(spark, task, listing.manifest(todo, plan), plan, store, config)
         seconds = watch.lap("pass")
         about = describe(task, spark, config, slots, watch, records, session_seconds)
@@ -182,12 +182,12 @@ def run(
             with only_warn("the run has no record"):
                 write_record(task.output, about, records)
         watch.lap("log")
-        old = done["path"]
+        old_paths = old_rows["path"]
         if config.resume:
-            old = pa.chunked_array(
-                [*replaced(todo, done).chunks, *outdated(done, images, listed.videos).chunks], pa.string()
+            old_paths = pa.chunked_array(
+                [*replaced(todo, old_rows).chunks, *outdated(old_rows, images, listed.videos).chunks], pa.string()
             )
-        published = store.publish([r["file"] for r in records], old)
+        published = store.publish([r["file"] for r in records], old_paths)
         with only_warn("what was staged could not be removed"):
             store.unstage()
         watch.lap("publish")
@@ -202,7 +202,7 @@ def run(
         if records:
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(task.output, {**about, **watch.laps})
-    summary = _summarise(images, records, seconds, watch.laps["seconds"], store, kept)
+    summary = _summarize(images, records, seconds, watch.laps["seconds"], store, settled_rows)
     return replace(summary, unlisted=listed.left_out.get(listing.UNLISTED, 0))
 
 
@@ -282,17 +282,17 @@ def _run_tasks(
     return records
 
 
-def _summarise(
+def _summarize(
     images: pa.Table,
     records: list[dict[str, Any]],
     pass_seconds: float,
     seconds: float,
     store: ResultStore,
-    kept: pa.Table,
+    settled_rows: pa.Table,
 ) -> RunSummary:
     processed = sum(record["images"] for record in records)
     failed = sum(record["failed"] for record in records)
-    damaged = kept.filter(kept["error"].is_valid())
+    damaged = settled_rows.filter(settled_rows["error"].is_valid())
     damaged = damaged.filter(is_among(damaged, images))
     return RunSummary(
         images=images.num_rows,

@@ -53,8 +53,8 @@ def list_frames(
         for row in batch.select([*KEY_NAMES, "error"]).to_pylist():
             if row["error"] is None:
                 with bounded(memory_megabytes):
-                    most = frame_pixels(max_pixels, memory_megabytes)
-                    frames, row["error"] = attempt(_find, storage, row["path"], most)
+                    pixel_limit = frame_pixels(max_pixels, memory_megabytes)
+                    frames, row["error"] = attempt(_find, storage, row["path"], pixel_limit)
             if row["error"] is None and frames is not None:
                 row |= {"count": frames.count, "announced": frames.announced}
                 if frames.pts is not None and frames.seek is not None:

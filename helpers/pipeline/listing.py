@@ -20,7 +20,7 @@ from helpers.storage import Entry, Storage
 log = logging.getLogger(__name__)
 
 LISTED_SCHEMA = pa.schema([*KEY, ERROR])
-ROWS_A_CHUNK = 65_536
+ROWS_PER_CHUNK = 65_536
 UNLISTED = "folders that cannot be listed"
 WARNINGS = 10  # of such folders, at most
 
@@ -79,7 +79,7 @@ def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) ->
         else:
             error = entry.error or _too_long(entry, config.max_image_bytes)
             rows.append((entry.path, entry.length, entry.modified, error))
-            if len(rows) == ROWS_A_CHUNK:
+            if len(rows) == ROWS_PER_CHUNK:
                 chunks.append(_chunk(rows))
                 rows = []
     images, clips = pa.Table.from_batches([*chunks, _chunk(rows)]), pa.Table.from_batches([_chunk(videos)])

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FILES_A_PLAN = 50_000  # read by Spark: their paths are in its plan, and in the driver's memory
+FILES_PER_PLAN = 50_000  # read by Spark: their paths are in its plan, and in the driver's memory
 LOOKING_TASKS = 100  # that look for the files of a plan; Spark's own default is 10,000, of 4 ms each
 LOOKING_THREADS = 32
 PATTERN = r"([\\{}\[\]*?])"  # what is not literal in a path of Spark's
@@ -81,8 +81,8 @@ def read_by_spark(spark: "SparkSession", storage: Storage, manifest: pa.Table, c
     frames, images = manifest.filter(is_frame), manifest.filter(pc.invert(is_frame))
     good = pc.and_(pc.greater(images["length"], 0), pc.is_null(images["error"]))
     files = images.filter(pc.and_(good, pc.invert(passed_over(images))))
-    for start in range(0, files.num_rows, FILES_A_PLAN):
-        yield _read_files(spark, storage, files.slice(start, FILES_A_PLAN))
+    for start in range(0, files.num_rows, FILES_PER_PLAN):
+        yield _read_files(spark, storage, files.slice(start, FILES_PER_PLAN))
     if not pc.all(good).as_py():
         yield spark.createDataFrame(_unread(images.filter(pc.invert(good))))
     if frames.num_rows:
@@ -142,8 +142,8 @@ def _load(spark: "SparkSession", storage: Storage, paths: list[str]) -> "DataFra
                 raise
             missing = (error.getMessageParameters() or {}).get("path", "")
             with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-                found = zip(paths, pool.map(storage.exists, paths), strict=True)
-                left = [path for path, is_there in found if is_there and not missing.endswith(path)]
+                existence = zip(paths, pool.map(storage.exists, paths), strict=True)
+                left = [path for path, is_there in existence if is_there and not missing.endswith(path)]
             if len(left) == len(paths):
                 raise
             paths = left
@@ -162,8 +162,8 @@ def reading(storage: Storage, config: Config) -> Callable[[Batches], Iterator[pa
     return partial(
         stages.read_images,
         storage=storage,
-        most_images=config.inference.max_batch,
-        most_bytes=config.inference.batch_megabytes * 2**20,
+        max_images=config.inference.max_batch,
+        batch_bytes=config.inference.batch_megabytes * 2**20,
         max_bytes=config.max_image_bytes,
         max_pixels=config.ingest.max_pixels,
         memory_megabytes=config.inference.memory_megabytes,

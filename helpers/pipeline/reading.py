@@ -29,8 +29,8 @@ Read = tuple[bytes | None, str | None]  # an image's bytes, or why there are non
 def read_images(
     batches: Batches,
     storage: Storage,
-    most_images: int,
-    most_bytes: int,
+    max_images: int,
+    batch_bytes: int,
     max_bytes: int = ARROW_BYTES,
     max_pixels: int | None = None,
     memory_megabytes: int | None = None,
@@ -42,8 +42,8 @@ def read_images(
     Args:
         batches: `MANIFEST_SCHEMA` or at least `KEY` of it, or `IMAGE_SCHEMA`.
         storage: where the paths lie.
-        most_images: images an output batch.
-        most_bytes: bytes an output batch, unless a single image has more.
+        max_images: images an output batch.
+        batch_bytes: bytes an output batch, unless a single image has more.
         max_bytes: of an image file; no more of it is read, and a longer one is an error. Videos may have any length.
         max_pixels: of a video's frame; larger ones are not decoded.
         memory_megabytes: what this process may take; frames that would take it beyond are not decoded either.
@@ -57,22 +57,22 @@ def read_images(
             continue
         is_frame = split_paths(batch["path"])[1].is_valid()
         images = batch.filter(pc.invert(is_frame))
-        runs = list(_runs(images["length"].to_pylist(), most_images, most_bytes))
-        files = _files(images, min(max_bytes, ARROW_BYTES), max(most_bytes, GROWTH_BYTES))
+        runs = list(_runs(images["length"].to_pylist(), max_images, batch_bytes))
+        files = _files(images, min(max_bytes, ARROW_BYTES), max(batch_bytes, GROWTH_BYTES))
         read = map_groups(partial(_read, storage), [files[run] for run in runs], storage.concurrent_reads)
-        for run, found in zip(runs, read, strict=True):
+        for run, contents in zip(runs, read, strict=True):
             part = images.slice(run.start, run.stop - run.start)
-            yield from _parts(part, found, most_images, most_bytes)
+            yield from _parts(part, contents, max_images, batch_bytes)
         if is_frame.true_count:
-            most_pixels = frame_pixels(max_pixels, memory_megabytes)
-            yield from _read_frames(batch.filter(is_frame), storage, most_images, most_pixels, memory_megabytes)
+            pixel_limit = frame_pixels(max_pixels, memory_megabytes)
+            yield from _read_frames(batch.filter(is_frame), storage, max_images, pixel_limit, memory_megabytes)
 
 
-def _runs(lengths: list[int], most_images: int, most_bytes: int) -> Iterator[slice]:
-    """Neighbours that make one batch, with so many images and bytes at most; one image may have more."""
+def _runs(lengths: list[int], max_images: int, batch_bytes: int) -> Iterator[slice]:
+    """Neighbors that make one batch, with so many images and bytes at most; one image may have more."""
     start, total = 0, 0
     for row, length in enumerate(lengths):
-        if row > start and (row - start == most_images or total + length > most_bytes):
+        if row > start and (row - start == max_images or total + length > batch_bytes):
             yield slice(start, row)
             start, total = row, 0
         total += length
@@ -96,9 +96,9 @@ def _read(storage: Storage, file: tuple[str, str | None, int]) -> Read:
     return (None, error) if error else attempt(storage.read, path, limit)
 
 
-def _parts(part: pa.RecordBatch, read: list[Read], most_images: int, most_bytes: int) -> Iterator[pa.RecordBatch]:
+def _parts(part: pa.RecordBatch, read: list[Read], max_images: int, batch_bytes: int) -> Iterator[pa.RecordBatch]:
     """Batches of what was read: files may have grown since they were listed."""
-    for run in _runs([len(content or b"") for content, _ in read], most_images, most_bytes):
+    for run in _runs([len(content or b"") for content, _ in read], max_images, batch_bytes):
         yield _batch(part.slice(run.start, run.stop - run.start), read)
 
 
@@ -112,7 +112,7 @@ def _batch(part: pa.RecordBatch, read: list[Read]) -> pa.RecordBatch:
 def _read_frames(
     batch: pa.RecordBatch,
     storage: Storage,
-    most_images: int,
+    max_images: int,
     max_pixels: int | None,
     memory_megabytes: int | None,
 ) -> Iterator[pa.RecordBatch]:
@@ -130,7 +130,7 @@ def _read_frames(
             for content, error in _decode_frames(images, part.num_rows, memory_megabytes):
                 read.append((content, error))
                 size += len(content or b"")
-                if start + len(read) == part.num_rows or len(read) == most_images or size >= FRAMES_BYTES:
+                if start + len(read) == part.num_rows or len(read) == max_images or size >= FRAMES_BYTES:
                     ready = part.slice(start, len(read))
                     yield _batch(ready, read)
                     start, size = start + ready.num_rows, 0

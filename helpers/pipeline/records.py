@@ -169,13 +169,13 @@ def read_tasks(locations: str | Iterable[str], config: Config | None = None) -> 
 
 def _find(locations: str | Iterable[str], config: Config | None) -> list[tuple[Storage, str]]:
     """Storages, and paths of the runs' descriptions in them."""
-    found = []
+    files = []
     for location in [locations] if isinstance(locations, str) else locations:
         storage = open_storage(location, config)
         folder = RUNS if storage.exists(RUNS) else ""
         names = [entry.path for entry in storage.list(folder) if entry.path.endswith(".json")]
-        found += [(storage, name) for name in names if f"/{RUNS}/" in name]
-    return found
+        files += [(storage, name) for name in names if f"/{RUNS}/" in name]
+    return files
 
 
 def _version(package: str) -> str | None:

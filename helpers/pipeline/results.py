@@ -160,8 +160,8 @@ class ResultStore:
                 if fresh.num_rows < staged.num_rows:
                     write_table(self.storage, path, fresh)
                 published = self.publish([path], replaced(fresh, rows))
-                kept = rows.filter(pc.invert(is_in(rows["path"], fresh["path"])))
-                rows, recovered = pa.concat_tables([kept, self.rows(published)]), recovered + fresh.num_rows
+                others = rows.filter(pc.invert(is_in(rows["path"], fresh["path"])))
+                rows, recovered = pa.concat_tables([others, self.rows(published)]), recovered + fresh.num_rows
         self.unstage()
         if recovered:
             log.info("kept %d results of an earlier run that did not end", recovered)

@@ -79,8 +79,8 @@ def count_values(values: pa.ChunkedArray) -> dict[str, int]:
 def is_among(table: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
     """Whether path, length and modification time of each row are those of one of the others."""
     positions = table.select(KEY_NAMES).append_column("position", pa.array(range(table.num_rows), pa.int64()))
-    found = positions.join(rows.select(KEY_NAMES), keys=KEY_NAMES, join_type="left semi")["position"]
-    return is_in(positions["position"], found)
+    matches = positions.join(rows.select(KEY_NAMES), keys=KEY_NAMES, join_type="left semi")["position"]
+    return is_in(positions["position"], matches)
 
 
 def is_in(values: pa.ChunkedArray, others: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -23,7 +23,7 @@ from helpers.storage.parquet import read_table
 
 log = logging.getLogger(__name__)
 
-BYTES_A_PIXEL = 32  # of a picture while it is drawn: decoded, enlarged, masked and encoded
+BYTES_PER_PIXEL = 32  # of a picture while it is drawn: decoded, enlarged, masked and encoded
 SHOWN = 100  # pictures on a dashboard, at most
 
 
@@ -39,7 +39,7 @@ def draw_sample(output: Storage, files: list[str], source: Storage, config: Conf
         config: `pictures` says how many; one takes at most about `inference.memory_megabytes`.
     """
     names: list[str] = []
-    most_pixels = config.inference.memory_megabytes * 2**20 // BYTES_A_PIXEL
+    max_pixels = config.inference.memory_megabytes * 2**20 // BYTES_PER_PIXEL
     for file in files:
         if len(names) >= config.pictures:
             break
@@ -47,7 +47,7 @@ def draw_sample(output: Storage, files: list[str], source: Storage, config: Conf
             table = read_table(output, file)
             table = table.filter(pc.is_null(table["error"])).slice(0, math.ceil(config.pictures / len(files)))
             rows = table.slice(0, config.pictures - len(names)).to_pylist()
-            rows = {row["path"]: row for row in rows if _can_be_drawn(row, source, most_pixels)}
+            rows = {row["path"]: row for row in rows if _can_be_drawn(row, source, max_pixels)}
             batches = pa.Table.from_pylist(list(rows.values()), table.schema).to_batches()
             limits = config.max_image_bytes, config.ingest.max_pixels
             for batch in read_images(batches, source, 1, 1, *limits):
@@ -65,10 +65,10 @@ def read_pictures(output: Storage, names: list[str]) -> Iterator[tuple[str, byte
         yield name, output.read(f"{PICTURES}/{name}")
 
 
-def _can_be_drawn(row: dict[str, Any], source: Storage, most_pixels: int) -> bool:
+def _can_be_drawn(row: dict[str, Any], source: Storage, max_pixels: int) -> bool:
     """Whether an image is small enough and its file still is the one that was worked on; the log says why not."""
     file, why = split_path(row["path"])[0], "its file has changed meanwhile, is gone or cannot be read"
-    if row["width"] * row["height"] > most_pixels:
+    if row["width"] * row["height"] > max_pixels:
         why = f"it has {row['width']} x {row['height']} pixels, more than inference.memory_megabytes is enough for"
     else:
         with contextlib.suppress(StorageError, OSError):

@@ -48,14 +48,14 @@ NOT_FINITE = "the model's outputs for this image are not finite: the model is da
 
 
 def preprocess(
-    batches: Batches, spec: InputSpec, most_images: int, max_pixels: int, memory_megabytes: int | None = None
+    batches: Batches, spec: InputSpec, max_images: int, max_pixels: int, memory_megabytes: int | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Stage 2: bytes to the model's input.
 
     Args:
         batches: `IMAGE_SCHEMA`.
-        spec: size, colour order and resize rule, from the bundle's manifest.
-        most_images: images an output batch.
+        spec: size, color order and resize rule, from the bundle's manifest.
+        max_images: images an output batch.
         max_pixels: larger images are not decoded.
         memory_megabytes: what this process may take; images that would take it beyond are not decoded either.
 
@@ -63,8 +63,8 @@ def preprocess(
         `TENSOR_SCHEMA`; `tensor` holds uint8 `[height, width, channels]` row by row, and the size is the original's.
     """
     for batch in batches:
-        for start in range(0, batch.num_rows, most_images):
-            yield _preprocess(batch.slice(start, most_images), spec, max_pixels, memory_megabytes)
+        for start in range(0, batch.num_rows, max_images):
+            yield _preprocess(batch.slice(start, max_images), spec, max_pixels, memory_megabytes)
 
 
 def infer(
@@ -153,9 +153,9 @@ def _preprocess(
 
 
 def _load(
-    content: pa.BinaryScalar, spec: InputSpec, max_pixels: int, most_memory: int | None
+    content: pa.BinaryScalar, spec: InputSpec, max_pixels: int, max_memory: int | None
 ) -> tuple[np.ndarray, Size]:
-    return load(memoryview(content.as_buffer()).cast("B"), spec, max_pixels, most_memory)
+    return load(memoryview(content.as_buffer()).cast("B"), spec, max_pixels, max_memory)
 
 
 def _tensors(pixels: np.ndarray, failed: list[bool]) -> pa.Array:
@@ -168,14 +168,14 @@ def _tensors(pixels: np.ndarray, failed: list[bool]) -> pa.Array:
 
 def _not_finite(outputs: dict[str, np.ndarray]) -> list[int]:
     """The images, by their place among the good ones, with an output that is not a number, or infinite."""
-    found: set[int] = set()
+    places: set[int] = set()
     for values in outputs.values():
         # A sum has the worst of what is in it, and takes a fraction of the time that a look at each number does.
         with np.errstate(over="ignore", invalid="ignore"):
             total = values.sum()
         if not np.isfinite(total):
-            found.update(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1)).tolist())
-    return sorted(found)
+            places.update(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1)).tolist())
+    return sorted(places)
 
 
 def _split_rows(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -214,8 +214,8 @@ def _each(predict: Callable[[pa.RecordBatch], pa.Array], batch: pa.RecordBatch) 
             errors[row] = error
         predictions = pa.concat_arrays([pa.array([], PREDICTIONS), *(one for one, _ in alone if one is not None)])
     places = accumulate((error is None for error in errors), initial=0)
-    taken = [place if error is None else None for error, place in zip(errors, places, strict=False)]
-    return predictions.take(pa.array(taken, pa.int64())), errors
+    positions = [place if error is None else None for error, place in zip(errors, places, strict=False)]
+    return predictions.take(pa.array(positions, pa.int64())), errors
 
 
 def _array(column: pa.ListArray, shape: tuple[int, ...]) -> np.ndarray:

@@ -95,11 +95,11 @@ def fit(runs: pd.DataFrame, tasks: pd.DataFrame) -> CostModel:
     per_run = tasks.groupby("run").agg(begin=("begin", "min"), end=("end", "max"), tasks=("begin", "size"))
     per_run = per_run.join(runs.set_index("run"))
     # The largest run tells best what each image and each task adds to what the driver does once.
-    most_images, most_tasks = per_run.loc[per_run["images"].idxmax()], per_run.loc[per_run["tasks"].idxmax()]
+    image_run, task_run = per_run.loc[per_run["images"].idxmax()], per_run.loc[per_run["tasks"].idxmax()]
     return CostModel(
         session_seconds=_median(runs["session_seconds"]),
         open_seconds=_median(runs["open_seconds"]),
-        image_list_seconds=float(most_images["list_seconds"] / most_images["images"]),
+        image_list_seconds=float(image_run["list_seconds"] / image_run["images"]),
         start_seconds=max(0.0, float(per_run["begin"].median())),
         worker_seconds=max(0.0, float(beyond)),
         task_seconds=float(write_seconds) + _gap(tasks),
@@ -108,7 +108,7 @@ def fit(runs: pd.DataFrame, tasks: pd.DataFrame) -> CostModel:
         image_bytes=float(tasks["bytes"].sum() / tasks["images"].sum()),
         finish_seconds=max(0.0, float((per_run["pass_seconds"] - per_run["end"]).median())),
         log_seconds=_median(runs["log_seconds"]),
-        task_publish_seconds=_known(most_tasks["publish_seconds"]) / float(most_tasks["tasks"]),
+        task_publish_seconds=_known(task_run["publish_seconds"]) / float(task_run["tasks"]),
         variation=float((rest["seconds"] / rate_only.loc[rest.index]).std(ddof=0)) if len(rest) > 1 else 0.0,
         contention=_contention(rest, spent["full"], at_once),
         concurrency=float(np.average(at_once, weights=tasks.groupby("run")["images"].sum())),

@@ -31,18 +31,18 @@ class Cluster:
         executors: how many.
         cores: tasks at once of each.
         speeds: of the executors, in turn: 1 is as fast as where the model was calibrated.
-        executors_a_machine: that share a machine, which has a core for each task that they run at once.
+        executors_per_machine: that share a machine, which has a core for each task that they run at once.
         price: of one executor for an hour, in whatever money.
     """
 
     executors: int
     cores: int = 1
     speeds: tuple[float, ...] = (1.0,)
-    executors_a_machine: int = 1
+    executors_per_machine: int = 1
     price: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.executors, self.cores, self.executors_a_machine) < 1 or self.price < 0:
+        if min(self.executors, self.cores, self.executors_per_machine) < 1 or self.price < 0:
             raise ValueError(
                 "executors, cores and executors of a machine must be at least 1, and the price not negative"
             )
@@ -56,16 +56,16 @@ class Cluster:
 
     def share_of_cores(self, tasks: int) -> float:
         """Tasks at once that are spread over all machines, a core: of the machine that has most of them."""
-        machines = math.ceil(self.executors / self.executors_a_machine)
-        return math.ceil(tasks / machines) / (self.cores * min(self.executors, self.executors_a_machine))
+        machines = math.ceil(self.executors / self.executors_per_machine)
+        return math.ceil(tasks / machines) / (self.cores * min(self.executors, self.executors_per_machine))
 
     def slot_speeds(self, model: CostModel) -> np.ndarray:
-        """Speed of each slot beside its neighbours: float64 `[slots]`; an executor's slots are not next to each other.
+        """Speed of each slot beside its neighbors: float64 `[slots]`; an executor's slots are not next to each other.
 
         Spark offers a free core of each executor in turn.
         """
-        neighbours = self.cores * min(self.executors, self.executors_a_machine)
-        slowdown = (1 + model.contention * (neighbours - 1)) / (1 + model.contention * (model.concurrency - 1))
+        neighbors = self.cores * min(self.executors, self.executors_per_machine)
+        slowdown = (1 + model.contention * (neighbors - 1)) / (1 + model.contention * (model.concurrency - 1))
         executors = np.resize(np.asarray(self.speeds, float), self.executors)
         return np.tile(executors, self.cores) / slowdown
 
@@ -161,9 +161,9 @@ def predict(
     speeds = cluster.slot_speeds(model)
     total = speeds.sum()
     task = task_seconds(model, images, partitions)
-    used = min(partitions, cluster.slots)
+    workers = min(partitions, cluster.slots)
     work = model.mean_image_seconds * images / total
-    overhead = (model.task_seconds * partitions + model.worker_seconds * used) / total
+    overhead = (model.task_seconds * partitions + model.worker_seconds * workers) / total
     wasted = failure_rate / (1 - failure_rate) * task * partitions / 2 / total
     idle = (1 - max(model.alone, cluster.share_of_cores(partitions % cluster.slots))) * (task - model.task_seconds)
     end = expected_makespan(
@@ -187,10 +187,10 @@ def predict(
 def best_partitions(model: CostModel, images: int, cluster: Cluster, failure_rate: float = 0.0) -> int:
     """The number of partitions with which a run is predicted to end first: few cost a tail, many their overhead."""
     slots = min(cluster.slots, images)
-    most = math.log2(max(1, images // slots))
-    waves = np.unique(np.round(2 ** np.linspace(0, most, CANDIDATES)).astype(int))
-    tried = [min(images, slots * int(wave)) for wave in waves]
-    return min(tried, key=lambda n: predict(model, images, cluster, n, failure_rate=failure_rate).seconds)
+    last_exponent = math.log2(max(1, images // slots))
+    waves = np.unique(np.round(2 ** np.linspace(0, last_exponent, CANDIDATES)).astype(int))
+    counts = [min(images, slots * int(wave)) for wave in waves]
+    return min(counts, key=lambda n: predict(model, images, cluster, n, failure_rate=failure_rate).seconds)
 
 
 def curve(
@@ -205,16 +205,20 @@ def curve(
     steps = np.geomspace(1, 2 * cluster.executors, 9).round().astype(int).tolist()
     rows = []
     for executors in sorted({*steps, cluster.executors}):
-        found = predict(
+        prediction = predict(
             model,
             images,
             replace(cluster, executors=executors),
             image_bytes=image_bytes,
             failure_rate=failure_rate,
         )
-        parts = {name: getattr(found, name) for name in PARTS}
-        rows.append({"executors": executors, "slots": found.cluster.slots, "partitions": found.partitions, **parts})
-        rows[-1].update(seconds=found.seconds, images_per_second=images / found.pass_seconds, cost=found.cost)
+        parts = {name: getattr(prediction, name) for name in PARTS}
+        rows.append(
+            {"executors": executors, "slots": prediction.cluster.slots, "partitions": prediction.partitions, **parts}
+        )
+        rows[-1].update(
+            seconds=prediction.seconds, images_per_second=images / prediction.pass_seconds, cost=prediction.cost
+        )
     table = pd.DataFrame(rows)
     table["efficiency"] = table["seconds"].iloc[0] / table["seconds"] / table["executors"]
     return table

@@ -64,21 +64,21 @@ class AdlsStorage:
     concurrent_reads = 8  # the storage is some milliseconds away
 
     def __init__(self, uri: str, options: StorageOptions | None = None):
-        found = URI.fullmatch(uri)
-        if found is None or ":" in found[1] or SIGNATURE.search(uri):
+        match = URI.fullmatch(uri)
+        if match is None or ":" in match[1] or SIGNATURE.search(uri):
             raise StorageError(
                 f"{uri} is not abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH (a SAS token is no part "
                 "of it: put it into an environment variable and name that with storage.credential=env:NAME)"
             )
         self.options = options or StorageOptions()
-        if not (self.options.endpoint or AZURE.fullmatch(found[2])):
+        if not (self.options.endpoint or AZURE.fullmatch(match[2])):
             raise StorageError(
-                f"{uri}: {found[2]} is no host of Azure Data Lake Storage, so it gets no credential; correct the "
+                f"{uri}: {match[2]} is no host of Azure Data Lake Storage, so it gets no credential; correct the "
                 "location, or set storage.endpoint to the service's address"
             )
-        self._container, self._host = found[1], found[2]
-        self._base = f"abfss://{found[1]}@{found[2]}"
-        self._folder = posixpath.normpath(f"/{found[3] or ''}").strip("/")
+        self._container, self._host = match[1], match[2]
+        self._base = f"abfss://{match[1]}@{match[2]}"
+        self._folder = posixpath.normpath(f"/{match[3] or ''}").strip("/")
         self.root = f"{self._base}/{self._folder}".rstrip("/")
         self._lease: Lease | None = None
         self._versions: dict[str, str] = {}  # ETags of the files that were read while the lock is held
@@ -109,8 +109,8 @@ class AdlsStorage:
         skipped = tuple(f"{self._name(folder)}/" for folder in ours)
         try:
             with self._explained(self._uri(start)):
-                if start and not _is_folder(found := self._file(start).get_file_properties()):
-                    yield Entry(self._uri(start), found.size, found.last_modified)
+                if start and not _is_folder(properties := self._file(start).get_file_properties()):
+                    yield Entry(self._uri(start), properties.size, properties.last_modified)
                     return
                 for path in self._files.get_paths(start or None, recursive=True, max_results=PAGE):
                     if (directories or not path.is_directory) and not f"{path.name}/".startswith(skipped):
@@ -170,11 +170,11 @@ class AdlsStorage:
 
     def rename(self, source: str, target: str) -> None:  # noqa: D102
         with self._explained(source):
-            found = self._file(self._name(source)).get_file_properties()
+            properties = self._file(self._name(source)).get_file_properties()
             condition = self._condition(self._name(target))
             if self._lease is not None and not condition:
                 condition = {"match_condition": MatchConditions.IfMissing}
-            self._move(self._name(source), self._name(target), found.metadata.get(WRITER), condition)
+            self._move(self._name(source), self._name(target), properties.metadata.get(WRITER), condition)
 
     def delete(self, path: str) -> None:  # noqa: D102
         name = self._name(path)
@@ -312,7 +312,7 @@ class AdlsStorage:
 
     def _explain(self, error: AzureError, path: str, of_one_file: bool) -> Exception:
         status, code, reference = getattr(error, "status_code", None), code_of(error), self.options.credential
-        said = first_line(error)
+        message = first_line(error)
         if code in ("FilesystemNotFound", "ContainerNotFound"):
             return StorageError(f"{self._base}: there is no such container; check the location, or create it first")
         if status == 404:
@@ -324,12 +324,12 @@ class AdlsStorage:
         if status in (401, 403) or isinstance(error, ClientAuthenticationError):
             forget_clients()  # the reference may lead to a new one by now
             return StorageError(
-                f"{self.root}: the credential {reference} was refused ({code or said}); it is wrong, lacks a "
+                f"{self.root}: the credential {reference} was refused ({code or message}); it is wrong, lacks a "
                 "permission or has expired: renew it and run again, what is finished is kept"
             )
         return StorageError(
-            f"{self.root}: the storage does not answer as it should ({code or said}), after {TRIES} more tries where "
-            "that may help; run again when it does, what is finished is kept"
+            f"{self.root}: the storage does not answer as it should ({code or message}), after {TRIES} more tries "
+            "where that may help; run again when it does, what is finished is kept"
         )
 
 

@@ -61,14 +61,14 @@ class LocalStorage:
         within = None if outside_links else os.path.realpath(self._path(""))
         left_out = [self._path(folder) for folder in skip]
         # Real paths tell folders apart: on some mounts all inodes are 0.
-        seen = {os.path.realpath(folder) for folder in left_out}
+        real_paths = {os.path.realpath(folder) for folder in left_out}
         identities = {_identity(folder) for folder in left_out} - {None}  # the same folder may be mounted twice
         pending = deque([(str(start), os.path.realpath(start))])
         while pending:
             folder, real = pending.pop()
-            if real in seen or (identities and _identity(folder) in identities):
+            if real in real_paths or (identities and _identity(folder) in identities):
                 continue
-            seen.add(real)
+            real_paths.add(real)
             try:
                 with os.scandir(folder) as items:
                     for item in items:
@@ -246,7 +246,7 @@ def _to_text(name: str) -> str:
 def _to_name(text: str) -> str:
     """The inverse of `_to_text`."""
     name = text.encode("utf-8", "surrogateescape")
-    return os.fsdecode(ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), name) if b"\\x" in name else name)
+    return os.fsdecode(ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), name) if b"\\x" in name else name)
 
 
 def _is_directory(item: os.DirEntry[str]) -> bool:

@@ -55,7 +55,7 @@ class Form(Protocol):
     def make(self, content: memoryview, row: dict[str, Any]) -> Any:
         """Of one image: its file's content, and its row, whose `file` names it in errors."""
 
-    def join(self, made: list[Any]) -> Any:
+    def join(self, items: list[Any]) -> Any:
         """Of a batch."""
 
 
@@ -159,8 +159,8 @@ class Folder:
 
     def __getitems__(self, indices: Any) -> Any:
         rows = self.table.take(pa.array(np.asarray(indices))).to_pylist()
-        (made,) = map_groups(self._make, [rows], self.storage.concurrent_reads)
-        return self.form.join(made)
+        (items,) = map_groups(self._make, [rows], self.storage.concurrent_reads)
+        return self.form.join(items)
 
     def _make(self, row: dict[str, Any]) -> Any:
         file = self.storage.join(row["file"])

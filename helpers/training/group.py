@@ -193,8 +193,8 @@ def _find_device(device: Device) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise HostError("a GPU is asked for and PyTorch finds none here: use device cpu, or a host with CUDA")
-    number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if number >= there:
-        raise HostError(f"each rank needs a GPU of its own, and this host has {there}: start at most {there} here")
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        raise HostError(f"each rank needs a GPU of its own, and this host has {count}: start at most {count} here")
     torch.cuda.set_device(number)  # NCCL takes the current one
     return torch.device("cuda", number)

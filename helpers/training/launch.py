@@ -170,8 +170,8 @@ def _explain_failure(outcomes: list[dict[str, Any]]) -> _AttemptError | None:
     killed = [outcome for outcome in failed if outcome["code"] < 0]
     first = (own or killed or failed)[0]  # the others have only seen that it is gone
     why = f"rank {first['rank']} of {len(outcomes)} {'failed with' if own else 'was lost:'} {first['error']}"
-    said = first["traceback"] or "\n".join(first["lines"][-LAST_LINES:])
-    return _AttemptError(f"{why}\n\n{said}", again=not own or step is not None, step=step)
+    output = first["traceback"] or "\n".join(first["lines"][-LAST_LINES:])
+    return _AttemptError(f"{why}\n\n{output}", again=not own or step is not None, step=step)
 
 
 class _Console(socketserver.ThreadingTCPServer):
@@ -354,5 +354,5 @@ def _free_port() -> int:
 
 def _visible_device(address: str) -> str:
     """Spark counts the GPUs that its executor sees."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return seen.split(",")[int(address)] if seen else address
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return devices.split(",")[int(address)] if devices else address

@@ -32,8 +32,8 @@ def be_rank() -> None:
         while frames and frames.tb_frame.f_code.co_filename != program:
             frames = frames.tb_next  # ours, which lead to the program; one that does not compile has no others
         lines = traceback.format_exception(type(error), error, frames or error.__traceback__)
-        told = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(lines), "ended": time.time()}
-        Path(failure).write_text(json.dumps(told))
+        report = {"error": f"{type(error).__name__}: {error}", "traceback": "".join(lines), "ended": time.time()}
+        Path(failure).write_text(json.dumps(report))
         sys.exit(1)  # the driver shows it
 
 

@@ -70,10 +70,10 @@ def write_shards(
     numbered = shuffled.sortWithinPartitions(xxhash64("file")).withColumn("_shard", spark_partition_id())
     written = numbered.mapInArrow(partial(_write_shard, source, storage), spark_schema(WRITTEN_SCHEMA))
     try:
-        made = written.collect()
+        shard_rows = written.collect()
     except Exception as error:
         raise DataError(spark_failure(error)) from None
-    shards = sorted(({"file": row.shard, "rows": row.rows} for row in made), key=lambda shard: shard["file"])
+    shards = sorted(({"file": row.shard, "rows": row.rows} for row in shard_rows), key=lambda shard: shard["file"])
     for entry in list(storage.list()):
         if entry.path.endswith(".parquet") and not entry.path.endswith(tuple(shard["file"] for shard in shards)):
             storage.delete(entry.path)

@@ -160,8 +160,8 @@ def _darknet_unit(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn
 
 
 def _last_stages(stages: nn.ModuleList, features: torch.Tensor) -> list[torch.Tensor]:
-    found = []
+    outputs = []
     for stage in stages:
         features = stage(features)
-        found.append(features)
-    return found[-USED_STAGES:]
+        outputs.append(features)
+    return outputs[-USED_STAGES:]

@@ -99,9 +99,9 @@ def find_instances(
         Predictions as the pipeline's results hold them, the most probable first.
     """
     loc, conf, mask, proto = heads
-    found = detect(loc, conf, mask, priors, parameters, input_size)
-    boxes = to_pixels(found.boxes, *image_size).tolist()
-    masks = encode_masks(proto, found.coefficients, found.boxes, *image_size, parameters.mask_threshold)
+    detections = detect(loc, conf, mask, priors, parameters, input_size)
+    boxes = to_pixels(detections.boxes, *image_size).tolist()
+    masks = encode_masks(proto, detections.coefficients, detections.boxes, *image_size, parameters.mask_threshold)
     return [
         {
             "class_id": class_id,
@@ -111,7 +111,7 @@ def find_instances(
             "mask": encoded,
         }
         for class_id, score, box, encoded in zip(
-            found.classes.tolist(), found.scores.tolist(), boxes, masks, strict=True
+            detections.classes.tolist(), detections.scores.tolist(), boxes, masks, strict=True
         )
     ]
 
@@ -129,17 +129,17 @@ def detect(
         parameters: thresholds and method.
         size: side of the network's input in pixels, the unit of boxes in traditional NMS.
     """
-    kept = np.flatnonzero(conf[:, 1:].max(axis=1) > parameters.score_threshold)
+    candidates = np.flatnonzero(conf[:, 1:].max(axis=1) > parameters.score_threshold)
     with np.errstate(over="ignore", invalid="ignore"):
-        boxes = decode(loc[kept], priors[kept])
-    usable = np.isfinite(boxes).all(axis=1)  # a damaged or badly quantised network's sizes can be beyond all numbers
-    kept, boxes = kept[usable], boxes[usable]
-    probabilities = np.ascontiguousarray(conf[kept, 1:].T)
+        boxes = decode(loc[candidates], priors[candidates])
+    usable = np.isfinite(boxes).all(axis=1)  # a damaged or badly quantized network's sizes can be beyond all numbers
+    candidates, boxes = candidates[usable], boxes[usable]
+    probabilities = np.ascontiguousarray(conf[candidates, 1:].T)
     classes, anchors = NMS[parameters.nms](probabilities, boxes, parameters, size)
     scores = probabilities[classes, anchors]
     count = int(np.count_nonzero(scores > parameters.lowest_score))  # they are in order
     classes, anchors = classes[:count], anchors[:count]
-    return Detections(boxes[anchors], classes, scores[:count], mask[kept[anchors]])
+    return Detections(boxes[anchors], classes, scores[:count], mask[candidates[anchors]])
 
 
 def decode(loc: np.ndarray, priors: np.ndarray) -> np.ndarray:
@@ -191,7 +191,7 @@ def fast_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Parameter
     """
     order = _best_of_each(probabilities, parameters.top_k)  # [classes, top_k]
     scores = np.take_along_axis(probabilities, order, axis=1).ravel()
-    found: list[np.ndarray] = []
+    survivors: list[np.ndarray] = []
     total, ranking = 0, np.argsort(-scores, kind="stable")
     for start in range(0, len(ranking), BLOCK):
         candidates = ranking[start : start + BLOCK]
@@ -199,12 +199,12 @@ def fast_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Parameter
         better = np.arange(ranks.max()) < ranks[:, None]
         overlap = overlaps(boxes[order[classes, ranks], None], boxes[order[classes, : ranks.max()]])
         # Not-a-number, of boxes without area, suppresses too.
-        found.append(candidates[~(better & ~(overlap <= parameters.nms_threshold)).any(axis=1)])
-        total += len(found[-1])
+        survivors.append(candidates[~(better & ~(overlap <= parameters.nms_threshold)).any(axis=1)])
+        total += len(survivors[-1])
         if total >= parameters.max_detections:
             break
-    kept = np.concatenate([*found, ranking[:0]])[: parameters.max_detections]
-    return kept // max(order.shape[1], 1), order.ravel()[kept]
+    best = np.concatenate([*survivors, ranking[:0]])[: parameters.max_detections]
+    return best // max(order.shape[1], 1), order.ravel()[best]
 
 
 def cross_class_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Parameters, size: int = 0) -> Pairs:
@@ -225,13 +225,13 @@ def traditional_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Pa
         parameters: thresholds.
         size: side of the network's input.
     """
-    found = []
+    survivors = []
     for row in probabilities:
         candidates = np.flatnonzero(row > parameters.score_threshold)
         candidates = candidates[np.argsort(-row[candidates], kind="stable")]
-        found.append(_greedy(boxes * np.float32(size), candidates, parameters.nms_threshold))
-    classes = np.repeat(np.arange(len(found)), [len(kept) for kept in found])
-    anchors = np.concatenate([*found, np.zeros(0, int)]).astype(int)
+        survivors.append(_greedy(boxes * np.float32(size), candidates, parameters.nms_threshold))
+    classes = np.repeat(np.arange(len(survivors)), [len(rows) for rows in survivors])
+    anchors = np.concatenate([*survivors, np.zeros(0, int)]).astype(int)
     best = np.argsort(-probabilities[classes, anchors], kind="stable")[: parameters.max_detections]
     return classes[best], anchors[best]
 
@@ -244,18 +244,18 @@ NMS: dict[str, Callable[[np.ndarray, np.ndarray, Parameters, int], Pairs]] = {
 
 
 def _greedy(boxes: np.ndarray, candidates: np.ndarray, threshold: float) -> np.ndarray:
-    kept = []
+    survivors = []
     while len(candidates):
-        kept.append(candidates[0])
+        survivors.append(candidates[0])
         overlap = overlaps(boxes[candidates[0]], boxes[candidates[1:]], border=1)
         candidates = candidates[1:][~(overlap >= threshold)]
-    return np.array(kept, int)
+    return np.array(survivors, int)
 
 
 def _best_of_each(probabilities: np.ndarray, count: int) -> np.ndarray:
     """Columns of the `count` largest values of each row, in descending order; of equal ones the first comes first."""
     if probabilities.shape[1] > 4 * count > 0:  # choosing before sorting takes less than sorting all
-        chosen = np.sort(np.argpartition(-probabilities, count - 1, axis=1)[:, :count], axis=1)
-        order = np.argsort(-np.take_along_axis(probabilities, chosen, axis=1), axis=1, kind="stable")
-        return np.take_along_axis(chosen, order, axis=1)
+        columns = np.sort(np.argpartition(-probabilities, count - 1, axis=1)[:, :count], axis=1)
+        order = np.argsort(-np.take_along_axis(probabilities, columns, axis=1), axis=1, kind="stable")
+        return np.take_along_axis(columns, order, axis=1)
     return np.argsort(-probabilities, axis=1, kind="stable")[:, :count]

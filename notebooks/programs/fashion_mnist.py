@@ -227,10 +227,11 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
                 evaluation = measure(logits, evaluated.labels, kind)
             progress.add_epoch({"images_per_second": rate} | evaluation)
             if group.rank == 0:
-                said = f", {kind} accuracy {evaluation[f'{kind}_accuracy']:.4f}" if evaluation else ""
+                message = f", {kind} accuracy {evaluation[f'{kind}_accuracy']:.4f}" if evaluation else ""
                 mean = progress.epochs[-1]["train_loss"]
                 print(
-                    f"epoch {epoch}/{options.epochs}: training loss {mean:.3f}{said}, {rate:,.0f} images/s", flush=True
+                    f"epoch {epoch}/{options.epochs}: training loss {mean:.3f}{message}, {rate:,.0f} images/s",
+                    flush=True,
                 )
             if board:
                 tags = {name.replace("_", "/", 1): value for name, value in evaluation.items()}  # test/accuracy

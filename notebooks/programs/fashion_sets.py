@@ -70,9 +70,9 @@ class Labeled:
         """An image, uint8 `[28, 28]`, and its label."""
         return load_image(content, GRAY, row["file"])[0][..., 0], row["label"]
 
-    def join(self, made: list[tuple[np.ndarray, int]]) -> Batch:
+    def join(self, items: list[tuple[np.ndarray, int]]) -> Batch:
         """Images, uint8 `[B, 28, 28]`, and labels, int64 `[B]`."""
-        return torch.from_numpy(np.stack([image for image, _ in made])), torch.tensor([label for _, label in made])
+        return torch.from_numpy(np.stack([image for image, _ in items])), torch.tensor([label for _, label in items])
 
 
 def _read_labels(place: str, config: Any) -> pa.Table:

@@ -75,7 +75,7 @@ def plot_instances(
         predictions: of each image, as the pipeline's results hold them.
         columns: images per row.
     """
-    drawn = [draw(image[..., ::-1], found) for image, found in zip(images, predictions, strict=True)]
+    drawn = [draw(image[..., ::-1], instances) for image, instances in zip(images, predictions, strict=True)]
     return plot_grid(drawn, columns=columns, width=2.6 * columns)
 
 

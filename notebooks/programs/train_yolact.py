@@ -305,10 +305,10 @@ def evaluate(
     batches = [numbers for numbers in share.split(BATCH) if len(numbers)]
     own = []
     for numbers, batch in zip(batches, read_batches(scenes, batches, group), strict=True):
-        found = segment(network, [scene.image for scene in batch])
-        own.append((found, to_coco(batch, int(numbers[0]), labels)))
+        instances = segment(network, [scene.image for scene in batch])
+        own.append((instances, to_coco(batch, int(numbers[0]), labels)))
     seen = [batch for part in group.gather(own) for batch in part]
-    predictions = [of_image for found, _ in seen for of_image in found]
+    predictions = [of_image for instances, _ in seen for of_image in instances]
     truth, results = join_coco([truth for _, truth in seen]), to_coco_results(dict(enumerate(predictions)))
     return {f"val_{name}": value for name, value in average_precision(truth, results).items()}, predictions
 

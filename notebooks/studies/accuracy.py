@@ -19,22 +19,22 @@ def to_predictions(truth: dict[str, Any], place: int) -> list[Prediction]:
     """The true instances of one image as predictions with score 1, for a drawing."""
     identity, names = truth["images"][place]["id"], {c["id"]: c["name"] for c in truth["categories"]}
     labels = list(names.values())
-    found = []
+    instances = []
     for annotation in truth["annotations"]:
         if annotation["image_id"] == identity:
             left, top, width, height = annotation["bbox"]
             label = names[annotation["category_id"]]
             box = {"x1": left, "y1": top, "x2": left + width, "y2": top + height}
             mask = annotation["segmentation"]
-            found.append({"class_id": labels.index(label), "label": label, "score": 1.0, "box": box, "mask": mask})
-    return found
+            instances.append({"class_id": labels.index(label), "label": label, "score": 1.0, "box": box, "mask": mask})
+    return instances
 
 
 def precision_table(predictions: Mapping[str, Sequence[list[Prediction]]], truth: dict[str, Any]) -> pd.DataFrame:
     """Mask AP and boundary AP of each format, in points of 100: one row per format."""
     rows = {}
-    for name, found in predictions.items():
-        results = to_results(found, truth)
+    for name, images in predictions.items():
+        results = to_results(images, truth)
         mask, boundary = average_precision(truth, results), average_precision(truth, results, boundary_ratio=0.02)
         rows[name] = {
             "mask AP": mask["AP"],
@@ -60,10 +60,10 @@ def overlap_table(
         for image in truth["images"]
     ]
     rows = {}
-    for name, found in predictions.items():
+    for name, images in predictions.items():
         masks = [
             foreground([p["mask"] for p in instances if p["score"] >= DRAWN_SCORE], image)
-            for instances, image in zip(found, truth["images"], strict=True)
+            for instances, image in zip(images, truth["images"], strict=True)
         ]
         pairs = list(zip(masks, expected, strict=True))
         rows[name] = {"mask IoU": np.mean([mask_iou(*pair) for pair in pairs])} | {

@@ -69,9 +69,9 @@ def largest_differences(engines: Mapping[str, Engine], images: Sequence[np.ndarr
     for image in images:
         expected = engines[reference](image[None])
         for name, differences in largest.items():
-            found = engines[name](image[None])
+            actual = engines[name](image[None])
             for output, values in expected.items():
-                difference = float(np.abs(found[output] - values).max())
+                difference = float(np.abs(actual[output] - values).max())
                 differences[output] = max(differences.get(output, 0.0), difference)
     return pd.DataFrame.from_dict(largest, orient="index").rename_axis("format")
 

@@ -35,7 +35,7 @@ def torch_engine(
 
     def infer(images: np.ndarray) -> dict[str, np.ndarray]:
         with torch.inference_mode():
-            outputs = predict(torch.from_numpy(_normalise(images, architecture.input)))
+            outputs = predict(torch.from_numpy(_normalize(images, architecture.input)))
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
         return {name: tensor.numpy() for name, tensor in zip(architecture.outputs, tensors, strict=True)}
 
@@ -51,7 +51,7 @@ def onnx_engine(path: Path, architecture: Architecture, threads: int = 1) -> Eng
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = list(architecture.outputs)
     return lambda images: dict(
-        zip(names, session.run(names, {"images": _normalise(images, architecture.input)}), strict=True)
+        zip(names, session.run(names, {"images": _normalize(images, architecture.input)}), strict=True)
     )
 
 
@@ -80,6 +80,6 @@ def run_parallel(bundle: Bundle, images: Sequence[np.ndarray], threads: int) -> 
     return time.perf_counter() - start
 
 
-def _normalise(images: np.ndarray, spec: InputSpec) -> np.ndarray:
+def _normalize(images: np.ndarray, spec: InputSpec) -> np.ndarray:
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     return np.ascontiguousarray(((images.astype(np.float32) - mean) / std).transpose(0, 3, 1, 2))

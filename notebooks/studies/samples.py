@@ -94,11 +94,11 @@ def write_scenes(scenes: Scenes, folder: str, count: int) -> str:
     if not (storage.exists("annotations.json") and json.loads(storage.read("annotations.json")).get("info") == info):
         storage.delete("annotations.json")
         storage.delete("images")
-        made = [scenes[number] for number in range(count)]
-        for number, scene in enumerate(made):
+        drawn = [scenes[number] for number in range(count)]
+        for number, scene in enumerate(drawn):
             _, png = cv2.imencode(".png", cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR))
             storage.write(f"images/{file_name(number)}", png.tobytes())
-        storage.write("annotations.json", json.dumps({"info": info, **to_coco(made)}).encode())
+        storage.write("annotations.json", json.dumps({"info": info, **to_coco(drawn)}).encode())
     return f"{folder}/images"
 
 

@@ -55,7 +55,7 @@ def plot_scaling(table: pd.DataFrame) -> Figure:
         shares.append(rows["milliseconds"].iloc[0] / rows["milliseconds"].iloc[-1])
     one = table.loc[table["slots"].idxmin(), "milliseconds"] * table["slots"].min()
     slots = np.sort(table["slots"].unique())
-    axis.plot(slots, one / slots, color="grey", linestyle=":", label="ideal")
+    axis.plot(slots, one / slots, color="gray", linestyle=":", label="ideal")
     axis.set(xlabel="cores, or executors of one core", ylabel="ms an image", xticks=slots, ylim=(0, None))
     factors = f"{shares[0]:.2f}" if len(shares) == 1 else f"{min(shares):.2f} to {max(shares):.2f}"
     axis.set_title(f"From {slots[0]} to {slots[-1]} cores a run is {factors} times as fast")
@@ -113,7 +113,7 @@ def plot_partitions(table: pd.DataFrame, predicted: pd.DataFrame | None = None) 
     axis.plot(rows["partitions"], rows["images_per_second"], marker="o", label="measured")
     if predicted is not None:
         axis.plot(
-            predicted["partitions"], predicted["images_per_second"], color="grey", linestyle="--", label="predicted"
+            predicted["partitions"], predicted["images_per_second"], color="gray", linestyle="--", label="predicted"
         )
         axis.legend()
     axis.set_xscale("log", base=2)
@@ -197,8 +197,8 @@ def plot_predictions(table: pd.DataFrame) -> Figure:
         )
     most = 1.1 * table[["measured", "predicted"]].to_numpy().max()
     line = np.array([0, most])
-    axis.plot(line, line, color="grey", linestyle=":")
-    axis.fill_between(line, 0.75 * line, 1.25 * line, color="grey", alpha=0.15, label="within 25 %")
+    axis.plot(line, line, color="gray", linestyle=":")
+    axis.fill_between(line, 0.75 * line, 1.25 * line, color="gray", alpha=0.15, label="within 25 %")
     axis.set(xlabel="measured, s", ylabel="predicted, s", xlim=(0, most), ylim=(0, most))
     unseen = table[~table["fitted"]]
     errors = (unseen["predicted"] / unseen["measured"] - 1).abs()

@@ -50,7 +50,7 @@ def read_annotations(place: str, config: Any = None, empty: bool = False) -> Ann
             no image is annotated.
     """
     storage = open_storage(place, config)
-    file, found = storage.join(ANNOTATIONS), _Collector()
+    file, collector = storage.join(ANNOTATIONS), _Collector()
     try:
         content = storage.read(ANNOTATIONS)
     except OSError:
@@ -59,11 +59,11 @@ def read_annotations(place: str, config: Any = None, empty: bool = False) -> Ann
             "shards, which write_shards makes"
         ) from None
     try:
-        categories = sorted((c["id"], c["name"]) for c in json.loads(content, object_hook=found.take)["categories"])
+        categories = sorted((c["id"], c["name"]) for c in json.loads(content, object_hook=collector.take)["categories"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{file} is not a file of COCO's instances: {type(error).__name__}: {error}") from None
-    labels = _positions(found.categories, array("q", [number for number, _ in categories]), "category", file)
-    table = found.to_table(_positions(found.owners, found.images, "image", file), labels)
+    labels = _positions(collector.categories, array("q", [number for number, _ in categories]), "category", file)
+    table = collector.to_table(_positions(collector.owners, collector.images, "image", file), labels)
     annotated = pc.greater(pc.list_value_length(table["annotations"]), 0)
     if not pc.any(annotated).as_py():
         raise DataError(f"{file} has no annotated image: there is nothing to learn from it")
@@ -148,14 +148,14 @@ class _Collector:
         return pa.table([self.files.to_arrow(), *sides, grouped], names=["file", "width", "height", "annotations"])
 
 
-def _positions(wanted: array, known: array, what: str, file: str) -> np.ndarray:
+def _positions(ids: array, known: array, what: str, file: str) -> np.ndarray:
     """The index of each number in `known`, int64."""
-    numbers = np.array(wanted, np.int64)
-    found = pc.index_in(pa.array(numbers), pa.array(np.array(known, np.int64)))
-    if found.null_count:
-        missing = numbers[np.flatnonzero(found.is_null())[0]]
+    numbers = np.array(ids, np.int64)
+    positions = pc.index_in(pa.array(numbers), pa.array(np.array(known, np.int64)))
+    if positions.null_count:
+        missing = numbers[np.flatnonzero(positions.is_null())[0]]
         raise DataError(
             f"{file}: an annotation is of {what} {missing}, which the file does not describe; add it, or leave the "
             "annotation out"
         )
-    return found.to_numpy().astype(np.int64)
+    return positions.to_numpy().astype(np.int64)

@@ -82,8 +82,8 @@ class AugmentedScenes:
 
     def __getitems__(self, indices: torch.Tensor) -> tuple[torch.Tensor, list[Target]]:
         numbers, scenes = (indices % len(self.scenes)).tolist(), self.scenes.__getitems__(indices)
-        made = [self._augment(scene, number) for scene, number in zip(scenes, numbers, strict=True)]
-        return torch.from_numpy(np.stack([image for image, _ in made])), [target for _, target in made]
+        augmented = [self._augment(scene, number) for scene, number in zip(scenes, numbers, strict=True)]
+        return torch.from_numpy(np.stack([image for image, _ in augmented])), [target for _, target in augmented]
 
     def _augment(self, scene: Scene, number: int) -> tuple[np.ndarray, Target]:
         return augment(scene, self.cells, np.random.default_rng([self.seed, self.epoch, number]))
@@ -112,9 +112,9 @@ class Annotated:
         shape = (len(seen), self.spec.height, self.spec.width)
         return Scene(image, np.array([masks[index] for index in seen], bool).reshape(shape), labels)
 
-    def join(self, made: list[Scene]) -> list[Scene]:
+    def join(self, items: list[Scene]) -> list[Scene]:
         """Of a batch."""
-        return made
+        return items
 
     def _mask(self, segmentation: str, size: tuple[int, int], file: str) -> np.ndarray:
         try:

@@ -34,7 +34,7 @@ def segment(network: Yolact, images: Sequence[np.ndarray]) -> list[list[dict[str
         The predictions of each image, as the pipeline's results hold them; masks have the image's size.
     """
     parameters, size, labels = Parameters(), network.configuration.size, network.configuration.labels
-    found: list[list[dict[str, Any]]] = []
+    results: list[list[dict[str, Any]]] = []
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
         inputs = torch.from_numpy(np.stack([cv2.resize(image, (size, size)) for image in batch]))
@@ -43,11 +43,11 @@ def segment(network: Yolact, images: Sequence[np.ndarray]) -> list[list[dict[str
         loc, conf, mask, priors, proto = (output.float().cpu().numpy() for output in outputs)
         # For an image's small matrices, numpy's threads cost more than they save. The pipeline's tasks have none.
         with threadpool_limits(1, user_api="blas"):
-            found += [
+            results += [
                 find_instances(heads, priors, parameters, size, image.shape[1::-1], labels)
                 for *heads, image in zip(loc, conf, mask, proto, batch, strict=True)
             ]
-    return found
+    return results
 
 
 def to_coco_results(predictions: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def by_class(truth: dict[str, Any], results: Sequence[Mapping[str, Any]]) -> pd.
     rows = {}
     for category in truth["categories"]:
         annotations = [a for a in truth["annotations"] if a["category_id"] == category["id"]]
-        found = [dict(r) for r in results if r["category_id"] == category["id"]]
+        class_results = [dict(r) for r in results if r["category_id"] == category["id"]]
         alone = {**truth, "annotations": annotations, "categories": [category]}
-        rows[category["name"]] = {"instances": len(annotations), **average_precision(alone, found)}
+        rows[category["name"]] = {"instances": len(annotations), **average_precision(alone, class_results)}
     return pd.DataFrame(rows).T.astype({"instances": int})

@@ -39,11 +39,11 @@ def load_initial_weights(network: Yolact, uri: str, group: Group, config: Any = 
     if difference:
         raise BundleError(f"{uri} is not a checkpoint of {architecture.name}: {difference}")
     own = network.state_dict()
-    kept = {key: value for key, value in own.items() if value.shape != weights[key].shape}
-    network.load_state_dict({**weights, **kept})
+    fresh = {key: value for key, value in own.items() if value.shape != weights[key].shape}
+    network.load_state_dict({**weights, **fresh})
     if group.rank == 0:
-        layers = " and ".join(dict.fromkeys(key.rpartition(".")[0] for key in kept))
-        exception = f", but for {layers}, which it has for another number of classes" if kept else ""
+        layers = " and ".join(dict.fromkeys(key.rpartition(".")[0] for key in fresh))
+        exception = f", but for {layers}, which it has for another number of classes" if fresh else ""
         print(f"checkpoint {uri}: the training starts from its weights{exception}", flush=True)
 
 

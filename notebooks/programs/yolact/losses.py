@@ -75,8 +75,8 @@ def class_loss(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
 def box_loss(loc: torch.Tensor, matched: torch.Tensor, target: Target, priors: torch.Tensor) -> torch.Tensor:
     """Smooth L1 between the offsets of one image's positive anchors, `[A, 4]`, and those to their objects, summed."""
     positive = matched >= 0
-    wanted = encode(target.boxes[matched[positive]], priors[positive])
-    return F.smooth_l1_loss(loc[positive], wanted, reduction="sum")
+    targets = encode(target.boxes[matched[positive]], priors[positive])
+    return F.smooth_l1_loss(loc[positive], targets, reduction="sum")
 
 
 def mask_loss(proto: torch.Tensor, coefficients: torch.Tensor, matched: torch.Tensor, target: Target) -> torch.Tensor:

@@ -105,8 +105,8 @@ class Scenes:
                     masks, areas = left, whole
                     items.append(int(item))
                     break
-        found = np.array(items, np.int64)
-        return Scene(add_grain(rng, image), np.stack(masks), self.labels[found], found)
+        indices = np.array(items, np.int64)
+        return Scene(add_grain(rng, image), np.stack(masks), self.labels[indices], indices)
 
     def generator(self, number: int) -> np.random.Generator:
         """What decides about a scene."""
