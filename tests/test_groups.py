@@ -8,7 +8,7 @@ import sys
 from helpers.config import PROJECT
 
 HOOKS = runpy.run_path(str(PROJECT / "conftest.py"))
-FILES = ("tests/test_rle.py", "tests/test_graph.py")
+FILES = ("tests/test_rle.py", "tests/test_boundary.py")
 
 
 def test_the_tests_of_a_file_run_in_one_process():
