@@ -37,7 +37,7 @@ from PIL import Image
 
 from helpers.cli import main
 from helpers.pipeline import make_task, readers
-from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.listing import assign, list_images, plan
 from helpers.pipeline.sample import draw_sample
 from studies.cluster import wait_for
 
@@ -290,7 +290,7 @@ def test_a_file_that_changes_between_listing_and_reading_is_an_error_row(
     task = make_task(str(deletable), bundle_uri, str(tmp_path / "out"), config)
     images = list_images(task.source, config).images
     remove(deletable / "2.png")
-    batches = manifest(images, plan(images, 1, config)).to_batches()
+    batches = assign(images, plan(images, 1, config)).to_batches()
     rows = pa.Table.from_batches(task.results(batches)).to_pylist()
     errors = {Path(row["path"]).name: row["error"] for row in rows}
     assert len(rows) == 4 and words in errors.pop("2.png")
@@ -302,7 +302,7 @@ def test_a_file_deleted_before_its_picture_is_drawn_costs_its_picture_only(delet
     task = make_task(str(deletable), bundle_uri, str(tmp_path / "out"), config)
     images = list_images(task.source, config).images
     (tmp_path / "out" / "_staging" / task.run).mkdir(parents=True)
-    (record,) = list(task(manifest(images, plan(images, 1, config)).to_batches()))
+    (record,) = list(task(assign(images, plan(images, 1, config)).to_batches()))
     (deletable / "2.png").unlink()
     (deletable / "3.png").write_bytes(b"no image any more")
     pictures = draw_sample(
@@ -318,7 +318,7 @@ def test_one_file_that_cannot_be_read_does_not_change_the_reader_of_all(
     monkeypatch.setattr(readers, "local_slots", lambda spark: None)  # as on a cluster
     task = make_task(str(deletable), bundle_uri, str(tmp_path / "out"), config)
     images = list_images(task.source, config).images
-    listed = manifest(images, plan(images, 1, config))
+    listed = assign(images, plan(images, 1, config))
     assert readers.choose_reader(spark, task.source, listed, config) == "files"
     Path(listed["path"][0].as_py()).unlink()
     assert readers.choose_reader(spark, task.source, listed, config) == "files"

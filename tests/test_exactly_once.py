@@ -39,7 +39,7 @@ from hypothesis import strategies as st
 
 from helpers import pipeline
 from helpers.config import load_config
-from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.listing import assign, list_images, plan
 from helpers.pipeline.results import ResultStore
 from helpers.pipeline.rows import replaced, without
 from helpers.pipeline.stages import RESULT_SCHEMA
@@ -402,7 +402,7 @@ class Orphan:
     def _prepare(self):
         task = pipeline.make_task(str(self.photos), self.bundle, str(self.output), self.config)
         images = list_images(task.source, self.config).images
-        return task, manifest(images, plan(images, 1, self.config))
+        return task, assign(images, plan(images, 1, self.config))
 
     def end(self) -> None:
         """Finish after all; no folder to write to is as good."""

@@ -7,8 +7,8 @@ from helpers.config import load_config
 from helpers.errors import RunError, StorageError
 from helpers.pipeline import stages
 from helpers.pipeline.frames import list_frames
-from helpers.pipeline.listing import LISTED_SCHEMA, UNLISTED, list_images, manifest, plan
-from helpers.pipeline.stages import MANIFEST_SCHEMA
+from helpers.pipeline.listing import LISTED_SCHEMA, UNLISTED, assign, list_images, plan
+from helpers.pipeline.stages import ASSIGNED_SCHEMA
 from helpers.storage import open_storage
 
 
@@ -131,8 +131,8 @@ def test_folders_that_cannot_be_listed_are_told_counted_and_cost_no_other(storag
 def test_the_manifest_has_every_image_once_in_its_planned_partition(samples, config):
     images = list_images(open_storage(str(samples)), config).images
     planned = plan(images, slots=3, config=load_config("local", **{"partitioning.target_images": 10}))
-    table = manifest(images, planned)
-    assert table.schema == MANIFEST_SCHEMA
+    table = assign(images, planned)
+    assert table.schema == ASSIGNED_SCHEMA
     assert planned.partitions == 9
     partitions = dict(zip(images["path"].to_pylist(), planned.assignment.tolist(), strict=True))
     assert dict(zip(table["path"].to_pylist(), table["partition"].to_pylist(), strict=True)) == partitions
@@ -153,7 +153,7 @@ def test_an_image_that_is_too_long_is_listed_with_its_error_and_takes_no_part_in
     )
     assert listing.videos["error"].to_pylist() == [None]  # which is not read as a whole
     assert plan(listing.images, 2, config).partitions == 2
-    table = manifest(listing.images, plan(listing.images, 2, config))
+    table = assign(listing.images, plan(listing.images, 2, config))
     assert table["error"].null_count == 21
 
 

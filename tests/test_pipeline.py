@@ -72,7 +72,7 @@ def earlier(finished, tmp_path) -> Finished:
 FRESH_WORKER = """
 import json, sys
 from helpers.config import load_config
-from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.listing import list_images, assign, plan
 from helpers.pipeline import make_task
 from helpers.session import get_spark, pack_helpers
 import pyarrow as pa
@@ -91,7 +91,7 @@ def look(batches):
     yield pa.RecordBatch.from_pydict({"rows": [rows], **files, "modules": [sorted(sys.modules)]})
 
 images = list_images(task.source, config).images
-frame = spark.createDataFrame(manifest(images, plan(images, 1, config))).coalesce(1)
+frame = spark.createDataFrame(assign(images, plan(images, 1, config))).coalesce(1)
 (row,) = frame.mapInArrow(look, "rows long, helpers string, stages string, modules array<string>").collect()
 print(json.dumps({**row.asDict(), "archive": pack_helpers().name}))
 """

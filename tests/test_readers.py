@@ -20,7 +20,7 @@ from helpers.config import load_config
 from helpers.images.decoding import decode, load
 from helpers.images.spec import InputSpec
 from helpers.pipeline import readers
-from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.listing import assign, list_images, plan
 from helpers.pipeline.readers import choose_reader, read_by_spark
 from helpers.pipeline.task import STAGES
 from helpers.storage import LocalStorage, open_storage
@@ -133,7 +133,7 @@ def test_the_listed_length_is_pushed_down_to_spark_and_the_plan_has_the_listed_p
     config, storage = load_config("local"), open_storage(str(photos))
     images = list_images(storage, config).images
     images = images.filter(pc.greater(images["length"], 0)).slice(0, 3)
-    (frame,) = read_by_spark(spark, storage, manifest(images, plan(images, 2, config)), config)
+    (frame,) = read_by_spark(spark, storage, assign(images, plan(images, 2, config)), config)
     frame.explain()
     shown = capsys.readouterr().out
     assert "InMemoryFileIndex(3 paths)" in shown
@@ -153,7 +153,7 @@ def deletable_photos(photos):
     config, storage = load_config("local"), open_storage(str(photos))
     images = list_images(storage, config).images
     images = images.filter(pc.greater(images["length"], 0))
-    return storage, config, manifest(images, plan(images, 2, config))
+    return storage, config, assign(images, plan(images, 2, config))
 
 
 def test_files_that_have_gone_cost_themselves_before_and_while_spark_looks_for_them(spark, deletable_photos):
@@ -196,7 +196,7 @@ def test_auto_asks_a_task_where_tasks_run_elsewhere(spark, photos, mode, kind, e
     config, storage = load_config("local"), kind(str(photos))
     images = list_images(storage, config).images
     with caplog.at_level(logging.INFO, "helpers"):
-        assert choose_reader(spark, storage, manifest(images, plan(images, 2, config)), config) == expected
+        assert choose_reader(spark, storage, assign(images, plan(images, 2, config)), config) == expected
     assert f"reader {expected}: " in caplog.text
 
 
@@ -204,7 +204,7 @@ def test_auto_takes_the_tasks_where_they_can_read(spark, photos, monkeypatch):
     monkeypatch.setattr("helpers.pipeline.readers.local_slots", lambda spark: None)
     config, storage = load_config("local"), open_storage(str(photos))
     images = list_images(storage, config).images
-    assert choose_reader(spark, storage, manifest(images, plan(images, 2, config)), config) == "files"
+    assert choose_reader(spark, storage, assign(images, plan(images, 2, config)), config) == "files"
 
 
 def test_heavy_models_get_fewer_images_a_task(samples):

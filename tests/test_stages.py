@@ -13,7 +13,7 @@ from helpers.errors import BundleError, ConfigError, StorageError
 from helpers.images.decoding import decode, fit
 from helpers.memory import resident_megabytes
 from helpers.pipeline import make_task, stages
-from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.listing import assign, list_images, plan
 from helpers.pipeline.rows import without
 from helpers.storage import open_storage
 from helpers.tasks import TASKS, parameters_for
@@ -53,7 +53,7 @@ def listed(storage) -> pa.RecordBatch:
     rows = [
         {"path": storage.join(name), "length": 100 + i, "modified": i, "partition": 0} for i, name in enumerate(NAMES)
     ]
-    return pa.RecordBatch.from_pylist(rows, schema=stages.MANIFEST_SCHEMA)
+    return pa.RecordBatch.from_pylist(rows, schema=stages.ASSIGNED_SCHEMA)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_batches_have_at_most_so_many_bytes_unless_one_image_has_more(tmp_path):
     for i, length in enumerate(lengths):
         storage.write(f"{i}.png", bytes(length))
     rows = [{"path": storage.join(f"{i}.png"), "length": length, "partition": 0} for i, length in enumerate(lengths)]
-    batch = pa.RecordBatch.from_pylist(rows, schema=stages.MANIFEST_SCHEMA)
+    batch = pa.RecordBatch.from_pylist(rows, schema=stages.ASSIGNED_SCHEMA)
     read = list(stages.read_images([batch], storage, 64, 100))
     assert [batch["length"].to_pylist() for batch in read] == [[10, 20, 30], [500], [40, 40], [40, 0, 0], [90]]
 
@@ -273,7 +273,7 @@ def test_a_task_without_post_processing_is_named_with_the_known(bundle):
 def test_the_fused_task_gives_what_the_stages_give_one_after_the_other(samples, bundle_uri, config, tmp_path):
     task = make_task(str(samples), bundle_uri, str(tmp_path), config)
     images = list_images(task.source, config).images
-    batches = manifest(images, plan(images, 2, config)).to_batches(max_chunksize=10)
+    batches = assign(images, plan(images, 2, config)).to_batches(max_chunksize=10)
     read = list(stages.read_images(batches, task.source, 64, MEGABYTE))
     tensors = list(stages.preprocess(read, task.bundle.manifest.input, 64, task.max_pixels))
     outputs = list(stages.infer(tensors, task.bundle, None, 1))
@@ -289,7 +289,7 @@ def test_a_file_that_is_rewritten_between_listing_and_reading_still_gives_a_row(
     storage.write("a.png", png(28))
     rows = [{"path": storage.join("a.png"), "length": os.stat(storage.join("a.png")).st_size, "partition": 0}]
     storage.write("a.png", png(60))
-    batch = pa.RecordBatch.from_pylist(rows, schema=stages.MANIFEST_SCHEMA)
+    batch = pa.RecordBatch.from_pylist(rows, schema=stages.ASSIGNED_SCHEMA)
     (row,) = rows_of(
         list(stages.preprocess(stages.read_images([batch], storage, 4, 100), bundle.manifest.input, 4, 10**6))
     )
@@ -304,7 +304,7 @@ def manifest_of(storage, *names: str, length: int | None = None) -> pa.RecordBat
         {"path": storage.join(name), "length": os.stat(storage.join(name)).st_size if length is None else length}
         for name in names
     ]
-    return pa.RecordBatch.from_pylist(rows, schema=stages.MANIFEST_SCHEMA)
+    return pa.RecordBatch.from_pylist(rows, schema=stages.ASSIGNED_SCHEMA)
 
 
 @pytest.fixture
@@ -500,6 +500,6 @@ def test_a_record_counts_the_bytes_of_what_was_read(three, bundle_uri, tmp_path,
     task = make_task(three.root, bundle_uri, str(tmp_path / "out"), config)
     images = list_images(task.source, config).images
     (tmp_path / "out" / "_staging" / task.run).mkdir(parents=True)
-    (record,) = (batch.to_pylist()[0] for batch in task(manifest(images, plan(images, 1, config)).to_batches()))
+    (record,) = (batch.to_pylist()[0] for batch in task(assign(images, plan(images, 1, config)).to_batches()))
     assert (record["images"], record["failed"]) == (3, 1)
     assert record["bytes"] == len(three.read("a.png")) + len(three.read("c.png"))

@@ -32,7 +32,7 @@ from helpers.memory import resident_megabytes
 from helpers.partitioning import plan_partitions
 from helpers.pipeline import RunSummary, make_task, stages
 from helpers.pipeline.frames import list_frames, with_frames
-from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.listing import assign, list_images, plan
 from helpers.pipeline.reading import FRAMES_BYTES
 from helpers.storage import LocalStorage, open_storage
 
@@ -592,7 +592,7 @@ def test_object_storage_gives_the_same_rows_in_any_order(source):
     storage, local, config = Remote(source), LocalStorage(str(source)), settings()
     images = listed(source, local, config)
     assert listed(source, storage, config).equals(images)
-    rows = manifest(images, plan(images, 2, config))
+    rows = assign(images, plan(images, 2, config))
     shuffled = rows.take(np.random.default_rng(0).permutation(rows.num_rows))
     by_path = [
         pa.Table.from_batches(stages.read_images(table.to_batches(max_chunksize=70), where, 8, 2**20)).sort_by("path")
@@ -644,7 +644,7 @@ def test_a_plan_gives_each_frame_its_share_of_the_file(source):
     lengths = {path.name: path.stat().st_size for path in files}
     planned = plan(images, 2, config)
     assert 0.99 * sum(lengths.values()) < planned.bytes.sum() <= sum(lengths.values())
-    assert manifest(images, planned).schema == stages.MANIFEST_SCHEMA
+    assert assign(images, planned).schema == stages.ASSIGNED_SCHEMA
 
 
 def test_a_file_with_fewer_frames_than_it_announces_is_logged(source, caplog):
@@ -701,7 +701,7 @@ def test_a_frame_somewhat_too_large_says_so(tmp_path):
 def rows_read(folder: Path, **limits: int) -> list[dict]:
     storage = LocalStorage(str(folder))
     images = listed(folder, storage, settings())
-    batches = stages.read_images(manifest(images, plan(images, 1, settings())).to_batches(), storage, 64, 1, **limits)
+    batches = stages.read_images(assign(images, plan(images, 1, settings())).to_batches(), storage, 64, 1, **limits)
     return pa.Table.from_batches(batches).sort_by("path").to_pylist()
 
 

@@ -25,7 +25,7 @@ from helpers.export import conversion as export
 from helpers.export.architectures import get_architecture
 from helpers.images import drawing as pictures
 from helpers.pipeline import make_task, stages
-from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.listing import assign, list_images, plan
 from helpers.storage import open_storage
 from helpers.tasks import get_arrays, parameters_for
 from helpers.tasks.instance_segmentation import instance_segmentation
@@ -146,7 +146,7 @@ def results(photographs, bundle, tmp_path, **settings) -> list[dict]:
     config = load_config("local", **settings)
     task = make_task(str(photographs), bundle.storage.root, str(tmp_path), config)
     images = list_images(task.source, config).images
-    table = pa.Table.from_batches(list(task.results(manifest(images, plan(images, 1, config)).to_batches())))
+    table = pa.Table.from_batches(list(task.results(assign(images, plan(images, 1, config)).to_batches())))
     assert table.schema == stages.RESULT_SCHEMA
     return table.sort_by("path").to_pylist()
 

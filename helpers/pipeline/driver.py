@@ -25,7 +25,7 @@ from helpers.config import Config
 from helpers.errors import RunError, StorageError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, stages
-from helpers.pipeline.readers import add_frames, choose_reader, frame_by_spark, planned_paths, read_by_spark, reading
+from helpers.pipeline.readers import add_frames, choose_reader, planned_paths, read_all_by_spark, read_by_spark, reading
 from helpers.pipeline.records import Stopwatch, describe, write_record
 from helpers.pipeline.results import ResultStore
 from helpers.pipeline.rows import is_among, outdated, replaced, settled, without
@@ -92,10 +92,10 @@ def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
     storage = open_storage(source, config)
     images = add_frames(spark, storage, listing.list_images(storage, config), config)
     plan = listing.plan(images, get_slots(spark), config)
-    manifest = listing.manifest(images, plan)
-    if choose_reader(spark, storage, manifest, config) == "spark":
-        return frame_by_spark(spark, storage, manifest, config)
-    return planned_paths(spark, manifest, plan).mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
+    assigned = listing.assign(images, plan)
+    if choose_reader(spark, storage, assigned, config) == "spark":
+        return read_all_by_spark(spark, storage, assigned, config)
+    return planned_paths(spark, assigned, plan).mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
 
 
 def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
@@ -175,7 +175,7 @@ def run(
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
         watch.lap("list")
         warm_up.exception()  # if it failed, so will the run, and say why
-        records = _run_tasks(spark, task, listing.manifest(todo, plan), plan, store, config)
+        records = _run_tasks(spark, task, listing.assign(todo, plan), plan, store, config)
         seconds = watch.lap("pass")
         about = describe(task, spark, config, slots, watch, records, session_seconds)
         if records:
@@ -250,35 +250,35 @@ def _start_workers(spark: "SparkSession") -> None:
 
 
 def _run_tasks(
-    spark: "SparkSession", task: Task, manifest: pa.Table, plan: PartitionPlan, store: ResultStore, config: Config
+    spark: "SparkSession", task: Task, images: pa.Table, plan: PartitionPlan, store: ResultStore, config: Config
 ) -> list[dict[str, Any]]:
-    if not manifest.num_rows:
+    if not images.num_rows:
         return []
     store.stage(task.run)
     try:
-        if choose_reader(spark, task.source, manifest, config) == "spark":
-            frames = read_by_spark(spark, task.source, manifest, config)
+        if choose_reader(spark, task.source, images, config) == "spark":
+            parts = read_by_spark(spark, task.source, images, config)
         else:
-            frames = iter([planned_paths(spark, manifest, plan)])
+            parts = iter([planned_paths(spark, images, plan)])
         rows: list[Row] = []
-        with Progress(manifest.num_rows, partial(store.progress, task.run)):
-            for frame in frames:
+        with Progress(images.num_rows, partial(store.progress, task.run)):
+            for part in parts:
                 numbered = replace(task, first_partition=1 + max((row.partition for row in rows), default=-1))
-                rows += frame.mapInArrow(numbered, spark_schema(RECORD_SCHEMA)).collect()
+                rows += part.mapInArrow(numbered, spark_schema(RECORD_SCHEMA)).collect()
     except Exception as error:
         raise RunError(f"the run stopped: {spark_failure(error)}") from error
     records = [row.asDict(recursive=True) for row in rows]
-    if sum(record["images"] for record in records) < manifest.num_rows:
+    if sum(record["images"] for record in records) < images.num_rows:
         # What Spark's reader has passed over gets its rows here: read after all, or with the error that this gives.
-        left = without(manifest, store.rows([record["file"] for record in records]))
+        left = without(images, store.rows([record["file"] for record in records]))
         log.info("the driver reads %d images that Spark has passed over", left.num_rows)
         records += [record for batch in task(left.to_batches()) for record in batch.to_pylist()]
     peak = max((record["peak_megabytes"] for record in records), default=0)
     if peak > config.inference.memory_megabytes:
         log.warning("a task took %.0f MB, more than inference.memory_megabytes: set it higher", peak)
     processed = sum(record["images"] for record in records)
-    if processed != manifest.num_rows:
-        raise RunError(f"{manifest.num_rows} images went in and {processed} came out; nothing was published")
+    if processed != images.num_rows:
+        raise RunError(f"{images.num_rows} images went in and {processed} came out; nothing was published")
     return records
 
 

@@ -14,7 +14,7 @@ from helpers.errors import RunError
 from helpers.images.video import split_paths
 from helpers.partitioning import PartitionPlan, plan_partitions
 from helpers.pipeline.frames import conform
-from helpers.pipeline.schemas import ERROR, KEY, MANIFEST_SCHEMA
+from helpers.pipeline.schemas import ASSIGNED_SCHEMA, ERROR, KEY
 from helpers.storage import Entry, Storage
 
 log = logging.getLogger(__name__)
@@ -115,11 +115,11 @@ def plan(images: pa.Table, slots: int, config: Config, image_seconds: float | No
     )
 
 
-def manifest(images: pa.Table, plan: PartitionPlan) -> pa.Table:
-    """The images with their partitions, `MANIFEST_SCHEMA`, each partition's images in the listing's order."""
+def assign(images: pa.Table, plan: PartitionPlan) -> pa.Table:
+    """The images with their partitions (`ASSIGNED_SCHEMA`), each partition's images in the listing's order."""
     order = np.argsort(plan.assignment, kind="stable")
     return conform(
-        images.append_column("partition", pa.array(plan.assignment, pa.int32())).take(order), MANIFEST_SCHEMA
+        images.append_column("partition", pa.array(plan.assignment, pa.int32())).take(order), ASSIGNED_SCHEMA
     )
 
 

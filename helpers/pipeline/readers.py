@@ -23,8 +23,7 @@ from helpers.images.video import split_paths
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import stages
 from helpers.pipeline.frames import FRAMES_SCHEMA, list_frames, with_frames
-from helpers.pipeline.listing import Listing
-from helpers.pipeline.listing import manifest as make_manifest
+from helpers.pipeline.listing import Listing, assign
 from helpers.pipeline.listing import plan as make_plan
 from helpers.pipeline.schemas import KEY_NAMES, Batches
 from helpers.session import get_slots, local_slots, set_where_allowed, spark_failure, spark_schema
@@ -42,7 +41,7 @@ PATTERN = r"([\\{}\[\]*?])"  # what is not literal in a path of Spark's
 TRIED = 8  # images that a task tries to read, to choose the reader
 
 
-def choose_reader(spark: "SparkSession", storage: Storage, manifest: pa.Table, config: Config) -> str:
+def choose_reader(spark: "SparkSession", storage: Storage, images: pa.Table, config: Config) -> str:
     """Return `files` or `spark` as the `reader` setting says; `auto` tries in a task, and the log says why."""
     if config.reader != "auto":
         reader, why = config.reader, "it is set"
@@ -50,7 +49,7 @@ def choose_reader(spark: "SparkSession", storage: Storage, manifest: pa.Table, c
         reader, why = "files", "tasks run on this machine"
     elif storage.root.startswith("abfss:") and config.spark.mode != "databricks":
         reader, why = "files", "only Databricks' Spark surely has the connector for abfss:"
-    elif _tasks_can_read(spark, storage, manifest, config):
+    elif _tasks_can_read(spark, storage, images, config):
         reader, why = "files", "a task could read an image"
     else:
         reader, why = "spark", "a task could read none of the images tried"
@@ -58,13 +57,13 @@ def choose_reader(spark: "SparkSession", storage: Storage, manifest: pa.Table, c
     return reader
 
 
-def planned_paths(spark: "SparkSession", manifest: pa.Table, plan: PartitionPlan) -> "DataFrame":
-    """The manifest as a DataFrame in the plan's partitions; paths are exchanged here, bytes never."""
-    return spark.createDataFrame(manifest).repartitionById(max(1, plan.partitions), "partition")
+def planned_paths(spark: "SparkSession", images: pa.Table, plan: PartitionPlan) -> "DataFrame":
+    """`ASSIGNED_SCHEMA` as a DataFrame in the plan's partitions; paths are exchanged here, bytes never."""
+    return spark.createDataFrame(images).repartitionById(max(1, plan.partitions), "partition")
 
 
-def read_by_spark(spark: "SparkSession", storage: Storage, manifest: pa.Table, config: Config) -> Iterator["DataFrame"]:
-    """The images of a manifest with their bytes, read by Spark in partitions of about `partitioning.target_bytes`.
+def read_by_spark(spark: "SparkSession", storage: Storage, rows: pa.Table, config: Config) -> Iterator["DataFrame"]:
+    """The images with their bytes, read by Spark in partitions of about `partitioning.target_bytes`.
 
     Spark is given the listed paths and sees nothing else of the location. It looks for each before a job begins, which
     takes its driver some tenths of a millisecond and a kilobyte or more a file: a plan has so many that this stays
@@ -77,8 +76,8 @@ def read_by_spark(spark: "SparkSession", storage: Storage, manifest: pa.Table, c
     settings = {"files.maxPartitionBytes": config.partitioning.target_bytes, "files.openCostInBytes": 64 * 2**10}
     settings["sources.parallelPartitionDiscovery.parallelism"] = LOOKING_TASKS
     set_where_allowed(spark, {f"spark.sql.{name}": str(value) for name, value in settings.items()})
-    is_frame = split_paths(manifest["path"])[1].is_valid()
-    frames, images = manifest.filter(is_frame), manifest.filter(pc.invert(is_frame))
+    is_frame = split_paths(rows["path"])[1].is_valid()
+    frames, images = rows.filter(is_frame), rows.filter(pc.invert(is_frame))
     good = pc.and_(pc.greater(images["length"], 0), pc.is_null(images["error"]))
     files = images.filter(pc.and_(good, pc.invert(passed_over(images))))
     for start in range(0, files.num_rows, FILES_PER_PLAN):
@@ -91,16 +90,16 @@ def read_by_spark(spark: "SparkSession", storage: Storage, manifest: pa.Table, c
         yield tasks.mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
 
 
-def frame_by_spark(spark: "SparkSession", storage: Storage, manifest: pa.Table, config: Config) -> "DataFrame":
+def read_all_by_spark(spark: "SparkSession", storage: Storage, rows: pa.Table, config: Config) -> "DataFrame":
     """All of `read_by_spark` as one DataFrame; what Spark passes over is an error row."""
     from pyspark.sql import functions as F
 
-    frames = list(read_by_spark(spark, storage, manifest, config))
-    left = manifest.filter(passed_over(manifest))
+    parts = list(read_by_spark(spark, storage, rows, config))
+    left = rows.filter(passed_over(rows))
     if left.num_rows:
         error = F.lit("Spark's reader passes over files of such a name (_x, x:y, no text): rename it")
-        frames.append(spark.createDataFrame(_unread(left)).withColumns({"error": error, "content": F.lit(None)}))
-    return reduce(lambda one, other: one.unionByName(other), frames)
+        parts.append(spark.createDataFrame(_unread(left)).withColumns({"error": error, "content": F.lit(None)}))
+    return reduce(lambda one, other: one.unionByName(other), parts)
 
 
 def passed_over(images: pa.Table) -> pa.ChunkedArray:
@@ -190,7 +189,7 @@ def add_frames(spark: "SparkSession", storage: Storage, listed: Listing, config:
         memory_megabytes=config.inference.memory_megabytes,
     )
     try:
-        paths = planned_paths(spark, make_manifest(listed.videos, plan), plan)
+        paths = planned_paths(spark, assign(listed.videos, plan), plan)
         videos = paths.mapInArrow(find, spark_schema(FRAMES_SCHEMA)).toArrow()
     except Exception as error:
         raise RunError(f"the frames of the videos could not be found: {spark_failure(error)}") from error
@@ -204,15 +203,15 @@ def _literal(path: str) -> str:
     return re.sub(PATTERN, r"\\\1", path)
 
 
-def _tasks_can_read(spark: "SparkSession", storage: Storage, manifest: pa.Table, config: Config) -> bool:
-    images = manifest.filter(pc.and_(pc.greater(manifest["length"], 0), pc.is_null(manifest["error"])))
+def _tasks_can_read(spark: "SparkSession", storage: Storage, rows: pa.Table, config: Config) -> bool:
+    images = rows.filter(pc.and_(pc.greater(rows["length"], 0), pc.is_null(rows["error"])))
     if not images.num_rows:
         return True
     # Several, from all over the listing: one file may have gone, or have other permissions.
     sample = images.take(sorted({i * (images.num_rows - 1) // (TRIED - 1) for i in range(TRIED)}))
-    rows = spark.createDataFrame(sample).mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
+    results = spark.createDataFrame(sample).mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
     try:
-        return rows.where("error is null").count() > 0
+        return results.where("error is null").count() > 0
     except Exception as error:  # such as a credential that only the driver has
         log.info("%s", spark_failure(error))
         return False

@@ -40,7 +40,7 @@ def read_images(
     A video's frame becomes the bytes of an uncompressed image file, and the stages after this one see no difference.
 
     Args:
-        batches: `MANIFEST_SCHEMA` or at least `KEY` of it, or `IMAGE_SCHEMA`.
+        batches: `ASSIGNED_SCHEMA` or at least `KEY` of it, or `IMAGE_SCHEMA`.
         storage: where the paths lie.
         max_images: images an output batch.
         batch_bytes: bytes an output batch, unless a single image has more.
@@ -166,7 +166,7 @@ def _images(
 def _places(
     part: pa.RecordBatch, file: BinaryIO, numbers: np.ndarray, max_pixels: int | None
 ) -> tuple[np.ndarray | None, ...]:
-    """`pts` and `seek` of some frames, from the manifest where there is one."""
+    """`pts` and `seek` of some frames, from the batch where it has them."""
     if "pts" in part.schema.names:
         return tuple(None if part[p.name].null_count else part[p.name].to_numpy() for p in PLACE)
     frames = find_frames(file, max_pixels)

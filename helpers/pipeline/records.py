@@ -144,11 +144,11 @@ def read_runs(locations: str | Iterable[str], config: Config | None = None) -> p
     if not rows:
         shown = locations if isinstance(locations, str) else ", ".join(locations)
         raise DataError(f"no records of runs below {shown}; name the --output of a run, which has them in {RUNS}/")
-    frame = pd.DataFrame(rows).drop_duplicates("run").sort_values("run", ignore_index=True)
-    times = [name for name in frame if name == "started" or name.endswith("_ended")]
-    frame[times] = frame[times].apply(pd.to_datetime, utc=True, format="ISO8601")
+    table = pd.DataFrame(rows).drop_duplicates("run").sort_values("run", ignore_index=True)
+    times = [name for name in table if name == "started" or name.endswith("_ended")]
+    table[times] = table[times].apply(pd.to_datetime, utc=True, format="ISO8601")
     # A run that was killed, or found a session, has nulls, which must not make text of numbers.
-    return frame.astype(dict.fromkeys(PHASES, float))
+    return table.astype(dict.fromkeys(PHASES, float))
 
 
 def read_tasks(locations: str | Iterable[str], config: Config | None = None) -> pd.DataFrame:

@@ -19,7 +19,7 @@ ERROR = pa.field("error", pa.string())
 # counted.
 PLACE = [pa.field("pts", pa.int64()), pa.field("seek", pa.int64())]
 
-MANIFEST_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, pa.field("partition", pa.int32())])
+ASSIGNED_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, pa.field("partition", pa.int32())])
 IMAGE_SCHEMA = pa.schema([*KEY, ERROR, pa.field("content", pa.binary())])
 TENSOR_SCHEMA = pa.schema([*KEY, *SIZE, ERROR, pa.field("tensor", pa.binary())])
 

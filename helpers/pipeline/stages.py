@@ -21,8 +21,8 @@ from helpers.images.spec import InputSpec
 from helpers.memory import bounded
 from helpers.pipeline.reading import read_images
 from helpers.pipeline.schemas import (
+    ASSIGNED_SCHEMA,
     IMAGE_SCHEMA,
-    MANIFEST_SCHEMA,
     PREDICTIONS,
     RESULT_SCHEMA,
     TENSOR_SCHEMA,
@@ -34,7 +34,7 @@ from helpers.tasks import TASKS, get_arrays
 
 __all__ = [
     "IMAGE_SCHEMA",
-    "MANIFEST_SCHEMA",
+    "ASSIGNED_SCHEMA",
     "RESULT_SCHEMA",
     "TENSOR_SCHEMA",
     "infer",

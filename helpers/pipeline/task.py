@@ -113,7 +113,7 @@ class Task:
     def results(
         self, batches: Batches, clock: "Clock | None" = None, memory_megabytes: int | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """The fused stages: `MANIFEST_SCHEMA` in, or `IMAGE_SCHEMA` if Spark has read; works without Spark too."""
+        """The fused stages: `ASSIGNED_SCHEMA` in, or `IMAGE_SCHEMA` if Spark has read; works without Spark too."""
         clock = clock or Clock()
         images = batch_size(self.bundle, self.batch_megabytes, self.max_batch)
         spec = self.bundle.manifest.input

@@ -35,7 +35,7 @@ from measure import measure
 
 from helpers.config import load_config, parse_assignments
 from helpers.pipeline import make_task
-from helpers.pipeline.listing import list_images, manifest, plan
+from helpers.pipeline.listing import assign, list_images, plan
 from helpers.storage import open_storage
 from studies.workloads import make_bundle, make_photographs
 
@@ -124,7 +124,7 @@ def task_milliseconds(source: str, model: str, *settings: str) -> float:
     config = load_config("local", **parse_assignments(list(settings)))
     task = make_task(source, model, tempfile.gettempdir(), config)
     images = list_images(task.source, config).images
-    batches = manifest(images, plan(images, 1, config)).to_batches(max_chunksize=1000)
+    batches = assign(images, plan(images, 1, config)).to_batches(max_chunksize=1000)
     for _ in task.results([batches[0].slice(0, 50)]):
         pass  # compiles the model, and connects
     start = time.process_time()
