@@ -18,13 +18,11 @@ COLAB = "https://colab.research.google.com"
 BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)[^\n]*\n\n?")
 FIRST_CELL = """import os
 import runpy
-import subprocess
 from pathlib import Path
 
 if {{"COLAB_RELEASE_TAG", "DATABRICKS_RUNTIME_VERSION"}} & set(os.environ):  # elsewhere `make setup` has done this
     if "COLAB_RELEASE_TAG" in os.environ and not Path("../helpers").is_dir():  # the notebook is there alone
-        address = {address}
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", "--", address, "project"], check=True)
+        os.spawnlp(os.P_WAIT, "git", "git", "clone", "--depth", "1", "--", {address}, "project")
         os.chdir("project/notebooks")
     root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "helpers").is_dir())
     runpy.run_path(f"{{root}}/conf/bootstrap.py", run_name="__main__")"""
@@ -41,14 +39,14 @@ def apply(notebook: dict[str, Any], name: str, repository: str | None) -> dict[s
     Raises:
         UserError: Colab opens notebooks by address from GitHub only.
     """
-    badge, address = "", "os.environ['PROJECT_REPOSITORY']"
+    badge, address = "", 'os.environ["PROJECT_REPOSITORY"]'
     if repository:
         match = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(\.git)?/?", repository)
         if match is None:
             raise UserError(f"{repository}: not of the form https://github.com/OWNER/NAME, which Colab can open")
         link = f"{COLAB}/github/{match[1]}/blob/main/notebooks/{name}"
         badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})\n\n"
-        address = f"os.environ.get('PROJECT_REPOSITORY', 'https://github.com/{match[1]}')"
+        address = f'os.environ.get("PROJECT_REPOSITORY", "https://github.com/{match[1]}")'
     cells = [dict(cell) for cell in notebook["cells"]]
     title, _, rest = "".join(cells[0]["source"]).partition("\n\n")
     rest = BADGE.sub("", rest)
