@@ -12,7 +12,9 @@ export PYSPARK_DRIVER_PYTHON="$root/.venv/bin/python" # spark-submit finds Spark
 # Python workers outside the JVM decode and infer. An executor's overhead holds one worker per core, each of at most
 # inference.memory_megabytes (2048). The executor's heap (executor.memory) may stay small.
 # Client mode: the driver runs here, in .venv, and lists, plans and publishes.
-# A credential that is an environment variable reaches executors with --conf spark.executorEnv.NAME="$NAME".
+# The credential must not be in an argument: `ps`, Spark's environment page and the event log would show it. Use
+# storage.credential=default (the nodes' identity) or keyvault:VAULT/NAME. If it is env:NAME, set NAME in the environment
+# of the node managers and list it in yarn.nodemanager.env-whitelist, and export it here for the driver.
 exec "$root/.venv/bin/spark-submit" \
   --master "${MASTER:-yarn}" \
   --deploy-mode client \
