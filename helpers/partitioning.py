@@ -72,8 +72,8 @@ def plan_partitions(
     Args:
         lengths: bytes of each image; 0 for a file that will be an error row.
         slots: tasks that run at once, at least 1.
-        target_bytes: bytes a partition, about.
-        target_images: images a partition, about.
+        target_bytes: about how many bytes per partition.
+        target_images: about how many images per partition.
         partitions: the number of partitions, if it is not to be planned.
         in_order: bool `[images]`, which are frames; by default none.
 

@@ -111,8 +111,8 @@ def make_place(dfs, adls_settings, bundle_uri, tmp_path) -> Callable[[Path], Pla
 def photos(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for i in range(PICTURES):
-        colours = np.random.default_rng(i).integers(0, 256, (12, 12, 3), np.uint8)
-        image = cv2.resize(colours, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+        colors = np.random.default_rng(i).integers(0, 256, (12, 12, 3), np.uint8)
+        image = cv2.resize(colors, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
         for number in range(COPIES):
             cv2.imwrite(str(folder / f"{i:03d}-{number}.jpg"), image)
     (folder / "notes.jpg").write_bytes(b"no image")

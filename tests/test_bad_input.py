@@ -95,7 +95,7 @@ GOOD = {
     "folder.jpg/inside.png": picture(),
     "single.png": picture(size=(1, 1)),
     "turned.jpg": turned(),
-    "grey.png": picture("L"),
+    "gray.png": picture("L"),
     "palette.png": picture("P"),
     "transparent.png": picture("RGBA"),
     "print.jpg": picture("CMYK", "JPEG"),

@@ -77,7 +77,7 @@ def test_a_profile_comes_from_the_environment(monkeypatch):
     assert load_config("local").profile == "local"
 
 
-def test_databricks_is_recognised(monkeypatch):
+def test_databricks_is_recognized(monkeypatch):
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "18.0")
     assert load_config().profile == "databricks"
 
@@ -163,8 +163,8 @@ def test_an_unknown_section_is_named_with_what_is_in_it():
 
 
 def test_a_mistake_in_base_is_placed_there(conf):
-    append(conf / "base.yaml", "colour: blue")
-    with pytest.raises(ConfigError, match="colour .*conf/base.yaml"):
+    append(conf / "base.yaml", "color: blue")
+    with pytest.raises(ConfigError, match="color .*conf/base.yaml"):
         load_config("local")
 
 

@@ -56,8 +56,8 @@ LONGER, TOUCHED = "005.jpg", "007.jpg"  # images of the first run that change be
 
 
 def write_photo(path: Path, seed: int) -> None:
-    colours = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), np.uint8)
-    cv2.imwrite(str(path), cv2.resize(colours, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC))
+    colors = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), np.uint8)
+    cv2.imwrite(str(path), cv2.resize(colors, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC))
 
 
 class Reader(threading.Thread):

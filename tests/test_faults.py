@@ -52,9 +52,9 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 def photos(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for i in range(PICTURES):
-        colours = np.random.default_rng(i).integers(0, 256, (12, 12, 3), np.uint8)
+        colors = np.random.default_rng(i).integers(0, 256, (12, 12, 3), np.uint8)
         first = folder / f"{i:03d}-0.jpg"
-        cv2.imwrite(str(first), cv2.resize(colours, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC))
+        cv2.imwrite(str(first), cv2.resize(colors, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC))
         for copy in range(1, COPIES):
             (folder / f"{i:03d}-{copy}.jpg").hardlink_to(first)
     (folder / "notes.jpg").write_bytes(b"no image")

@@ -93,7 +93,7 @@ def test_frames_of_a_video_are_prepared_for_the_network(clip, frames, architectu
     assert len(frames) == 7 and all(frame.shape == architecture.input.shape for frame in frames)
     originals = make_frames(Scenes(fashion_mnist_root, "test", seed=1), 7)
     for frame, original in zip(frames, originals, strict=True):
-        # Compressed, so not the same; in another order of colours it would be far off.
+        # Compressed, so not the same; in another order of colors it would be far off.
         assert np.abs(cv2.blur(frame, (9, 9)).astype(float) - cv2.blur(original, (9, 9))).mean() < 6
 
 

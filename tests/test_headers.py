@@ -18,7 +18,7 @@ FORMS = {
     "png, palette": ("PNG", "P", {}),
     "jpeg": ("JPEG", "RGB", {}),
     "jpeg, progressive": ("JPEG", "RGB", {"progressive": True}),
-    "jpeg, grey": ("JPEG", "L", {}),
+    "jpeg, gray": ("JPEG", "L", {}),
     "jpeg, cmyk": ("JPEG", "CMYK", {}),
     "jpeg, long metadata": ("JPEG", "RGB", {"icc_profile": bytes(150_000), "comment": b"\xff\xd9\xff\xc0" * 100}),
     "gif": ("GIF", "P", {}),

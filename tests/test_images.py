@@ -58,7 +58,7 @@ def photo() -> np.ndarray:
         ("CMYK", "TIFF"),
     ],
 )
-def test_every_kind_of_image_becomes_three_channels_with_the_right_colours(photo, mode, form):
+def test_every_kind_of_image_becomes_three_channels_with_the_right_colors(photo, mode, form):
     content = encoded(Image.fromarray(photo).convert(mode), form, **({"lossless": True} if form == "WEBP" else {}))
     image = decode(content, MANY)
     expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))[..., ::-1]
@@ -94,7 +94,7 @@ def test_exif_orientation_is_applied(form, orientation):
 
 
 def test_an_animation_gives_its_first_frame():
-    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "lime", "blue")]
     for form in ("GIF", "PNG", "WEBP"):
         options = {"lossless": True} if form == "WEBP" else {}
         image = decode(encoded(frames[0], form, save_all=True, append_images=frames[1:], **options), MANY)
@@ -110,17 +110,17 @@ def test_an_animated_png_is_the_picture_that_it_is_without_its_animation(photo, 
     np.testing.assert_array_equal(decode(memoryview(film), MANY), decode(still, MANY))
 
 
-def test_a_grey_png_comes_through_exactly():
-    grey = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
-    grey[0, :] = np.linspace(0, 255, 28)
-    image = decode(cv2.imencode(".png", grey)[1].tobytes(), MANY)
-    np.testing.assert_array_equal(fit(image, spec(28, 28, "gray")), grey[..., None])
+def test_a_gray_png_comes_through_exactly():
+    gray = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    gray[0, :] = np.linspace(0, 255, 28)
+    image = decode(cv2.imencode(".png", gray)[1].tobytes(), MANY)
+    np.testing.assert_array_equal(fit(image, spec(28, 28, "gray")), gray[..., None])
 
 
-def test_every_grey_value_survives_the_conversion():
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+def test_every_gray_value_survives_the_conversion():
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
     np.testing.assert_array_equal(
-        fit(decode(cv2.imencode(".png", grey)[1].tobytes(), MANY), spec(16, 16, "gray"))[..., 0], grey
+        fit(decode(cv2.imencode(".png", gray)[1].tobytes(), MANY), spec(16, 16, "gray"))[..., 0], gray
     )
 
 
@@ -157,7 +157,7 @@ def test_an_image_of_the_right_size_is_not_resampled(photo):
         np.testing.assert_array_equal(fit(photo, spec(300, 200, resize=rule)), photo)
 
 
-def test_colour_orders():
+def test_color_orders():
     image = np.full((4, 4, 3), BLUE, np.uint8)
     assert fit(image, spec(4, 4, "bgr"))[0, 0].tolist() == [255, 0, 0]
     assert fit(image, spec(4, 4, "rgb"))[0, 0].tolist() == [0, 0, 255]
@@ -312,7 +312,7 @@ SIDE = 1008  # a multiple of 16, as tiles are
 HUNGRY = {
     "plain.jpg": ("RGB", "JPEG", {}),
     "turned.jpg": ("RGB", "JPEG", {"exif": ORIENTED}),
-    "grey.jpg": ("L", "JPEG", {"progressive": True}),
+    "gray.jpg": ("L", "JPEG", {"progressive": True}),
     "progressive.jpg": ("RGB", "JPEG", {"progressive": True, "subsampling": 0}),
     "turned progressive.jpg": ("RGB", "JPEG", {"progressive": True, "subsampling": 0, "exif": ORIENTED}),
     "print.jpg": ("CMYK", "JPEG", {}),

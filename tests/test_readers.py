@@ -221,7 +221,7 @@ def photograph(width: int, height: int | None = None) -> bytes:
 
 
 @pytest.mark.parametrize(("side", "reduced"), [(400, False), (900, True), (4000, True)])
-def test_scaled_decoding_stays_within_a_grey_level_and_keeps_the_original_size(side, reduced):
+def test_scaled_decoding_stays_within_a_gray_level_and_keeps_the_original_size(side, reduced):
     content = photograph(side)
     exact, size = load(content, InputSpec(224, 224, **RGB), 2**28)
     scaled, scaled_size = load(content, InputSpec(224, 224, **RGB, scaled_decoding=2), 2**28)

@@ -468,7 +468,7 @@ FINITE = [float(i) for i in range(10)]
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
-def test_an_image_with_outputs_that_are_no_numbers_is_an_error_and_its_neighbours_are_not(bundle, monkeypatch, odd):
+def test_an_image_with_outputs_that_are_no_numbers_is_an_error_and_its_neighbors_are_not(bundle, monkeypatch, odd):
     bad = [*FINITE[:5], odd, *FINITE[6:]]
     model = Outputs([FINITE, bad, FINITE], [bad, bad], [FINITE])
     monkeypatch.setattr(stages, "get_model", lambda *_: model)

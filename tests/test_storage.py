@@ -36,7 +36,7 @@ NAMES = [
     "tab\there.png",
     "*star[1].png",
     "grün 日本 🙂.png",
-    "cafe\u0301.png",  # decomposed: must not be normalised to é
+    "cafe\u0301.png",  # decomposed: must not be normalized to é
     " leading and trailing ",
     "-dash",
     "noextension",

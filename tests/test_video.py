@@ -54,8 +54,8 @@ each_clip = pytest.mark.parametrize("kind", CLIPS)
 
 def pictures(count: int, seed: int = 0, width: int = WIDTH, height: int = HEIGHT) -> list[np.ndarray]:
     """A moving texture with the frame's number on it."""
-    colours = np.random.default_rng(seed).integers(0, 256, (7, 11, 3), np.uint8)
-    scene = cv2.resize(colours, (width + count, height + count), interpolation=cv2.INTER_CUBIC)
+    colors = np.random.default_rng(seed).integers(0, 256, (7, 11, 3), np.uint8)
+    scene = cv2.resize(colors, (width + count, height + count), interpolation=cv2.INTER_CUBIC)
     frames = [scene[i : i + height, i : i + width].copy() for i in range(count)]
     return [cv2.putText(f, str(i), (5, height - 15), 0, 1, (255, 255, 255), 2) for i, f in enumerate(frames)]
 

@@ -37,7 +37,7 @@ SIZES = [(640, 480), (300, 500), (1280, 720)]
 
 
 def photograph(seed: int, width: int, height: int) -> np.ndarray:
-    """Shapes of all colours on a gradient with texture, uint8 BGR."""
+    """Shapes of all colors on a gradient with texture, uint8 BGR."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
     image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -48,7 +48,7 @@ def photograph(seed: int, width: int, height: int) -> np.ndarray:
     return cv2.add(image, rng.integers(0, 25, image.shape).astype(np.uint8))
 
 
-def normalise(images: list[np.ndarray]) -> torch.Tensor:
+def normalize(images: list[np.ndarray]) -> torch.Tensor:
     """What the network takes, from decoded BGR images, in plain steps."""
     spec = get_architecture(NAME).input
     pixels = np.stack([cv2.resize(i, (spec.width, spec.height))[..., ::-1] for i in images]).astype(np.float32)
@@ -81,7 +81,7 @@ def network() -> nn.Module:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # of running averages: those of one batch
-    images = normalise([photograph(9, 550, 550)])
+    images = normalize([photograph(9, 550, 550)])
     with torch.inference_mode():
         head = net.prediction_layers[0]
         conf = net.train()(images)[1]
@@ -129,7 +129,7 @@ def bundle(exported) -> Bundle:
 @pytest.fixture(scope="module")
 def heads(network, decoded) -> list[np.ndarray]:
     with torch.inference_mode():
-        return [output.numpy() for output in network(normalise(decoded))]
+        return [output.numpy() for output in network(normalize(decoded))]
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_simplified_onnx_gives_the_networks_outputs_for_any_batch(exported, deco
     architecture = get_architecture(NAME)
     session = onnxruntime.InferenceSession(exported[1].SerializeToString(), providers=["CPUExecutionProvider"])
     for batch in (1, 2):
-        outputs = session.run(None, {"images": normalise(decoded[:batch]).numpy()})
+        outputs = session.run(None, {"images": normalize(decoded[:batch]).numpy()})
         agree(dict(zip(architecture.outputs, outputs, strict=True)), heads, batch)
 
 
@@ -277,7 +277,7 @@ def test_a_bundle_without_anchors_says_so(bundle, heads):
         instance_segmentation(outputs, SIZES, bundle.manifest, bundle.manifest.postprocess)
 
 
-def test_pictures_show_probable_detections_in_the_colours_of_their_classes(decoded, rows):
+def test_pictures_show_probable_detections_in_the_colors_of_their_classes(decoded, rows):
     predictions = rows[0]["predictions"]
     before = decoded[0].copy()
     assert sum(p["score"] >= 0.3 for p in predictions) > 0
@@ -295,7 +295,7 @@ def test_a_damaged_networks_outputs_give_no_detections(bundle, heads):
     assert instance_segmentation(outputs, SIZES[:1], bundle.manifest, bundle.manifest.postprocess, arrays) == [[]]
 
 
-def test_a_class_has_its_own_colour_in_every_picture():
+def test_a_class_has_its_own_color_in_every_picture():
     colors = [pictures.color_of(c) for c in range(80)]
     assert len(set(colors)) > 70 and all(max(color) == 255 for color in colors)
     image = np.zeros((300, 300, 3), np.uint8)

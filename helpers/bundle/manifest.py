@@ -203,7 +203,7 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{name} is {value[:40]!r}, not one of {', '.join(known)}")
     for name, values in (("input.mean", spec.mean), ("input.std", spec.std)):
         if len(values) != COLORS[spec.color]:
-            raise ValueError(f"{name} needs one value a channel, {COLORS[spec.color]}")
+            raise ValueError(f"{name} needs one value per channel, {COLORS[spec.color]}")
     _expect(all(value > 0 for value in spec.std), "input.std", min(spec.std), "above 0")
     _expect(0 <= spec.scaled_decoding <= 1000, "input.scaled_decoding", spec.scaled_decoding, "from 0 to 1000")
     _expect(manifest.flops >= 0, "flops", manifest.flops, "0 or more")

@@ -91,7 +91,7 @@ def get_model(
     if key not in _models:
         _models[key] = _load(bundle, precision, threads)
         # Spark's workers collect garbage after every task, and walk all that was imported each time unless it is
-        # set apart: 70 ms a task.
+        # set apart: 70 ms per task.
         gc.collect()
         gc.freeze()
     _check_memory(bundle, memory_megabytes)

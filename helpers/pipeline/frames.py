@@ -44,7 +44,7 @@ def list_frames(
         memory_megabytes: what this process may take; frames that would take it beyond are not decoded either.
 
     Yields:
-        `FRAMES_SCHEMA`, a row a video; `count` is of all frames, the lists are of the wanted, and null where frames can
+        `FRAMES_SCHEMA`, one row per video. `count` is of all frames. The lists are of the wanted, null where they can
         only be counted. `error` is set where no frame can be read.
     """
     for batch in batches:

@@ -66,7 +66,7 @@ def read_by_spark(spark: "SparkSession", storage: Storage, rows: pa.Table, confi
     """The images with their bytes, read by Spark in partitions of about `partitioning.target_bytes`.
 
     Spark is given the listed paths and sees nothing else of the location. It looks for each before a job begins, which
-    takes its driver some tenths of a millisecond and a kilobyte or more a file: a plan has so many that this stays
+    takes its driver some tenths of a millisecond and a kilobyte or more per file: a plan has so many that this stays
     small. What Spark cannot read, and what it passes over by its name (`passed_over`), is in none of them.
 
     Yields:

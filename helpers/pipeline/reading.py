@@ -42,8 +42,8 @@ def read_images(
     Args:
         batches: `ASSIGNED_SCHEMA` or at least `KEY` of it, or `IMAGE_SCHEMA`.
         storage: where the paths lie.
-        max_images: images an output batch.
-        batch_bytes: bytes an output batch, unless a single image has more.
+        max_images: images per output batch.
+        batch_bytes: bytes per output batch, unless a single image has more.
         max_bytes: of an image file; no more of it is read, and a longer one is an error. Videos may have any length.
         max_pixels: of a video's frame; larger ones are not decoded.
         memory_megabytes: what this process may take; frames that would take it beyond are not decoded either.

@@ -1,6 +1,6 @@
 """What each run took, kept beside its results, to look at and to plan the next by (`helpers.planning.planner`).
 
-    OUTPUT/runs/RUN.parquet   one row a task, `task.RECORD_SCHEMA`
+    OUTPUT/runs/RUN.parquet   one row per task, `task.RECORD_SCHEMA`
     OUTPUT/runs/RUN.json      the run: configuration, versions, model, slots, seconds of each phase, totals
 
 Both are written before the results are published, because what a killed driver leaves staged is published by the next

@@ -55,7 +55,7 @@ def preprocess(
     Args:
         batches: `IMAGE_SCHEMA`.
         spec: size, color order and resize rule, from the bundle's manifest.
-        max_images: images an output batch.
+        max_images: images per output batch.
         max_pixels: larger images are not decoded.
         memory_megabytes: what this process may take; images that would take it beyond are not decoded either.
 

@@ -18,7 +18,7 @@ FEWEST_REST = 3  # tasks after their worker's first, from which a rate can be to
 
 @dataclass(frozen=True)
 class CostModel:
-    """Where a run's time goes, in seconds on a slot of the calibration run's speed, on a machine with a task a core.
+    """Where a run's time goes, in seconds on a slot of the calibration run's speed, on a machine of one task per core.
 
     Attributes:
         session_seconds: until there is a session; 0 where it exists already.

@@ -75,7 +75,7 @@ def main() -> None:
         ]
         read = profile(f"{base}/photos", reached[1::2])
     report(pd.DataFrame(rows), options.latency)
-    print(f"{of_tasks[0] / of_tasks[1]:8.2f}  images a second of a task's processor time, of the local folder's")
+    print(f"{of_tasks[0] / of_tasks[1]:8.2f}  images per second of processor time, as a share of the local folder's")
     print(f"{of_tasks[1] - of_tasks[0]:8.2f}  ms of processor time that reading an image takes more")
     print("\nper cent of the time in which one thread reads, by the package whose code it is spent in")
     print((100 * read / read.sum()).round(1).head(8).to_string())

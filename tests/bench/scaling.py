@@ -96,8 +96,8 @@ def report(place: Path) -> None:
 def predictions(runs: pd.DataFrame, tasks: pd.DataFrame) -> pd.DataFrame:
     """Medians of runs that are alike, and what a model fitted on one configuration says of them.
 
-    `computed` is the processor's share of the tasks' time: with a task a core it is 1 on a machine that does nothing
-    else, and with one task beside an idle core more than 1.
+    `computed` is the processor's share of the tasks' time: with one task per core it is 1 where nothing else
+    runs, and with one task beside an idle core more than 1.
     """
     model = fit(runs[(runs["where"] == FITTED) & (runs["name"] == SAME)], tasks)
     runs["cores"] = runs.groupby("where")["workers"].transform("max")
