@@ -175,6 +175,7 @@ def run(
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
         watch.lap("list")
         warm_up.exception()  # if it failed, so will the run, and say why
+        watch.lap("open")
         records = _run_tasks(spark, task, listing.assign(todo, plan), plan, store, config)
         seconds = watch.lap("pass")
         about = describe(task, spark, config, slots, watch, records, session_seconds)

@@ -22,7 +22,7 @@ class CostModel:
 
     Attributes:
         session_seconds: until there is a session; 0 where it exists already.
-        open_seconds: of the driver before it lists: bundle, earlier results, number of slots.
+        open_seconds: of the driver apart from the listing: bundle, earlier results, number of slots, start of workers.
         image_list_seconds: the driver's part for an image: listing and planning.
         start_seconds: from the beginning of the pass until the first task is at work.
         worker_seconds: of each worker's first task beyond its images: loading the model, code that is used first.
