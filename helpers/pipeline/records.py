@@ -161,7 +161,8 @@ def read_tasks(locations: str | Iterable[str], config: Config | None = None) -> 
     files = {path: storage for storage, path in _find(locations, config)}
     for run in runs.itertuples():
         table = read_table(files[run.file], run.file.removesuffix(".json") + ".parquet").to_pandas()
-        begin = (table["started"] - run.list_ended).dt.total_seconds()
+        began = run.pass_ended - pd.Timedelta(seconds=run.pass_seconds)
+        begin = (table["started"] - began).dt.total_seconds()
         extra = {"run": run.run, "output": run.output, "master": run.master, "slots": run.slots, "begin": begin}
         tables.append(table.assign(**extra, end=begin + table["seconds"]))
     return pd.concat(tables, ignore_index=True)
