@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark import cloudpickle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_video import pictures, write_clip
 
 from helpers import pipeline
 from helpers.config import load_config
@@ -119,6 +120,18 @@ def test_stage_1_by_spark_has_a_row_for_each_image(spark, trap):
     passed = {name for name, row in rows.items() if "passes over" in (row.error or "")}
     assert passed == {"2026-01-01T10:00:00.bmp", "_MG_0001.bmp", "name=\\x5cxff.bmp", "bytes\\xff.bmp"}
     assert rows["_folder/a.bmp"].content == rows["part=1/b.bmp"].content == (trap / "part=1/b.bmp").read_bytes()
+
+
+def test_stage_1_by_spark_has_one_row_for_what_needs_no_reader_and_has_such_a_name(spark, photos):
+    (photos / "_empty.bmp").touch()
+    with (photos / "_long.bmp").open("wb") as file:
+        file.truncate(3 * 2**30)
+    write_clip(photos / "take:1.mp4", "mp4v", pictures(3))
+    rows = pipeline.ingest(spark, str(photos), load_config("local", reader="spark")).select("path", "error").collect()
+    errors = {row.path.removeprefix(f"{photos}/"): row.error for row in rows}
+    assert len(rows) == len(errors) == 65 + 2 + 3
+    assert errors["_empty.bmp"] is None and "ingest.max_bytes" in errors["_long.bmp"]
+    assert [errors[f"take:1.mp4#frame={number}"] for number in range(3)] == [None] * 3
 
 
 def test_a_colon_in_a_name_is_no_harm_where_nothing_must_be_escaped(spark, samples, bundle_uri, tmp_path):

@@ -203,8 +203,8 @@ def run(
         if records:
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(task.output, {**about, **watch.laps})
-    summary = _summarize(images, records, seconds, watch.laps["seconds"], store, settled_rows)
-    return replace(summary, unlisted=listed.left_out.get(listing.UNLISTED, 0))
+    unlisted = listed.left_out.get(listing.UNLISTED, 0)
+    return _summarize(images, records, seconds, watch.laps["seconds"], store, settled_rows, unlisted)
 
 
 def make_task(source: str, model: str, output: str, config: Config) -> Task:
@@ -290,6 +290,7 @@ def _summarize(
     seconds: float,
     store: ResultStore,
     settled_rows: pa.Table,
+    unlisted: int,
 ) -> RunSummary:
     processed = sum(record["images"] for record in records)
     failed = sum(record["failed"] for record in records)
@@ -304,6 +305,7 @@ def _summarize(
         seconds=round(seconds, 3),
         images_per_second=round(processed / pass_seconds, 2) if processed else 0.0,
         results=store.location,
+        unlisted=unlisted,
         records=records,
         skipped_errors=Counter(error_kind(error) for error in damaged["error"].to_pylist()),
     )

@@ -67,7 +67,7 @@ def read_by_spark(spark: "SparkSession", storage: Storage, rows: pa.Table, confi
 
     Spark is given the listed paths and sees nothing else of the location. It looks for each before a job begins, which
     takes its driver some tenths of a millisecond and a kilobyte or more per file: a plan has so many that this stays
-    small. What Spark cannot read, and what it passes over by its name (`passed_over`), is in none of them.
+    small. What Spark cannot read, and what it passes over for its name (`_kinds`), is in none of them.
 
     Yields:
         DataFrames of `stages.IMAGE_SCHEMA`, to be used one after the other.
@@ -76,14 +76,13 @@ def read_by_spark(spark: "SparkSession", storage: Storage, rows: pa.Table, confi
     settings = {"files.maxPartitionBytes": config.partitioning.target_bytes, "files.openCostInBytes": 64 * 2**10}
     settings["sources.parallelPartitionDiscovery.parallelism"] = LOOKING_TASKS
     set_where_allowed(spark, {f"spark.sql.{name}": str(value) for name, value in settings.items()})
-    is_frame = split_paths(rows["path"])[1].is_valid()
-    frames, images = rows.filter(is_frame), rows.filter(pc.invert(is_frame))
-    good = pc.and_(pc.greater(images["length"], 0), pc.is_null(images["error"]))
-    files = images.filter(pc.and_(good, pc.invert(passed_over(images))))
+    is_frame, is_good, is_passed_over = _kinds(rows)
+    files = rows.filter(pc.and_(is_good, pc.invert(is_passed_over)))
     for start in range(0, files.num_rows, FILES_PER_PLAN):
         yield _read_files(spark, storage, files.slice(start, FILES_PER_PLAN))
-    if not pc.all(good).as_py():
-        yield spark.createDataFrame(_unread(images.filter(pc.invert(good))))
+    unread, frames = rows.filter(pc.invert(pc.or_(is_frame, is_good))), rows.filter(is_frame)
+    if unread.num_rows:
+        yield spark.createDataFrame(_unread(unread))
     if frames.num_rows:
         # Spark has no ranges of a file: it would send all of a video to whoever wants a frame. The tasks read these.
         tasks = spark.createDataFrame(frames).repartitionById(pc.max(frames["partition"]).as_py() + 1, "partition")
@@ -95,22 +94,26 @@ def read_all_by_spark(spark: "SparkSession", storage: Storage, rows: pa.Table, c
     from pyspark.sql import functions as F
 
     parts = list(read_by_spark(spark, storage, rows, config))
-    left = rows.filter(passed_over(rows))
+    left = rows.filter(_kinds(rows)[2])
     if left.num_rows:
         error = F.lit("Spark's reader passes over files of such a name (_x, x:y, no text): rename it")
         parts.append(spark.createDataFrame(_unread(left)).withColumns({"error": error, "content": F.lit(None)}))
     return reduce(lambda one, other: one.unionByName(other), parts)
 
 
-def passed_over(images: pa.Table) -> pa.ChunkedArray:
-    """Whether Spark's reader passes over a file for its name.
+def _kinds(rows: pa.Table) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.ChunkedArray]:
+    """Which rows are frames of videos, which are files to read, and which of these Spark's reader passes over.
 
-    It is hidden to Spark, or not Unicode (`storage.local`), or has a colon in a path that must be escaped.
+    It passes over a file that is hidden to Spark, is not Unicode (`storage.local`), or has a colon in a path that must
+    be escaped.
     """
+    is_frame = split_paths(rows["path"])[1].is_valid()
+    is_good = pc.and_(pc.greater(rows["length"], 0), pc.is_null(rows["error"]))
+    is_good = pc.and_(is_good, pc.invert(is_frame))
     hidden_or_bytes, colon, pattern = (
-        pc.match_substring_regex(images["path"], regex) for regex in (r"/_[^/=]*$|\\x", "/[^/]*:", PATTERN)
+        pc.match_substring_regex(rows["path"], regex) for regex in (r"/_[^/=]*$|\\x", "/[^/]*:", PATTERN)
     )
-    return pc.or_(hidden_or_bytes, pc.and_(colon, pattern))
+    return is_frame, is_good, pc.and_(is_good, pc.or_(hidden_or_bytes, pc.and_(colon, pattern)))
 
 
 def _read_files(spark: "SparkSession", storage: Storage, files: pa.Table) -> "DataFrame":
