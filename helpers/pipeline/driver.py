@@ -11,6 +11,7 @@ import json
 import logging
 import time
 import uuid
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row, SparkSession
 
 log = logging.getLogger(__name__)
+
+_started: "weakref.WeakSet[SparkSession]" = weakref.WeakSet()  # sessions whose workers have imported all they need
 
 
 @dataclass(frozen=True)
@@ -244,10 +247,11 @@ def _start_workers(spark: "SparkSession") -> None:
     In the first run of a session all cores would wait for that after the listing; a later run finds it done.
     """
     slots = local_slots(spark)
-    if slots is not None:  # elsewhere executors may come and go
+    if slots is not None and spark not in _started:  # on a cluster executors may come and go
         table = pa.table({"partition": pa.array(range(slots), pa.int32())})
         rows = spark.createDataFrame(table).repartitionById(slots, "partition")
         rows.mapInArrow(pass_through, rows.schema).collect()
+        _started.add(spark)
 
 
 def _run_tasks(
