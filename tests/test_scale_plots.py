@@ -11,6 +11,7 @@ from PIL import Image
 from helpers.pipeline.task import STAGES
 from helpers.planning.planner import Cluster, curve, plot_curve
 from studies import scale_figures as plots
+from studies.figures import plot_stage_seconds
 from studies.simulation import simulate
 
 TITLES = {"even": "two equal", "slow": "one slowed"}
@@ -100,3 +101,12 @@ def test_a_compact_figure_is_smaller_and_looks_the_same(figures):
     assert len(buffer.getvalue()) < 0.5 * len(whole.getvalue())
     difference = np.asarray(picture.convert("RGB"), int) - np.asarray(Image.open(whole).convert("RGB"), int)
     assert np.abs(difference).mean() < 1
+
+
+def test_where_the_time_goes_is_told_of_the_stages_alone():
+    """A record also has the processor's seconds, which are those of the stages once more."""
+    seconds = {f"{stage}_seconds": float(place + 1) for place, stage in enumerate(STAGES)}
+    record = {**seconds, "cpu_seconds": 50.0, "thread_seconds": 40.0, "seconds": 21.0}
+    (axis,) = plot_stage_seconds(pd.DataFrame([record, record])).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(STAGES)
+    assert sum(bar.get_width() for bar in axis.patches) == 2 * record["seconds"]

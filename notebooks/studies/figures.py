@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from figures import new_figure
 from helpers.partitioning import PartitionPlan
+from helpers.pipeline.task import STAGES
 from helpers.tracking.tensorboard import read_scalars
 
 SMOOTHING_STEPS = 25  # of a moving mean, for curves measured at every step
@@ -98,7 +99,7 @@ def plot_outputs(outputs: np.ndarray, labels: Sequence[str], names: Sequence[str
 
 def plot_stage_seconds(records: pd.DataFrame) -> Figure:
     """Where a run's time went, summed over its tasks; the records are those of `RunSummary.records`."""
-    seconds = records.filter(regex="_seconds$").sum()
+    seconds = records[[f"{stage}_seconds" for stage in STAGES]].sum()
     figure = new_figure(2.2)
     axis = figure.subplots()
     axis.barh([name.removesuffix("_seconds") for name in seconds.index], seconds)
