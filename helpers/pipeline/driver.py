@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REASONS_SHOWN = 5
+
 _started: "weakref.WeakSet[SparkSession]" = weakref.WeakSet()  # sessions whose workers have imported all they need
 
 
@@ -78,12 +80,12 @@ class RunSummary:
         hidden = ("records", "skipped_errors", "unlisted")
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden})
 
-    def reasons(self, limit: int = 5) -> list[tuple[str, int]]:
+    def reasons(self) -> list[tuple[str, int]]:
         """The commonest errors and how many images have each, the skipped among them."""
         counts = Counter(self.skipped_errors)
         for record in self.records:
             counts.update({reason["error"]: reason["count"] for reason in record["reasons"]})
-        return counts.most_common(limit)
+        return counts.most_common(REASONS_SHOWN)
 
 
 def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
