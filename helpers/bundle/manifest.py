@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any, get_args, get_origin
 
 from helpers.errors import BundleError
-from helpers.images.spec import COLORS, RESIZE_RULES, InputSpec
+from helpers.images.spec import COLORS, INTERPOLATIONS, POSITIONS, RESIZE_RULES, InputSpec
 from helpers.storage import Storage
 
 FORMAT = 1
@@ -26,14 +26,16 @@ MANIFEST = "manifest.json"
 ARITHMETIC = ("f32", "bf16", "f16")
 MANIFEST_BYTES = 16 * 2**20  # at most; a million labels fit
 TENSOR_BYTES = 2**30  # of one image's input or output, at most
+OPEN = -1  # a side of an output that differs from image to image
 DEPTH = 8  # of what is free in form
+LATER = {"decoder", "batch", "interpolation", "antialias", "resize_size", "padding", "position"}  # entries added since
 MESSAGE = 200  # characters of a message that repeats names of the manifest's own
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """One float32 output of the graph: its name, and its shape for one image."""
+    """One float32 output of the graph: its name, and its shape for one image; -1 for a side that is open."""
 
     name: str
     shape: tuple[int, ...]
@@ -57,6 +59,8 @@ class Manifest:
     quantization: dict[str, Any] = field(default_factory=dict)  # of int8: what it lost, as `quantization.Record` says
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     format: int = FORMAT
+    decoder: str = ""  # how the task reads the outputs; empty for the task's first
+    batch: int = 0  # images that the graph takes at a time, 1 or any number (0)
 
     @cached_property
     def digest(self) -> str:
@@ -69,8 +73,13 @@ class Manifest:
         return f"{self.name}@{self.digest}"
 
     def to_json(self) -> str:
-        """The text of `manifest.json`."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """The text of `manifest.json`; entries that older bundles lack are left out where they say nothing."""
+        values = asdict(self)
+        for entries, kind in ((values, Manifest), (values["input"], InputSpec)):
+            for f in fields(kind):
+                if f.name in LATER and entries[f.name] == f.default:
+                    del entries[f.name]
+        return json.dumps(values, indent=2) + "\n"
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,8 @@ def _plain(kind: type, value: Any, name: str) -> Any:
     if kind is str:
         # Unpaired surrogates can be in no file and no table.
         _expect(isinstance(value, str) and not SURROGATES.search(value), name, value, "text")
+    elif kind is bool:
+        _expect(type(value) is bool, name, value, "true or false")
     elif kind is int:
         _expect(type(value) is int and abs(value) < 2**63, name, value, "a whole number of 64 bits")
     else:
@@ -197,6 +208,8 @@ def _check(manifest: Manifest) -> None:
     for name, value, known in (
         ("input.color", spec.color, COLORS),
         ("input.resize", spec.resize, RESIZE_RULES),
+        ("input.interpolation", spec.interpolation, INTERPOLATIONS),
+        ("input.position", spec.position, POSITIONS),
         ("arithmetic", manifest.arithmetic, ARITHMETIC),
     ):
         if value not in known:
@@ -206,10 +219,13 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{name} needs one value per channel, {COLORS[spec.color]}")
     _expect(all(value > 0 for value in spec.std), "input.std", min(spec.std), "above 0")
     _expect(0 <= spec.scaled_decoding <= 1000, "input.scaled_decoding", spec.scaled_decoding, "from 0 to 1000")
+    _expect(0 <= spec.resize_size <= 65535, "input.resize_size", spec.resize_size, "from 0 to 65535")
+    _expect(0 <= spec.padding <= 255, "input.padding", spec.padding, "from 0 to 255")
+    _expect(manifest.batch in (0, 1), "batch", manifest.batch, "0 or 1")
     _expect(manifest.flops >= 0, "flops", manifest.flops, "0 or more")
     _check_size("input", spec.shape, 1)
     for output in manifest.outputs:
-        _check_size(f"outputs: {output.name[:40]!r}", output.shape, 4)
+        _check_size(f"outputs: {output.name[:40]!r}", output.shape, 4, may_be_open=manifest.batch == 1)
     names = [output.name for output in manifest.outputs]
     if not names or len(set(names)) < len(names):
         raise ValueError("outputs are none, or two have the same name")
@@ -218,8 +234,9 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"files names {name[:40]!r}, which is no file of the bundle's own folder")
 
 
-def _check_size(name: str, shape: tuple[int, ...], item_bytes: int) -> None:
-    if len(shape) > DEPTH or min(shape, default=1) < 1 or math.prod(shape) * item_bytes > TENSOR_BYTES:
+def _check_size(name: str, shape: tuple[int, ...], item_bytes: int, may_be_open: bool = False) -> None:
+    sides = [side for side in shape if side != OPEN or not may_be_open]
+    if len(shape) > DEPTH or min(sides, default=1) < 1 or math.prod(sides) * item_bytes > TENSOR_BYTES:
         raise ValueError(f"{name} has the shape {str(shape)[:60]}, not one of 1 to {TENSOR_BYTES} bytes")
 
 

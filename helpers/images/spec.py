@@ -3,17 +3,29 @@
 from dataclasses import dataclass
 
 COLORS = {"rgb": 3, "bgr": 3, "gray": 1}
-RESIZE_RULES = ("stretch", "letterbox", "crop")
+RESIZE_RULES = ("stretch", "letterbox", "crop", "shortest_edge", "none")
+VARIABLE = ("shortest_edge", "none")  # rules that give each image a size of its own
+INTERPOLATIONS = ("linear", "cubic")
+POSITIONS = ("center", "top_left")
 
 
 @dataclass(frozen=True)
 class InputSpec:
     """What the graph takes: uint8 `[B, height, width, channels]`, in the given color order.
 
-    The graph itself subtracts `mean` and divides by `std`, both a channel, in units of 0..255. `resize` is
-    `stretch` (both sides to size), `letterbox` (fit inside, pad) or `crop` (shorter side to size, center cut).
-    `scaled_decoding` above 0 allows a JPEG to be decoded at 1/2, 1/4 or 1/8 while that leaves it so many times larger
-    than the input; 2 changes a photograph's input by less than a gray level on average, 0 not at all.
+    The graph itself subtracts `mean` and divides by `std`, both per channel, in units of 0..255.
+
+    Attributes:
+        resize: `stretch` (both sides to size), `letterbox` (fit inside, pad), `crop` (shorter side to size, cut the
+            center), `shortest_edge` (shorter side to `height`, longer side at most `width`) or `none` (the network
+            takes images of any size). The last two give each image a size of its own, and one image per inference.
+        scaled_decoding: above 0, a JPEG may be decoded at 1/2, 1/4 or 1/8 while that leaves it so many times larger
+            than the input; 2 changes a photograph's input by less than a gray level on average, 0 not at all.
+        interpolation: `linear` or `cubic`.
+        antialias: enlarge the filter when an image becomes smaller, as Pillow, torchvision and timm do.
+        resize_size: of `crop`: the shorter side in pixels before the cut; 0 for no more than is cut.
+        padding: gray level around a `letterbox`.
+        position: of the image in a `letterbox`: `center` or `top_left`.
     """
 
     height: int
@@ -23,11 +35,21 @@ class InputSpec:
     std: tuple[float, ...]
     resize: str = "stretch"
     scaled_decoding: float = 0.0
+    interpolation: str = "linear"
+    antialias: bool = False
+    resize_size: int = 0
+    padding: int = 114
+    position: str = "center"
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Height, width, channels."""
+        """Height, width, channels; of a rule that gives each image its own size, those of a usual one."""
         return self.height, self.width, COLORS[self.color]
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether each image has a size of its own."""
+        return self.resize in VARIABLE
 
     @property
     def nbytes(self) -> int:

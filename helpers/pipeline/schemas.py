@@ -25,6 +25,7 @@ TENSOR_SCHEMA = pa.schema([*KEY, *SIZE, ERROR, pa.field("tensor", pa.binary())])
 
 BOX = pa.struct([pa.field(name, pa.float32()) for name in ("x1", "y1", "x2", "y2")])
 MASK = pa.struct([pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.string())])
+POINT = pa.struct([pa.field(name, pa.float32()) for name in ("x", "y", "score")])
 PREDICTION = pa.struct(
     [
         pa.field("class_id", pa.int32()),
@@ -32,10 +33,15 @@ PREDICTION = pa.struct(
         pa.field("score", pa.float32()),
         pa.field("box", BOX),
         pa.field("mask", MASK),
+        pa.field("keypoints", pa.list_(POINT)),
     ]
 )
 PREDICTIONS = pa.list_(PREDICTION)
-RESULT_SCHEMA = pa.schema([*KEY, *SIZE, ERROR, pa.field("predictions", PREDICTIONS), pa.field("model", pa.string())])
+EMBEDDING = pa.list_(pa.float32())
+MODEL = pa.field("model", pa.string())
+RESULT_SCHEMA = pa.schema(
+    [*KEY, *SIZE, ERROR, pa.field("predictions", PREDICTIONS), pa.field("embedding", EMBEDDING), MODEL]
+)
 
 
 def output_schema(manifest: Manifest) -> pa.Schema:
