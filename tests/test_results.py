@@ -11,6 +11,7 @@ import pytest
 from helpers.errors import RunError
 from helpers.pipeline.results import ResultStore
 from helpers.pipeline.rows import is_in, replaced, settled, without
+from helpers.pipeline.schemas import EARLIER_RESULT_SCHEMA
 from helpers.pipeline.stages import RESULT_SCHEMA
 from helpers.pipeline.task import staged_counts
 from helpers.storage import open_storage
@@ -20,7 +21,8 @@ DAY = datetime(2026, 1, 1, tzinfo=UTC)
 CONTRACT = (  # the contract
     "path string, length long, modified timestamp, width int, height int, error string, "
     "predictions array<struct<class_id int, label string, score float, "
-    "box struct<x1 float, y1 float, x2 float, y2 float>, mask struct<size array<int>, counts string>>>, model string"
+    "box struct<x1 float, y1 float, x2 float, y2 float>, mask struct<size array<int>, counts string>, "
+    "keypoints array<struct<x float, y float, score float>>>>, embedding array<float>, model string"
 )
 
 
@@ -53,6 +55,11 @@ def stage(store: ResultStore, run: str, partition: int, rows: pa.Table) -> str:
     store.stage(run)
     write_table(store.storage, path, rows)
     return path
+
+
+def as_before(rows: pa.Table) -> pa.Table:
+    """The rows as a version without keypoints and embeddings has written them."""
+    return pa.Table.from_pylist(rows.to_pylist(), schema=EARLIER_RESULT_SCHEMA)
 
 
 def keys(store: ResultStore) -> list[tuple[str, int]]:
@@ -331,3 +338,32 @@ def test_spark_reads_exactly_the_contracts_schema(store, spark):
     frame = spark.read.parquet(store.location)
     assert frame.schema.simpleString() == spark.createDataFrame([], CONTRACT).schema.simpleString()
     assert {(row.path, row.predictions[0].box) for row in frame.collect()} == {("a", None), ("b", None)}
+
+
+# ---------------------------------------------------------------- results of an earlier version
+
+
+def test_results_of_an_earlier_version_are_read_with_nulls_for_what_they_lack(store):
+    store.publish([stage(store, "run1", 0, as_before(table("a"))), stage(store, "run2", 0, table("b"))])
+    rows = store.read().sort_by("path")
+    assert rows.equals(table("a", "b"))
+    assert [row["predictions"][0]["keypoints"] for row in rows.to_pylist()] == [None, None]
+
+
+def test_images_of_an_earlier_version_are_left_out_of_a_run(store):
+    store.publish([stage(store, "run1", 0, as_before(table("a", "b")))])
+    assert without(table("a", "b", "c"), settled(store.resume("net@1")))["path"].to_pylist() == ["c"]
+
+
+def test_a_file_of_an_earlier_version_gets_the_schema_of_today_when_a_row_is_taken_out(store):
+    (file,) = store.publish([stage(store, "run1", 0, as_before(table("a", "b")))])
+    store.publish([stage(store, "run2", 0, table("a", version=1))], pa.chunked_array([["a"]]))
+    assert keys(store) == [("a", 1), ("b", 0)]
+    assert pq.read_schema(Path(store.location, Path(file).name)).equals(RESULT_SCHEMA)
+
+
+def test_what_a_killed_run_of_an_earlier_version_left_is_recovered(store):
+    store.publish([stage(store, "run1", 0, table("a"))])
+    stage(store, "run2", 0, as_before(table("a", "b")))
+    assert store.recover() == 1
+    assert store.read().sort_by("path").equals(table("a", "b"))

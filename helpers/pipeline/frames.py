@@ -13,7 +13,7 @@ import pyarrow as pa
 from helpers.images.boundary import attempt
 from helpers.images.video import Frames, find_frames, frame_paths, frame_pixels
 from helpers.memory import bounded
-from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES, PLACE, Batches
+from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES, PLACE, Batches, conform
 from helpers.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -97,12 +97,3 @@ def _rows(video: pa.RecordBatch, every: int) -> pa.Table:
         if not video[place.name].null_count:
             rows = rows.append_column(place.name, video[place.name].flatten())
     return rows.append_column("bytes", pa.array(np.full(len(numbers), row["length"] // len(numbers)), pa.int64()))
-
-
-def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """A table with a schema's columns, null where it has none."""
-    columns = [
-        table[field.name].cast(field.type) if field.name in table.schema.names else pa.nulls(table.num_rows, field.type)
-        for field in schema
-    ]
-    return pa.table(columns, schema=schema)

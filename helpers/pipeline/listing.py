@@ -13,8 +13,7 @@ from helpers.config import Config
 from helpers.errors import RunError
 from helpers.images.video import split_paths
 from helpers.partitioning import PartitionPlan, plan_partitions
-from helpers.pipeline.frames import conform
-from helpers.pipeline.schemas import ASSIGNED_SCHEMA, ERROR, KEY
+from helpers.pipeline.schemas import ASSIGNED_SCHEMA, ERROR, KEY, conform
 from helpers.storage import Entry, Storage
 
 log = logging.getLogger(__name__)

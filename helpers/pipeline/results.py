@@ -38,7 +38,7 @@ from helpers.pipeline.rows import (
     rows_of_later_runs,
     settled,
 )
-from helpers.pipeline.schemas import RESULT_SCHEMA
+from helpers.pipeline.schemas import EARLIER_RESULT_SCHEMA, RESULT_SCHEMA, conform
 from helpers.pipeline.task import STAGING, staged_counts, staging
 from helpers.storage import Storage
 from helpers.storage.interface import UNFINISHED
@@ -220,8 +220,9 @@ class ResultStore:
             raise StorageError(explain(error, path)) from None
         try:
             file = pq.ParquetFile(content)
-            if file.schema_arrow.equals(RESULT_SCHEMA):
-                return file.read(columns)
+            if any(file.schema_arrow.equals(schema) for schema in (RESULT_SCHEMA, EARLIER_RESULT_SCHEMA)):
+                names = columns or RESULT_SCHEMA.names
+                return conform(file.read(columns), pa.schema([RESULT_SCHEMA.field(name) for name in names]))
             why = "its columns are others"
         except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             why = first_line(error)

@@ -42,6 +42,10 @@ MODEL = pa.field("model", pa.string())
 RESULT_SCHEMA = pa.schema(
     [*KEY, *SIZE, ERROR, pa.field("predictions", PREDICTIONS), pa.field("embedding", EMBEDDING), MODEL]
 )
+# Of results that versions without keypoints and embeddings have written.
+EARLIER_RESULT_SCHEMA = pa.schema(
+    [*KEY, *SIZE, ERROR, pa.field("predictions", pa.list_(pa.struct(list(PREDICTION)[:-1]))), MODEL]
+)
 
 
 def output_schema(manifest: Manifest) -> pa.Schema:
@@ -57,3 +61,12 @@ def extend(batch: pa.RecordBatch, schema: pa.Schema, **columns: Any) -> pa.Recor
         column = columns[field.name] if field.name in columns else batch[field.name]
         arrays.append(column if isinstance(column, pa.Array) else pa.array(column, field.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table with a schema's columns, and theirs in its structures, null where it has none."""
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.schema.names else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
