@@ -165,7 +165,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("run", parents=[shared], help="the four stages over every image below a location")
     command.add_argument("--source", required=True, metavar="URI", help="folder or container of images and videos")
-    command.add_argument("--model", required=True, metavar="URI", help="model bundle")
+    command.add_argument(
+        "--model", required=True, action="append", metavar="URI", help="model bundle; may repeat, images are read once"
+    )
     command.add_argument("--output", required=True, metavar="URI", help="where results go, as Parquet in results/")
     command.set_defaults(command=run)
 

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import uuid
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -367,3 +368,43 @@ def test_what_a_killed_run_of_an_earlier_version_left_is_recovered(store):
     stage(store, "run2", 0, as_before(table("a", "b")))
     assert store.recover() == 1
     assert store.read().sort_by("path").equals(table("a", "b"))
+
+
+# ---------------------------------------------------------------- results of several models
+
+
+def both(*names: str, errors: tuple[str | None, str | None] = (None, None)) -> pa.Table:
+    """A row per image and model."""
+    return pa.concat_tables([table(*names, error=errors[0]), table(*names, error=errors[1], model="net@2")])
+
+
+def test_an_image_is_done_when_it_has_a_settled_row_of_each_model(store):
+    rows = [
+        both("a"),
+        table("b"),
+        both("c", errors=(None, "permission denied")),
+        both("d", errors=(None, "the file is empty")),
+    ]
+    store.publish([stage(store, "run1", number, part) for number, part in enumerate(rows)])
+    todo = without(table("a", "b", "c", "d", "e"), settled(store.resume("net@1", "net@2"), 2))
+    assert todo["path"].to_pylist() == ["b", "c", "e"]
+
+
+def test_rows_of_two_models_are_no_doubles(store):
+    store.publish([stage(store, "run1", 0, both("a", "b"))])
+    assert store.resume("net@2", "net@1").num_rows == 4
+
+
+def test_what_a_killed_run_left_replaces_all_rows_of_an_image_or_none(store):
+    store.publish([stage(store, "run1", 0, both("a", "b", errors=("permission denied", "permission denied")))])
+    stage(store, "run2", 0, pa.concat_tables([both("a", errors=(None, "permission denied")), both("c")]))
+    assert store.recover("net@1", "net@2") == 4
+    errors = Counter((row["path"], row["error"]) for row in store.read().to_pylist())
+    assert errors == {("a", None): 1, ("a", "permission denied"): 1, ("b", "permission denied"): 2, ("c", None): 2}
+
+
+def test_results_may_have_fewer_models_than_a_run_but_no_other(store):
+    store.publish([stage(store, "run1", 0, table("a"))])
+    assert store.resume("net@1", "net@2").num_rows == 1
+    with pytest.raises(RunError, match="holds results of net@1, and this run is of net@2 and net@3"):
+        store.resume("net@2", "net@3")

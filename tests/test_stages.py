@@ -272,12 +272,13 @@ def test_a_task_without_post_processing_is_named_with_the_known(bundle):
 
 def test_the_fused_task_gives_what_the_stages_give_one_after_the_other(samples, bundle_uri, config, tmp_path):
     task = make_task(str(samples), bundle_uri, str(tmp_path), config)
+    (model,) = task.models
     images = list_images(task.source, config).images
     batches = assign(images, plan(images, 2, config)).to_batches(max_chunksize=10)
     read = list(stages.read_images(batches, task.source, 64, MEGABYTE))
-    tensors = list(stages.preprocess(read, task.bundle.manifest.input, 64, task.max_pixels))
-    outputs = list(stages.infer(tensors, task.bundle, None, 1))
-    apart = list(stages.postprocess(outputs, task.bundle.manifest, task.parameters, task.model))
+    tensors = list(stages.preprocess(read, model.bundle.manifest.input, 64, task.max_pixels))
+    outputs = list(stages.infer(tensors, model.bundle, None, 1))
+    apart = list(stages.postprocess(outputs, model.bundle.manifest, model.parameters, model.identity))
     fused = list(task.results(batches))
     assert rows_of(fused) == rows_of(apart)
     assert len(rows_of(fused)) == 64 and sum(row["error"] is not None for row in rows_of(fused)) == 4

@@ -13,6 +13,7 @@ import time
 import uuid
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -23,7 +24,7 @@ import pyarrow as pa
 from helpers.bundle.manifest import Bundle, load_bundle
 from helpers.bundle.runtime import batch_size
 from helpers.config import Config
-from helpers.errors import RunError, StorageError, only_warn
+from helpers.errors import ConfigError, RunError, StorageError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, stages
 from helpers.pipeline.readers import add_frames, choose_reader, planned_paths, read_all_by_spark, read_by_spark, reading
@@ -31,7 +32,7 @@ from helpers.pipeline.records import Stopwatch, describe, write_record
 from helpers.pipeline.results import ResultStore
 from helpers.pipeline.rows import is_among, outdated, replaced, settled, without
 from helpers.pipeline.sample import draw_sample, read_pictures
-from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_through
+from helpers.pipeline.task import RECORD_SCHEMA, STAGES, RunModel, Task, error_kind, pass_through
 from helpers.session import get_slots, local_slots, spark_failure, spark_schema
 from helpers.storage import open_storage
 from helpers.tasks import parameters_for
@@ -146,14 +147,14 @@ def postprocess(outputs: "DataFrame", model: str, config: Config) -> "DataFrame"
 def run(
     spark: "SparkSession",
     source: str,
-    model: str,
+    model: str | Sequence[str],
     output: str,
     config: Config,
     session_seconds: float | None = None,
 ) -> RunSummary:
     """Run the four stages, fused, over every image below a location, and publish the results once.
 
-    Every k-th frame of a video (`video.every`) is an image too, with the path `FILE#frame=N`. Images whose path, length
+    With several models every image is decoded once, and has a row per model; it is done when it has all of them. Every k-th frame of a video (`video.every`) is an image too, with the path `FILE#frame=N`. Images whose path, length
     and modification time are already in the results are skipped, unless their error is not of their bytes or
     `config.resume` is false; the results then replace all earlier ones when they are published. A damaged image is a
     row with an `error`. `session_seconds`, what the session took to start, is recorded. After the results are
@@ -169,14 +170,14 @@ def run(
     store = ResultStore(task.output)
     with ThreadPoolExecutor(1) as pool, store.exclusive():
         warm_up = pool.submit(_start_workers, spark)
-        old_rows = store.resume(task.model) if config.resume else store.rows()
+        old_rows = store.resume(*(model.identity for model in task.models)) if config.resume else store.rows()
         slots = get_slots(spark)
         watch.lap("open")
         listed = listing.list_images(task.source, config, skip=store.folders)
         images = add_frames(spark, task.source, listed, config)
-        settled_rows = settled(old_rows) if config.resume else old_rows.slice(0, 0)
+        settled_rows = settled(old_rows, len(task.models)) if config.resume else old_rows.slice(0, 0)
         todo = without(images, settled_rows)
-        plan = listing.plan(todo, slots, config, _image_seconds(task.bundle, config))
+        plan = listing.plan(todo, slots, config, _image_seconds(task, config))
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
         watch.lap("list")
         warm_up.exception()  # if it failed, so will the run, and say why
@@ -212,10 +213,23 @@ def run(
     return _summarize(images, records, seconds, watch.laps["seconds"], store, settled_rows, unlisted)
 
 
-def make_task(source: str, model: str, output: str, config: Config) -> Task:
-    """Everything the tasks of a run share; `Task.results` also runs in one process, without Spark."""
-    bundle = load_bundle(open_storage(model, config))
-    parameters = parameters_for(bundle.manifest, config.postprocess)
+def make_task(source: str, model: str | Sequence[str], output: str, config: Config) -> Task:
+    """Everything the tasks of a run share; `Task.results` also runs in one process, without Spark.
+
+    Args:
+        source: where the images lie.
+        model: a bundle's location, or several.
+        output: where results go.
+        config: settings.
+
+    Raises:
+        ConfigError: a model is named twice.
+        BundleError: a model cannot be used.
+        StorageError: a location cannot be used.
+    """
+    models = tuple(_open_model(uri, config) for uri in ([model] if isinstance(model, str) else model))
+    if len({model.identity for model in models}) < len(models):
+        raise ConfigError("--model names the same model twice; name each once")
     images = open_storage(source, config)
     if not images.exists(""):
         raise StorageError(f"{images.root}: no such folder; check the --source location")
@@ -224,9 +238,7 @@ def make_task(source: str, model: str, output: str, config: Config) -> Task:
         source=images,
         output=open_storage(output, config),
         run=run_id,
-        bundle=bundle,
-        model=model_identity(bundle, parameters, config),
-        parameters=parameters,
+        models=models,
         max_bytes=config.max_image_bytes,
         max_pixels=config.ingest.max_pixels,
         precision=config.inference.precision,
@@ -241,6 +253,12 @@ def model_identity(bundle: Bundle, parameters: dict[str, Any], config: Config) -
     """Name a model in the results so that whatever changes its predictions changes its name."""
     settings = json.dumps([bundle.manifest.digest, parameters, config.inference.precision], sort_keys=True)
     return f"{bundle.manifest.name}@{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+
+
+def _open_model(uri: str, config: Config) -> RunModel:
+    bundle = load_bundle(open_storage(uri, config))
+    parameters = parameters_for(bundle.manifest, config.postprocess)
+    return RunModel(bundle, model_identity(bundle, parameters, config), parameters)
 
 
 def _start_workers(spark: "SparkSession") -> None:
@@ -302,6 +320,7 @@ def _summarize(
     failed = sum(record["failed"] for record in records)
     damaged = settled_rows.filter(settled_rows["error"].is_valid())
     damaged = damaged.filter(is_among(damaged, images))
+    errors = dict(zip(damaged["path"].to_pylist(), damaged["error"].to_pylist(), strict=True))  # one per image
     return RunSummary(
         images=images.num_rows,
         ok=processed - failed,
@@ -313,9 +332,9 @@ def _summarize(
         results=store.location,
         unlisted=unlisted,
         records=records,
-        skipped_errors=Counter(error_kind(error) for error in damaged["error"].to_pylist()),
+        skipped_errors=Counter(map(error_kind, errors.values())),
     )
 
 
-def _image_seconds(bundle: Bundle, config: Config) -> float:
-    return config.partitioning.image_seconds + bundle.manifest.flops / (config.partitioning.gflops * 1e9)
+def _image_seconds(task: Task, config: Config) -> float:
+    return config.partitioning.image_seconds + task.flops / (config.partitioning.gflops * 1e9)

@@ -75,15 +75,14 @@ def describe(
         records: of its tasks.
         session_seconds: from the start of the process until there was a session; None where one was there already.
     """
-    manifest = task.bundle.manifest
     return {
         "run": task.run,
         "started": watch.started.isoformat(),
         "source": task.source.root,
         "output": task.output.root,
-        "model": task.model,
-        "bundle": manifest.digest,
-        "flops": manifest.flops,
+        "model": " and ".join(model.identity for model in task.models),
+        "bundle": " and ".join(model.bundle.manifest.digest for model in task.models),
+        "flops": task.flops,
         "slots": slots,  # as planned for; Spark counts a cluster of one core as two
         "workers": len({(record["host"], record["process"]) for record in records}),
         "partitions": len(records),

@@ -1,6 +1,6 @@
 """Exactly-once results in plain Parquet, on any storage.
 
-    OUTPUT/results/           what readers see: whole files, one row per image
+    OUTPUT/results/           what readers see: whole files, one row per image and model
     OUTPUT/_staging/RUN/      files of tasks that have ended, not yet published
     OUTPUT/runs/              what each run took (`helpers.pipeline.records`)
     OUTPUT/_lock              held by the one run that may write
@@ -112,17 +112,17 @@ class ResultStore:
         tables = [self._load(file) for file in self._files(RESULTS)]
         return pa.concat_tables(tables or [RESULT_SCHEMA.empty_table()])
 
-    def resume(self, model: str) -> pa.Table:
-        """What earlier runs of a model have left: repaired, with what killed ones left staged; returns its `rows`.
+    def resume(self, *models: str) -> pa.Table:
+        """What earlier runs of some models have left: repaired, with what killed ones left staged; returns its `rows`.
 
         Raises:
             RunError: the results are another model's, or what is staged is.
             StorageError: a file is damaged, or not ours.
         """
         rows = self.rows()
-        self._check_model(rows, model)
+        self._check_models(rows, models)
         repaired = self._repair(rows)
-        return self.rows() if self.recover(model) or repaired else rows
+        return self.rows() if self.recover(*models) or repaired else rows
 
     def stage(self, run: str) -> None:
         """Make a run's staging folder."""
@@ -138,24 +138,30 @@ class ResultStore:
         counts = [staged_counts(path) for path in self._files(staging(run))]
         return sum(images for images, _ in counts), sum(failed for _, failed in counts)
 
-    def recover(self, model: str | None = None) -> int:
+    def recover(self, *models: str) -> int:
         """Publish what earlier, killed runs left staged, and return how many rows that were.
 
+        Args:
+            models: what this run is of; by default one, which may be any.
+
         Raises:
-            RunError: it is another model's than the one given.
+            RunError: it is another model's than those given.
             StorageError: a file is damaged, or not ours.
         """
         files, recovered = sorted(self._files(STAGING)), 0
         rows = self.rows() if files else ROWS_SCHEMA.empty_table()
         for path in files:
             staged = self._load(path)
-            if model is not None:
-                self._check_model(staged, model)
+            if models:
+                self._check_models(staged, models)
+            done = settled(rows, len(models) or 1)
             # An image that failed for want of something is done only once it has been tried with success.
-            known = pc.if_else(pc.is_null(staged["error"]), is_among(staged, settled(rows)), is_among(staged, rows))
+            known = pc.if_else(pc.is_null(staged["error"]), is_among(staged, done), is_among(staged, rows))
             # A task that outlived its driver may have ended after a later run, which saw the image as it is now.
             late = is_in(staged["path"], rows_of_later_runs(rows, path.split("/")[-2])["path"])
             fresh = staged.filter(pc.invert(pc.or_(known, late)))
+            # The rows of an image, one per model, stay together: they replace all that it has.
+            fresh = staged.filter(is_in(staged["path"], fresh["path"]))
             if fresh.num_rows:
                 if fresh.num_rows < staged.num_rows:
                     write_table(self.storage, path, fresh)
@@ -185,12 +191,12 @@ class ResultStore:
             write_table(self.storage, f"{RESULTS}/none.parquet", RESULT_SCHEMA.empty_table())
         return published
 
-    def _check_model(self, rows: pa.Table, model: str) -> None:
-        others = sorted(set(rows["model"].unique().to_pylist()) - {model})
+    def _check_models(self, rows: pa.Table, models: tuple[str, ...]) -> None:
+        others = sorted(set(rows["model"].unique().to_pylist()) - set(models))
         if others:
             raise RunError(
-                f"{self.storage.root} holds results of {others[0]}, and this run is of {model}; name another --output, "
-                "or replace them with --set resume=false"
+                f"{self.storage.root} holds results of {others[0]}, and this run is of {' and '.join(models)}; name "
+                "another --output, or replace them with --set resume=false"
             )
 
     def _repair(self, rows: pa.Table) -> bool:

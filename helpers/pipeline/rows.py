@@ -16,13 +16,23 @@ from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES
 ROWS_SCHEMA = pa.schema([*KEY, ERROR, pa.field("model", pa.string()), pa.field("file", pa.string())])
 
 
-def settled(rows: pa.Table) -> pa.Table:
+def settled(rows: pa.Table, models: int = 1) -> pa.Table:
     """The rows that stay as they are until their image changes: without an error, or with one of the image itself.
 
     Any other error (of reading, memory, a permission, a limit that is set) can pass without a change of the image.
+
+    Args:
+        rows: the results.
+        models: of the run; an image without a settled row of each is worked on again, and all its rows are replaced.
     """
     lasting = pc.match_substring_regex(rows["error"], f"^({'|'.join(map(re.escape, LASTING))})")
-    return rows.filter(pc.or_kleene(pc.is_null(rows["error"]), lasting))
+    rows = rows.filter(pc.or_kleene(pc.is_null(rows["error"]), lasting))
+    if models == 1:
+        return rows
+    images = pa.table([_large(rows["path"]), *(rows[name] for name in KEY_NAMES[1:])], names=KEY_NAMES)
+    images = images.append_column("model", rows["model"]).group_by(KEY_NAMES).aggregate([("model", "count_distinct")])
+    complete = images.filter(pc.equal(images["model_count_distinct"], models))
+    return rows.filter(is_among(rows.set_column(0, "path", _large(rows["path"])), complete))
 
 
 def without(images: pa.Table, rows: pa.Table) -> pa.Table:

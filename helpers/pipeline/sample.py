@@ -17,6 +17,7 @@ from helpers.images.decoding import decode
 from helpers.images.drawing import draw, picture_name
 from helpers.images.video import split_path
 from helpers.pipeline.results import PICTURES
+from helpers.pipeline.rows import is_in
 from helpers.pipeline.stages import read_images
 from helpers.storage import Storage
 from helpers.storage.parquet import read_table
@@ -45,9 +46,10 @@ def draw_sample(output: Storage, files: list[str], source: Storage, config: Conf
             break
         with only_warn(f"no pictures of the images in {file}"):
             table = read_table(output, file)
-            table = table.filter(pc.is_null(table["error"])).slice(0, math.ceil(config.pictures / len(files)))
-            rows = table.slice(0, config.pictures - len(names)).to_pylist()
-            rows = {row["path"]: row for row in rows if _can_be_drawn(row, source, max_pixels)}
+            count = min(math.ceil(config.pictures / len(files)), config.pictures - len(names))
+            rows = {
+                path: row for path, row in _first_rows(table, count).items() if _can_be_drawn(row, source, max_pixels)
+            }
             batches = pa.Table.from_pylist(list(rows.values()), table.schema).to_batches()
             limits = config.max_image_bytes, config.ingest.max_pixels
             for batch in read_images(batches, source, 1, 1, *limits):
@@ -63,6 +65,17 @@ def read_pictures(output: Storage, names: list[str]) -> Iterator[tuple[str, byte
     """The first pictures for a dashboard, one at a time: name and PNG file."""
     for name in names[:SHOWN]:
         yield name, output.read(f"{PICTURES}/{name}")
+
+
+def _first_rows(table: pa.Table, count: int) -> dict[str, dict[str, Any]]:
+    """By path, one row of each of the first images, with the predictions of all models."""
+    table = table.filter(pc.is_null(table["error"]))
+    rows: dict[str, dict[str, Any]] = {}
+    for row in table.filter(is_in(table["path"], table["path"].unique().slice(0, count))).to_pylist():
+        first = rows.setdefault(row["path"], row)
+        if first is not row:
+            first["predictions"] += row["predictions"]
+    return rows
 
 
 def _can_be_drawn(row: dict[str, Any], source: Storage, max_pixels: int) -> bool:

@@ -5,7 +5,7 @@ stage alone; `helpers.pipeline.task` fuses all four, so that pixels and raw outp
 `helpers.pipeline.reading`. Executors import this module.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -156,6 +156,23 @@ def _load(
     content: pa.BinaryScalar, spec: InputSpec, max_pixels: int, max_memory: int | None
 ) -> tuple[np.ndarray, Size]:
     return load(memoryview(content.as_buffer()).cast("B"), spec, max_pixels, max_memory)
+
+
+def tensor_batch(
+    batch: pa.RecordBatch, sizes: Sequence[Size | None], errors: Sequence[str | None], inputs: list[np.ndarray]
+) -> pa.RecordBatch:
+    """A batch of `TENSOR_SCHEMA`.
+
+    Args:
+        batch: with the columns of `KEY`.
+        sizes: of the original images; None where there is none.
+        errors: of the rows.
+        inputs: the model's input, uint8 `[height, width, channels]`, of the rows without an error.
+    """
+    widths, heights = zip(*(size or (None, None) for size in sizes), strict=True)
+    pixels = np.stack(inputs) if inputs else np.zeros((0, 0), np.uint8)
+    tensors = _tensors(pixels, [error is not None for error in errors])
+    return extend(batch, TENSOR_SCHEMA, width=widths, height=heights, error=errors, tensor=tensors)
 
 
 def _tensors(pixels: np.ndarray, failed: list[bool]) -> pa.Array:

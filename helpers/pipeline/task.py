@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import tee
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +26,8 @@ import pyarrow.parquet as pq
 from helpers.bundle.manifest import Bundle
 from helpers.bundle.runtime import batch_size, loading_seconds
 from helpers.images.video import split_paths
-from helpers.pipeline import stages
+from helpers.pipeline import stages, views
+from helpers.pipeline.rows import count_values
 from helpers.pipeline.schemas import TIMESTAMP, Batches
 from helpers.storage import Storage
 
@@ -46,7 +48,7 @@ RECORD_SCHEMA = pa.schema(
         pa.field("process", pa.int32()),
         pa.field("file", pa.string()),
         pa.field("images", pa.int64()),
-        pa.field("failed", pa.int64()),
+        pa.field("failed", pa.int64()),  # with one model at least
         pa.field("bytes", pa.int64()),
         pa.field("reasons", pa.list_(REASON)),
         pa.field("started", TIMESTAMP),
@@ -60,15 +62,22 @@ RECORD_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
+class RunModel:
+    """One model of a run: its bundle, what the results' `model` column says, and its post-processing's parameters."""
+
+    bundle: Bundle
+    identity: str
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Task:
     """What a run's tasks share: plain values and references only, because it is pickled into each."""
 
     source: Storage
     output: Storage
     run: str
-    bundle: Bundle
-    model: str
-    parameters: dict[str, Any]
+    models: tuple[RunModel, ...]
     max_bytes: int
     max_pixels: int
     precision: str | None
@@ -77,6 +86,11 @@ class Task:
     max_batch: int
     memory_megabytes: int
     first_partition: int = 0  # a run may have several jobs, whose partitions Spark counts from 0 each
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations for one image, of all models together."""
+        return sum(model.bundle.manifest.flops for model in self.models)
 
     def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]:
         """Run one partition: the input of `results` in, one row of `RECORD_SCHEMA` out (no images, no row)."""
@@ -100,7 +114,7 @@ class Task:
             "process": os.getpid(),
             "started": started,
             "seconds": clock.seconds,
-            **{f"{stage}_seconds": clock.exclusive.get(stage, 0.0) for stage in STAGES},
+            **{f"{stage}_seconds": clock.exclusive[stage] for stage in STAGES},
             "cpu_seconds": clock.cpu_seconds,
             "thread_seconds": clock.thread_seconds,
             # Linux counts kilobytes
@@ -114,18 +128,34 @@ class Task:
         self, batches: Batches, clock: "Clock | None" = None, memory_megabytes: int | None = None
     ) -> Iterator[pa.RecordBatch]:
         """The fused stages: `ASSIGNED_SCHEMA` in, or `IMAGE_SCHEMA` if Spark has read; works without Spark too."""
-        clock = clock or Clock()
-        images = batch_size(self.bundle, self.batch_megabytes, self.max_batch)
-        spec = self.bundle.manifest.input
-        limits = self.max_bytes, self.max_pixels, memory_megabytes
-        read = stages.read_images(batches, self.source, images, self.batch_megabytes * 2**20, *limits)
-        tensors = stages.preprocess(clock.timed("read", read), spec, images, self.max_pixels, memory_megabytes)
+        clock, limits = clock or Clock(), (self.max_pixels, memory_megabytes)
+        # One size for all batches, so that no model holds back what the others' are made of.
+        size = min(batch_size(model.bundle, self.batch_megabytes, self.max_batch) for model in self.models)
+        budget = self.batch_megabytes * 2**20
+        read = stages.read_images(batches, self.source, size, budget, self.max_bytes, *limits)
+        images = clock.timed("read", read)
+        if len(self.models) == 1:
+            tensors = [stages.preprocess(images, self.models[0].bundle.manifest.input, size, *limits)]
+        else:
+            copies = tee(views.decode_each(images, *limits), len(self.models))
+            tensors = [
+                views.preprocess_views(
+                    copy, model.bundle.manifest.input, size, memory_megabytes, max_held=views.HELD_BYTES
+                )
+                for copy, model in zip(copies, self.models, strict=True)
+            ]
+        parts = zip(tensors, self.models, strict=True)
+        return views.interleave([self._predict(part, model, clock, memory_megabytes) for part, model in parts])
+
+    def _predict(
+        self, tensors: Batches, model: RunModel, clock: "Clock", memory_megabytes: int | None
+    ) -> Iterator[pa.RecordBatch]:
+        """Stages 3 and 4 of one model."""
         outputs = stages.infer(
-            clock.timed("preprocess", tensors), self.bundle, self.precision, self.threads, memory_megabytes
+            clock.timed("preprocess", tensors), model.bundle, self.precision, self.threads, memory_megabytes
         )
-        results = stages.postprocess(
-            clock.timed("infer", outputs), self.bundle.manifest, self.parameters, self.model, self.bundle.read
-        )
+        manifest, read = model.bundle.manifest, model.bundle.read
+        results = stages.postprocess(clock.timed("infer", outputs), manifest, model.parameters, model.identity, read)
         return clock.timed("postprocess", results)
 
 
@@ -147,75 +177,79 @@ def forget_archives() -> None:
 
 
 class Clock:
-    """Seconds spent in each stage of a chain of generators, which run inside one another.
+    """Seconds spent in each stage of generators, which run inside one another.
 
     And those of the processor: `cpu_seconds` of all threads, `thread_seconds` of this one.
     """
 
     def __init__(self) -> None:
-        self.start = time.perf_counter()
+        self.start = self._last = time.perf_counter()
         self.cpu_seconds, self.thread_seconds = -time.process_time(), -time.thread_time()
-        self.inclusive: dict[str, float] = {}
-        self.exclusive: dict[str, float] = {}
+        self.exclusive = dict.fromkeys(STAGES, 0.0)
         self.seconds = 0.0
+        self._stage = STAGES[-1]  # what takes the results is at work where no stage is
 
     def timed(self, stage: str, batches: Batches) -> Iterator[pa.RecordBatch]:
-        """Pass batches on, adding the time that making them takes, upstream stages included."""
-        self.inclusive[stage] = 0.0
+        """Pass batches on; the time that making them takes is the stage's, less that of stages inside it."""
         iterator = iter(batches)
         while True:
-            start = time.perf_counter()
+            outer = self._enter(stage)
             batch = next(iterator, None)
-            self.inclusive[stage] += time.perf_counter() - start
+            self._enter(outer)
             if batch is None:
                 return
             yield batch
 
     def finish(self, load_seconds: float = 0.0) -> None:
-        """Take the upstream stages' time out of each; what is left of the whole is writing.
+        """End the last stage.
 
         Args:
             load_seconds: what of the inference was loading the model.
         """
-        self.seconds = time.perf_counter() - self.start
+        self._enter(STAGES[-1])
+        self.seconds = self._last - self.start
         self.cpu_seconds += time.process_time()
         self.thread_seconds += time.thread_time()
-        upstream = 0.0
-        for stage in STAGES[1:-1]:
-            self.exclusive[stage] = self.inclusive[stage] - upstream
-            upstream = self.inclusive[stage]
-        self.exclusive["write"] = self.seconds - upstream
         self.exclusive["load"] = load_seconds
         self.exclusive["infer"] -= load_seconds
+
+    def _enter(self, stage: str) -> str:
+        """Book the time since the last change, begin a stage, and return the one that was at work."""
+        now = time.perf_counter()
+        self.exclusive[self._stage] += now - self._last
+        self._last, left, self._stage = now, self._stage, stage
+        return left
 
 
 def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
     """Write a partition's results as one Parquet file, under a name that tells the driver how many there are."""
-    totals, reasons, files = Counter[str](), Counter[str](), dict[str, int]()
+    rows, failures, files = Counter[str](), dict[str, str](), dict[str, int]()
     # On disk only where a partition's results are large; the storage then gets the file whole.
     with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
         with pq.ParquetWriter(spool, stages.RESULT_SCHEMA, compression="zstd") as writer:
             for table in _row_groups(batches):
                 writer.write_table(table)
-                errors = table["error"].drop_null()
-                totals.update(images=table.num_rows, failed=len(errors))
+                rows.update(count_values(table["model"]))
+                failed = table.filter(table["error"].is_valid())
+                failures.update(zip(failed["path"].to_pylist(), failed["error"].to_pylist(), strict=True))
                 paths, frames = split_paths(table["path"])
                 # An image that is too long is not read, and of a video all frames together are the file.
                 read = pc.or_(frames.is_valid(), pc.less_equal(table["length"], task.max_bytes))
                 lengths = pc.if_else(read, table["length"], 0).to_pylist()
                 files.update(zip(paths.to_pylist(), lengths, strict=True))
-                reasons.update(map(error_kind, errors.to_pylist()))
-        if not totals["images"]:
+        images = min(rows[model.identity] for model in task.models)  # an image has a row of each
+        if not images:
             return {}
-        path = f"{staging(task.run)}/{partition:06d}-{totals['images']}-{totals['failed']}.parquet"
+        path = f"{staging(task.run)}/{partition:06d}-{images}-{len(failures)}.parquet"
         spool.seek(0)
         with task.output.create(path) as file:
             shutil.copyfileobj(spool, file)
-    top = [{"error": error, "count": count} for error, count in reasons.most_common(REASONS)]
+    reasons = Counter(map(error_kind, failures.values())).most_common(REASONS)
+    top = [{"error": error, "count": count} for error, count in reasons]
     return {
         "file": path,
-        "images": totals["images"],
-        "failed": totals["failed"],
+        "images": images,
+        "failed": len(failures),
         "bytes": sum(files.values()),
         "reasons": top,
     }

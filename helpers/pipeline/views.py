@@ -1,0 +1,184 @@
+"""What models look at where that is not one whole image after the other: a *view*, such as a tile or a crop.
+
+Images are decoded once, however many models and views there are. A view is a row of the stages, as an image is where
+there is nothing else; `join` makes one row per image of them again. Executors import this module.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from helpers.images.boundary import attempt
+from helpers.images.decoding import Image, decode, fit
+from helpers.images.headers import Size
+from helpers.images.spec import InputSpec
+from helpers.memory import bounded
+from helpers.pipeline.schemas import KEY, KEY_NAMES, RESULT_SCHEMA, Batches
+from helpers.pipeline.stages import tensor_batch
+
+HELD_BYTES = 64 * 2**20  # of decoded images that wait for another model; with more of them a batch is full
+NO_VIEW = "there is nothing to look at"  # never in a row of the results
+
+Window = tuple[int, int, int, int]  # left, top, right, bottom in the image's pixels
+Predictions = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Views:
+    """An image with its views.
+
+    Attributes:
+        key: its columns of `KEY`.
+        size: width and height; None where it could not be decoded.
+        error: why it could not.
+        pixels: uint8 BGR `[height, width, 3]`; None where they could not be decoded, or are not needed any more.
+        windows: where the views are; there may be none.
+        merge: makes the image's predictions of those of its views, in their order.
+    """
+
+    key: dict[str, Any]
+    size: Size | None
+    error: str | None
+    pixels: Image | None
+    windows: Sequence[Window]
+    merge: Callable[[list[Predictions]], Predictions]
+
+
+def decode_each(batches: Batches, max_pixels: int, memory_megabytes: int | None = None) -> Iterator[Views]:
+    """Decode images one at a time; each has one view, which is the whole.
+
+    Args:
+        batches: `IMAGE_SCHEMA`.
+        max_pixels: larger images are not decoded.
+        memory_megabytes: what this process may take; images that would take it beyond are not decoded either.
+    """
+    for batch in batches:
+        keys = batch.select([*KEY_NAMES, "error"]).to_pylist()
+        for key, content in zip(keys, batch["content"], strict=True):
+            error, pixels = key.pop("error"), None
+            if error is None:
+                with bounded(memory_megabytes) as left:
+                    pixels, error = attempt(decode, memoryview(content.as_buffer()).cast("B"), max_pixels, left)
+            size = None if pixels is None else (pixels.shape[1], pixels.shape[0])
+            yield Views(key, size, error, pixels, [(0, 0, *size)] if size else [], lambda parts: parts[0])
+
+
+def preprocess_views(
+    images: Iterable[Views],
+    spec: InputSpec,
+    max_views: int,
+    memory_megabytes: int | None = None,
+    max_held: int | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Views to the model's input.
+
+    Args:
+        images: with their views; of an image without any there is one row, with an error.
+        spec: of the model.
+        max_views: per batch.
+        memory_megabytes: what this process may take.
+        max_held: bytes of decoded images after which a batch is full, where somebody else waits with them.
+
+    Yields:
+        `TENSOR_SCHEMA`, one row per view, with the view's size.
+    """
+    rows: list[tuple[dict[str, Any], Size | None, str | None, np.ndarray | None]] = []
+    held = 0
+    for views in images:
+        for window in views.windows or [None]:
+            rows.append((views.key, *_fit(views, window, spec, memory_megabytes)))
+            if len(rows) == max_views:
+                yield _batch(rows)
+                rows, held = [], 0
+        held += 0 if views.pixels is None else views.pixels.nbytes
+        if rows and max_held is not None and held >= max_held:
+            yield _batch(rows)
+            rows, held = [], 0
+    if rows:
+        yield _batch(rows)
+
+
+def _fit(
+    views: Views, window: Window | None, spec: InputSpec, memory_megabytes: int | None
+) -> tuple[Size | None, str | None, np.ndarray | None]:
+    """A view's size, or why it cannot be looked at, and the model's input."""
+    if window is None or views.pixels is None:
+        return None, views.error or NO_VIEW, None
+    left, top, right, bottom = window
+    with bounded(memory_megabytes):
+        pixels, error = attempt(fit, views.pixels[top:bottom, left:right], spec)
+    return (None, error, None) if pixels is None else ((right - left, bottom - top), None, pixels)
+
+
+def _batch(rows: list[tuple[dict[str, Any], Size | None, str | None, np.ndarray | None]]) -> pa.RecordBatch:
+    keys, sizes, errors, inputs = zip(*rows, strict=True)
+    batch = pa.RecordBatch.from_pylist(keys, schema=pa.schema(KEY))
+    return tensor_batch(batch, sizes, list(errors), [pixels for pixels in inputs if pixels is not None])
+
+
+def remember(images: Iterable[Views], waiting: "deque[Views]", with_pixels: bool = False) -> Iterator[Views]:
+    """Pass images on, and remember them in order for `join`; their pixels only where these are needed afterwards."""
+    for views in images:
+        waiting.append(views if with_pixels else replace(views, pixels=None))
+        yield views
+
+
+def join(results: Batches, waiting: "deque[Views]") -> Iterator[list[tuple[Views, dict[str, Any]]]]:
+    """Rows of views to rows of their images, in order, as many at a time as are finished.
+
+    Args:
+        results: `RESULT_SCHEMA`, of `preprocess_views`' rows.
+        waiting: the images of these rows, as `remember` leaves them; each is taken away when its row is made.
+
+    Yields:
+        Images with their row of `RESULT_SCHEMA`; what goes wrong with a view is its image's error.
+    """
+    parts: list[dict[str, Any]] = []
+    for batch in results:
+        finished = []
+        for part in batch.to_pylist():
+            parts.append(part)
+            if len(parts) == max(1, len(waiting[0].windows)):
+                views = waiting.popleft()
+                finished.append((views, _row(views, parts)))
+                parts = []
+        yield finished
+
+
+def _row(views: Views, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    error = views.error
+    if views.windows:
+        error = next((part["error"] for part in parts if part["error"] is not None), None)
+    predictions = None
+    if error is None:
+        predictions, error = attempt(views.merge, [part["predictions"] for part in parts] if views.windows else [])
+    width, height = views.size or (None, None)
+    row = {"width": width, "height": height, "error": error, "predictions": predictions}
+    return {**views.key, **row, "model": parts[0]["model"]}
+
+
+def to_results(rows: Iterable[list[tuple[Views, dict[str, Any]]]]) -> Iterator[pa.RecordBatch]:
+    """The rows that `join` makes, as `RESULT_SCHEMA`."""
+    for finished in rows:
+        if finished:
+            yield pa.RecordBatch.from_pylist([row for _, row in finished], schema=RESULT_SCHEMA)
+
+
+def interleave(streams: Sequence[Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
+    """Batches of several streams, always one of that which has given the fewest rows: none runs far ahead.
+
+    What they have in common, such as the images of several models, need not wait for long in memory then.
+    """
+    given = dict.fromkeys(range(len(streams)), 0)
+    while given:
+        number = min(given, key=given.__getitem__)
+        batch = next(streams[number], None)
+        if batch is None:
+            del given[number]
+        else:
+            given[number] += batch.num_rows
+            yield batch
