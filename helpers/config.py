@@ -102,8 +102,10 @@ class PartitionSettings(_Section):
 
 
 class InferenceSettings(_Section):
-    """How OpenVINO runs in a task."""
+    """How OpenVINO, or ONNX Runtime, runs in a task."""
 
+    device: Literal["CPU", "GPU", "NPU", "AUTO", "CUDA"]
+    gpu_share: Annotated[float, Field(gt=0, le=1)]
     precision: Literal["f32", "bf16", "f16"] | None
     threads: Annotated[int, Field(gt=0, le=1024)]
     batch_megabytes: Annotated[int, Field(gt=0, le=1024)]  # half of what Arrow can hold

@@ -1,6 +1,6 @@
 """OpenVINO in a Spark task: one compiled model a Python worker, asynchronous requests, threads that fit the task.
 
-Executors import this module; it needs numpy and OpenVINO only.
+Executors import this module; it needs numpy and OpenVINO only, and for NVIDIA GPUs ONNX Runtime (`onnx_model`).
 """
 
 import gc
@@ -15,7 +15,8 @@ import numpy as np
 import openvino as ov
 
 from helpers.bundle.manifest import MANIFEST, OPEN, Bundle
-from helpers.errors import BundleError, first_line
+from helpers.bundle.onnx_model import OnnxModel, load_onnx
+from helpers.errors import BundleError, HostError, first_line
 from helpers.memory import resident_megabytes
 from helpers.temporary import user_folder
 
@@ -25,7 +26,7 @@ SINGLE_MEGABYTES = 1  # inputs and outputs of which not even two images fit into
 ANY = OPEN  # a graph's dimension
 REQUESTS = 2  # one batch is inferred while the next is read and decoded
 
-_models: dict[tuple[str, str, int], "Model"] = {}
+_models: dict[tuple[str, str, int, str], "Model | OnnxModel"] = {}
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,8 @@ class Model:
     def _start(self, pixels: np.ndarray) -> ov.InferRequest:
         request = self.idle.pop() if self.idle else self.compiled.create_infer_request()
         request.start_async({0: pixels}, share_inputs=True)
-        if (
-            pixels.shape not in self.shapes
-        ):  # it takes the memory for them, which decoding meanwhile is not to hold back
-            request.wait()
+        if pixels.shape not in self.shapes:
+            request.wait()  # it takes the memory for them, which decoding meanwhile is not to hold back
             self.shapes.add(pixels.shape)
         return request
 
@@ -75,8 +74,12 @@ class Model:
 
 
 def get_model(
-    bundle: Bundle, precision: str | None = None, threads: int = 1, memory_megabytes: int | None = None
-) -> Model:
+    bundle: Bundle,
+    precision: str | None = None,
+    threads: int = 1,
+    memory_megabytes: int | None = None,
+    device: str = "CPU",
+) -> "Model | OnnxModel":
     """Return this process's compiled model of a bundle, loading it the first time only.
 
     Args:
@@ -84,14 +87,20 @@ def get_model(
         precision: arithmetic, `f32`, `bf16` or `f16`; by default the manifest's.
         threads: OpenVINO threads; a Spark task has one core.
         memory_megabytes: what this process may take; None for no limit.
+        device: `CPU`, `GPU`, `NPU` or `AUTO` of OpenVINO, or `CUDA` of ONNX Runtime; `GPU.1` is the second one.
 
     Raises:
         BundleError: a file is missing or damaged, OpenVINO cannot read it, or it takes too much memory.
+        HostError: there is no such device.
     """
     precision = precision or bundle.manifest.arithmetic
-    key = (bundle.manifest.model, precision, threads)
+    key = (bundle.manifest.model, precision, threads, device)
     if key not in _models:
-        _models[key] = _load(bundle, precision, threads)
+        kind, _, number = device.partition(".")
+        if kind == "CUDA":
+            _models[key] = load_onnx(bundle, threads, device=int(number or 0))
+        else:
+            _models[key] = _load(bundle, precision, threads, device)
         # Spark's workers collect garbage after every task, and walk all that was imported each time unless it is
         # set apart: 70 ms per task.
         gc.collect()
@@ -161,8 +170,10 @@ def _lies(bundle: Bundle, difference: str) -> BundleError:
     return BundleError(f"{bundle.storage.join(MANIFEST)} says {difference}; export the bundle again")
 
 
-def compile_options(precision: str, threads: int) -> dict[str, Any]:
+def compile_options(precision: str, threads: int, device: str = "CPU") -> dict[str, Any]:
     """OpenVINO's settings for a task, each set on purpose."""
+    if device != "CPU":  # which has neither threads nor bf16 units, or chooses for itself
+        return {"INFERENCE_PRECISION_HINT": "f16" if precision == "bf16" else precision}
     return {
         # On CPUs with bf16 units OpenVINO computes in bf16 unless told otherwise, whatever the file holds.
         "INFERENCE_PRECISION_HINT": precision,
@@ -178,6 +189,16 @@ def has_bf16() -> bool:
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+def check_device(core: ov.Core, device: str) -> None:
+    """Raises HostError where OpenVINO has no such device on this host."""
+    names = core.available_devices
+    if device != "AUTO" and not any(name in (device, f"{device}.0") for name in names):
+        raise HostError(
+            f"OpenVINO has the devices {', '.join(names)} here, and not {device}: install its driver, or set "
+            "inference.device to one of them, to AUTO, or to CUDA for NVIDIA's"
+        )
+
+
 def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
     resident = resident_megabytes()
     if memory_megabytes is not None and resident > memory_megabytes:
@@ -187,18 +208,19 @@ def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
         )
 
 
-def _load(bundle: Bundle, precision: str, threads: int) -> Model:
+def _load(bundle: Bundle, precision: str, threads: int, device: str) -> Model:
     start = time.perf_counter()
     core = ov.Core()
+    check_device(core, device)
     if folder := user_folder():
         core.set_property({"CACHE_DIR": str(folder / "openvino")})
     try:
         graph, single = read_graph(core, bundle)
-        compiled = core.compile_model(graph, "CPU", compile_options(precision, threads))
+        compiled = core.compile_model(graph, device, compile_options(precision, threads, device))
     except RuntimeError as error:
         raise BundleError(f"OpenVINO {ov.__version__} cannot load {bundle.storage.root}: {first_line(error)}") from None
-    if precision == "bf16" and not has_bf16():
+    if device == "CPU" and precision == "bf16" and not has_bf16():
         log.warning("this CPU has no bfloat16 units, so it computes %s in 32 bits", bundle.manifest.model)
     seconds = time.perf_counter() - start
-    log.info("loaded %s (%s, %d threads) in %.2f s", bundle.manifest.model, precision, threads, seconds)
+    log.info("loaded %s (%s, %d threads, %s) in %.2f s", bundle.manifest.model, precision, threads, device, seconds)
     return Model(compiled, tuple(output.name for output in bundle.manifest.outputs), seconds, single)

@@ -126,6 +126,7 @@ def infer(tensors: "DataFrame", model: str, config: Config) -> "DataFrame":
         precision=config.inference.precision,
         threads=config.inference.threads,
         memory_megabytes=config.inference.memory_megabytes,
+        device=config.inference.device,
     )
     return tensors.mapInArrow(stage, spark_schema(stages.output_schema(bundle.manifest)))
 
@@ -246,13 +247,17 @@ def make_task(source: str, model: str | Sequence[str], output: str, config: Conf
         batch_megabytes=config.inference.batch_megabytes,
         max_batch=config.inference.max_batch,
         memory_megabytes=config.inference.memory_megabytes,
+        device=config.inference.device,
     )
 
 
 def model_identity(bundle: Bundle, parameters: dict[str, Any], config: Config) -> str:
     """Name a model in the results so that whatever changes its predictions changes its name."""
-    settings = json.dumps([bundle.manifest.digest, parameters, config.inference.precision], sort_keys=True)
-    return f"{bundle.manifest.name}@{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    settings = [bundle.manifest.digest, parameters, config.inference.precision]
+    if config.inference.device != "CPU":
+        settings.append(config.inference.device)
+    text = json.dumps(settings, sort_keys=True)
+    return f"{bundle.manifest.name}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _open_model(uri: str, config: Config) -> RunModel:

@@ -72,7 +72,12 @@ def preprocess(
 
 
 def infer(
-    batches: Batches, bundle: Bundle, precision: str | None, threads: int, memory_megabytes: int | None = None
+    batches: Batches,
+    bundle: Bundle,
+    precision: str | None,
+    threads: int,
+    memory_megabytes: int | None = None,
+    device: str = "CPU",
 ) -> Iterator[pa.RecordBatch]:
     """Stage 3: the model's input to its raw outputs, in the process's one compiled model.
 
@@ -82,13 +87,14 @@ def infer(
         precision: arithmetic; None for the bundle's own.
         threads: OpenVINO threads.
         memory_megabytes: what this process may take.
+        device: what computes, as `get_model` has it.
 
     Yields:
         `output_schema(manifest)`; the outputs are null where `error` is set. Outputs that are not numbers, or infinite,
         are an error of their image.
     """
     schema = output_schema(bundle.manifest)
-    model = get_model(bundle, precision, threads, memory_megabytes)
+    model = get_model(bundle, precision, threads, memory_megabytes, device)
     parts = (part for batch in batches for part in (_split_rows(batch) if model.single else [batch]))
     for batch, outputs in model.infer((part, _pixels(part, bundle.manifest.input)) for part in parts):
         errors = batch["error"].to_pylist()

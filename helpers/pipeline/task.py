@@ -85,6 +85,7 @@ class Task:
     batch_megabytes: int
     max_batch: int
     memory_megabytes: int
+    device: str = "CPU"
     first_partition: int = 0  # a run may have several jobs, whose partitions Spark counts from 0 each
 
     @property
@@ -151,12 +152,22 @@ class Task:
         self, tensors: Batches, model: RunModel, clock: "Clock", memory_megabytes: int | None
     ) -> Iterator[pa.RecordBatch]:
         """Stages 3 and 4 of one model."""
-        outputs = stages.infer(
-            clock.timed("preprocess", tensors), model.bundle, self.precision, self.threads, memory_megabytes
-        )
+        settings = self.precision, self.threads, memory_megabytes, _with_number(self.device)
+        outputs = stages.infer(clock.timed("preprocess", tensors), model.bundle, *settings)
         manifest, read = model.bundle.manifest, model.bundle.read
         results = stages.postprocess(clock.timed("infer", outputs), manifest, model.parameters, model.identity, read)
         return clock.timed("postprocess", results)
+
+
+def _with_number(device: str) -> str:
+    """A device with the number of the GPU that Spark has given to this task, where it gives any."""
+    if device not in ("GPU", "CUDA"):
+        return device
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    gpus = context.resources().get("gpu") if context else None
+    return f"{device}.{gpus.addresses[0]}" if gpus else device
 
 
 def pass_through(batches: Batches) -> Iterator[pa.RecordBatch]:

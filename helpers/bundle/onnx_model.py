@@ -1,0 +1,104 @@
+"""ONNX Runtime behind the face of `runtime.Model`: for NVIDIA GPUs, which OpenVINO does not use.
+
+Executors import this module; ONNX Runtime is imported where a model is loaded only.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from helpers.bundle.manifest import Bundle, Manifest
+from helpers.errors import BundleError, HostError, first_line
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+FILE = "model.onnx"
+CUDA = "CUDAExecutionProvider"
+REQUESTS = 2  # one batch is inferred while the next is read and decoded
+QUIET = 3  # ONNX Runtime's level of errors only
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """A bundle's ONNX graph, which takes normalized float32 `[B, C, H, W]`, with the normalization before it."""
+
+    session: "onnxruntime.InferenceSession"
+    manifest: Manifest
+    load_seconds: float
+
+    @property
+    def single(self) -> bool:
+        """Whether the graph takes one image at a time."""
+        return self.manifest.batch == 1
+
+    def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
+        """Run batches through the model, in order, as `runtime.Model.infer` does."""
+        pending: deque[tuple[Any, Future[dict[str, np.ndarray]]]] = deque()
+        with ThreadPoolExecutor(1) as pool:
+            for item, pixels in batches:
+                pending.append((item, pool.submit(self._run, pixels)))
+                if len(pending) == REQUESTS:
+                    first, outputs = pending.popleft()
+                    yield first, outputs.result()
+            for item, outputs in pending:
+                yield item, outputs.result()
+
+    def _run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        if not len(pixels):
+            return {}
+        spec = self.manifest.input
+        values = (pixels - np.float32(spec.mean)) / np.float32(spec.std)
+        names = [output.name for output in self.manifest.outputs]
+        feeds = {self.session.get_inputs()[0].name: np.ascontiguousarray(values.transpose(0, 3, 1, 2))}
+        return dict(zip(names, self.session.run(names, feeds), strict=True))  # type: ignore[arg-type]
+
+
+def load_onnx(bundle: Bundle, threads: int, provider: str = CUDA, device: int = 0) -> OnnxModel:
+    """Load a bundle's ONNX graph.
+
+    Args:
+        bundle: with `model.onnx` in it.
+        threads: of what is computed on the CPU.
+        provider: an execution provider of ONNX Runtime.
+        device: number of the GPU.
+
+    Raises:
+        BundleError: the bundle has no such graph, or ONNX Runtime cannot load it.
+        HostError: this host has no such provider.
+    """
+    if FILE not in bundle.manifest.files:
+        raise BundleError(f"{bundle.storage.root} has no {FILE}, which CUDA needs; export it with --keep-onnx")
+    try:
+        import onnxruntime
+    except ImportError:
+        raise HostError("inference.device=CUDA needs ONNX Runtime: pip install onnxruntime-gpu") from None
+    providers = onnxruntime.get_available_providers()
+    if provider not in providers:
+        raise HostError(
+            f"ONNX Runtime has {', '.join(providers)} here, and not {provider}: pip install onnxruntime-gpu in place of "
+            "onnxruntime, or set inference.device to another device"
+        )
+    start = time.perf_counter()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, QUIET
+    # Several tasks share a GPU: none takes more of its memory than it needs. Without TF32, f32 is what it says.
+    settings = {"device_id": device, "arena_extend_strategy": "kSameAsRequested", "use_tf32": 0}
+    try:
+        chosen = [(provider, settings if provider == CUDA else {})]
+        session = onnxruntime.InferenceSession(bundle.read(FILE), options, providers=chosen)
+    except BundleError:
+        raise
+    except Exception as error:  # of kinds of its own
+        raise BundleError(f"ONNX Runtime cannot load {bundle.storage.join(FILE)}: {first_line(error)}") from None
+    if session.get_providers()[0] != provider:  # it warns and goes on on the CPU, without CUDA's libraries for example
+        raise HostError(f"{provider} cannot be used here: install the CUDA and cuDNN that onnxruntime-gpu needs")
+    outputs = {output.name for output in session.get_outputs()}
+    if missing := [output.name for output in bundle.manifest.outputs if output.name not in outputs]:
+        raise BundleError(f"{bundle.storage.join(FILE)} has no output {missing[0]!r}; export the bundle again")
+    return OnnxModel(session, bundle.manifest, time.perf_counter() - start)
