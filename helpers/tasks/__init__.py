@@ -17,6 +17,8 @@ from helpers.tasks import (
     detection,
     embedding,
     instance_segmentation,
+    keypoints,
+    semantic_segmentation,
 )
 from helpers.tasks.filters import Filters
 from helpers.tasks.interface import NO_ARRAYS, Arrays, Decoder, OutputError, Prediction, Sizes
@@ -41,6 +43,8 @@ DECODERS: dict[str, dict[str, Decoder]] = {
     "embedding": embedding.DECODERS,
     "detection": detection.DECODERS,
     "instance_segmentation": instance_segmentation.DECODERS,
+    "semantic_segmentation": semantic_segmentation.DECODERS,
+    "keypoints": keypoints.DECODERS,
 }
 # Predictions of other tasks have a place in the image.
 FILTERS = {"embedding": (), "classification": ("classes", "min_score")}

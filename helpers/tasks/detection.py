@@ -139,7 +139,7 @@ def find_end_to_end(
         parameters: of the boxes.
     """
     placement = place(manifest.input, size)
-    boxes, scores, classes, relative = _split(outputs, parameters.relative)
+    boxes, scores, classes, relative = _split(outputs, parameters.relative, parameters.first_class)
     count = int(outputs["count"].reshape(-1)[0]) if "count" in outputs else len(scores)
     rows = np.flatnonzero(scores[: max(count, 0)] > parameters.score_threshold)
     corners = to_corners(boxes[rows], parameters.box_format)
@@ -153,7 +153,7 @@ def find_end_to_end(
     )
 
 
-def _split(outputs: Arrays, relative: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+def _split(outputs: Arrays, relative: bool, first_class: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Boxes, scores, classes, and whether boxes are relative to the input."""
     if "detections" in outputs:
         table = outputs["detections"].reshape(-1, outputs["detections"].shape[-1])
@@ -163,7 +163,7 @@ def _split(outputs: Arrays, relative: bool) -> tuple[np.ndarray, np.ndarray, np.
         return table[:stop, 3:], table[:stop, 2], table[:stop, 1], True
     boxes = outputs["boxes"]
     scores = outputs["scores"] if "scores" in outputs else boxes[:, 4]
-    return boxes[:, :4], scores, outputs["classes"], relative
+    return boxes[:, :4], scores, outputs.get("classes", np.full(len(boxes), first_class, np.float32)), relative
 
 
 def _decode_end_to_end(
