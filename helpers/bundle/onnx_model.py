@@ -7,38 +7,29 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from helpers.bundle.manifest import Bundle, Manifest
+from helpers.bundle.manifest import Bundle
+from helpers.bundle.runtime import REQUESTS, Model
 from helpers.errors import BundleError, HostError, first_line
-
-if TYPE_CHECKING:
-    import onnxruntime
+from helpers.images.spec import InputSpec
 
 FILE = "model.onnx"
 CUDA = "CUDAExecutionProvider"
-REQUESTS = 2  # one batch is inferred while the next is read and decoded
 QUIET = 3  # ONNX Runtime's level of errors only
 
 
 @dataclass(frozen=True)
-class OnnxModel:
+class OnnxModel(Model):
     """A bundle's ONNX graph, which takes normalized float32 `[B, C, H, W]`, with the normalization before it."""
 
-    session: "onnxruntime.InferenceSession"
-    manifest: Manifest
-    load_seconds: float
-
-    @property
-    def single(self) -> bool:
-        """Whether the graph takes one image at a time."""
-        return self.manifest.batch == 1
+    spec: InputSpec = field(kw_only=True)
 
     def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
-        """Run batches through the model, in order, as `runtime.Model.infer` does."""
+        """Run batches through the model, in order, as `Model.infer` does."""
         pending: deque[tuple[Any, Future[dict[str, np.ndarray]]]] = deque()
         with ThreadPoolExecutor(1) as pool:
             for item, pixels in batches:
@@ -52,11 +43,10 @@ class OnnxModel:
     def _run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         if not len(pixels):
             return {}
-        spec = self.manifest.input
-        values = (pixels - np.float32(spec.mean)) / np.float32(spec.std)
-        names = [output.name for output in self.manifest.outputs]
-        feeds = {self.session.get_inputs()[0].name: np.ascontiguousarray(values.transpose(0, 3, 1, 2))}
-        return dict(zip(names, self.session.run(names, feeds), strict=True))  # type: ignore[arg-type]
+        mean, std = (np.array(values, np.float32) for values in (self.spec.mean, self.spec.std))
+        values = np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2))
+        feeds = {self.compiled.get_inputs()[0].name: values}
+        return dict(zip(self.outputs, self.compiled.run(list(self.outputs), feeds), strict=True))
 
 
 def load_onnx(bundle: Bundle, threads: int, provider: str = CUDA, device: int = 0) -> OnnxModel:
@@ -81,8 +71,8 @@ def load_onnx(bundle: Bundle, threads: int, provider: str = CUDA, device: int = 
     providers = onnxruntime.get_available_providers()
     if provider not in providers:
         raise HostError(
-            f"ONNX Runtime has {', '.join(providers)} here, and not {provider}: pip install onnxruntime-gpu in place of "
-            "onnxruntime, or set inference.device to another device"
+            f"ONNX Runtime has {', '.join(providers)} here, and not {provider}: pip install onnxruntime-gpu in place "
+            "of onnxruntime, or set inference.device to another device"
         )
     start = time.perf_counter()
     options = onnxruntime.SessionOptions()
@@ -98,7 +88,8 @@ def load_onnx(bundle: Bundle, threads: int, provider: str = CUDA, device: int = 
         raise BundleError(f"ONNX Runtime cannot load {bundle.storage.join(FILE)}: {first_line(error)}") from None
     if session.get_providers()[0] != provider:  # it warns and goes on on the CPU, without CUDA's libraries for example
         raise HostError(f"{provider} cannot be used here: install the CUDA and cuDNN that onnxruntime-gpu needs")
-    outputs = {output.name for output in session.get_outputs()}
-    if missing := [output.name for output in bundle.manifest.outputs if output.name not in outputs]:
-        raise BundleError(f"{bundle.storage.join(FILE)} has no output {missing[0]!r}; export the bundle again")
-    return OnnxModel(session, bundle.manifest, time.perf_counter() - start)
+    manifest, known = bundle.manifest, {output.name for output in session.get_outputs()}
+    names = tuple(output.name for output in manifest.outputs)
+    if missing := set(names) - known:
+        raise BundleError(f"{bundle.storage.join(FILE)} has no output {min(missing)!r}; export the bundle again")
+    return OnnxModel(session, names, time.perf_counter() - start, manifest.batch == 1, spec=manifest.input)

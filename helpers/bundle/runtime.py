@@ -15,7 +15,6 @@ import numpy as np
 import openvino as ov
 
 from helpers.bundle.manifest import MANIFEST, OPEN, Bundle
-from helpers.bundle.onnx_model import OnnxModel, load_onnx
 from helpers.errors import BundleError, HostError, first_line
 from helpers.memory import resident_megabytes
 from helpers.temporary import user_folder
@@ -26,14 +25,14 @@ SINGLE_MEGABYTES = 1  # inputs and outputs of which not even two images fit into
 ANY = OPEN  # a graph's dimension
 REQUESTS = 2  # one batch is inferred while the next is read and decoded
 
-_models: dict[tuple[str, str, int, str], "Model | OnnxModel"] = {}
+_models: dict[tuple[str, str, int, str], "Model"] = {}
 
 
 @dataclass(frozen=True)
 class Model:
     """A compiled model: how long loading took, the names of its outputs, and requests that wait to be used again."""
 
-    compiled: ov.CompiledModel
+    compiled: Any
     outputs: tuple[str, ...]
     load_seconds: float
     single: bool = False  # compiled for one image at a time
@@ -79,7 +78,7 @@ def get_model(
     threads: int = 1,
     memory_megabytes: int | None = None,
     device: str = "CPU",
-) -> "Model | OnnxModel":
+) -> Model:
     """Return this process's compiled model of a bundle, loading it the first time only.
 
     Args:
@@ -98,6 +97,8 @@ def get_model(
     if key not in _models:
         kind, _, number = device.partition(".")
         if kind == "CUDA":
+            from helpers.bundle.onnx_model import load_onnx
+
             _models[key] = load_onnx(bundle, threads, device=int(number or 0))
         else:
             _models[key] = _load(bundle, precision, threads, device)

@@ -155,11 +155,13 @@ def run(
 ) -> RunSummary:
     """Run the four stages, fused, over every image below a location, and publish the results once.
 
-    With several models every image is decoded once, and has a row per model; it is done when it has all of them. Every k-th frame of a video (`video.every`) is an image too, with the path `FILE#frame=N`. Images whose path, length
+    Every k-th frame of a video (`video.every`) is an image too, with the path `FILE#frame=N`. Images whose path, length
     and modification time are already in the results are skipped, unless their error is not of their bytes or
     `config.resume` is false; the results then replace all earlier ones when they are published. A damaged image is a
     row with an `error`. `session_seconds`, what the session took to start, is recorded. After the results are
     published nothing raises: pictures, dashboard and record that cannot be written are warnings.
+
+    With several models every image is decoded once, and has a row per model; it is skipped when it has all of them.
 
     Raises:
         RunError: no image, results of another model in the output, another run at work there, or a failed job.

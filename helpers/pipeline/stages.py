@@ -104,7 +104,7 @@ def infer(
             good = np.flatnonzero(batch["error"].is_null())
             errors = [NOT_FINITE if row in good[not_finite] else error for row, error in enumerate(errors)]
             outputs = {name: np.delete(values, not_finite, axis=0) for name, values in outputs.items()}
-        failed = np.array([error is not None for error in errors])
+        failed = np.array([error is not None for error in errors], bool)
         columns: dict[str, Any] = {}
         for output in bundle.manifest.outputs:
             values = outputs.get(output.name)
@@ -239,7 +239,7 @@ def _pixels(batch: pa.RecordBatch, spec: InputSpec) -> np.ndarray:
 
 def _float_lists(values: np.ndarray | None, failed: np.ndarray) -> pa.Array:
     flat = np.zeros(0, np.float32) if values is None else values.reshape(-1)
-    width = flat.size // max(1, np.count_nonzero(~failed))
+    width = flat.size // max(1, int(np.count_nonzero(~failed)))
     offsets = np.concatenate([[0], np.cumsum(np.where(failed, 0, width))]).astype(np.int32)
     return pa.ListArray.from_arrays(offsets, flat, mask=pa.array(failed) if failed.any() else None)
 

@@ -89,7 +89,8 @@ def preprocess_views(
     rows: list[tuple[dict[str, Any], Size | None, str | None, np.ndarray | None]] = []
     held = 0
     for views in images:
-        for window in views.windows or [None]:
+        windows: Sequence[Window | None] = views.windows or [None]
+        for window in windows:
             rows.append((views.key, *_fit(views, window, spec, memory_megabytes)))
             if len(rows) == max_views:
                 yield _batch(rows)
