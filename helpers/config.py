@@ -28,6 +28,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Large = Annotated[int, Field(gt=0, lt=2**50)]
 Seconds = Annotated[float, Field(ge=1e-6, le=10**6)]
+Value = float | int | str | bool | list[float | int | str]
 COPIES = 4  # of a file in a task's memory, at most: as it was read, in Arrow, in a decoder, and the next one read ahead
 
 
@@ -113,6 +114,22 @@ class InferenceSettings(_Section):
     memory_megabytes: Positive
 
 
+class TilingSettings(_Section):
+    """Which images are cut into tiles."""
+
+    factor: Annotated[float, Field(ge=0, le=10**6)]
+    overlap: Annotated[float, Field(ge=0, le=0.9)]
+
+
+class CascadeSettings(_Section):
+    """Which detections of a first model a second one looks at."""
+
+    enabled: bool
+    min_score: Fraction
+    padding: Annotated[float, Field(ge=0, le=10)]
+    max_crops: Positive
+
+
 class Config(_Section):
     """Every setting of a run; `conf/base.yaml` documents each."""
 
@@ -128,7 +145,9 @@ class Config(_Section):
     video: VideoSettings
     partitioning: PartitionSettings
     inference: InferenceSettings
-    postprocess: dict[str, float | int | str | bool | list[float | int | str]]
+    tiling: TilingSettings
+    cascade: CascadeSettings
+    postprocess: dict[str, Value | dict[str, Value]]
 
     @property
     def max_image_bytes(self) -> int:

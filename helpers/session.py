@@ -260,9 +260,14 @@ def _jvm_settings(config: Config) -> dict[str, str]:
     else:
         # Workers run the interpreter that runs the driver, not the first python3 on the PATH.
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    gpu = {}
+    if config.spark.mode == "cluster" and config.inference.device in ("GPU", "CUDA"):
+        share = str(config.inference.gpu_share)
+        gpu = {"spark.executor.resource.gpu.amount": "1", "spark.task.resource.gpu.amount": share}
     log4j = f"-Dlog4j2.configurationFile={(PROJECT / 'conf' / 'log4j2.properties').as_uri()}"
     return {
         **packed,
+        **gpu,
         "spark.driver.memory": config.spark.driver_memory,
         "spark.driver.extraJavaOptions": f"{log4j} {local_options()}" if config.spark.mode != "cluster" else log4j,
         "spark.task.maxFailures": str(config.spark.task_attempts),

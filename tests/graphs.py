@@ -25,6 +25,33 @@ def brightness(folder: Path, side: int = 8, **changes) -> Bundle:
     return _save(folder, [("logits", logits)], pixels, replace(manifest, **changes))
 
 
+def bright_spot(folder: Path, side: int = 64, **changes) -> Bundle:
+    """A detection of one `dark` box around all pixels that are brighter than 200."""
+    pixels = _pixels(side)
+    is_bright = opset.greater(opset.reduce_max(pixels, [3], keep_dims=False), np.float32(200))
+    starts = np.arange(side, dtype=np.float32)
+    ends = []
+    for reduce, offset, other in ((opset.reduce_min, 0, side), (opset.reduce_max, 1, 0)):
+        for places in (starts[None, None, :], starts[None, :, None]):
+            ends.append(reduce(opset.select(is_bright, places + np.float32(offset), np.float32(other)), [1, 2]))
+    boxes = opset.unsqueeze(opset.concat([opset.unsqueeze(end, 1) for end in ends], 1), 1)
+    is_any = opset.reduce_max(opset.convert(is_bright, np.float32), [1, 2])
+    scores = opset.multiply(opset.unsqueeze(is_any, 1), np.float32(0.9))
+    classes = opset.multiply(scores, np.float32(0))
+    outputs = {"boxes": (1, 4), "scores": (1,), "classes": (1,)}
+    manifest = _manifest("bright_spot", "detection", side, outputs, {"score_threshold": 0.5})
+    nodes = [("boxes", boxes), ("scores", scores), ("classes", classes)]
+    return _save(folder, nodes, pixels, replace(manifest, **changes))
+
+
+def mean_color(folder: Path, side: int = 8, **changes) -> Bundle:
+    """An embedding of three numbers, the mean of each channel."""
+    pixels = _pixels(side)
+    vector = opset.reduce_mean(pixels, [1, 2], keep_dims=False)
+    manifest = _manifest("mean_color", "embedding", side, {"embedding": (3,)}, {"normalize": False})
+    return _save(folder, [("embedding", vector)], pixels, replace(manifest, labels=(), **changes))
+
+
 def _pixels(side: int) -> ov.Node:
     pixels = opset.parameter([-1, side, side, 3], np.uint8, name="pixels")
     return opset.convert(pixels, np.float32)

@@ -4,6 +4,7 @@ A task leaves one Parquet file in the run's staging folder and returns one row a
 files of the tasks that Spark accepted (`helpers.pipeline.results`). Executors import this module.
 """
 
+import math
 import os
 import resource
 import shutil
@@ -12,9 +13,9 @@ import sys
 import tempfile
 import time
 import zipimport
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import tee
 from typing import Any
@@ -23,12 +24,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from helpers import tasks
 from helpers.bundle.manifest import Bundle
 from helpers.bundle.runtime import batch_size, loading_seconds
 from helpers.images.video import split_paths
 from helpers.pipeline import stages, views
 from helpers.pipeline.rows import count_values
 from helpers.pipeline.schemas import TIMESTAMP, Batches
+from helpers.pipeline.views import Cascade, Tiling, Views
 from helpers.storage import Storage
 
 STAGING = "_staging"
@@ -85,7 +88,9 @@ class Task:
     batch_megabytes: int
     max_batch: int
     memory_megabytes: int
-    device: str = "CPU"
+    device: str
+    tiling: Tiling | None = None
+    cascade: Cascade | None = None
     first_partition: int = 0  # a run may have several jobs, whose partitions Spark counts from 0 each
 
     @property
@@ -129,34 +134,79 @@ class Task:
         self, batches: Batches, clock: "Clock | None" = None, memory_megabytes: int | None = None
     ) -> Iterator[pa.RecordBatch]:
         """The fused stages: `ASSIGNED_SCHEMA` in, or `IMAGE_SCHEMA` if Spark has read; works without Spark too."""
-        clock, limits = clock or Clock(), (self.max_pixels, memory_megabytes)
-        # One size for all batches, so that no model holds back what the others' are made of.
-        size = min(batch_size(model.bundle, self.batch_megabytes, self.max_batch) for model in self.models)
-        budget = self.batch_megabytes * 2**20
-        read = stages.read_images(batches, self.source, size, budget, self.max_bytes, *limits)
-        images = clock.timed("read", read)
-        if len(self.models) == 1:
-            tensors = [stages.preprocess(images, self.models[0].bundle.manifest.input, size, *limits)]
-        else:
-            copies = tee(views.decode_each(images, *limits), len(self.models))
-            tensors = [
-                views.preprocess_views(
-                    copy, model.bundle.manifest.input, size, memory_megabytes, max_held=views.HELD_BYTES
-                )
-                for copy, model in zip(copies, self.models, strict=True)
-            ]
-        parts = zip(tensors, self.models, strict=True)
-        return views.interleave([self._predict(part, model, clock, memory_megabytes) for part, model in parts])
+        return Chain(self, clock or Clock(), memory_megabytes).results(batches)
 
-    def _predict(
-        self, tensors: Batches, model: RunModel, clock: "Clock", memory_megabytes: int | None
-    ) -> Iterator[pa.RecordBatch]:
+
+@dataclass(frozen=True)
+class Chain:
+    """The stages of one task, chained: where pixels are decoded once for several models or views, and what follows."""
+
+    task: Task
+    clock: "Clock"
+    memory_megabytes: int | None
+
+    def results(self, batches: Batches) -> Iterator[pa.RecordBatch]:
+        """The rows of each image, `RESULT_SCHEMA`."""
+        task, limits = self.task, (self.task.max_pixels, self.memory_megabytes)
+        size, budget = max(map(self._batch_size, task.models)), task.batch_megabytes * 2**20
+        images = stages.read_images(batches, task.source, size, budget, task.max_bytes, *limits)
+        images = self.clock.timed("read", images)
+        if len(task.models) == 1 and task.tiling is None:
+            (model,) = task.models
+            return self._predict(stages.preprocess(images, model.bundle.manifest.input, size, *limits), model)
+        decoded = views.decode_each(images, *limits)
+        if task.cascade is not None:
+            streams = self._cascade(decoded, task.cascade)
+        else:
+            copies = zip(tee(decoded, len(task.models)), task.models, strict=True)
+            streams = [self._whole(copy, model) for copy, model in copies]
+        return self.clock.timed("postprocess", views.interleave(streams))
+
+    def _whole(self, images: Iterator[Views], model: RunModel) -> Iterator[pa.RecordBatch]:
+        """The results of one model for images, of the tiles of large ones if so set."""
+        max_held = views.HELD_BYTES if len(self.task.models) > 1 else None
+        if self.task.tiling is None:
+            return self._predict(self._preprocess(images, model, max_held), model)
+        return views.to_results(self._tiled(images, model, max_held))
+
+    def _cascade(self, images: Iterator[Views], cascade: Cascade) -> list[Iterator[pa.RecordBatch]]:
+        """The results of a detector, and those of a second model for the detections."""
+        detector, second = self.task.models
+        detections, again = tee(self._tiled(images, detector, views.HELD_BYTES, with_pixels=True))
+        crops = views.crop_each(again, second.bundle.manifest, second.parameters, cascade)
+        return [views.to_results(detections), views.to_results(self._joined(crops, second))]
+
+    def _tiled(
+        self, images: Iterator[Views], model: RunModel, max_held: int | None, with_pixels: bool = False
+    ) -> Iterator[views.Rows]:
+        tiling = self.task.tiling or Tiling(math.inf, 0)
+        images = views.tile_each(images, model.bundle.manifest, model.parameters, tiling)
+        return self._joined(images, model, max_held, with_pixels)
+
+    def _joined(
+        self, images: Iterator[Views], model: RunModel, max_held: int | None = None, with_pixels: bool = False
+    ) -> Iterator[views.Rows]:
+        """A row per image, of its views' results."""
+        waiting: deque[Views] = deque()
+        tensors = self._preprocess(views.remember(images, waiting, with_pixels), model, max_held)
+        unfiltered = replace(model, parameters=tasks.without_filters(model.parameters))
+        return views.join(self._predict(tensors, unfiltered), waiting)
+
+    def _preprocess(self, images: Iterator[Views], model: RunModel, max_held: int | None) -> Iterator[pa.RecordBatch]:
+        spec, size = model.bundle.manifest.input, self._batch_size(model)
+        return views.preprocess_views(images, spec, size, self.memory_megabytes, max_held)
+
+    def _predict(self, tensors: Batches, model: RunModel) -> Iterator[pa.RecordBatch]:
         """Stages 3 and 4 of one model."""
-        settings = self.precision, self.threads, memory_megabytes, _with_number(self.device)
-        outputs = stages.infer(clock.timed("preprocess", tensors), model.bundle, *settings)
-        manifest, read = model.bundle.manifest, model.bundle.read
-        results = stages.postprocess(clock.timed("infer", outputs), manifest, model.parameters, model.identity, read)
-        return clock.timed("postprocess", results)
+        task, manifest = self.task, model.bundle.manifest
+        settings = task.precision, task.threads, self.memory_megabytes, _with_number(task.device)
+        outputs = stages.infer(self.clock.timed("preprocess", tensors), model.bundle, *settings)
+        outputs = self.clock.timed("infer", outputs)
+        results = stages.postprocess(outputs, manifest, model.parameters, model.identity, model.bundle.read)
+        return self.clock.timed("postprocess", results)
+
+    def _batch_size(self, model: RunModel) -> int:
+        return batch_size(model.bundle, self.task.batch_megabytes, self.task.max_batch)
 
 
 def _with_number(device: str) -> str:

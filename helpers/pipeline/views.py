@@ -4,27 +4,55 @@ Images are decoded once, however many models and views there are. A view is a ro
 there is nothing else; `join` makes one row per image of them again. Executors import this module.
 """
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from helpers import tasks
+from helpers.bundle.manifest import Manifest
 from helpers.images.boundary import attempt
 from helpers.images.decoding import Image, decode, fit
+from helpers.images.enlargement import Window
 from helpers.images.headers import Size
 from helpers.images.spec import InputSpec
 from helpers.memory import bounded
 from helpers.pipeline.schemas import KEY, KEY_NAMES, RESULT_SCHEMA, Batches
 from helpers.pipeline.stages import tensor_batch
+from helpers.tasks.tiling import merge, shift, tiles
 
 HELD_BYTES = 64 * 2**20  # of decoded images that wait for another model; with more of them a batch is full
 NO_VIEW = "there is nothing to look at"  # never in a row of the results
 
-Window = tuple[int, int, int, int]  # left, top, right, bottom in the image's pixels
-Predictions = list[dict[str, Any]]
+NMS_THRESHOLD = 0.5  # for the duplicates of two tiles, where the model's own decoder needs none
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Which images are cut into tiles of the size of the model's input: those with a side `factor` times as long.
+
+    `overlap` is the share of a tile's side that its neighbor has too.
+    """
+
+    factor: float
+    overlap: float
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """Which detections a second model looks at: the `max_crops` best of an image, with `min_score` at least.
+
+    `padding` is added to each side of a box, as a share of the box's side.
+    """
+
+    min_score: float
+    padding: float
+    max_crops: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +65,7 @@ class Views:
         error: why it could not.
         pixels: uint8 BGR `[height, width, 3]`; None where they could not be decoded, or are not needed any more.
         windows: where the views are; there may be none.
-        merge: makes the image's predictions of those of its views, in their order.
+        merge: makes what `tasks.predict` returns for the image of what it returned for the views, in their order.
     """
 
     key: dict[str, Any]
@@ -45,7 +73,10 @@ class Views:
     error: str | None
     pixels: Image | None
     windows: Sequence[Window]
-    merge: Callable[[list[Predictions]], Predictions]
+    merge: Callable[[list[Any]], Any]
+
+
+Rows = list[tuple[Views, dict[str, Any]]]  # images with their row of `RESULT_SCHEMA`
 
 
 def decode_each(batches: Batches, max_pixels: int, memory_megabytes: int | None = None) -> Iterator[Views]:
@@ -65,6 +96,87 @@ def decode_each(batches: Batches, max_pixels: int, memory_megabytes: int | None 
                     pixels, error = attempt(decode, memoryview(content.as_buffer()).cast("B"), max_pixels, left)
             size = None if pixels is None else (pixels.shape[1], pixels.shape[0])
             yield Views(key, size, error, pixels, [(0, 0, *size)] if size else [], lambda parts: parts[0])
+
+
+def tile_each(
+    images: Iterable[Views], manifest: Manifest, parameters: Mapping[str, Any], tiling: Tiling
+) -> Iterator[Views]:
+    """Cut images that are large against a model's input into tiles.
+
+    Args:
+        images: each with the whole as its view.
+        manifest: of the model.
+        parameters: of its post-processing; its filters are for the merged predictions.
+        tiling: which images, and how.
+    """
+    tile = manifest.input.width, manifest.input.height
+    for views in images:
+        if views.size is not None:
+            windows = views.windows
+            if any(side > tiling.factor * length for side, length in zip(views.size, tile, strict=True)):
+                windows = tiles(views.size, tile, tiling.overlap)
+            merge_tiles = partial(_merge_tiles, windows, views.size, manifest, parameters)
+            views = replace(views, windows=windows, merge=merge_tiles)
+        yield views
+
+
+def _merge_tiles(
+    windows: Sequence[Window], size: Size, manifest: Manifest, parameters: Mapping[str, Any], parts: list[Any]
+) -> Any:
+    merged = parts[0]
+    if len(parts) > 1:
+        threshold = parameters.get("nms_threshold", NMS_THRESHOLD)
+        merged = merge(manifest.task, list(zip(windows, parts, strict=True)), size, threshold)
+    return tasks.apply_filters(merged, size, manifest, parameters)
+
+
+def crop_each(
+    rows: Iterable[Rows], manifest: Manifest, parameters: Mapping[str, Any], cascade: Cascade
+) -> Iterator[Views]:
+    """The detections of one model as the views of another.
+
+    Args:
+        rows: of the detector, as `join` makes them, of images with their pixels.
+        manifest: of the second model.
+        parameters: of its post-processing; its filters are for the merged predictions.
+        cascade: which detections.
+    """
+    for finished in rows:
+        for views, row in finished:
+            if views.size is not None:
+                boxed = [p for p in row["predictions"] or () if p["box"] and p["score"] >= cascade.min_score]
+                boxed = sorted(boxed, key=lambda p: -p["score"])[: cascade.max_crops]
+                windows = [_around(p["box"], cascade.padding, views.size) for p in boxed]
+                merge_crops = partial(_merge_crops, boxed, windows, views.size, manifest, parameters)
+                views = replace(views, error=row["error"], windows=windows, merge=merge_crops)
+            yield views
+
+
+def _around(box: dict[str, float], padding: float, size: Size) -> Window:
+    """The pixels of a box and so much more on each side, one at least, within the image."""
+    ends = []
+    for axis, side in zip("xy", size, strict=True):
+        start, end = box[f"{axis}1"], box[f"{axis}2"]
+        more = padding * (end - start)
+        first = min(max(0, math.floor(start - more)), side - 1)
+        ends.append((first, max(first + 1, min(side, math.ceil(end + more)))))
+    (left, right), (top, bottom) = ends
+    return left, top, right, bottom
+
+
+def _merge_crops(
+    detections: list[dict[str, Any]],
+    windows: list[Window],
+    size: Size,
+    manifest: Manifest,
+    parameters: Mapping[str, Any],
+    parts: list[Any],
+) -> list[dict[str, Any]]:
+    if manifest.task == "classification":  # the best class of each crop, where the detection is
+        merged = [{**part[0], "box": one["box"]} for one, part in zip(detections, parts, strict=True) if part]
+    else:
+        merged = [p for window, part in zip(windows, parts, strict=True) for p in shift(part, window, size)]
+    return tasks.apply_filters(merged, size, manifest, parameters)
 
 
 def preprocess_views(
@@ -128,7 +240,7 @@ def remember(images: Iterable[Views], waiting: "deque[Views]", with_pixels: bool
         yield views
 
 
-def join(results: Batches, waiting: "deque[Views]") -> Iterator[list[tuple[Views, dict[str, Any]]]]:
+def join(results: Batches, waiting: "deque[Views]") -> Iterator[Rows]:
     """Rows of views to rows of their images, in order, as many at a time as are finished.
 
     Args:
@@ -154,15 +266,15 @@ def _row(views: Views, parts: list[dict[str, Any]]) -> dict[str, Any]:
     error = views.error
     if views.windows:
         error = next((part["error"] for part in parts if part["error"] is not None), None)
-    predictions = None
-    if error is None:
-        predictions, error = attempt(views.merge, [part["predictions"] for part in parts] if views.windows else [])
+    column = "predictions" if parts[0]["embedding"] is None else "embedding"
     width, height = views.size or (None, None)
-    row = {"width": width, "height": height, "error": error, "predictions": predictions}
-    return {**views.key, **row, "model": parts[0]["model"]}
+    row = {**parts[0], **views.key, "width": width, "height": height}
+    if error is None:
+        row[column], error = attempt(views.merge, [part[column] for part in parts] if views.windows else [])
+    return row | ({"error": None} if error is None else {"error": error, "predictions": None, "embedding": None})
 
 
-def to_results(rows: Iterable[list[tuple[Views, dict[str, Any]]]]) -> Iterator[pa.RecordBatch]:
+def to_results(rows: Iterable[Rows]) -> Iterator[pa.RecordBatch]:
     """The rows that `join` makes, as `RESULT_SCHEMA`."""
     for finished in rows:
         if finished:

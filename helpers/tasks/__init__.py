@@ -30,11 +30,14 @@ __all__ = [
     "Decoder",
     "OutputError",
     "Prediction",
+    "apply_filters",
     "get_arrays",
     "get_decoder",
+    "parameter_names",
     "parameters_for",
     "predict",
     "suggest",
+    "without_filters",
 ]
 
 # By task and name; the first of a task is its default, which bundles of an empty `decoder` mean.
@@ -81,15 +84,13 @@ def parameters_for(manifest: Manifest, overrides: Mapping[str, Any]) -> dict[str
         decoder.check_shapes({output.name: output.shape for output in manifest.outputs}, len(manifest.labels))
     except OutputError as error:
         raise BundleError(f"{manifest.name}: {error}; export the bundle again") from None
-    known = [*(field.name for field in fields(decoder.parameters)), *_filters(manifest)]
+    known = parameter_names(manifest)
     for name in sorted({*overrides} - {*known}):
-        raise ConfigError(
-            f"postprocess.{name}: {manifest.name} has no such parameter; it has {', '.join(sorted(known))}"
-        )
+        raise ConfigError(f"postprocess.{name}: {manifest.name} has no such parameter; it has {', '.join(known)}")
     for name in sorted({*manifest.postprocess} - {*known}):
         raise BundleError(
             f"{manifest.name}: its post-processing has the parameter {name[:40]!r}, and the decoder has "
-            f"{', '.join(sorted(known))}; export the bundle again"
+            f"{', '.join(known)}; export the bundle again"
         )
     parameters = {**manifest.postprocess, **overrides}
     own, filters = _divide(parameters)
@@ -113,11 +114,30 @@ def predict(
     Returns:
         For each image a list of predictions, as the results' schema has them; for an embedding its numbers.
     """
-    own, filters = _divide(parameters)
-    predictions = get_decoder(manifest).predict(outputs, sizes, manifest, own, arrays)
-    if not _filters(manifest):
-        return predictions
-    return [filters.apply(one, size, manifest.labels) for one, size in zip(predictions, sizes, strict=True)]
+    predictions = get_decoder(manifest).predict(outputs, sizes, manifest, without_filters(parameters), arrays)
+    return [apply_filters(one, size, manifest, parameters) for one, size in zip(predictions, sizes, strict=True)]
+
+
+def without_filters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's own parameters: what is left where filters are for later."""
+    return _divide(parameters)[0]
+
+
+def apply_filters(predictions: Any, size: tuple[int, int], manifest: Manifest, parameters: Mapping[str, Any]) -> Any:
+    """What `predict` returns for one image, less what the filters do not let pass.
+
+    Args:
+        predictions: of one image.
+        size: its width and height, in pixels.
+        manifest: task and labels.
+        parameters: as for `predict`.
+    """
+    return _divide(parameters)[1].apply(predictions, size, manifest.labels) if _filters(manifest) else predictions
+
+
+def parameter_names(manifest: Manifest) -> list[str]:
+    """What can be set of a bundle's post-processing, the filters included, in alphabetical order."""
+    return sorted([*(field.name for field in fields(get_decoder(manifest).parameters)), *_filters(manifest)])
 
 
 def suggest(task: str, samples: Arrays, labels: int = 0) -> str:
