@@ -218,7 +218,7 @@ YOLO = [Role("predictions", ("4+C+3K A", "A 4+C+3K", "5+C+3K A", "A 5+C+3K"))]
 CENTERNET = [
     Role("heatmap", ("C H W",), are_shares, values="from 0 to 1"),
     Role("sizes", ("2 H W",)),
-    Role("offsets", ("2 H W",)),
+    Role("offsets", ("2 H W",), lambda values: bool(abs(values).max(initial=0) <= 1), values="from -1 to 1"),
     Role("landmarks", ("2K H W",), optional=True),
 ]
 

@@ -102,7 +102,7 @@ def _mean(predictions: Tiles) -> list[Prediction]:
 
 
 def _join_maps(predictions: Tiles, size: tuple[int, int]) -> list[Prediction]:
-    columns, rows = (_cores({window[i::2] for window, _ in predictions}, size[i]) for i in (0, 1))
+    columns, rows = (_cores({(one[i], one[i + 2]) for one, _ in predictions}, size[i]) for i in (0, 1))
     groups: dict[int, list[tuple[Prediction, rle.Mask]]] = defaultdict(list)
     for window, own in predictions:
         (left, right), (top, bottom) = columns[window[0], window[2]], rows[window[1], window[3]]
