@@ -126,7 +126,7 @@ class Config(_Section):
     video: VideoSettings
     partitioning: PartitionSettings
     inference: InferenceSettings
-    postprocess: dict[str, float | int | str | bool]
+    postprocess: dict[str, float | int | str | bool | list[float | int | str]]
 
     @property
     def max_image_bytes(self) -> int:

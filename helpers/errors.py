@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin
 
 from helpers.redaction import redact
 
@@ -57,6 +59,49 @@ def only_warn(what: str, remedy: str = "") -> Iterator[None]:
 
 class ConfigError(UserError):
     """A setting is unknown, of the wrong type or impossible."""
+
+
+def check_parameters(parameters: Any, lowest: Mapping[str, float] | None = None) -> None:
+    """Check the values of a dataclass of post-processing parameters by its annotations.
+
+    A `float` is a number from 0 to 1, an `int` a whole number of 1 or more, a `bool` true or false, a `Literal` one of
+    its values, and a `tuple` a list of what it names.
+
+    Args:
+        parameters: the dataclass.
+        lowest: the least value of numbers with another range, by name; such a number has no upper end.
+
+    Raises:
+        ConfigError: the first value that is none of these.
+    """
+    for field in fields(parameters):
+        value, floor = getattr(parameters, field.name), (lowest or {}).get(field.name)
+        if expectation := _expectation(field.type, value, floor):
+            raise ConfigError(f"postprocess.{field.name} is not {expectation}")
+
+
+def _expectation(kind: Any, value: Any, floor: float | None) -> str:
+    """What a value should be and is not; empty where it is."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        is_one = any(type(value) is type(choice) and value == choice for choice in choices)
+        return "" if is_one else f"one of {', '.join(map(str, choices))}"
+    if kind is bool:
+        return "" if isinstance(value, bool) else "true or false"
+    if get_origin(kind) is tuple:
+        items, name = (int | float, "numbers") if float in get_args(kind) else (int | str, "texts or whole numbers")
+        is_list = isinstance(value, list | tuple) and all(_is_a(items, item) for item in value)
+        return "" if is_list else f"a list of {name}"
+    if kind is int:
+        floor = 1 if floor is None else floor
+        return "" if _is_a(int, value) and value >= floor else f"a whole number of {floor} or more"
+    if floor is not None:
+        return "" if _is_a(int | float, value) and floor <= value < float("inf") else f"a number of {floor} or more"
+    return "" if _is_a(int | float, value) and 0 <= value <= 1 else "a number from 0 to 1"
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 class HostError(UserError):

@@ -16,8 +16,7 @@ from helpers.pipeline import make_task, stages
 from helpers.pipeline.listing import assign, list_images, plan
 from helpers.pipeline.rows import without
 from helpers.storage import open_storage
-from helpers.tasks import TASKS, parameters_for
-from helpers.tasks.classification import classification
+from helpers.tasks import DECODERS, parameters_for, predict
 
 NAMES = ["0.png", "1 missing.png", "2.jpg", "3 empty.png", "4 text.png", "5 folder.png", "6.png", "7 loop.png"]
 GOOD = [0, 2, 6]
@@ -236,7 +235,7 @@ def test_predictions_are_the_top_k_classes_in_order(outputs, bundle, top_k):
 
 def test_large_logits_give_probabilities_not_infinities(bundle):
     logits = np.array([[1000, 999] + [-1000] * 8], np.float32)
-    ((first, second),) = classification({"logits": logits}, [(1, 1)], bundle.manifest, {"top_k": 2})
+    ((first, second),) = predict({"logits": logits}, [(1, 1)], bundle.manifest, {"top_k": 2})
     assert first["score"] == pytest.approx(0.7311, abs=1e-4) and first["score"] + second["score"] == pytest.approx(1)
 
 
@@ -415,8 +414,10 @@ def outputs_of(bundle, logits: list[list[float] | None]) -> pa.RecordBatch:
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("kind", ["raises", "no numbers", "too large"])
 def test_an_image_whose_outputs_cannot_be_post_processed_costs_its_own_row(bundle, monkeypatch, count, kind):
+    softmax = DECODERS["classification"]["softmax"]
+
     def odd(outputs, sizes, manifest, parameters, arrays):
-        found = classification(outputs, sizes, manifest, {"top_k": 1}, arrays)
+        found = softmax.predict(outputs, sizes, manifest, {"top_k": 1}, arrays)
         for predictions, logits in zip(found, outputs["logits"], strict=True):
             if logits[0] == 99:
                 if kind == "raises":
@@ -424,7 +425,7 @@ def test_an_image_whose_outputs_cannot_be_post_processed_costs_its_own_row(bundl
                 predictions[0]["class_id"] = "seven" if kind == "no numbers" else 2**40  # which Arrow does not take
         return found
 
-    monkeypatch.setitem(TASKS, "classification", replace(TASKS["classification"], predict=odd))
+    monkeypatch.setitem(DECODERS["classification"], "softmax", replace(softmax, predict=odd))
     good, bad = [0.0] * 9 + [5.0], [99.0] + [0.0] * 9
     logits = ([good, None, bad, good, None] * count)[: 5 * count - 1]
     rows = rows_of(list(stages.postprocess([outputs_of(bundle, logits)], bundle.manifest, {}, "net")))
@@ -440,7 +441,8 @@ def test_a_batch_of_which_nothing_can_be_post_processed_is_errors(bundle, monkey
     def odd(*_):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setitem(TASKS, "classification", replace(TASKS["classification"], predict=odd))
+    softmax = DECODERS["classification"]["softmax"]
+    monkeypatch.setitem(DECODERS["classification"], "softmax", replace(softmax, predict=odd))
     rows = rows_of(list(stages.postprocess([outputs_of(bundle, [[1.0] * 10] * 3)], bundle.manifest, {}, "net")))
     assert len(rows) == 3 and all("ZeroDivisionError: division by zero" in row["error"] for row in rows)
 

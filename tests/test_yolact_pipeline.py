@@ -27,8 +27,7 @@ from helpers.images import drawing as pictures
 from helpers.pipeline import make_task, stages
 from helpers.pipeline.listing import assign, list_images, plan
 from helpers.storage import open_storage
-from helpers.tasks import get_arrays, parameters_for
-from helpers.tasks.instance_segmentation import instance_segmentation
+from helpers.tasks import get_arrays, parameters_for, predict
 from helpers.yolact import build
 from helpers.yolact.configurations import COCO_CLASSES
 
@@ -274,7 +273,7 @@ def test_damaged_anchors_are_found_by_their_hash(bundle, tmp_path):
 def test_a_bundle_without_anchors_says_so(bundle, heads):
     outputs = dict(zip(("loc", "conf", "mask", "proto"), [*heads[:3], heads[4]], strict=True))
     with pytest.raises(BundleError, match="no priors.npy"):
-        instance_segmentation(outputs, SIZES, bundle.manifest, bundle.manifest.postprocess)
+        predict(outputs, SIZES, bundle.manifest, bundle.manifest.postprocess)
 
 
 def test_pictures_show_probable_detections_in_the_colors_of_their_classes(decoded, rows):
@@ -292,7 +291,7 @@ def test_a_damaged_networks_outputs_give_no_detections(bundle, heads):
     outputs = {name: np.full_like(v[:1], np.nan) for name, v in zip(("loc", "conf", "mask"), heads, strict=False)}
     outputs["proto"] = np.full_like(heads[4][:1], np.nan)
     arrays = get_arrays(bundle.manifest, bundle.read)
-    assert instance_segmentation(outputs, SIZES[:1], bundle.manifest, bundle.manifest.postprocess, arrays) == [[]]
+    assert predict(outputs, SIZES[:1], bundle.manifest, bundle.manifest.postprocess, arrays) == [[]]
 
 
 def test_a_class_has_its_own_color_in_every_picture():

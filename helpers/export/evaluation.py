@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from helpers import tasks
 from helpers.bundle.manifest import Manifest
 from helpers.images.drawing import DRAWN_SCORE
 from helpers.metrics import average_precision
-from helpers.tasks import TASKS, Arrays, Prediction
+from helpers.tasks import Arrays, Prediction
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -41,10 +42,10 @@ def predict(engine: Engine, images: Iterable[np.ndarray], manifest: Manifest, ar
         manifest: says how outputs are post-processed.
         arrays: that post-processing needs.
     """
-    process, size = TASKS[manifest.task].predict, (manifest.input.width, manifest.input.height)
+    sizes, settings = [(manifest.input.width, manifest.input.height)], manifest.postprocess
     # numpy's threads for an image's small matrices cost more than they save beside the engine's, and tasks have none.
     with threadpool_limits(1, user_api="blas"):
-        return [process(engine(image[None]), [size], manifest, manifest.postprocess, arrays)[0] for image in images]
+        return [tasks.predict(engine(image[None]), sizes, manifest, settings, arrays)[0] for image in images]
 
 
 def to_truth(predictions: Sequence[list[Prediction]], manifest: Manifest) -> Truth:

@@ -16,6 +16,7 @@ LARGEST_SIDE = 1024  # ... but a thin one only so far
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 DRAWN_SCORE = 0.3  # results hold detections that are too improbable to look at
 OPACITY = 0.45  # of a mask
+DOT = 3  # radius of a keypoint, in pixels
 HUES = 180  # of OpenCV's color circle
 GOLDEN_ANGLE = 0.381966 * HUES  # steps of it keep any number of hues apart, and never come back to one
 
@@ -60,6 +61,9 @@ def _draw_detection(canvas: Image, prediction: dict[str, Any], scale: int) -> No
             canvas[inside, channel] = blended[canvas[inside, channel]]
     x1, y1, x2, y2 = (round(prediction["box"][side] * scale) for side in ("x1", "y1", "x2", "y2"))
     cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), color, 2)
+    for point in prediction.get("keypoints") or []:
+        if point["score"] >= DRAWN_SCORE:
+            cv2.circle(canvas, (round(point["x"] * scale), round(point["y"] * scale)), DOT, color, cv2.FILLED)
     _caption(canvas, _title(prediction), (x1, y1), color, (0, 0, 0))
 
 

@@ -28,6 +28,33 @@ def encode_runs(runs: Sequence[np.ndarray], width: int, height: int) -> list[Mas
     return [_as_text(encoded) for encoded in coco.frPyObjects(masks, height, width)] if masks else []
 
 
+def encode_part(part: np.ndarray, corner: tuple[int, int], width: int, height: int) -> Mask:
+    """Encode a mask that is known for a part of an image only, and empty elsewhere; the work is that of the part.
+
+    Args:
+        part: bool `[rows, columns]`.
+        corner: its left and top in the image; all of it lies within.
+        width: of the image, in pixels.
+        height: likewise.
+    """
+    left, top = corner
+    rows = np.zeros((part.shape[1], part.shape[0] + 2), bool)  # with a gap, so that no run leaves its column
+    rows[:, 1:-1] = part.T
+    flat = rows.ravel()
+    # Runs begin and end where a value differs from the one before it.
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows.shape[1])
+    ends = (column + left) * height + (row + top)
+    joined = np.flatnonzero(ends[1:] == ends[:-1])  # where a column's last run and the next one's first are the same
+    ends = np.delete(ends, np.concatenate([joined, joined + 1]))
+    (mask,) = encode_runs([np.diff(ends, prepend=0, append=width * height)], width, height)
+    return mask
+
+
+def join(masks: Sequence[Mask]) -> Mask:
+    """The union of encoded masks of one size."""
+    return _as_text(coco.merge(list(masks)))
+
+
 def decode(mask: Mask) -> np.ndarray:
     """Read a mask, its counts a string or a list of run lengths: bool `[height, width]`.
 

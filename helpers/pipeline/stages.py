@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from helpers import tasks
 from helpers.bundle.manifest import Bundle, Manifest, OutputSpec
 from helpers.bundle.runtime import get_model
 from helpers.images.boundary import attempt
@@ -23,6 +24,7 @@ from helpers.memory import bounded
 from helpers.pipeline.reading import read_images
 from helpers.pipeline.schemas import (
     ASSIGNED_SCHEMA,
+    EMBEDDING,
     IMAGE_SCHEMA,
     PREDICTIONS,
     RESULT_SCHEMA,
@@ -32,7 +34,7 @@ from helpers.pipeline.schemas import (
     output_schema,
     shape_column,
 )
-from helpers.tasks import TASKS, get_arrays
+from helpers.tasks import get_arrays
 
 __all__ = [
     "IMAGE_SCHEMA",
@@ -96,7 +98,7 @@ def infer(
             good = np.flatnonzero(batch["error"].is_null())
             errors = [NOT_FINITE if row in good[not_finite] else error for row, error in enumerate(errors)]
             outputs = {name: np.delete(values, not_finite, axis=0) for name, values in outputs.items()}
-        failed = np.array([error is not None for error in errors])
+        failed = np.array([error is not None for error in errors], bool)
         columns: dict[str, Any] = {}
         for output in bundle.manifest.outputs:
             values = outputs.get(output.name)
@@ -127,17 +129,22 @@ def postprocess(
     """
     arrays = get_arrays(manifest, read)
     is_open = any(map(shape_column, manifest.outputs))
+    column, kind = ("embedding", EMBEDDING) if manifest.task == "embedding" else ("predictions", PREDICTIONS)
 
     def predict(good: pa.RecordBatch) -> pa.Array:
         outputs = {o.name: _array(good, o) for o in manifest.outputs}
         sizes = list(zip(good["width"].to_pylist(), good["height"].to_pylist(), strict=True))
-        predictions = TASKS[manifest.task].predict(outputs, sizes, manifest, parameters, arrays)
-        return pa.array(predictions, PREDICTIONS)
+        return pa.array(tasks.predict(outputs, sizes, manifest, parameters, arrays), kind)
 
     parts = (part for batch in batches for part in (_split_rows(batch) if is_open else [batch]))
     for batch in parts:
-        predictions, errors = _each(predict, batch)
-        yield extend(batch, RESULT_SCHEMA, predictions=predictions, error=errors, model=[model] * batch.num_rows)
+        values, errors = _each(predict, batch, kind)
+        columns = {
+            "predictions": [None if error else [] for error in errors],  # of an embedding
+            "embedding": pa.nulls(batch.num_rows, EMBEDDING),
+            column: values,
+        }
+        yield extend(batch, RESULT_SCHEMA, error=errors, model=[model] * batch.num_rows, **columns)
 
 
 def _preprocess(
@@ -214,12 +221,14 @@ def _float_lists(values: np.ndarray | None, failed: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, flat, mask=pa.array(failed) if failed.any() else None)
 
 
-def _each(predict: Callable[[pa.RecordBatch], pa.Array], batch: pa.RecordBatch) -> tuple[pa.Array, list[str | None]]:
-    """Predictions of a batch, all together, or one by one where that fails, and the errors; null where there is one."""
+def _each(
+    predict: Callable[[pa.RecordBatch], pa.Array], batch: pa.RecordBatch, kind: pa.DataType
+) -> tuple[pa.Array, list[str | None]]:
+    """Values of a type for a batch, all together, or one by one where that fails, and the errors; null where one is."""
     errors, good = batch["error"].to_pylist(), batch["error"].is_null()
     rows = np.flatnonzero(good)
     if not len(rows):
-        return pa.nulls(len(errors), PREDICTIONS), errors
+        return pa.nulls(len(errors), kind), errors
     if len(rows) < len(errors):  # filtering copies, and raw outputs can be large
         batch = batch.filter(good)
     predictions, _ = attempt(predict, batch)
@@ -229,7 +238,7 @@ def _each(predict: Callable[[pa.RecordBatch], pa.Array], batch: pa.RecordBatch) 
         alone = [attempt(predict, batch.slice(place, 1)) for place in range(len(rows))]
         for row, (_, error) in zip(rows, alone, strict=True):
             errors[row] = error
-        predictions = pa.concat_arrays([pa.array([], PREDICTIONS), *(one for one, _ in alone if one is not None)])
+        predictions = pa.concat_arrays([pa.array([], kind), *(one for one, _ in alone if one is not None)])
     places = accumulate((error is None for error in errors), initial=0)
     positions = [place if error is None else None for error, place in zip(errors, places, strict=False)]
     return predictions.take(pa.array(positions, pa.int64())), errors

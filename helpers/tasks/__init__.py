@@ -1,46 +1,145 @@
-"""From a network's outputs to predictions: a module per task, and a line in `TASKS`. Executors import this package."""
+"""From a network's outputs to predictions: a module per task, and a decoder per way to read outputs.
+
+Executors import this package.
+"""
 
 import io
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from helpers.bundle.manifest import Manifest
 from helpers.errors import BundleError, ConfigError
-from helpers.tasks import classification, instance_segmentation
-from helpers.tasks.interface import NO_ARRAYS, Arrays, Prediction, Task
+from helpers.tasks import (
+    classification,
+    detection,
+    embedding,
+    instance_segmentation,
+    keypoints,
+    semantic_segmentation,
+)
+from helpers.tasks.filters import Filters
+from helpers.tasks.interface import NO_ARRAYS, Arrays, Decoder, OutputError, Prediction, Sizes
 
-__all__ = ["NO_ARRAYS", "TASKS", "Arrays", "Prediction", "Task", "get_arrays", "parameters_for"]
+__all__ = [
+    "DECODERS",
+    "NO_ARRAYS",
+    "Arrays",
+    "Decoder",
+    "OutputError",
+    "Prediction",
+    "get_arrays",
+    "get_decoder",
+    "parameters_for",
+    "predict",
+    "suggest",
+]
 
-TASKS: dict[str, Task] = {
-    "classification": classification.TASK,
-    "instance_segmentation": instance_segmentation.TASK,
+# By task and name; the first of a task is its default, which bundles of an empty `decoder` mean.
+DECODERS: dict[str, dict[str, Decoder]] = {
+    "classification": classification.DECODERS,
+    "embedding": embedding.DECODERS,
+    "detection": detection.DECODERS,
+    "instance_segmentation": instance_segmentation.DECODERS,
+    "semantic_segmentation": semantic_segmentation.DECODERS,
+    "keypoints": keypoints.DECODERS,
 }
+# Predictions of other tasks have a place in the image.
+FILTERS = {"embedding": (), "classification": ("classes", "min_score")}
+ALL_FILTERS = tuple(field.name for field in fields(Filters))
 
 _arrays: dict[str, Arrays] = {}
 
 
+def get_decoder(manifest: Manifest) -> Decoder:
+    """The decoder of a bundle.
+
+    Raises:
+        ConfigError: there is no such task, or it has no such decoder.
+    """
+    if manifest.task not in DECODERS:
+        known = ", ".join(DECODERS)
+        raise ConfigError(f"{manifest.name} has task {manifest.task!r}; post-processing exists for {known}")
+    decoders = DECODERS[manifest.task]
+    if manifest.decoder and manifest.decoder not in decoders:
+        known = ", ".join(decoders)
+        raise ConfigError(f"{manifest.name} has decoder {manifest.decoder!r}; task {manifest.task} has {known}")
+    return decoders[manifest.decoder or next(iter(decoders))]
+
+
 def parameters_for(manifest: Manifest, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The bundle's post-processing parameters with a run's own on top.
+    """The bundle's post-processing parameters with a run's own on top; what neither says has its default.
 
     Raises:
         ConfigError: the task has no post-processing here, or it has no parameter of that name or value.
-        BundleError: the bundle's own parameters, or its outputs, are not those of the task.
+        BundleError: the bundle's own parameters, or its outputs, are not those of the decoder.
     """
-    if manifest.task not in TASKS:
-        raise ConfigError(f"{manifest.name} has task {manifest.task!r}; post-processing exists for {', '.join(TASKS)}")
-    _check_outputs(manifest)
-    unknown = sorted(set(overrides) - set(manifest.postprocess))
-    if unknown:
-        known = ", ".join(sorted(manifest.postprocess))
-        raise ConfigError(f"postprocess.{unknown[0]}: {manifest.name} has no such parameter; it has {known}")
-    parameters = {**manifest.postprocess, **overrides}
+    decoder = get_decoder(manifest)
     try:
-        TASKS[manifest.task].check_parameters(**parameters)
-    except TypeError as error:
-        raise BundleError(f"{manifest.name}: its post-processing is not as it should be: {error}") from None
+        decoder.check_shapes({output.name: output.shape for output in manifest.outputs}, len(manifest.labels))
+    except OutputError as error:
+        raise BundleError(f"{manifest.name}: {error}; export the bundle again") from None
+    known = [*(field.name for field in fields(decoder.parameters)), *_filters(manifest)]
+    for name in sorted({*overrides} - {*known}):
+        raise ConfigError(
+            f"postprocess.{name}: {manifest.name} has no such parameter; it has {', '.join(sorted(known))}"
+        )
+    for name in sorted({*manifest.postprocess} - {*known}):
+        raise BundleError(
+            f"{manifest.name}: its post-processing has the parameter {name[:40]!r}, and the decoder has "
+            f"{', '.join(sorted(known))}; export the bundle again"
+        )
+    parameters = {**manifest.postprocess, **overrides}
+    own, filters = _divide(parameters)
+    decoder.parameters(**own)
+    filters.numbers(manifest.labels)
     return parameters
+
+
+def predict(
+    outputs: Arrays, sizes: Sizes, manifest: Manifest, parameters: Mapping[str, Any], arrays: Arrays = NO_ARRAYS
+) -> list[Any]:
+    """Decode a network's outputs and keep what the filters let pass.
+
+    Args:
+        outputs: of a batch, float32 `[B, ...]`, by role.
+        sizes: width and height of each original image, in pixels.
+        manifest: task, decoder, input and labels.
+        parameters: of the decoder, and filters, as `parameters_for` returns them.
+        arrays: that the bundle has beside its graph, from `get_arrays`.
+
+    Returns:
+        For each image a list of predictions, as the results' schema has them; for an embedding its numbers.
+    """
+    own, filters = _divide(parameters)
+    predictions = get_decoder(manifest).predict(outputs, sizes, manifest, own, arrays)
+    if not _filters(manifest):
+        return predictions
+    return [filters.apply(one, size, manifest.labels) for one, size in zip(predictions, sizes, strict=True)]
+
+
+def suggest(task: str, samples: Arrays, labels: int = 0) -> str:
+    """The first decoder of a task that a network's outputs fit.
+
+    Args:
+        task: of `DECODERS`.
+        samples: outputs of real images by name, float32 `[B, ...]`.
+        labels: how many there are; 0 if nobody has said.
+
+    Raises:
+        OutputError: they fit none; the message says why not, per decoder.
+    """
+    problems = []
+    for name, decoder in DECODERS[task].items():
+        try:
+            decoder.assign_roles(samples, labels)
+            return name
+        except OutputError as error:
+            problems.append(f"{name}: {str(error).partition(';')[0]}")
+    shapes = ", ".join(f"{name} {list(values.shape[1:])}" for name, values in samples.items())
+    raise OutputError(f"the outputs {shapes} fit no decoder of task {task} ({'; '.join(problems)})")
 
 
 def get_arrays(manifest: Manifest, read: Callable[[str], bytes] | None) -> Arrays:
@@ -58,6 +157,16 @@ def get_arrays(manifest: Manifest, read: Callable[[str], bytes] | None) -> Array
     return _arrays[manifest.model]
 
 
+def _filters(manifest: Manifest) -> tuple[str, ...]:
+    return FILTERS.get(manifest.task, ALL_FILTERS)
+
+
+def _divide(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], Filters]:
+    """The decoder's parameters, and the filters."""
+    own = {name: value for name, value in parameters.items() if name not in ALL_FILTERS}
+    return own, Filters(**{name: value for name, value in parameters.items() if name in ALL_FILTERS})
+
+
 def _load_array(name: str, content: bytes, manifest: Manifest) -> np.ndarray:
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)
@@ -66,15 +175,3 @@ def _load_array(name: str, content: bytes, manifest: Manifest) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         raise BundleError(f"{manifest.name}: {name} is an archive, not an array; export it again")
     return array
-
-
-def _check_outputs(manifest: Manifest) -> None:
-    """Compare a task's outputs with its labels and with each other; raises BundleError at the first difference."""
-    shapes = {output.name: output.shape for output in manifest.outputs}
-    expected = TASKS[manifest.task].expected_shapes(shapes, len(manifest.labels))
-    for name in sorted({*expected, *shapes}):
-        if shapes.get(name) != expected.get(name):
-            raise BundleError(
-                f"{manifest.name}: its output {name} is {shapes.get(name)}, and {len(manifest.labels)} labels of task "
-                f"{manifest.task} need {expected.get(name)}; export the bundle again"
-            )

@@ -1,51 +1,111 @@
-"""Instances with box and mask, from the raw outputs of YOLACT's heads."""
+"""Instances with box and mask."""
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from itertools import starmap
+
+import cv2
+import numpy as np
 
 from helpers.bundle.manifest import Manifest
 from helpers.errors import BundleError
-from helpers.tasks.interface import NO_ARRAYS, Arrays, Prediction, Shapes, Sizes, Task
+from helpers.images import rle
+from helpers.images.enlargement import enlarge
+from helpers.tasks import yolo
+from helpers.tasks.boxes import to_predictions
+from helpers.tasks.detection import BOXES, SCORED_BOXES, EndToEndParameters, find_end_to_end
+from helpers.tasks.interface import Arrays, Prediction
+from helpers.tasks.roles import Role, are_shares, make_decoder
 from helpers.yolact.detection import Parameters, find_instances
 
-HEADS = ("loc", "conf", "mask", "proto")
 
+@dataclass(frozen=True)
+class MaskParameters(EndToEndParameters):
+    """What boxes and masks of a network mean that has chosen them itself.
 
-def instance_segmentation(
-    outputs: Arrays, sizes: Sizes, manifest: Manifest, parameters: Mapping[str, Any], arrays: Arrays = NO_ARRAYS
-) -> list[list[Prediction]]:
-    """Return the detections of each image with box and mask, the most probable first.
-
-    Args:
-        outputs: YOLACT's raw heads: `loc [B, A, 4]`, `conf [B, A, classes]`, `mask [B, A, P]`, `proto [B, H, W, P]`.
-        sizes: of the images; boxes are in their pixels and masks of their size.
-        manifest: for the labels and the input's size.
-        parameters: as `helpers.yolact.detection.Parameters` has them.
-        arrays: `priors.npy`, float32 `[A, 4]`.
+    Attributes:
+        mask_threshold: a pixel belongs to a mask if its probability is above.
 
     Raises:
-        BundleError: the bundle has no anchors.
+        ConfigError: a value is of the wrong type or out of range.
     """
+
+    mask_threshold: float = 0.5
+
+
+def _decode_yolact(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: Parameters, arrays: Arrays
+) -> list[Prediction]:
     if "priors.npy" not in arrays:
         raise BundleError(f"{manifest.name} has no priors.npy, the anchors of its boxes; export the bundle again")
-    priors, settings = arrays["priors.npy"], Parameters(**parameters)
-    if priors.shape != outputs["loc"].shape[1:]:
+    priors = arrays["priors.npy"]
+    if priors.shape != outputs["loc"].shape:
         raise BundleError(f"{manifest.name}: priors.npy is {priors.shape}, and not as its output loc; export it again")
-    return [
-        find_instances(heads, priors, settings, manifest.input.width, size, manifest.labels)
-        for *heads, size in zip(*(outputs[name] for name in HEADS), sizes, strict=True)
-    ]
+    heads = [outputs[role.name] for role in YOLACT]
+    return find_instances(heads, priors, parameters, manifest.input.width, size, manifest.labels)
 
 
-def expected_shapes(shapes: Shapes, labels: int) -> Shapes:
-    """Four outputs, whose anchors and prototypes are as many in each."""
-    anchors, prototypes = shapes.get("mask", (0, 0))[:1], shapes.get("mask", (0, 0))[1:]
-    return {
-        "loc": (*anchors, 4),
-        "conf": (*anchors, labels + 1),
-        "mask": (*anchors, *prototypes),
-        "proto": (*shapes.get("proto", (0, 0))[:2], *prototypes),
-    }
+def _decode_mask_rcnn(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: MaskParameters, arrays: Arrays
+) -> list[Prediction]:
+    detections = find_end_to_end(outputs, size, manifest, parameters)
+    maps = outputs["masks"].reshape(-1, *outputs["masks"].shape[-2:])[detections.rows]
+    masks = [paste(*pair, size, parameters.mask_threshold) for pair in zip(maps, detections.boxes, strict=True)]
+    return to_predictions(detections, manifest.labels, masks)
 
 
-TASK = Task(instance_segmentation, Parameters, expected_shapes)
+def paste(probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int], threshold: float) -> rle.Mask:
+    """Enlarge a mask that is relative to its box to the box's pixels, as He et al., Mask R-CNN, section 3.1.
+
+    A cell of 0 goes around the mask and the box grows by as much, because half a cell at the edge would be lost; that,
+    and the rounding of the box, is torchvision's.
+
+    Args:
+        probabilities: float32 `[rows, columns]`.
+        box: corners, in pixels of the image.
+        size: of the image: width and height.
+        threshold: a pixel belongs to the mask if its probability is above.
+    """
+    padded = np.pad(probabilities, 1)
+    center, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
+    half *= np.array(padded.shape[::-1], np.float32) / probabilities.shape[::-1]
+    left, top, right, bottom = (int(side) for side in (*(center - half), *(center + half)))
+    enlarged = cv2.resize(padded, (right - left + 1, bottom - top + 1), interpolation=cv2.INTER_LINEAR)
+    x, y = max(left, 0), max(top, 0)
+    inside = enlarged[y - top : size[1] - top, x - left : size[0] - left] > threshold
+    return rle.encode_part(inside, (x, y), *size)
+
+
+def _decode_yolo(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: yolo.Parameters, arrays: Arrays
+) -> list[Prediction]:
+    prototypes = outputs["prototypes"]
+    depth = len(prototypes)
+    detections, coefficients = yolo.find_objects(outputs["predictions"], size, manifest, parameters, depth)
+    logits = (coefficients @ prototypes.reshape(depth, -1)).reshape(-1, *prototypes.shape[1:])
+
+    def mask(own: np.ndarray, box: np.ndarray) -> rle.Mask:
+        left, top, right, bottom = np.rint(box).astype(int).tolist()
+        inside = enlarge(own, detections.placement, (left, top, right, bottom)) > 0  # a probability above one half
+        return rle.encode_part(inside, (left, top), *size)
+
+    masks = list(starmap(mask, zip(logits, detections.boxes, strict=True)))
+    return to_predictions(detections, manifest.labels, masks)
+
+
+MASKS = Role("masks", ("N H W", "N 1 H W"), are_shares, values="from 0 to 1")
+YOLACT = [
+    Role("loc", ("A 4",)),
+    Role("conf", ("A 1+C",), are_shares, values="from 0 to 1"),
+    Role("mask", ("A P",)),
+    Role("proto", ("H W P",)),
+]
+YOLO = [
+    Role("prototypes", ("P H W",)),
+    Role("predictions", ("4+C+P A", "A 4+C+P", "5+C+P A", "A 5+C+P")),
+]
+
+DECODERS = {
+    "yolact": make_decoder(_decode_yolact, Parameters, YOLACT),
+    "mask_rcnn": make_decoder(_decode_mask_rcnn, MaskParameters, [*BOXES, MASKS], [*SCORED_BOXES, MASKS]),
+    "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO),
+}

@@ -6,11 +6,11 @@ every comparison is that of the official implementation's evaluation, so that it
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from helpers.errors import ConfigError
+from helpers.errors import check_parameters
 from helpers.yolact.masks import encode_masks
 
 CENTER_VARIANCE, SIZE_VARIANCE = np.float32(0.1), np.float32(0.2)  # the scale that offsets were trained at
@@ -39,23 +39,14 @@ class Parameters:
     """
 
     score_threshold: float = EVALUATION_THRESHOLD
-    nms: str = "fast"
+    nms: Literal["fast", "cross_class", "traditional"] = "fast"
     nms_threshold: float = 0.5
     top_k: int = 200
     max_detections: int = 100
     mask_threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.nms not in NMS:
-            raise ConfigError(f"postprocess.nms is not one of {', '.join(NMS)}")
-        for name in ("score_threshold", "nms_threshold", "mask_threshold"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ConfigError(f"postprocess.{name} is not a number from 0 to 1")
-        for name in ("top_k", "max_detections"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"postprocess.{name} is not a whole number of 1 or more")
+        check_parameters(self)
 
     @property
     def lowest_score(self) -> float:
@@ -109,6 +100,7 @@ def find_instances(
             "score": score,
             "box": dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)),
             "mask": encoded,
+            "keypoints": None,
         }
         for class_id, score, box, encoded in zip(
             detections.classes.tolist(), detections.scores.tolist(), boxes, masks, strict=True

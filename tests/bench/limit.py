@@ -18,7 +18,7 @@ from helpers.bundle.manifest import load_bundle
 from helpers.bundle.runtime import compile_options
 from helpers.images.decoding import load
 from helpers.storage import open_storage
-from helpers.tasks import TASKS, parameters_for
+from helpers.tasks import parameters_for, predict
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def infer(bundle, paths, cores) -> list[dict]:
     def finish(request, item) -> None:
         path, size = item
         outputs = {o.name: request.get_tensor(o.name).data for o in manifest.outputs}
-        (predictions,) = TASKS[manifest.task].predict(outputs, [size], manifest, parameters)
+        (predictions,) = predict(outputs, [size], manifest, parameters)
         rows.append({"path": str(path), "predictions": predictions})
 
     queue.set_callback(finish)

@@ -1,0 +1,96 @@
+"""What a network says per cell of a grid over its input, per pixel of the image. Executors import this module."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from helpers.images.geometry import Placement
+
+Window = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the image
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Pixels of one side of the image among the cells of a grid.
+
+    Attributes:
+        first: the first cell that any of the pixels needs.
+        before: int `[pixels]`, the cell whose center is at or before each pixel's center, counted from `first`.
+        after: int `[pixels]`, the one after it.
+        weight: float32 `[pixels]`, of the one after it.
+    """
+
+    first: int
+    before: np.ndarray
+    after: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def stop(self) -> int:
+        """The cell after the last one that is needed."""
+        return self.first + int(self.after.max(initial=0)) + 1
+
+
+def enlarge(grid: np.ndarray, placement: Placement, window: Window) -> np.ndarray:
+    """Interpolate a grid bilinearly at the pixels of a part of the image.
+
+    Sides of the grid and of the input match at their ends, as `align_corners=False` of torch has it. The work and the
+    memory are those of the part.
+
+    Args:
+        grid: float32 `[..., rows, columns]`, over the network's input.
+        placement: of the image in the input.
+        window: the part.
+
+    Returns:
+        float32 `[..., bottom - top, right - left]`.
+    """
+    left, top, right, bottom = window
+    columns = _axis(grid.shape[-1], placement, 0, left, right)
+    rows = _axis(grid.shape[-2], placement, 1, top, bottom)
+    part = grid[..., rows.first : rows.stop, columns.first : columns.stop]
+    wide = _interpolate(part, columns, -1, columns.weight)
+    return _interpolate(wide, rows, -2, rows.weight[:, None])
+
+
+def nearest(grid: np.ndarray, placement: Placement, window: Window) -> np.ndarray:
+    """The values of the nearest cells `[..., rows, columns]` at the pixels of a part of the image; see `enlarge`."""
+    left, top, right, bottom = window
+    columns = np.clip(np.floor(_positions(grid.shape[-1], placement, 0, left, right) + 0.5), 0, grid.shape[-1] - 1)
+    rows = np.clip(np.floor(_positions(grid.shape[-2], placement, 1, top, bottom) + 0.5), 0, grid.shape[-2] - 1)
+    return grid[..., rows.astype(int)[:, None], columns.astype(int)]
+
+
+def visible_window(placement: Placement) -> Window:
+    """The part of the image that the network's input shows: all but what `crop` cuts off."""
+    low, high = [], []
+    for image, resized, offset, side in zip(
+        placement.image, placement.resized, placement.offset, placement.input, strict=True
+    ):
+        low.append(max(0, round(-offset * image / resized)))
+        high.append(min(image, round((side - offset) * image / resized)))
+    return low[0], low[1], high[0], high[1]
+
+
+def _positions(cells: int, placement: Placement, side: int, start: int, stop: int) -> np.ndarray:
+    """Centers of pixels in cells, the first cell's center as 0: float64 `[stop - start]`."""
+    scale = placement.resized[side] / placement.image[side]
+    inputs = (np.arange(start, stop) + 0.5) * scale + placement.offset[side]
+    return inputs * (cells / placement.input[side]) - 0.5
+
+
+def _axis(cells: int, placement: Placement, side: int, start: int, stop: int) -> _Axis:
+    position = np.clip(_positions(cells, placement, side, start, stop), 0, cells - 1)
+    before = np.floor(position).astype(int)
+    after = np.minimum(before + 1, cells - 1)
+    first = int(before.min(initial=cells - 1))
+    return _Axis(first, before - first, after - first, (position - before).astype(np.float32))
+
+
+def _interpolate(values: np.ndarray, axis: _Axis, along: int, weight: np.ndarray) -> np.ndarray:
+    before = values.take(axis.before, along)
+    result = values.take(axis.after, along)
+    result -= before
+    result *= weight
+    result += before
+    return result

@@ -1,0 +1,158 @@
+"""What every decoder of boxes does: formats, non-maximum suppression, the way back to the image.
+
+Boxes are corners x1, y1, x2, y2, float32, in pixels. Executors import this module.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+
+from helpers.bundle.manifest import Manifest
+from helpers.images.geometry import Placement, place
+from helpers.images.rle import Mask
+from helpers.tasks.interface import OutputError, Prediction
+
+BoxFormat = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
+SIDES = ("x1", "y1", "x2", "y2")
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Those of one image, the best first.
+
+    Attributes:
+        boxes: float32 `[n, 4]`, in pixels of the image and within it.
+        classes: int `[n]`, the first label's as 0.
+        scores: float32 `[n]`.
+        rows: int `[n]`, the place of each among the candidates, for what else belongs to it.
+        placement: of the image in the network's input.
+    """
+
+    boxes: np.ndarray
+    classes: np.ndarray
+    scores: np.ndarray
+    rows: np.ndarray
+    placement: Placement
+
+
+def to_corners(boxes: np.ndarray, box_format: BoxFormat) -> np.ndarray:
+    """Boxes `[n, 4]` of any format as corners."""
+    if box_format == "yxyx":
+        return boxes[:, [1, 0, 3, 2]]
+    if box_format == "xyxy":
+        return boxes
+    low = boxes[:, :2] - boxes[:, 2:] / 2 if box_format == "cxcywh" else boxes[:, :2]
+    return np.concatenate([low, low + boxes[:, 2:]], axis=1)
+
+
+def to_input(boxes: np.ndarray, placement: Placement) -> np.ndarray:
+    """Boxes `[n, 4]` relative to the network's input, 0 to 1, in its pixels."""
+    return boxes * np.array(placement.input * 2, np.float32)
+
+
+def clip(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Points x, y `[..., 2 * n]` moved into an image of a width and height."""
+    pairs = points.reshape(*points.shape[:-1], -1, 2)
+    return np.clip(pairs, 0, np.array(size, np.float32)).reshape(points.shape)
+
+
+def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float, classes: np.ndarray | None = None) -> np.ndarray:
+    """Greedy non-maximum suppression: each box that overlaps a better one's survivor goes.
+
+    Args:
+        boxes: float32 `[n, 4]`, finite.
+        scores: float32 `[n]`, above 0.
+        threshold: intersection over union above which a box is suppressed.
+        classes: int `[n]`; boxes of different classes do not suppress each other. None for one class.
+
+    Returns:
+        The places of the survivors, the best first.
+    """
+    if len(boxes) < 2:
+        return np.arange(len(boxes))
+    corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
+    classes = np.zeros(len(boxes), np.int32) if classes is None else classes.astype(np.int32)
+    nms: Any = cv2.dnn.NMSBoxesBatched  # its stub knows of no arrays
+    return np.array(nms(corners, scores.astype(np.float32), classes, 0.0, threshold), int)
+
+
+def locate(
+    boxes: np.ndarray,
+    classes: np.ndarray,
+    scores: np.ndarray,
+    manifest: Manifest,
+    size: tuple[int, int],
+    max_detections: int,
+) -> Detections:
+    """Take boxes to the image, and leave out those that are outside of it or no boxes.
+
+    Args:
+        boxes: float32 `[n, 4]`, in pixels of the network's input.
+        classes: int `[n]`, the first label's as 0.
+        scores: float32 `[n]`.
+        manifest: for the input and the labels.
+        size: of the image: width and height.
+        max_detections: of an image.
+
+    Raises:
+        OutputError: a class has no label.
+    """
+    placement = place(manifest.input, size)
+    with np.errstate(over="ignore", invalid="ignore"):
+        located = placement.to_image(boxes)
+    located = clip(located, size)
+    # A comparison with not-a-number is false, so a damaged network's boxes go too.
+    visible = (located[:, 2:] > located[:, :2]).all(axis=1) & np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
+    rows = np.flatnonzero(visible)
+    rows = rows[np.argsort(-scores[rows], kind="stable")][:max_detections]
+    check_classes(classes[rows], manifest)
+    return Detections(located[rows], classes[rows].astype(int), scores[rows], rows, placement)
+
+
+def check_classes(classes: np.ndarray, manifest: Manifest) -> None:
+    """Raises OutputError if a class has no label."""
+    labels = len(manifest.labels)
+    if len(classes) and not (classes.min() >= 0 and classes.max() < labels):
+        odd = classes[(classes < 0) | ~(classes < labels)][0]
+        raise OutputError(
+            f"the model gives class {odd:g}, counted from 0, and there are {labels} labels: "
+            "mend the labels, or postprocess.first_class"
+        )
+
+
+def to_predictions(
+    detections: Detections,
+    labels: Sequence[str],
+    masks: Sequence[Mask | None] | None = None,
+    keypoints: np.ndarray | None = None,
+) -> list[Prediction]:
+    """Detections as the results' schema has them.
+
+    Args:
+        detections: of one image.
+        labels: of the classes.
+        masks: one per detection.
+        keypoints: x, y in pixels of the image and score, float32 `[n, K, 3]`.
+    """
+    columns = detections.classes.tolist(), detections.scores.tolist(), detections.boxes.tolist()
+    count = len(detections.rows)
+    points: Sequence[Any] = [None] * count if keypoints is None else [to_points(one) for one in keypoints]
+    return [
+        {
+            "class_id": class_id,
+            "label": labels[class_id],
+            "score": score,
+            "box": dict(zip(SIDES, box, strict=True)),
+            "mask": mask,
+            "keypoints": own,
+        }
+        for class_id, score, box, mask, own in zip(*columns, masks or [None] * count, points, strict=True)
+    ]
+
+
+def to_points(keypoints: np.ndarray) -> list[dict[str, float]]:
+    """Points x, y, score `[K, 3]` as the results' schema has them."""
+    return [{"x": x, "y": y, "score": score} for x, y, score in keypoints.tolist()]

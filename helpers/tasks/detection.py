@@ -1,0 +1,303 @@
+"""Objects with boxes, from networks that give them, or candidates, or offsets from anchors."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from helpers.bundle.manifest import Manifest
+from helpers.errors import BundleError, check_parameters
+from helpers.images.geometry import place
+from helpers.tasks import yolo
+from helpers.tasks.boxes import BoxFormat, Detections, clip, locate, suppress, to_corners, to_input, to_predictions
+from helpers.tasks.classification import sigmoid, softmax
+from helpers.tasks.interface import Arrays, Prediction
+from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
+
+LARGEST_GROWTH = np.float32(np.log(1000 / 16))  # of an anchor's side; a network's exponent may be beyond all numbers
+
+
+@dataclass(frozen=True)
+class EndToEndParameters:
+    """What the boxes of a network mean that has chosen them itself.
+
+    Attributes:
+        score_threshold: scores are above.
+        max_detections: of an image.
+        box_format: order of a box's numbers.
+        relative: the numbers are relative to the network's input, 0 to 1, and not its pixels.
+        first_class: the number that the network gives the first label.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    score_threshold: float = 0.05
+    max_detections: int = 300
+    box_format: BoxFormat = "xyxy"
+    relative: bool = False
+    first_class: Literal[0, 1] = 0
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+@dataclass(frozen=True)
+class CandidateParameters:
+    """How detections are chosen from candidates that are many.
+
+    Attributes:
+        score_threshold: a class's score at a candidate is above.
+        nms_threshold: intersection over union above which a box is suppressed, within a class.
+        top_k: candidates per class.
+        max_detections: of an image.
+        background: where the scores of no object stand among the classes', if anywhere.
+        activation: from the output to scores.
+        box_format: order of a box's numbers.
+        relative: the numbers are relative to the network's input, 0 to 1, and not its pixels.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    top_k: int = 400
+    max_detections: int = 200
+    background: Literal["first", "last", "none"] = "first"
+    activation: Literal["softmax", "sigmoid", "none"] = "none"
+    box_format: BoxFormat = "xyxy"
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+@dataclass(frozen=True)
+class SsdParameters:
+    """How offsets from anchors become boxes (Liu et al., SSD, section 2.2), and which are chosen.
+
+    Attributes:
+        score_threshold: a class's score at an anchor is above.
+        nms_threshold: intersection over union above which a box is suppressed, within a class.
+        top_k: candidates per class.
+        max_detections: of an image.
+        background: where the scores of no object stand among the classes', if anywhere.
+        activation: from the output to scores.
+        variances: the scale of offsets of centers and of sizes, two numbers or one per number of a box.
+        order: of the offsets: `xy`, or `yx` as TensorFlow has them.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    top_k: int = 400
+    max_detections: int = 200
+    background: Literal["first", "last", "none"] = "first"
+    activation: Literal["softmax", "sigmoid", "none"] = "softmax"
+    variances: tuple[float, ...] = (0.1, 0.1, 0.2, 0.2)
+    order: Literal["xy", "yx"] = "xy"
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+@dataclass(frozen=True)
+class DetrParameters:
+    """Which queries are detections (Carion et al., DETR).
+
+    Attributes:
+        score_threshold: scores are above.
+        activation: `softmax`, where the last class is no object, or `sigmoid`, where a query may have several classes.
+        max_detections: of an image.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    score_threshold: float = 0.05
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    max_detections: int = 300
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+def find_end_to_end(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: EndToEndParameters
+) -> Detections:
+    """The detections of one image from a network that has chosen them.
+
+    Args:
+        outputs: `boxes [N, 4]`, `scores [N]`, `classes [N]`, and perhaps `count`, of the rows that are meant; or
+            `boxes [N, 5]` with the score in the end; or one output `detections`, `[N, 6]` of box, score and class, or
+            `[1, N, 7]` of image, class, score and relative box, as OpenVINO's DetectionOutput.
+        size: of the image: width and height.
+        manifest: for the input and the labels.
+        parameters: of the boxes.
+    """
+    placement = place(manifest.input, size)
+    boxes, scores, classes, relative = _split(outputs, parameters.relative, parameters.first_class)
+    count = int(outputs["count"].reshape(-1)[0]) if "count" in outputs else len(scores)
+    rows = np.flatnonzero(scores[: max(count, 0)] > parameters.score_threshold)
+    corners = to_corners(boxes[rows], parameters.box_format)
+    with np.errstate(over="ignore"):
+        corners = to_input(corners, placement) if relative else corners
+    detections = locate(
+        corners, classes[rows] - parameters.first_class, scores[rows], manifest, size, parameters.max_detections
+    )
+    return Detections(
+        detections.boxes, detections.classes, detections.scores, rows[detections.rows], detections.placement
+    )
+
+
+def _split(outputs: Arrays, relative: bool, first_class: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Boxes, scores, classes, and whether boxes are relative to the input."""
+    if "detections" in outputs:
+        table = outputs["detections"].reshape(-1, outputs["detections"].shape[-1])
+        if table.shape[1] == 6:
+            return table[:, :4], table[:, 4], table[:, 5], relative
+        stop = int(np.argmax(np.append(table[:, 0], -1) < 0))  # an image's number below 0 ends the list
+        return table[:stop, 3:], table[:stop, 2], table[:stop, 1], True
+    boxes = outputs["boxes"]
+    scores = outputs["scores"] if "scores" in outputs else boxes[:, 4]
+    return boxes[:, :4], scores, outputs.get("classes", np.full(len(boxes), first_class, np.float32)), relative
+
+
+def _decode_end_to_end(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: EndToEndParameters, arrays: Arrays
+) -> list[Prediction]:
+    return to_predictions(find_end_to_end(outputs, size, manifest, parameters), manifest.labels)
+
+
+def _decode_candidates(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: CandidateParameters, arrays: Arrays
+) -> list[Prediction]:
+    placement = place(manifest.input, size)
+    boxes = to_corners(outputs["boxes"].reshape(-1, 4), parameters.box_format)
+    boxes = to_input(boxes, placement) if parameters.relative else boxes
+    return _choose(boxes, outputs["scores"], size, manifest, parameters)
+
+
+def _decode_ssd(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SsdParameters, arrays: Arrays
+) -> list[Prediction]:
+    if "priors.npy" not in arrays:
+        raise BundleError(f"{manifest.name} has no priors.npy, the anchors of its boxes; export the bundle again")
+    offsets, priors = outputs["offsets"], arrays["priors.npy"]
+    if priors.shape != offsets.shape:
+        raise BundleError(f"{manifest.name}: priors.npy is {priors.shape}, and not as its offsets; export it again")
+    if len(parameters.variances) not in (2, 4):
+        raise BundleError(f"{manifest.name}: postprocess.variances are not 2 or 4 numbers; export it again")
+    offsets = offsets[:, [1, 0, 3, 2]] if parameters.order == "yx" else offsets
+    scale = np.repeat(parameters.variances, 4 // len(parameters.variances)).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        steps = offsets * scale
+        centers = priors[:, :2] + steps[:, :2] * priors[:, 2:]
+        sides = priors[:, 2:] * np.exp(np.minimum(steps[:, 2:], LARGEST_GROWTH))
+        boxes = to_corners(np.concatenate([centers, sides], axis=1), "cxcywh")
+    return _choose(to_input(boxes, place(manifest.input, size)), outputs["scores"], size, manifest, parameters)
+
+
+def _choose(
+    boxes: np.ndarray,
+    outputs: np.ndarray,
+    size: tuple[int, int],
+    manifest: Manifest,
+    parameters: CandidateParameters | SsdParameters,
+) -> list[Prediction]:
+    """Non-maximum suppression within each class; a box may be of several.
+
+    Args:
+        boxes: float32 `[A, 4]`, in pixels of the input.
+        outputs: float32 `[A, C]`, or one column more for the background.
+        size: of the image: width and height.
+        manifest: for the input and the labels.
+        parameters: thresholds.
+    """
+    scores = outputs if parameters.activation == "none" else ACTIVATIONS[parameters.activation](outputs)
+    if scores.shape[1] > len(manifest.labels):
+        scores = scores[:, :-1] if parameters.background == "last" else scores[:, 1:]
+    inside = clip(boxes, place(manifest.input, size).input)
+    candidates, classes = np.nonzero((scores > parameters.score_threshold) & np.isfinite(inside).all(axis=1)[:, None])
+    best = scores[candidates, classes]
+    order = np.argsort(-best, kind="stable")
+    order = order[_ranks(classes[order]) < parameters.top_k]
+    candidates, classes, best = candidates[order], classes[order], best[order]
+    rows = suppress(inside[candidates], best, parameters.nms_threshold, classes)
+    rows = rows[: parameters.max_detections]
+    detections = locate(inside[candidates[rows]], classes[rows], best[rows], manifest, size, parameters.max_detections)
+    return to_predictions(detections, manifest.labels)
+
+
+def _ranks(classes: np.ndarray) -> np.ndarray:
+    """How many of the same class stand before each."""
+    order = np.argsort(classes, kind="stable")
+    ordered = classes[order]
+    ranks = np.empty(len(classes), int)
+    ranks[order] = np.arange(len(classes)) - np.searchsorted(ordered, ordered)
+    return ranks
+
+
+def _decode_yolo(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: yolo.Parameters, arrays: Arrays
+) -> list[Prediction]:
+    detections, _ = yolo.find_objects(outputs["predictions"], size, manifest, parameters)
+    return to_predictions(detections, manifest.labels)
+
+
+def _decode_detr(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: DetrParameters, arrays: Arrays
+) -> list[Prediction]:
+    scores = ACTIVATIONS[parameters.activation](outputs["logits"])
+    if parameters.activation == "softmax":  # a query is of its best class, or no object
+        scores = scores[:, :-1]
+        scores = np.where(scores == scores.max(axis=1, keepdims=True), scores, 0)
+    queries, classes = np.nonzero(scores > parameters.score_threshold)
+    boxes = to_input(to_corners(outputs["boxes"][queries], "cxcywh"), place(manifest.input, size))
+    detections = locate(boxes, classes, scores[queries, classes], manifest, size, parameters.max_detections)
+    return to_predictions(detections, manifest.labels)
+
+
+def _are_tables(values: np.ndarray) -> bool:
+    """Rows of box, score and class, or of image, class, score and box."""
+    score, number = (4, 5) if values.shape[-1] == 6 else (2, 1)
+    return are_shares(values[..., score]) and are_whole(values[..., number])
+
+
+def _are_corners(values: np.ndarray) -> bool:
+    """Boxes and not offsets: sides are of some length, whatever the format."""
+    return bool(values.size == 0 or (values > -0.1 * max(abs(float(values.max())), 1)).mean() > 0.99)
+
+
+ACTIVATIONS = {"softmax": softmax, "sigmoid": sigmoid}
+
+CLASSES = Role("classes", ("N",), are_whole, values="whole numbers")
+BOXES = [
+    Role("boxes", ("N 4",), _are_corners),
+    Role("scores", ("N",), are_shares, values="from 0 to 1"),
+    CLASSES,
+    Role("count", ("", "1"), are_whole, optional=True, values="a whole number"),
+]
+SCORED_BOXES = [Role("boxes", ("N 5",)), CLASSES]
+TABLE = [Role("detections", ("N 6", "N 7", "1 N 7"), _are_tables, values="boxes, scores, classes")]
+CANDIDATES = [
+    Role("boxes", ("A 4", "A 1 4"), _are_corners),
+    Role("scores", ("A C", "A 1+C"), are_shares, values="from 0 to 1"),
+]
+SSD = [Role("offsets", ("A 4",)), Role("scores", ("A C", "A 1+C"))]
+YOLO = [Role("predictions", ("4+C A", "A 4+C", "5+C A", "A 5+C"))]
+DETR = [
+    Role("logits", ("Q C", "Q 1+C"), lambda values: not are_shares(values), values="not from 0 to 1"),
+    Role("boxes", ("Q 4",), are_shares, values="from 0 to 1"),
+]
+
+DECODERS = {
+    "end_to_end": make_decoder(_decode_end_to_end, EndToEndParameters, BOXES, SCORED_BOXES, TABLE),
+    "detr": make_decoder(_decode_detr, DetrParameters, DETR),
+    "candidates": make_decoder(_decode_candidates, CandidateParameters, CANDIDATES),
+    "ssd": make_decoder(_decode_ssd, SsdParameters, SSD),
+    "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO),
+}

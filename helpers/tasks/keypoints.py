@@ -1,0 +1,231 @@
+"""People, faces and other objects with points of them: corners of eyes, joints."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from helpers.bundle.manifest import Manifest
+from helpers.errors import check_parameters
+from helpers.images.geometry import Placement, place
+from helpers.tasks import yolo
+from helpers.tasks.boxes import Detections, clip, locate, suppress, to_predictions
+from helpers.tasks.detection import BOXES, EndToEndParameters, find_end_to_end
+from helpers.tasks.interface import Arrays, Prediction
+from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
+
+Order = Literal["xy", "yx"]
+
+
+@dataclass(frozen=True)
+class KeypointParameters(EndToEndParameters):
+    """What boxes and points of a network mean that has chosen them itself; points are relative where boxes are.
+
+    Attributes:
+        order: of a point's coordinates.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    order: Order = "xy"
+
+
+@dataclass(frozen=True)
+class SingleParameters:
+    """Whether there is the one object that a network expects.
+
+    Attributes:
+        score_threshold: the mean score of its points is above.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    score_threshold: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+@dataclass(frozen=True)
+class PointParameters(SingleParameters):
+    """What the numbers of a network mean that gives the points of one object.
+
+    Attributes:
+        order: of a point's coordinates.
+        relative: they are relative to the network's input, 0 to 1, and not its pixels.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    order: Order = "yx"
+    relative: bool = True
+
+
+@dataclass(frozen=True)
+class CenterParameters:
+    """How centers on a map become objects; the defaults are those of CenterFace (Xu et al., 2019).
+
+    Attributes:
+        score_threshold: a center's probability is above.
+        nms_threshold: intersection over union above which a box is suppressed, within a class.
+        max_detections: of an image.
+        order: of sizes, offsets and landmarks.
+        sizes: `log` if they are logarithms, of a unit of 4 pixels of the input; `cells` if they are cells of the map.
+        center: where in its cell a center is that has no offset.
+        landmarks: `box` if they are relative to the box, from its left upper corner; `center` if they are cells of the
+            map, from the center's own.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    score_threshold: float = 0.3
+    nms_threshold: float = 0.3
+    max_detections: int = 300
+    order: Order = "yx"
+    sizes: Literal["log", "cells"] = "log"
+    center: float = 0.5
+    landmarks: Literal["box", "center"] = "box"
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+def _decode_end_to_end(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: KeypointParameters, arrays: Arrays
+) -> list[Prediction]:
+    detections = find_end_to_end(outputs, size, manifest, parameters)
+    values = outputs["keypoints"][detections.rows]
+    points = _ordered(values[..., :2], parameters.order)
+    points = points * np.array(detections.placement.input, np.float32) if parameters.relative else points
+    if "keypoint_scores" in outputs:
+        scores = outputs["keypoint_scores"][detections.rows]
+    else:
+        scores = values[..., 2] if values.shape[-1] == 3 else np.ones(values.shape[:2], np.float32)
+    keypoints = _to_image(points, scores, detections.placement)
+    return to_predictions(detections, manifest.labels, keypoints=keypoints)
+
+
+def _decode_yolo(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: yolo.Parameters, arrays: Arrays
+) -> list[Prediction]:
+    predictions = outputs["predictions"]
+    others = min(predictions.shape) - 4 - len(manifest.labels)
+    others -= others % 3  # one more is objectness
+    detections, numbers = yolo.find_objects(predictions, size, manifest, parameters, others)
+    points = numbers.reshape(len(numbers), -1, 3)
+    keypoints = _to_image(points[..., :2], points[..., 2], detections.placement)
+    return to_predictions(detections, manifest.labels, keypoints=keypoints)
+
+
+def _decode_points(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: PointParameters, arrays: Arrays
+) -> list[Prediction]:
+    values = outputs["points"].reshape(-1, 3)
+    placement = place(manifest.input, size)
+    points = _ordered(values[:, :2], parameters.order)
+    points = points * np.array(placement.input, np.float32) if parameters.relative else points
+    return _tell_single(points, values[:, 2], placement, manifest, parameters)
+
+
+def _decode_heatmap(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SingleParameters, arrays: Arrays
+) -> list[Prediction]:
+    maps, placement = outputs["heatmap"], place(manifest.input, size)
+    count, rows, columns = maps.shape
+    flat = maps.reshape(count, -1)
+    best = flat.argmax(axis=1)
+    y, x = np.divmod(best, columns)
+    padded = np.pad(maps, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    each = np.arange(count)
+    # A quarter of a cell towards the larger neighbor, as Newell et al., Stacked Hourglass Networks, section 3.3.
+    across = np.sign(padded[each, y + 1, x + 2] - padded[each, y + 1, x])
+    down = np.sign(padded[each, y + 2, x + 1] - padded[each, y, x + 1])
+    cells = np.stack([x + 0.5 + across / 4, y + 0.5 + down / 4], axis=1)
+    points = (cells * np.divide(placement.input, (columns, rows))).astype(np.float32)
+    return _tell_single(points, flat[each, best], placement, manifest, parameters)
+
+
+def _decode_centernet(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: CenterParameters, arrays: Arrays
+) -> list[Prediction]:
+    heatmap, placement = outputs["heatmap"], place(manifest.input, size)
+    stride = np.divide(placement.input, heatmap.shape[:0:-1]).astype(np.float32)
+    classes, rows, columns = np.nonzero(heatmap > parameters.score_threshold)
+    scores, cells = heatmap[classes, rows, columns], np.stack([columns, rows], axis=1).astype(np.float32)
+    roles = [role for role in outputs if role != "heatmap"]
+    values = {role: _ordered_rows(outputs[role], rows, columns, parameters.order) for role in roles}
+    with np.errstate(over="ignore", invalid="ignore"):
+        centers = (cells + values["offsets"] + np.float32(parameters.center)) * stride
+        sizes = np.exp(values["sizes"]) * 4 if parameters.sizes == "log" else values["sizes"] * stride
+        boxes = np.concatenate([centers - sizes / 2, centers + sizes / 2], axis=1)
+    usable = np.isfinite(boxes).all(axis=1)
+    kept = np.flatnonzero(usable)[suppress(boxes[usable], scores[usable], parameters.nms_threshold, classes[usable])]
+    detections = locate(boxes[kept], classes[kept], scores[kept], manifest, size, parameters.max_detections)
+    kept = kept[detections.rows]
+    keypoints = None
+    if "landmarks" in outputs:
+        landmarks = values["landmarks"][kept].reshape(len(kept), -1, 2)
+        if parameters.landmarks == "box":
+            points = boxes[kept, None, :2] + landmarks * sizes[kept, None]
+        else:
+            points = (cells[kept, None] + landmarks) * stride
+        keypoints = _to_image(points, np.broadcast_to(scores[kept, None], points.shape[:2]), placement)
+    return to_predictions(detections, manifest.labels, keypoints=keypoints)
+
+
+def _ordered(points: np.ndarray, order: Order) -> np.ndarray:
+    """Points `[..., 2]` as x, y."""
+    return points[..., ::-1] if order == "yx" else points
+
+
+def _ordered_rows(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, order: Order) -> np.ndarray:
+    """The numbers of some cells of maps `[2 * n, h, w]`, as pairs x, y: `[cells, 2 * n]`."""
+    numbers = values[:, rows, columns].T
+    return _ordered(numbers.reshape(len(numbers), -1, 2), order).reshape(numbers.shape)
+
+
+def _to_image(points: np.ndarray, scores: np.ndarray, placement: Placement) -> np.ndarray:
+    """Points `[n, K, 2]` in the input's pixels and their scores `[n, K]`, as `[n, K, 3]` in the image's."""
+    located = clip(placement.to_image(np.ascontiguousarray(points)), placement.image)
+    return np.concatenate([located, scores[..., None]], axis=-1)
+
+
+def _tell_single(
+    points: np.ndarray, scores: np.ndarray, placement: Placement, manifest: Manifest, parameters: SingleParameters
+) -> list[Prediction]:
+    """The one object, whose box is the bounds of its points `[K, 2]`, in the input's pixels."""
+    keypoints = _to_image(points[None], scores[None], placement)
+    score = scores.mean()
+    if not (score > parameters.score_threshold and np.isfinite(keypoints).all()):
+        return []
+    places = keypoints[0, :, :2]
+    box = np.concatenate([places.min(axis=0), places.max(axis=0)])[None]
+    first = np.zeros(1, int)
+    return to_predictions(Detections(box, first, score[None], first, placement), manifest.labels, keypoints=keypoints)
+
+
+KEYPOINTS = [
+    *(role for role in BOXES if role.name != "classes"),
+    Role("classes", ("N",), are_whole, optional=True, values="whole numbers"),
+    Role("keypoints", ("N K 2", "N K 3")),
+    Role("keypoint_scores", ("N K",), optional=True),
+]
+YOLO = [Role("predictions", ("4+C+3K A", "A 4+C+3K", "5+C+3K A", "A 5+C+3K"))]
+CENTERNET = [
+    Role("heatmap", ("C H W",), are_shares, values="from 0 to 1"),
+    Role("sizes", ("2 H W",)),
+    Role("offsets", ("2 H W",)),
+    Role("landmarks", ("2K H W",), optional=True),
+]
+
+DECODERS = {
+    "end_to_end": make_decoder(_decode_end_to_end, KeypointParameters, KEYPOINTS),
+    "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO),
+    "centernet": make_decoder(_decode_centernet, CenterParameters, CENTERNET),
+    "points": make_decoder(_decode_points, PointParameters, [Role("points", ("K 3", "1 K 3"))]),
+    "heatmap": make_decoder(_decode_heatmap, SingleParameters, [Role("heatmap", ("K H W",))]),
+}

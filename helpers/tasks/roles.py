@@ -1,0 +1,211 @@
+"""Which output of a network plays which role for a decoder: told by shapes and ranges, and checked by shapes.
+
+A side of a role's shape is a number, a letter for any number that is the same wherever the letter stands (`N`), or a
+sum of such terms (`4+C+3K`). `C` is the number of labels. Executors import this module.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from helpers.bundle.manifest import OPEN, Manifest
+from helpers.tasks.interface import Arrays, Decoder, OutputError, Prediction, Shapes, Sizes
+
+TERM = re.compile(r"(\d*)([A-Za-z]?)")
+Sides = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an output is for a decoder.
+
+    Attributes:
+        name: of the role.
+        shapes: of one image's output, as alternatives, each a text of sides: `N 4`.
+        fits: whether values of real images, float32 `[B, ...]`, can be those of the role.
+        optional: whether the decoder does without it.
+        values: what `fits` asks for, for a message.
+    """
+
+    name: str
+    shapes: Sequence[str]
+    fits: Callable[[np.ndarray], bool] = lambda values: True
+    optional: bool = False
+    values: str = ""
+
+    def __str__(self) -> str:
+        shapes = " or ".join(f"[{', '.join(shape.split())}]" for shape in self.shapes)
+        return f"{self.name} {shapes}{f' ({self.values})' if self.values else ''}"
+
+
+def are_shares(values: np.ndarray) -> bool:
+    """Whether all numbers lie within 0 to 1, but for rounding."""
+    return values.size == 0 or bool(values.min() >= -1e-4 and values.max() <= 1 + 1e-4)
+
+
+def are_whole(values: np.ndarray) -> bool:
+    """Whether all numbers are whole."""
+    return bool((values == np.rint(values)).all())
+
+
+def make_decoder(
+    decode: Callable[[Arrays, tuple[int, int], Manifest, Any, Arrays], list[Prediction]],
+    parameters: type,
+    *alternatives: Sequence[Role],
+) -> Decoder:
+    """Make a decoder that looks at one image at a time.
+
+    Args:
+        decode: takes the outputs of one image by role, its size, the manifest, an instance of `parameters` and the
+            bundle's arrays.
+        parameters: as `Decoder` has them.
+        *alternatives: what the outputs are, in one way or another.
+    """
+
+    def predict(
+        outputs: Arrays, sizes: Sizes, manifest: Manifest, settings: Mapping[str, Any], arrays: Arrays
+    ) -> list[list[Prediction]]:
+        chosen = parameters(**settings)
+        images = ({name: values[i] for name, values in outputs.items()} for i in range(len(sizes)))
+        return [decode(image, size, manifest, chosen, arrays) for image, size in zip(images, sizes, strict=True)]
+
+    return Decoder(predict, parameters, partial(assign_roles, alternatives), partial(check_shapes, alternatives))
+
+
+def assign_roles(alternatives: Sequence[Sequence[Role]], samples: Arrays, labels: int) -> dict[str, str]:
+    """Tell which output plays which role.
+
+    Args:
+        alternatives: the roles of a decoder, in one way or another.
+        samples: outputs of real images by name, float32 `[B, ...]`.
+        labels: how many there are; 0 if nobody has said.
+
+    Returns:
+        The name of each role's output; outputs without a role are not among them.
+
+    Raises:
+        OutputError: a role fits no output, or several outputs fit equally well.
+    """
+    problems = []
+    for roles in alternatives:
+        try:
+            return _assign(roles, samples, labels)
+        except OutputError as error:
+            problems.append(str(error))
+    remedy = "the card's `outputs: {ROLE: NAME}` can name the output of a role"
+    shapes = _list({name: values.shape[1:] for name, values in samples.items()})
+    raise OutputError(f"{', and '.join(problems)}; the model has {shapes}: {remedy}")
+
+
+def check_shapes(alternatives: Sequence[Sequence[Role]], shapes: Shapes, labels: int) -> None:
+    """Compare shapes of outputs, by role, with what a decoder takes.
+
+    Raises:
+        OutputError: an output is missing, unknown, or of another shape than the labels and the other outputs need.
+    """
+    _check(max(alternatives, key=lambda roles: len({role.name for role in roles} & set(shapes))), shapes, labels)
+
+
+def _assign(roles: Sequence[Role], samples: Arrays, labels: int) -> dict[str, str]:
+    shapes = {name: values.shape[1:] for name, values in samples.items()}
+    candidates = [
+        [name for name in samples if _match(role, shapes[name], _labels(labels)) and role.fits(samples[name])]
+        for role in roles
+    ]
+    for role, names in zip(roles, candidates, strict=True):
+        if not names and not role.optional:
+            raise OutputError(f"no output is {role}{f' for {labels} labels' if labels else ''}")
+    choices = [choice for choice in _choices(roles, candidates) if _agree(roles, choice, shapes, labels)]
+    if not choices:
+        raise OutputError(f"no outputs together are {', '.join(map(str, roles))}")
+    ranks = [_rank(choice) for choice in choices]
+    best = [choice for choice, rank in zip(choices, ranks, strict=True) if rank == max(ranks)]
+    if len(best) > 1:
+        role = next(role for role in roles if len({choice.get(role.name) for choice in best}) > 1)
+        names = sorted({choice[role.name] for choice in best if role.name in choice})
+        raise OutputError(f"outputs {' and '.join(names)} could each be {role}")
+    return best[0]
+
+
+def _check(roles: Sequence[Role], shapes: Shapes, labels: int) -> None:
+    known = {role.name: role for role in roles}
+    for name in shapes:
+        if name not in known:
+            raise OutputError(f"an output is {name}, and the decoder takes {', '.join(known)}")
+    bindings = [_labels(labels)]
+    for role in roles:
+        if role.name in shapes:
+            shape = tuple(shapes[role.name])
+            bindings = [sides for binding in bindings for sides in _match(role, shape, binding)]
+            if not bindings:
+                raise OutputError(f"its output {role.name} is {list(shape)}, and {labels} labels need {role}")
+        elif not role.optional:
+            raise OutputError(f"it has no output {role}")
+
+
+def _labels(labels: int) -> Sides:
+    return {"C": labels} if labels else {}
+
+
+def _match(role: Role, shape: Sequence[int], sides: Sides) -> list[Sides]:
+    """What the letters stand for, for each alternative that a shape is."""
+    matches = []
+    for alternative in role.shapes:
+        terms = alternative.split()
+        if len(terms) == len(shape):
+            bound: Sides | None = sides
+            for term, side in zip(terms, shape, strict=True):
+                bound = bound if bound is None or side == OPEN else _bind(term, side, bound)
+            if bound is not None:
+                matches.append(bound)
+    return matches
+
+
+def _bind(side: str, value: int, sides: Sides) -> Sides | None:
+    """The letters' meanings with those of one more side; None where it is of another value."""
+    rest, unknown = value, []
+    for count, letter in (match.groups() for match in map(TERM.fullmatch, side.split("+")) if match):
+        if letter and letter not in sides:
+            unknown.append((int(count or 1), letter))
+        else:
+            rest -= int(count or 1) * (sides[letter] if letter else 1)
+    if not unknown:
+        return sides if rest == 0 else None
+    if len(unknown) > 1:  # not to be told apart
+        return sides if rest >= sum(count for count, _ in unknown) else None
+    ((count, letter),) = unknown
+    return {**sides, letter: rest // count} if rest >= count and rest % count == 0 else None
+
+
+def _choices(roles: Sequence[Role], candidates: list[list[str]]) -> Iterator[dict[str, str]]:
+    """Every way to give each role an output of its own, optional ones left out too."""
+    if not roles:
+        yield {}
+        return
+    for rest in _choices(roles[1:], candidates[1:]):
+        for name in candidates[0]:
+            if name not in rest.values():
+                yield {roles[0].name: name, **rest}
+        if roles[0].optional:
+            yield rest
+
+
+def _agree(roles: Sequence[Role], choice: dict[str, str], shapes: Shapes, labels: int) -> bool:
+    try:
+        _check(roles, {role: shapes[name] for role, name in choice.items()}, labels)
+    except OutputError:
+        return False
+    return True
+
+
+def _rank(choice: dict[str, str]) -> tuple[int, int]:
+    """More roles are better; names decide only between choices that shapes and ranges cannot tell apart."""
+    return len(choice), sum(role.rstrip("s") in name.lower() for role, name in choice.items())
+
+
+def _list(shapes: Shapes) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())

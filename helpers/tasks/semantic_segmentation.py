@@ -1,0 +1,175 @@
+"""The class of each pixel: one prediction per class that an image has, with a mask at the image's size."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from helpers.bundle.manifest import Manifest
+from helpers.errors import check_parameters
+from helpers.images import rle
+from helpers.images.enlargement import Window, enlarge, nearest, visible_window
+from helpers.images.geometry import place
+from helpers.tasks.boxes import SIDES, check_classes
+from helpers.tasks.classification import sigmoid
+from helpers.tasks.interface import Arrays, Prediction
+from helpers.tasks.roles import Role, are_whole, make_decoder
+
+STRIP_VALUES = 2**22  # of all classes, that are enlarged at a time
+IGNORED = 255  # what class maps have where there is no class
+
+
+@dataclass(frozen=True)
+class MapParameters:
+    """Which classes are told.
+
+    Attributes:
+        background: the class, among the network's, that is not told; -1 for none. If the network has a class more than
+            there are labels, that is its background, and the first class unless this says which.
+        min_pixels: a class with fewer is not told.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    background: int = -1
+    min_pixels: int = 1
+
+    def __post_init__(self) -> None:
+        check_parameters(self, {"background": -1})
+
+
+@dataclass(frozen=True)
+class ScoreParameters(MapParameters):
+    """Which classes are told, and how scores become probabilities.
+
+    Attributes:
+        activation: `softmax`; `sigmoid`, where a pixel is of no class unless one is more probable than not, which
+            a single class means always; or `none` where scores are probabilities.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    activation: Literal["softmax", "sigmoid", "none"] = "softmax"
+
+
+def _decode_scores(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: ScoreParameters, arrays: Arrays
+) -> list[Prediction]:
+    labels = len(manifest.labels)
+    scores = outputs["scores"]
+    if scores.shape[0] not in (labels, labels + 1):
+        scores = np.moveaxis(scores, -1, 0)
+    placement, count = place(manifest.input, size), len(scores)
+    classes, sums = np.full(size[::-1], count, np.uint8 if count < 2**8 else np.uint16), np.zeros(count + 1)
+    for strip in _strips(visible_window(placement), count):
+        left, top, right, bottom = strip
+        winners, probabilities = _winners(enlarge(scores, placement, strip), parameters.activation)
+        classes[top:bottom, left:right] = winners
+        sums += np.bincount(winners.ravel(), probabilities.ravel(), count + 1)
+    background = max(parameters.background, 0) if count > labels else parameters.background
+    return _tell(classes, sums, background, count, manifest, parameters)
+
+
+def _decode_map(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: MapParameters, arrays: Arrays
+) -> list[Prediction]:
+    grid = outputs["classes"]
+    if grid.ndim == 3:
+        grid = grid[0] if grid.shape[0] == 1 else grid[..., 0]
+    labels = len(manifest.labels)
+    count = labels + (parameters.background >= 0)
+    check_classes(grid[(grid >= count) & (grid != IGNORED) | (grid < 0)], manifest)
+    placement = place(manifest.input, size)
+    left, top, right, bottom = window = visible_window(placement)
+    classes = np.full(size[::-1], count, np.uint8 if count < 2**8 else np.uint16)
+    classes[top:bottom, left:right] = np.minimum(nearest(grid, placement, window), count)
+    sums = np.bincount(classes.ravel(), minlength=count + 1).astype(float)
+    return _tell(classes, sums, parameters.background, count, manifest, parameters)
+
+
+def _strips(window: Window, classes: int) -> Iterator[Window]:
+    """The rows of a window, so many at a time that memory stays bounded."""
+    left, top, right, bottom = window
+    step = max(1, STRIP_VALUES // (classes * max(1, right - left)))
+    for start in range(top, bottom, step):
+        yield left, start, right, min(bottom, start + step)
+
+
+def _winners(scores: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]:
+    """The best class of each pixel `[rows, columns]`, or the number of classes where none is, and its probability."""
+    count, best = len(scores), scores.max(axis=0)
+    winners = np.full(best.shape, count - 1)
+    for number in range(count - 2, -1, -1):
+        winners[scores[number] == best] = number
+    if activation == "softmax" and count > 1:
+        return winners, 1 / np.exp(scores - best).sum(axis=0)
+    probabilities = best if activation == "none" else sigmoid(best)
+    if activation == "sigmoid" or count == 1:
+        winners[probabilities <= 0.5] = count
+    return winners, probabilities
+
+
+def _tell(
+    classes: np.ndarray,
+    sums: np.ndarray,
+    background: int,
+    count: int,
+    manifest: Manifest,
+    parameters: MapParameters,
+) -> list[Prediction]:
+    """One prediction per class, the one with most pixels first.
+
+    Args:
+        classes: int `[height, width]`, of the image; `count` where there is none.
+        sums: float `[count + 1]`, of the probabilities of each class's pixels.
+        background: the class that is not told, or -1.
+        count: of the network's classes.
+        manifest: for the labels.
+        parameters: `min_pixels`.
+    """
+    pixels = np.bincount(classes.ravel(), minlength=count + 1)[:count]
+    present = [c for c in np.argsort(-pixels, kind="stable").tolist() if pixels[c] and c != background]
+    predictions = []
+    for number in present:
+        if pixels[number] < parameters.min_pixels:
+            continue
+        class_id = number - (0 <= background < number and count > len(manifest.labels))
+        box, mask = _outline(classes == number)
+        predictions.append(
+            {
+                "class_id": class_id,
+                "label": manifest.labels[class_id],
+                "score": float(sums[number] / pixels[number]),
+                "box": box,
+                "mask": mask,
+                "keypoints": None,
+            }
+        )
+    return predictions
+
+
+def _outline(inside: np.ndarray) -> tuple[dict[str, float], rle.Mask]:
+    """The bounds of a mask `[height, width]`, and the mask encoded."""
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    left, top, right, bottom = (int(side) for side in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    mask = rle.encode_part(inside[top:bottom, left:right], (left, top), inside.shape[1], inside.shape[0])
+    return dict(zip(SIDES, map(float, (left, top, right, bottom)), strict=True)), mask
+
+
+SCORES = [
+    Role(
+        "scores",
+        ("C H W", "1+C H W", "H W C", "H W 1+C"),
+        lambda values: not are_whole(values),
+        values="not only whole numbers",
+    )
+]
+CLASSES = [Role("classes", ("H W", "1 H W", "H W 1"), are_whole, values="whole numbers")]
+
+DECODERS = {
+    "logits": make_decoder(_decode_scores, ScoreParameters, SCORES),
+    "class_map": make_decoder(_decode_map, MapParameters, CLASSES),
+}

@@ -1,0 +1,98 @@
+"""What the decoders of YOLO's networks share: candidates of all anchors, and the best of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from helpers.bundle.manifest import Manifest
+from helpers.errors import check_parameters
+from helpers.images.geometry import place
+from helpers.tasks.boxes import Detections, locate, suppress, to_corners
+from helpers.tasks.interface import OutputError
+
+STRIDES = (8, 16, 32)  # of a raw output's grids, in pixels of the input
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How detections are chosen; the defaults are usual for a look at images.
+
+    Attributes:
+        score_threshold: of the best class's score, which is above.
+        nms_threshold: intersection over union above which a box is suppressed.
+        max_detections: of an image.
+        class_agnostic: boxes suppress those of other classes too.
+        grid: `strides` if boxes are raw, as YOLOX gives them: offsets from the cells of grids of 8, 16 and 32 pixels,
+            and logarithms of sizes; `decoded` if they are pixels of the input.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    score_threshold: float = 0.25
+    nms_threshold: float = 0.45
+    max_detections: int = 300
+    class_agnostic: bool = False
+    grid: Literal["decoded", "strides"] = "decoded"
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+def find_objects(
+    predictions: np.ndarray, size: tuple[int, int], manifest: Manifest, parameters: Parameters, others: int = 0
+) -> tuple[Detections, np.ndarray]:
+    """Detect the objects of one image.
+
+    Args:
+        predictions: float32 `[4 + C + others, A]` or transposed, boxes as center and size in pixels of the input, and
+            the scores of the classes; or one row more, of the objectness that the scores are multiplied with.
+        size: of the image: width and height.
+        manifest: for the input and the labels.
+        parameters: thresholds.
+        others: numbers of each candidate that follow its scores.
+
+    Returns:
+        The detections, and their other numbers, float32 `[n, others]`.
+    """
+    table = _orient(predictions, len(manifest.labels) + others)
+    first = table.shape[0] - others - len(manifest.labels)  # 4, or 5 where objectness stands between
+    scores = table[first : table.shape[0] - others]
+    best = scores.max(axis=0) if first == 4 else scores.max(axis=0) * table[4]
+    candidates = np.flatnonzero((best > parameters.score_threshold) & np.isfinite(best))
+    classes, best = scores[:, candidates].argmax(axis=0), best[candidates]
+    placement = place(manifest.input, size)
+    raw = table[:4, candidates].T
+    with np.errstate(over="ignore", invalid="ignore"):
+        if parameters.grid == "strides":
+            raw = _decode_grid(raw, candidates, table.shape[1], placement.input)
+        boxes = to_corners(raw, "cxcywh")
+    usable = np.isfinite(boxes).all(axis=1)
+    candidates, classes, best, boxes = candidates[usable], classes[usable], best[usable], boxes[usable]
+    rows = suppress(boxes, best, parameters.nms_threshold, None if parameters.class_agnostic else classes)
+    detections = locate(boxes[rows], classes[rows], best[rows], manifest, size, parameters.max_detections)
+    return detections, table[table.shape[0] - others :, candidates[rows[detections.rows]]].T
+
+
+def _orient(predictions: np.ndarray, numbers: int) -> np.ndarray:
+    """The output with a row per number; `numbers` follow the box, and perhaps objectness."""
+    widths = 4 + numbers, 5 + numbers
+    sides = [side in widths for side in predictions.shape]
+    if all(sides):  # there are more anchors than numbers
+        return predictions if predictions.shape[0] <= predictions.shape[1] else predictions.T
+    return predictions if sides[0] else predictions.T
+
+
+def _decode_grid(raw: np.ndarray, candidates: np.ndarray, anchors: int, input_size: tuple[int, int]) -> np.ndarray:
+    """Offsets from cells, in cells, and logarithms of sizes to centers and sizes in pixels."""
+    width, height = input_size
+    grids = [(width // stride, height // stride, stride) for stride in STRIDES]
+    if sum(columns * rows for columns, rows, _ in grids) != anchors:
+        raise OutputError(
+            f"grids of {STRIDES} pixels in {width} x {height} have not {anchors} cells: mend the input's size"
+        )
+    cells = [np.stack([*np.meshgrid(np.arange(c), np.arange(r)), np.full((r, c), s)], -1) for c, r, s in grids]
+    places = np.concatenate([grid.reshape(-1, 3) for grid in cells]).astype(np.float32)[candidates]
+    strides = places[:, 2:]
+    return np.concatenate([(raw[:, :2] + places[:, :2]) * strides, np.exp(raw[:, 2:]) * strides], axis=1)
