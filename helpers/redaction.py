@@ -41,7 +41,7 @@ def redact(text: str) -> str:
 
 
 def remember(secret: str) -> None:
-    """Hide this text from now on, and the signature in it if it is a SAS token."""
+    """Hide a text from now on, and its signature if it is a SAS token."""
     forms = [secret, secret.removeprefix("?"), *parse_qs(secret.removeprefix("?")).get("sig", [])]
     encoded = (form for text in forms for form in (text, quote(text), quote(text, safe="")))
     _resolved.update(form for form in encoded if len(form) >= SHORTEST)
@@ -51,7 +51,7 @@ class Redacting(logging.Filter):
     """For a handler, or for the logger of a library that logs the URLs it asks for."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record in place, and keep it."""
+        """Redact a record in place, and let it pass."""
         record.msg, record.args = redact(record.getMessage()), None
         if record.exc_info:
             record.exc_text = redact(logging.Formatter().formatException(record.exc_info))

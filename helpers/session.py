@@ -96,7 +96,7 @@ def get_slots(spark: "SparkSession") -> int:
 
 
 def local_slots(spark: "SparkSession") -> int | None:
-    """How many tasks run at once in local mode; None on a cluster, whose size may change meanwhile."""
+    """Return how many tasks run at once in local mode; None on a cluster, whose size may change."""
     # A Connect server may run on another machine, so that its `local` is not this one's.
     remote = type(spark).__module__.startswith("pyspark.sql.connect.")
     local = re.fullmatch(r"local(?:\[\s*(\d+|\*)\s*(?:,.*)?\])?", spark.conf.get("spark.master", "") or "")
@@ -107,7 +107,7 @@ def local_slots(spark: "SparkSession") -> int | None:
 
 
 def count_cores() -> int:
-    """Cores that this process may use; where the system does not tell (macOS), those that there are."""
+    """Return the cores that this process may use; all cores where the system does not tell (macOS)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -133,7 +133,7 @@ def spark_schema(schema: "pa.Schema") -> "StructType":
 
 
 def spark_failure(error: Exception) -> str:
-    """The one line that says what went wrong in a failed Spark job: the project's own error where there is one."""
+    """Return one line that says why a Spark job failed: the project's own error if there is one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     ours = [line for line in lines if re.match(r"helpers\.errors\.\w+: ", line)]
     # What follows a traceback, after its indented lines, is the exception, whatever its name and whether it says more.

@@ -17,6 +17,7 @@ from PIL import Image
 
 from helpers.images.boundary import UnreadableImageError
 from helpers.images.decoding import decode, fit
+from helpers.images.geometry import place
 from helpers.images.headers import read_header
 from helpers.images.spec import InputSpec
 
@@ -27,9 +28,9 @@ ORIENTED[0x0112] = 6  # lies on its side
 CHANNELS = {"rgb": 3, "bgr": 3, "gray": 1}
 
 
-def spec(width: int, height: int, color: str = "bgr", resize: str = "stretch") -> InputSpec:
+def spec(width: int, height: int, color: str = "bgr", resize: str = "stretch", **others) -> InputSpec:
     zeros, ones = (0.0,) * CHANNELS[color], (1.0,) * CHANNELS[color]
-    return InputSpec(height, width, color, zeros, ones, resize)
+    return InputSpec(height, width, color, zeros, ones, resize, **others)
 
 
 def encoded(picture: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -436,3 +437,59 @@ def test_no_decoder_dies_of_a_lack_of_memory(hungry):
     assert set(found) == {*HUNGRY, *HUNGRY_TIFF}
     for name, errors in found.items():
         assert errors[0] and errors[-1] is None, name
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "cubic"])
+@pytest.mark.parametrize("size", [(90, 100), (640, 480), (333, 1000), (1500, 200), (256, 200)])
+def test_antialiased_resizing_equals_pillows(size, interpolation):
+    image = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    kind = {"linear": Image.Resampling.BILINEAR, "cubic": Image.Resampling.BICUBIC}[interpolation]
+    expected = np.asarray(Image.fromarray(image).resize((256, 200), kind)).astype(int)
+    difference = np.abs(fit(image, spec(256, 200, "bgr", interpolation=interpolation, antialias=True)) - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (300, 2000), (40, 30)])
+def test_cropping_equals_torchvisions_transform(size):
+    from torchvision.transforms import functional
+
+    image = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    resized = functional.resize(Image.fromarray(image), [232])
+    expected = np.asarray(functional.center_crop(resized, [224])).astype(int)
+    cropped = fit(image, spec(224, 224, "bgr", "crop", antialias=True, resize_size=232))
+    assert np.abs(cropped - expected).max() <= 1 and (cropped != expected).mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (3000, 100), (64, 64)])
+def test_the_shortest_edge_rule_equals_torchvisions(size):
+    from torchvision.transforms import functional
+
+    image = np.random.default_rng(2).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    expected = np.asarray(functional.resize(Image.fromarray(image), [100], max_size=400)).astype(int)
+    fitted = fit(image, spec(400, 100, "bgr", "shortest_edge", antialias=True))
+    assert fitted.shape == expected.shape and np.abs(fitted - expected).max() <= 1
+
+
+def test_a_network_of_any_size_gets_the_image_as_it_is(photo):
+    np.testing.assert_array_equal(fit(photo, spec(10, 10, "bgr", "none")), photo)
+
+
+def test_a_letterbox_in_the_corner_is_padded_on_one_side():
+    boxed = fit(np.full((20, 40, 3), RED, np.uint8), spec(20, 20, "bgr", "letterbox", position="top_left", padding=7))
+    assert (boxed[:10] == RED).all() and (boxed[10:] == 7).all()
+
+
+@pytest.mark.parametrize("rule", ["stretch", "letterbox", "crop", "shortest_edge", "none"])
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (100, 700), (33, 35)])
+def test_a_point_of_the_input_leads_back_to_its_place_in_the_image(rule, size):
+    """A bright square in a dark image is where the placement says."""
+    width, height = size
+    image = np.zeros((height, width, 3), np.uint8)
+    x, y, side = width // 2, height // 2, min(size) // 3
+    image[y : y + side, x : x + side] = 255
+    wanted = spec(96, 64, "bgr", rule, antialias=True, padding=0)
+    bright = np.argwhere(fit(image, wanted)[..., 0] > 100)
+    low, high = bright.min(axis=0)[::-1], bright.max(axis=0)[::-1] + 1
+    box = place(wanted, size).to_image(np.concatenate([low, high]).astype(np.float32))
+    pixel = np.tile(np.divide(size, place(wanted, size).resized), 2)  # of the input, in the image's
+    assert (np.abs(box - [x, y, x + side, y + side]) <= pixel + 1e-3).all()

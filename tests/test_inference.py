@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import openvino as ov
 import openvino.opset13 as opset
@@ -17,6 +18,8 @@ from helpers.bundle import runtime
 from helpers.bundle.manifest import Bundle, Manifest, OutputSpec, load_bundle, save_bundle
 from helpers.bundle.runtime import batch_size, compile_options, get_model
 from helpers.errors import BundleError
+from helpers.images.decoding import fit
+from helpers.images.spec import InputSpec
 from helpers.pipeline import stages
 from helpers.storage import open_storage
 
@@ -289,3 +292,57 @@ def test_memory_for_a_new_size_of_batch_is_taken_before_the_next_batch_is_decode
     assert events.index("wait 0") < events.index("decode 1") < events.index("start 1") < events.index("wait 1")
     assert events.index("start 2") + 1 == events.index("wait 2")
     assert events[events.index("start 1") + 1] != "wait 1"  # of a size that was inferred before: at the same time
+
+
+def any_size_bundle(folder: Path, like: Manifest, rule: str) -> Bundle:
+    """A network of images of any size: the mean of each channel, and the whole first channel."""
+    image = opset.parameter([1, -1, -1, 3], np.uint8, name="images")
+    values = opset.convert(image, "f32")
+    means = opset.reduce_mean(values, opset.constant([1, 2]))
+    red = opset.squeeze(
+        opset.slice(values, opset.constant([0]), opset.constant([1]), opset.constant([1]), opset.constant([3])),
+        opset.constant([3]),
+    )
+    graph = ov.Model([opset.result(means), opset.result(red)], [image])
+    for output, name in zip(graph.outputs, ("means", "red"), strict=True):
+        output.set_names({name})
+    manifest = replace(
+        like,
+        input=InputSpec(40, 60, "rgb", (0.0,) * 3, (1.0,) * 3, rule),
+        outputs=(OutputSpec("means", (3,)), OutputSpec("red", (-1, -1))),
+        batch=1,
+    )
+    ov.save_model(graph, folder / "model.xml", compress_to_fp16=False)
+    files = {name: (folder / name).read_bytes() for name in ("model.xml", "model.bin")}
+    return save_bundle(open_storage(str(folder / "bundle")), manifest, files)
+
+
+@pytest.mark.parametrize("rule", ["none", "shortest_edge"])
+def test_a_network_of_any_size_gets_each_image_in_its_own(bundle, tmp_path, rule):
+    sizes = [(50, 30), (33, 70), (300, 20)]  # width, height
+    images = [np.random.default_rng(i).integers(0, 256, (h, w, 3), np.uint8) for i, (w, h) in enumerate(sizes)]
+    contents = [cv2.imencode(".png", image)[1].tobytes() for image in images]
+    rows = [{"path": f"{i}", "content": content} for i, content in enumerate([*contents[:2], b"none", contents[2]])]
+    batch = pa.RecordBatch.from_pylist(rows, schema=stages.IMAGE_SCHEMA)
+    bundle = any_size_bundle(tmp_path, bundle.manifest, rule)
+    tensors = list(stages.preprocess([batch], bundle.manifest.input, 64, 10**6))
+    merged = pa.Table.from_batches(tensors).combine_chunks().to_batches()  # as Spark may between two stages
+    outputs = pa.Table.from_batches(list(stages.infer(merged, bundle, None, 1))).to_pylist()
+    assert outputs[2]["error"] and outputs[2]["red"] is None is outputs[2]["red.shape"]
+    for row, image in zip([outputs[0], outputs[1], outputs[3]], images, strict=True):
+        expected = fit(image, bundle.manifest.input)
+        np.testing.assert_allclose(row["means"], expected.mean(axis=(0, 1)), rtol=1e-5)
+        assert row["red.shape"] == list(expected.shape[:2])
+        np.testing.assert_array_equal(np.reshape(row["red"], row["red.shape"]), expected[..., 0])
+
+
+def test_a_graph_for_one_image_gets_one_at_a_time(bundle, tmp_path):
+    """Some graphs take four images and answer for the first."""
+    graph = ov.Core().read_model(model=bundle.read("model.xml"), weights=bundle.read("model.bin"))
+    graph.reshape([1, *bundle.manifest.input.shape])
+    ov.save_model(graph, tmp_path / "model.xml", compress_to_fp16=False)
+    files = {name: (tmp_path / name).read_bytes() for name in ("model.xml", "model.bin")}
+    fixed = save_bundle(open_storage(str(tmp_path / "bundle")), replace(bundle.manifest, batch=1), files)
+    model = get_model(fixed)
+    assert model.single
+    np.testing.assert_allclose(one_by_one(model, pixels(3)), one_by_one(get_model(bundle), pixels(3)), atol=1e-5)

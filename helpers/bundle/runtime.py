@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from helpers.bundle.manifest import MANIFEST, Bundle
+from helpers.bundle.manifest import MANIFEST, OPEN, Bundle
 from helpers.errors import BundleError, first_line
 from helpers.memory import resident_megabytes
 from helpers.temporary import user_folder
@@ -22,7 +22,7 @@ from helpers.temporary import user_folder
 log = logging.getLogger(__name__)
 
 SINGLE_MEGABYTES = 1  # inputs and outputs of which not even two images fit into this are inferred one by one
-ANY = -1  # length of a dimension that is open
+ANY = OPEN  # a graph's dimension
 REQUESTS = 2  # one batch is inferred while the next is read and decoded
 
 _models: dict[tuple[str, str, int], "Model"] = {}
@@ -37,7 +37,7 @@ class Model:
     load_seconds: float
     single: bool = False  # compiled for one image at a time
     idle: list[ov.InferRequest] = field(default_factory=list)  # making one takes milliseconds, and each task needs two
-    sizes: set[int] = field(default_factory=set)  # of batches that were inferred
+    shapes: set[tuple[int, ...]] = field(default_factory=set)  # of batches that were inferred
 
     def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
         """Run batches through the model, in order; the next is prepared while one is computed.
@@ -59,9 +59,11 @@ class Model:
     def _start(self, pixels: np.ndarray) -> ov.InferRequest:
         request = self.idle.pop() if self.idle else self.compiled.create_infer_request()
         request.start_async({0: pixels}, share_inputs=True)
-        if len(pixels) not in self.sizes:  # it takes the memory for them, which decoding meanwhile is not to hold back
+        if (
+            pixels.shape not in self.shapes
+        ):  # it takes the memory for them, which decoding meanwhile is not to hold back
             request.wait()
-            self.sizes.add(len(pixels))
+            self.shapes.add(pixels.shape)
         return request
 
     def _finish(self, item: Any, _: np.ndarray, request: ov.InferRequest | None) -> tuple[Any, dict[str, np.ndarray]]:
@@ -104,8 +106,10 @@ def loading_seconds() -> float:
 
 
 def batch_size(bundle: Bundle, megabytes: int, max_images: int) -> int:
-    """Images a batch, so that its inputs and outputs stay within a budget."""
+    """Images per batch, so that its inputs and outputs stay within a budget; 1 where each has a size of its own."""
     manifest = bundle.manifest
+    if manifest.input.is_variable or any(OPEN in output.shape for output in manifest.outputs):
+        return 1
     outputs = sum(4 * int(np.prod(output.shape)) for output in manifest.outputs)
     return max(1, min(max_images, megabytes * 2**20 // (manifest.input.nbytes + outputs)))
 
@@ -113,20 +117,24 @@ def batch_size(bundle: Bundle, megabytes: int, max_images: int) -> int:
 def read_graph(core: ov.Core, bundle: Bundle) -> tuple[ov.Model, bool]:
     """Read a bundle's graph, and say whether it takes one image at a time.
 
-    Large inputs and outputs gain nothing from batches, and a graph of fixed shapes is faster.
+    Large inputs and outputs gain nothing from batches, and a graph of fixed shapes is faster. Other graphs give right
+    outputs for one image only.
 
     Raises:
         BundleError: a file is missing or damaged, or the graph is not what the manifest says.
         RuntimeError: OpenVINO cannot read it.
     """
     graph = core.read_model(model=bundle.read("model.xml"), weights=bundle.read("model.bin"))
-    manifest, single = bundle.manifest, batch_size(bundle, SINGLE_MEGABYTES, max_images=2) == 1
+    manifest = bundle.manifest
+    single = manifest.batch == 1 or batch_size(bundle, SINGLE_MEGABYTES, max_images=2) == 1
     batch = 1 if single else ANY
+    height, width, channels = manifest.input.shape
+    shape = (ANY, ANY, channels) if manifest.input.is_variable else (height, width, channels)
     if len(graph.inputs) != 1:
         raise _lies(bundle, f"one input, and the graph has {len(graph.inputs)}")
-    _compare(bundle, "that the input", graph.inputs[0], "u8", manifest.input.shape, {batch, ANY})
+    _compare(bundle, "that the input", graph.inputs[0], "u8", shape, {batch, ANY})
     if single:
-        graph.reshape([1, *manifest.input.shape])
+        graph.reshape([1, *shape])
     ports = {name: port for port in graph.outputs for name in port.get_names()}
     for output in manifest.outputs:
         if output.name not in ports:

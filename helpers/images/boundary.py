@@ -1,4 +1,4 @@
-"""Where what goes wrong with one image becomes that image's error, and nobody else's. Executors import this module."""
+"""The boundary of an image: whatever goes wrong with one image becomes its own error. Executors import this module."""
 
 import errno
 from collections.abc import Callable

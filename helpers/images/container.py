@@ -71,7 +71,7 @@ def open_video(file: BinaryIO, max_pixels: int | None) -> Iterator[tuple["InputC
 
 
 def seek_keyframe(container: "InputContainer", stream: "VideoStream", timestamp: int) -> None:
-    """Go to the keyframe before a timestamp, in the stream's own unit."""
+    """Seek the keyframe before a timestamp, in the stream's own unit."""
     import av
 
     # Where it fails, the container stands where it stood, and the frame comes later.

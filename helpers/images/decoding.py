@@ -8,7 +8,9 @@ import cv2
 import numpy as np
 
 from helpers.images.boundary import UnreadableImageError
+from helpers.images.geometry import Placement, place
 from helpers.images.headers import DAMAGED, Header, Size, read_header
+from helpers.images.resampling import resample
 from helpers.images.spec import InputSpec
 
 cv2.setNumThreads(1)  # Spark runs a task on every core; more threads only wait for each other
@@ -17,6 +19,7 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # a damaged im
 Image = np.ndarray  # uint8 [height, width, 3], BGR as OpenCV has it
 
 REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+INTERPOLATION = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
 SHOWN_BYTES = 12  # of a file that is no image, in its error
 
 
@@ -47,7 +50,7 @@ def load(
     half, a quarter or an eighth of its size, which takes a fraction of the time.
 
     Returns:
-        uint8 `[spec.height, spec.width, channels]`, and width and height of the original, turned upright.
+        The input as `fit` returns it, and width and height of the original, turned upright.
 
     Raises:
         UnreadableImageError: as for `decode`; so MemoryError.
@@ -64,38 +67,49 @@ def load(
 
 
 def fit(image: Image, spec: InputSpec) -> np.ndarray:
-    """Resize and convert a decoded image to uint8 `[spec.height, spec.width, channels]`, as the manifest says."""
-    resized = _RESIZE[spec.resize](image, spec.width, spec.height)
+    """Resize and convert a decoded image to a network's input, as the manifest says.
+
+    Returns:
+        uint8 `[spec.height, spec.width, channels]`, or of the image's own size where the rule gives it one.
+    """
+    placement = place(spec, (image.shape[1], image.shape[0]))
+    resized = _resize(image, placement, spec)
+    if spec.resize == "letterbox":
+        left, top, right, bottom = placement.window
+        canvas = np.full((spec.height, spec.width, 3), spec.padding, np.uint8)
+        canvas[top:bottom, left:right] = resized
+        resized = canvas
     if spec.color == "gray":
         return cv2.cvtColor(resized, cv2.COLOR_BGR2GRAY)[..., None]
     return cv2.cvtColor(resized, cv2.COLOR_BGR2RGB) if spec.color == "rgb" else resized
 
 
-def _scale(image: Image, width: int, height: int) -> Image:
-    if image.shape[:2] == (height, width):
+def _resize(image: Image, placement: Placement, spec: InputSpec) -> Image:
+    """The part of the image that the input shows, at its size there."""
+    left, top, right, bottom = placement.window
+    if (*placement.resized, *placement.input) == (*placement.image, *placement.image):
+        return image
+    if spec.antialias:
+        x, y = placement.offset
+        window = left - x, top - y, right - x, bottom - y
+        return resample(image, placement.resized, window, spec.interpolation)
+    if spec.resize == "crop":
+        image = _cut(image, placement)
+    if image.shape[:2] == (bottom - top, right - left):
         return image
     # Linear whatever the ratio, as the networks were trained and checked with.
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(image, (right - left, bottom - top), interpolation=INTERPOLATION[spec.interpolation])
 
 
-def _letterbox(image: Image, width: int, height: int) -> Image:
-    scale = min(width / image.shape[1], height / image.shape[0])
-    inner_width, inner_height = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    canvas = np.full((height, width, 3), 114, np.uint8)  # the gray that detectors are trained to ignore
-    top, left = (height - inner_height) // 2, (width - inner_width) // 2
-    canvas[top : top + inner_height, left : left + inner_width] = _scale(image, inner_width, inner_height)
-    return canvas
-
-
-def _crop(image: Image, width: int, height: int) -> Image:
-    # Cut first: resizing all of a thin image before would take memory without bound.
-    scale = min(image.shape[1] / width, image.shape[0] / height)
+def _cut(image: Image, placement: Placement) -> Image:
+    """Cut the center before resizing: resizing all of a thin image would take memory without bound."""
+    (width, height), resized = placement.input, placement.resized
+    # The side that fits exactly gives the scale; the other was rounded.
+    shorter = 0 if placement.image[0] * resized[1] <= placement.image[1] * resized[0] else 1
+    scale = placement.image[shorter] / resized[shorter]
     inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))
     top, left = (image.shape[0] - inner_height) // 2, (image.shape[1] - inner_width) // 2
-    return _scale(image[top : top + inner_height, left : left + inner_width], width, height)
-
-
-_RESIZE = {"stretch": _scale, "letterbox": _letterbox, "crop": _crop}
+    return image[top : top + inner_height, left : left + inner_width]
 
 
 def _checked(content: bytes | memoryview, max_pixels: int, max_memory: int | None) -> Header:
@@ -139,7 +153,7 @@ def _reduction(content: bytes | memoryview, size: Size, spec: InputSpec) -> int:
 
     One that makes the sides of an image alike that are not would hide whether the image was turned.
     """
-    if not spec.scaled_decoding or bytes(content[:2]) != b"\xff\xd8":
+    if not spec.scaled_decoding or spec.is_variable or bytes(content[:2]) != b"\xff\xd8":
         return 1
     # A turned image has its sides exchanged, so both must be large enough for either.
     ratio = min(size) / (max(spec.width, spec.height) * spec.scaled_decoding)

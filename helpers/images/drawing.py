@@ -1,4 +1,4 @@
-"""Images with what was found in them drawn on."""
+"""Images with their predictions drawn on."""
 
 import hashlib
 import math
@@ -40,7 +40,7 @@ def draw(image: Image, predictions: list[dict[str, Any]], threshold: float = DRA
 
 
 def color_of(class_id: int) -> tuple[int, int, int]:
-    """The color, BGR, that a class has in every picture."""
+    """Return the BGR color of a class, the same in every picture."""
     pixel = np.array([[[class_id * GOLDEN_ANGLE % HUES, 200, 255]]], np.uint8)
     blue, green, red = cv2.cvtColor(pixel, cv2.COLOR_HSV2BGR)[0, 0].tolist()
     return blue, green, red

@@ -58,7 +58,7 @@ WEBP_ANIMATION = 2  # a flag
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of an image before it is decoded.
+    """What an image's header says, before it is decoded.
 
     Attributes:
         width, height: in pixels, as stored, before any EXIF rotation.

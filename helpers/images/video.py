@@ -1,4 +1,4 @@
-"""Video files as sources of images: which frames a file has, and any of them decoded, the same wherever one begins.
+"""Video files as sources of images: their frames, decoded one by one, the same wherever decoding begins.
 
 Frames are numbered from 0 in the order in which they are shown, and a frame's path is its file's with the number behind
 it, `clip.mp4#frame=120`. A frame is found by its timestamp: decoding starts at the keyframe before it, and gives what

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from helpers.bundle.manifest import Manifest
+from helpers.bundle.manifest import OPEN, Manifest, OutputSpec
 
 Batches = Iterable[pa.RecordBatch]
 
@@ -44,10 +44,16 @@ RESULT_SCHEMA = pa.schema(
 )
 
 
+def shape_column(output: OutputSpec) -> str | None:
+    """The column with the shape of an output that differs from image to image; None where all are alike."""
+    return f"{output.name}.shape" if OPEN in output.shape else None
+
+
 def output_schema(manifest: Manifest) -> pa.Schema:
-    """Schema of stage 3: a flat float32 list for each of the model's outputs."""
-    outputs = [pa.field(output.name, pa.list_(pa.float32())) for output in manifest.outputs]
-    return pa.schema([*KEY, *SIZE, ERROR, *outputs])
+    """Schema of stage 3: a flat float32 list for each of the model's outputs, and its shape where that is open."""
+    columns = [pa.field(output.name, pa.list_(pa.float32())) for output in manifest.outputs]
+    columns += [pa.field(name, pa.list_(pa.int32())) for name in map(shape_column, manifest.outputs) if name]
+    return pa.schema([*KEY, *SIZE, ERROR, *columns])
 
 
 def extend(batch: pa.RecordBatch, schema: pa.Schema, **columns: Any) -> pa.RecordBatch:

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from helpers import tasks
-from helpers.bundle.manifest import Bundle, Manifest
+from helpers.bundle.manifest import Bundle, Manifest, OutputSpec
 from helpers.bundle.runtime import get_model
 from helpers.images.boundary import attempt
 from helpers.images.decoding import load
+from helpers.images.geometry import place
 from helpers.images.headers import Size
 from helpers.images.spec import InputSpec
 from helpers.memory import bounded
@@ -31,6 +32,7 @@ from helpers.pipeline.schemas import (
     Batches,
     extend,
     output_schema,
+    shape_column,
 )
 from helpers.tasks import get_arrays
 
@@ -63,10 +65,12 @@ def preprocess(
 
     Yields:
         `TENSOR_SCHEMA`; `tensor` holds uint8 `[height, width, channels]` row by row, and the size is the original's.
+        The tensor's own size is that of `geometry.place`.
     """
+    step = 1 if spec.is_variable else max_images
     for batch in batches:
-        for start in range(0, batch.num_rows, max_images):
-            yield _preprocess(batch.slice(start, max_images), spec, max_pixels, memory_megabytes)
+        for start in range(0, batch.num_rows, step):
+            yield _preprocess(batch.slice(start, step), spec, max_pixels, memory_megabytes)
 
 
 def infer(
@@ -94,11 +98,13 @@ def infer(
             good = np.flatnonzero(batch["error"].is_null())
             errors = [NOT_FINITE if row in good[not_finite] else error for row, error in enumerate(errors)]
             outputs = {name: np.delete(values, not_finite, axis=0) for name, values in outputs.items()}
-        failed = np.array([error is not None for error in errors])
-        columns = {
-            output.name: _float_lists(outputs.get(output.name), int(np.prod(output.shape)), failed)
-            for output in bundle.manifest.outputs
-        }
+        failed = np.array([error is not None for error in errors], bool)
+        columns: dict[str, Any] = {}
+        for output in bundle.manifest.outputs:
+            values = outputs.get(output.name)
+            columns[output.name] = _float_lists(values, failed)
+            if name := shape_column(output):
+                columns[name] = [None if bad or values is None else values.shape[1:] for bad in failed]
         yield extend(batch, schema, error=errors, **columns)
 
 
@@ -122,14 +128,16 @@ def postprocess(
         `RESULT_SCHEMA`; `predictions` is null where `error` is set. What goes wrong with one image is its own error.
     """
     arrays = get_arrays(manifest, read)
+    is_open = any(map(shape_column, manifest.outputs))
     column, kind = ("embedding", EMBEDDING) if manifest.task == "embedding" else ("predictions", PREDICTIONS)
 
     def predict(good: pa.RecordBatch) -> pa.Array:
-        outputs = {o.name: _array(good[o.name], o.shape) for o in manifest.outputs}
+        outputs = {o.name: _array(good, o) for o in manifest.outputs}
         sizes = list(zip(good["width"].to_pylist(), good["height"].to_pylist(), strict=True))
         return pa.array(tasks.predict(outputs, sizes, manifest, parameters, arrays), kind)
 
-    for batch in batches:
+    parts = (part for batch in batches for part in (_split_rows(batch) if is_open else [batch]))
+    for batch in parts:
         values, errors = _each(predict, batch, kind)
         columns = {
             "predictions": [None if error else [] for error in errors],  # of an embedding
@@ -142,7 +150,7 @@ def postprocess(
 def _preprocess(
     batch: pa.RecordBatch, spec: InputSpec, max_pixels: int, memory_megabytes: int | None
 ) -> pa.RecordBatch:
-    pixels = np.empty((batch.num_rows, *spec.shape), np.uint8)
+    pixels = np.empty((0 if spec.is_variable else batch.num_rows, *spec.shape), np.uint8)
     errors, sizes, count = batch["error"].to_pylist(), [], 0
     # The files are in memory by now, and in a fused run the model, because the last stage's start is the first.
     with bounded(memory_megabytes) as left:
@@ -151,7 +159,11 @@ def _preprocess(
             if errors[row] is None:
                 loaded, errors[row] = attempt(_load, content, spec, max_pixels, left)
                 if loaded is not None:
-                    pixels[count], size = loaded
+                    tensor, size = loaded
+                    if spec.is_variable:  # then the batch is this image
+                        pixels = tensor[None]
+                    else:
+                        pixels[count] = tensor
                     count += 1
             sizes.append(size or (None, None))
     widths, heights = zip(*sizes, strict=True)
@@ -195,11 +207,16 @@ def _pixels(batch: pa.RecordBatch, spec: InputSpec) -> np.ndarray:
     _, offsets, data = column.buffers()
     bounds = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
     content = np.frombuffer(data or b"", np.uint8)[bounds[0] : bounds[-1]]
-    return content.reshape(-1, *spec.shape)
+    shape = spec.shape
+    if spec.is_variable and len(content):  # then the batch is one image
+        width, height = place(spec, (batch["width"][0].as_py(), batch["height"][0].as_py())).input
+        shape = height, width, shape[2]
+    return content.reshape(-1, *shape)
 
 
-def _float_lists(values: np.ndarray | None, width: int, failed: np.ndarray) -> pa.Array:
+def _float_lists(values: np.ndarray | None, failed: np.ndarray) -> pa.Array:
     flat = np.zeros(0, np.float32) if values is None else values.reshape(-1)
+    width = flat.size // (int(np.count_nonzero(~failed)) or 1)
     offsets = np.concatenate([[0], np.cumsum(np.where(failed, 0, width))]).astype(np.int32)
     return pa.ListArray.from_arrays(offsets, flat, mask=pa.array(failed) if failed.any() else None)
 
@@ -227,5 +244,8 @@ def _each(
     return predictions.take(pa.array(positions, pa.int64())), errors
 
 
-def _array(column: pa.ListArray, shape: tuple[int, ...]) -> np.ndarray:
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)
+def _array(batch: pa.RecordBatch, output: OutputSpec) -> np.ndarray:
+    """An output of a batch, float32 `[B, ...]`; where its shape is open, the batch is one image."""
+    name = shape_column(output)
+    shape = batch[name][0].as_py() if name else output.shape
+    return batch[output.name].flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, *shape)

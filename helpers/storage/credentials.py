@@ -22,7 +22,7 @@ STORAGE_SCOPE = "https://storage.azure.com/.default"
 
 
 def resolve(reference: str, account: str) -> Any:
-    """Return what the storage SDK takes as a credential.
+    """Return a credential in the form that the storage SDK takes.
 
     Args:
         reference: as above.

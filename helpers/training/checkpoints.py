@@ -1,4 +1,4 @@
-"""What an interrupted training goes on from: everything that decides its next step, in one file, written atomically.
+"""Checkpoints: all that decides the next step of a training, in one file, written atomically.
 
 A checkpoint holds the state of the network, the optimizer, the schedule and whatever else the program names; the random
 number generators of every rank; and how far the training has come, with the position in the epoch's order of the data,
@@ -36,10 +36,10 @@ class Stateful(Protocol):
     """A part of a training: a network, an optimizer, a schedule."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Its state, of tensors, numbers, text and containers of them."""
+        """Return the state: tensors, numbers, text and containers of them."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Take such a state."""
+        """Load a state that `state_dict` has returned."""
 
 
 @dataclasses.dataclass
@@ -60,7 +60,7 @@ class Progress:
         self.steps += 1
 
     def add_epoch(self, measures: dict[str, float]) -> None:
-        """Count an epoch; to what it came to are added the means of what was measured at its steps, as `train_NAME`."""
+        """Count an epoch; the means of its steps' measurements are added to its results as `train_NAME`."""
         names = self.measured[0] if self.measured else ()
         means = {f"train_{name}": float(np.mean([step[name] for step in self.measured])) for name in names}
         self.epochs.append({**means, **measures})
@@ -112,7 +112,7 @@ class Checkpoints:
         return progress
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint and remove the older ones but the last."""
+        """Write a checkpoint, and remove all older ones except the last."""
         for part in self.parts.values():
             if isinstance(part, nn.Module):
                 self.group.average(part.buffers())  # what the file holds is then what every rank has
@@ -136,7 +136,7 @@ class Checkpoints:
                 self.storage.delete(path)
 
     def clear(self) -> None:
-        """Remove all of them."""
+        """Remove all checkpoints."""
         if self.group.rank == 0:
             for _, path in list(_files(self.storage)):
                 self.storage.delete(path)
@@ -175,7 +175,7 @@ class Checkpoints:
 
 
 def newest_step(place: str, config: Any = None) -> int:
-    """The step of the newest checkpoint, damaged or not; 0 where there is none."""
+    """Return the step of the newest checkpoint, damaged or not; 0 if there is none."""
     return next((step for step, _ in _files(open_storage(place, config))), 0)
 
 

@@ -35,10 +35,10 @@ B_co = TypeVar("B_co", covariant=True)
 
 
 class DataSet(Protocol[B_co]):
-    """A data set, any part of which can be read without the rest."""
+    """A data set whose parts can be read one by one."""
 
     def __len__(self) -> int:
-        """How many images an epoch has."""
+        """Return the number of images per epoch."""
 
     def __getitems__(self, indices: torch.Tensor) -> B_co:
         """The images of indices `[B]`, and what is known of them."""
@@ -48,7 +48,7 @@ class DataSet(Protocol[B_co]):
 
 
 class Form(Protocol):
-    """What training is given of stored images."""
+    """What a stored image becomes for a training."""
 
     columns: frozenset[str]  # that it needs of an image's row
 

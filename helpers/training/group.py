@@ -46,7 +46,7 @@ class Group:
                 tensor.copy_(tensor / self.world_size)
 
     def broadcast(self, value: Any) -> Any:
-        """Give all ranks the first one's value, which must pickle; what the others pass is not looked at.
+        """Give all ranks the value of rank 0, which must pickle; the values of the others are ignored.
 
         Files are read so where all must have the same, even if their views of the storage differ.
         """
@@ -65,7 +65,7 @@ class Group:
 
 @contextlib.contextmanager
 def join_group(device: Device = "cpu", threads: int = 1, run_dir: str | None = None) -> Iterator[Group]:
-    """Be one of the ranks of a training, until the end of the `with` block.
+    """Join the ranks of a training until the end of the `with` block.
 
     Args:
         device: `cuda` gives each rank of a host a GPU of its own.
@@ -94,7 +94,7 @@ def join_group(device: Device = "cpu", threads: int = 1, run_dir: str | None = N
 
 @contextlib.contextmanager
 def lock_run(run_dir: str) -> Iterator[None]:
-    """Be the only training in a run directory; where a file system has no locks, there is a warning.
+    """Lock a run directory for one training; a file system without locks gives a warning.
 
     Raises:
         TrainingError: another training is at work there.
@@ -169,7 +169,7 @@ class Pace:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """What to compute matrix products in, where that is enough: half the bits, where the hardware computes in them."""
+    """Return the type for matrix products: half precision where the hardware computes in it."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16

@@ -63,7 +63,7 @@ def train_on_spark(
 
     The program is any Python file. It runs as `__main__` with `sys.argv`, and with RANK, LOCAL_RANK, WORLD_SIZE,
     LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment. It can import `helpers`, and the modules and
-    packages of its own folder. What rank 0 prints is shown while it runs.
+    packages of its own folder. The driver shows what rank 0 prints while it runs.
 
     Args:
         spark: the session; all ranks run at the same time, so it needs that many free slots.
@@ -161,7 +161,7 @@ def _attempt(spark: "SparkSession", task: "_Task", processes: int) -> dict[str, 
 
 
 def _explain_failure(outcomes: list[dict[str, Any]]) -> _AttemptError | None:
-    """What went wrong first; None where every rank has done its work."""
+    """Return what went wrong first; None if every rank has finished."""
     failed = sorted((outcome for outcome in outcomes if outcome["code"]), key=lambda outcome: outcome["ended"])
     if not failed:
         return None
