@@ -28,7 +28,7 @@ class Placement:
 
     def to_image(self, points: np.ndarray) -> np.ndarray:
         """Points x, y in the input's pixels, float32 `[..., 2 * n]`, in those of the original; not clipped."""
-        pairs = points.reshape(*points.shape[:-1], -1, 2)
+        pairs = points.reshape(*points.shape[:-1], points.shape[-1] // 2, 2)  # there may be none
         scale = np.divide(self.image, self.resized, dtype=np.float64)
         return ((pairs - np.array(self.offset)) * scale).astype(np.float32).reshape(points.shape)
 

@@ -46,7 +46,8 @@ def encode_part(part: np.ndarray, corner: tuple[int, int], width: int, height: i
     ends = (column + left) * height + (row + top)
     joined = np.flatnonzero(ends[1:] == ends[:-1])  # where a column's last run and the next one's first are the same
     ends = np.delete(ends, np.concatenate([joined, joined + 1]))
-    (mask,) = encode_runs([np.diff(ends, prepend=0, append=width * height)], width, height)
+    pixels = width * height
+    (mask,) = encode_runs([np.diff(ends[ends < pixels], prepend=0, append=pixels)], width, height)
     return mask
 
 

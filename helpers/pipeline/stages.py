@@ -239,7 +239,7 @@ def _pixels(batch: pa.RecordBatch, spec: InputSpec) -> np.ndarray:
 
 def _float_lists(values: np.ndarray | None, failed: np.ndarray) -> pa.Array:
     flat = np.zeros(0, np.float32) if values is None else values.reshape(-1)
-    width = flat.size // max(1, int(np.count_nonzero(~failed)))
+    width = flat.size // (int(np.count_nonzero(~failed)) or 1)
     offsets = np.concatenate([[0], np.cumsum(np.where(failed, 0, width))]).astype(np.int32)
     return pa.ListArray.from_arrays(offsets, flat, mask=pa.array(failed) if failed.any() else None)
 

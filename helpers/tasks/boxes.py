@@ -55,7 +55,7 @@ def to_input(boxes: np.ndarray, placement: Placement) -> np.ndarray:
 
 def clip(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Points x, y `[..., 2 * n]` moved into an image of a width and height."""
-    pairs = points.reshape(*points.shape[:-1], -1, 2)
+    pairs = points.reshape(*points.shape[:-1], points.shape[-1] // 2, 2)
     return np.clip(pairs, 0, np.array(size, np.float32)).reshape(points.shape)
 
 

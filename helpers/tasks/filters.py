@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from pycocotools import mask as coco
 
 from helpers.errors import ConfigError, check_parameters
@@ -53,7 +54,8 @@ class Filters:
             numbers = self.numbers(labels)
             tests.append(lambda p: p["class_id"] in numbers)
         if self.min_score:
-            tests.append(lambda p: p["score"] >= self.min_score)
+            least = float(np.float32(self.min_score))  # as scores are
+            tests.append(lambda p: p["score"] >= least)
         if self.min_area:
             tests.append(lambda p: _area(p) >= self.min_area)
         if self.region:

@@ -116,7 +116,7 @@ def _decode_yolo(
     others = min(predictions.shape) - 4 - len(manifest.labels)
     others -= others % 3  # one more is objectness
     detections, numbers = yolo.find_objects(predictions, size, manifest, parameters, others)
-    points = numbers.reshape(len(numbers), -1, 3)
+    points = numbers.reshape(len(numbers), others // 3, 3)
     keypoints = _to_image(points[..., :2], points[..., 2], detections.placement)
     return to_predictions(detections, manifest.labels, keypoints=keypoints)
 
@@ -168,7 +168,7 @@ def _decode_centernet(
     kept = kept[detections.rows]
     keypoints = None
     if "landmarks" in outputs:
-        landmarks = values["landmarks"][kept].reshape(len(kept), -1, 2)
+        landmarks = values["landmarks"][kept].reshape(len(kept), len(outputs["landmarks"]) // 2, 2)
         if parameters.landmarks == "box":
             points = boxes[kept, None, :2] + landmarks * sizes[kept, None]
         else:
@@ -185,7 +185,7 @@ def _ordered(points: np.ndarray, order: Order) -> np.ndarray:
 def _ordered_rows(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, order: Order) -> np.ndarray:
     """The numbers of some cells of maps `[2 * n, h, w]`, as pairs x, y: `[cells, 2 * n]`."""
     numbers = values[:, rows, columns].T
-    return _ordered(numbers.reshape(len(numbers), -1, 2), order).reshape(numbers.shape)
+    return _ordered(numbers.reshape(len(numbers), len(values) // 2, 2), order).reshape(numbers.shape)
 
 
 def _to_image(points: np.ndarray, scores: np.ndarray, placement: Placement) -> np.ndarray:
@@ -218,7 +218,7 @@ YOLO = [Role("predictions", ("4+C+3K A", "A 4+C+3K", "5+C+3K A", "A 5+C+3K"))]
 CENTERNET = [
     Role("heatmap", ("C H W",), are_shares, values="from 0 to 1"),
     Role("sizes", ("2 H W",)),
-    Role("offsets", ("2 H W",)),
+    Role("offsets", ("2 H W",), lambda values: bool(abs(values).max(initial=0) <= 1), values="from -1 to 1"),
     Role("landmarks", ("2K H W",), optional=True),
 ]
 

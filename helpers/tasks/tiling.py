@@ -59,8 +59,8 @@ def merge(task: str, predictions: Sequence[tuple[Window, Any]], size: tuple[int,
         task: of the model.
         predictions: for each tile its window and what `predict` returns for it, in its own pixels.
         size: of the image: width and height, in pixels.
-        threshold: overlap above which two boxes of a class are of one object: intersection over union, or over the
-            area of the one that an edge has cut.
+        threshold: intersection over union, within what both tiles show, above which two boxes of a class are of one
+            object.
     """
     if task == "embedding":
         return np.mean([vector for _, vector in predictions], axis=0)
@@ -69,9 +69,9 @@ def merge(task: str, predictions: Sequence[tuple[Window, Any]], size: tuple[int,
     if task == "semantic_segmentation":
         return _join_maps(predictions, size)
     shifted = [(window, one) for window, own in predictions for one in shift(own, window, size)]
-    groups: dict[int, list[tuple[Prediction, bool]]] = defaultdict(list)
+    groups: dict[int, list[tuple[Prediction, Window, bool]]] = defaultdict(list)
     for window, one in shifted:
-        groups[one["class_id"]].append((one, _is_cut(one["box"], window, size)))
+        groups[one["class_id"]].append((one, window, _is_cut(one["box"], window, size)))
     merged = [one for group in groups.values() for one in _suppress(group, threshold)]
     return sorted(merged, key=lambda one: -one["score"])
 
@@ -102,7 +102,7 @@ def _mean(predictions: Tiles) -> list[Prediction]:
 
 
 def _join_maps(predictions: Tiles, size: tuple[int, int]) -> list[Prediction]:
-    columns, rows = (_cores({window[i::2] for window, _ in predictions}, size[i]) for i in (0, 1))
+    columns, rows = (_cores({(one[i], one[i + 2]) for one, _ in predictions}, size[i]) for i in (0, 1))
     groups: dict[int, list[tuple[Prediction, rle.Mask]]] = defaultdict(list)
     for window, own in predictions:
         (left, right), (top, bottom) = columns[window[0], window[2]], rows[window[1], window[3]]
@@ -136,27 +136,37 @@ def _is_cut(box: dict[str, float], window: Window, size: tuple[int, int]) -> boo
     return low or (right < size[0] and box["x2"] >= right - EDGE) or (bottom < size[1] and box["y2"] >= bottom - EDGE)
 
 
-def _suppress(group: list[tuple[Prediction, bool]], threshold: float) -> list[Prediction]:
-    """The objects of one class: whole ones first, then what an edge has cut, each the best first."""
-    group = sorted(group, key=lambda pair: (pair[1], -pair[0]["score"]))
-    cut = np.array([is_cut for _, is_cut in group])
-    boxes = np.array([[one["box"][side] for side in SIDES] for one, _ in group])
+def _suppress(group: list[tuple[Prediction, Window, bool]], threshold: float) -> list[Prediction]:
+    """The objects of one class: whole ones first, then what edges have cut, each the best first."""
+    group = sorted(group, key=lambda entry: (entry[2], -entry[0]["score"]))
+    boxes = np.array([[one["box"][side] for side in SIDES] for one, *_ in group])
+    windows = np.array([window for _, window, _ in group])
     left, merged = np.arange(len(group)), []
     while len(left):
-        first, left = left[0], left[1:]
-        duplicates = _overlaps(boxes[first], cut[first], boxes[left], cut[left]) > threshold
-        merged.append(_join([group[place][0] for place in (first, *left[duplicates])], bool(cut[first])))
-        left = left[~duplicates]
+        members, left = [left[0]], left[1:]
+        is_cut = group[members[0]][2]
+        for member in members:  # an object may be cut several times, so that its pieces are a chain
+            same = _overlaps(boxes[member], windows[member], boxes[left], windows[left]) > threshold
+            members += left[same].tolist()
+            left = left[~same]
+            if not is_cut:
+                break
+        merged.append(_join([group[member][0] for member in members], is_cut))
     return merged
 
 
-def _overlaps(box: np.ndarray, is_cut: bool, others: np.ndarray, cut: np.ndarray) -> np.ndarray:
-    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    both = np.maximum(sides, 0).prod(axis=1)
-    area, areas = (box[2:] - box[:2]).prod(), (others[:, 2:] - others[:, :2]).prod(axis=1)
-    pieces = np.minimum(area, areas) if is_cut else areas
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return both / np.where(cut, pieces, area + areas - both)
+def _overlaps(box: np.ndarray, window: np.ndarray, boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """Intersection over union with others, within what both tiles show."""
+    low, high = np.maximum(window[:2], windows[:, :2]), np.minimum(window[2:], windows[:, 2:])
+    low_one, high_one = np.maximum(box[:2], low), np.minimum(box[2:], high)
+    low_other, high_other = np.maximum(boxes[:, :2], low), np.minimum(boxes[:, 2:], high)
+    both = _areas(np.maximum(low_one, low_other), np.minimum(high_one, high_other))
+    either = _areas(low_one, high_one) + _areas(low_other, high_other) - both
+    return np.divide(both, either, out=np.zeros(len(boxes)), where=either > 0)
+
+
+def _areas(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return np.maximum(high - low, 0).prod(axis=1)
 
 
 def _join(duplicates: list[Prediction], is_cut: bool) -> Prediction:
