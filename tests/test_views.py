@@ -171,7 +171,7 @@ def test_detections_of_another_detector_on_crops_are_in_pixels_of_the_image(phot
 def test_only_the_best_detections_are_looked_at(photos, detector, classifier):
     spots = [(300 * i + 10, 10, 300 * i + 20, 20) for i in range(4)]
     picture(photos / "a.png", (1200, 64), *spots)
-    tiled = {"tiling.factor": 2, "tiling.overlap": 0}
+    tiled = {"tiling.factor": 2}
     first, second = results_of(photos, [detector, classifier], cascade(**tiled))
     assert boxes(first) == boxes(second) == spots
     _, second = results_of(photos, [detector, classifier], cascade(**tiled, **{"cascade.max_crops": 2}))
