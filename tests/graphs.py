@@ -1,8 +1,10 @@
 """Bundles of graphs whose answers can be told by looking: made with OpenVINO's own operations, in milliseconds."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import openvino as ov
@@ -23,6 +25,34 @@ def brightness(folder: Path, side: int = 8, **changes) -> Bundle:
     logits = opset.concat([opset.negative(logit), logit], 1)
     manifest = _manifest("brightness", "classification", side, {"logits": (2,)}, {"top_k": 2})
     return _save(folder, [("logits", logits)], pixels, replace(manifest, **changes))
+
+
+def color_scores(folder: Path, side: int = 8) -> Bundle:
+    """A classification by the mean of each normalized channel; the bundle has the ONNX graph too."""
+    from onnx import TensorProto, helper
+
+    mean, std = np.array([120, 110, 100], np.float32), np.array([50, 60, 70], np.float32)
+    weights = np.array([[1, -2], [3, 1], [-2, 2]], np.float32)
+    pixels = _pixels(side)
+    channels = opset.reduce_mean(opset.divide(opset.subtract(pixels, mean), std), [1, 2], keep_dims=False)
+    manifest = _manifest("color_scores", "classification", side, {"logits": (2,)}, {"top_k": 2})
+    spec = replace(manifest.input, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    nodes = [
+        helper.make_node("ReduceMean", ["images", "sides"], ["channels"], keepdims=0),
+        helper.make_node("MatMul", ["channels", "weights"], ["logits"]),
+    ]
+    constants = [
+        helper.make_tensor("sides", TensorProto.INT64, [2], [2, 3]),
+        helper.make_tensor("weights", TensorProto.FLOAT, weights.shape, weights.ravel()),
+    ]
+    ports = [
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)]
+        for name, shape in (("images", ["batch", 3, side, side]), ("logits", ["batch", 2]))
+    ]
+    graph = helper.make_graph(nodes, "color_scores", *ports, constants)
+    onnx = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
+    outputs = [("logits", opset.matmul(channels, weights, False, False))]
+    return _save(folder, outputs, pixels, replace(manifest, input=spec), {"model.onnx": onnx})
 
 
 def bright_spot(folder: Path, side: int = 64, **changes) -> Bundle:
@@ -73,7 +103,13 @@ def _manifest(name: str, task: str, side: int, outputs: dict[str, tuple[int, ...
     )
 
 
-def _save(folder: Path, outputs: list[tuple[str, ov.Node]], pixels: ov.Node, manifest: Manifest) -> Bundle:
+def _save(
+    folder: Path,
+    outputs: list[tuple[str, ov.Node]],
+    pixels: ov.Node,
+    manifest: Manifest,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> Bundle:
     results = []
     for name, node in outputs:
         node.output(0).get_tensor().set_names({name})
@@ -81,5 +117,5 @@ def _save(folder: Path, outputs: list[tuple[str, ov.Node]], pixels: ov.Node, man
     graph = ov.Model(results, [pixels.input_value(0).get_node()], manifest.name)
     with tempfile.TemporaryDirectory() as work:
         ov.save_model(graph, f"{work}/model.xml", compress_to_fp16=False)
-        files = {path.name: path.read_bytes() for path in sorted(Path(work).iterdir())}
-    return save_bundle(open_storage(str(folder)), manifest, files)
+        graphs = {path.name: path.read_bytes() for path in sorted(Path(work).iterdir())}
+    return save_bundle(open_storage(str(folder)), manifest, {**graphs, **files})
