@@ -114,8 +114,11 @@ def predict(
     Returns:
         For each image a list of predictions, as the results' schema has them; for an embedding its numbers.
     """
-    predictions = get_decoder(manifest).predict(outputs, sizes, manifest, without_filters(parameters), arrays)
-    return [apply_filters(one, size, manifest, parameters) for one, size in zip(predictions, sizes, strict=True)]
+    own, filters = _divide(parameters)
+    predictions = get_decoder(manifest).predict(outputs, sizes, manifest, own, arrays)
+    if not _filters(manifest):
+        return predictions
+    return [filters.apply(one, size, manifest.labels) for one, size in zip(predictions, sizes, strict=True)]
 
 
 def without_filters(parameters: Mapping[str, Any]) -> dict[str, Any]:
