@@ -17,6 +17,7 @@ from helpers.tasks.interface import OutputError, Prediction
 
 BoxFormat = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
 SIDES = ("x1", "y1", "x2", "y2")
+LARGEST_RELATIVE = 1.5  # coordinates relative to the input reach so far at most; boxes may reach beyond it
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,20 @@ def clip(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Points x, y `[..., 2 * n]` moved into an image of a width and height."""
     pairs = points.reshape(*points.shape[:-1], points.shape[-1] // 2, 2)
     return np.clip(pairs, 0, np.array(size, np.float32)).reshape(points.shape)
+
+
+def suggest_format(boxes: np.ndarray) -> dict[str, Any]:
+    """The parameters `box_format` and `relative` of boxes `[..., 4]`, as far as their values tell them.
+
+    Corners whose coordinates are in the other order look the same, and so do low corners and centers.
+    """
+    boxes = boxes.reshape(-1, 4)
+    parameters: dict[str, Any] = {}
+    if 0 < boxes.max(initial=0) <= LARGEST_RELATIVE:
+        parameters["relative"] = True
+    if np.count_nonzero((boxes[:, 2:] < boxes[:, :2]).any(axis=1)) > 0.01 * len(boxes):
+        parameters["box_format"] = "cxcywh"
+    return parameters
 
 
 def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float, classes: np.ndarray | None = None) -> np.ndarray:

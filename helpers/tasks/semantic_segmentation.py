@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from helpers.images.geometry import place
 from helpers.tasks.boxes import SIDES, check_classes
 from helpers.tasks.classification import sigmoid
 from helpers.tasks.interface import Arrays, Prediction
-from helpers.tasks.roles import Role, are_whole, make_decoder
+from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
 
 STRIP_VALUES = 2**20  # of all classes, that are enlarged at a time; as many as a processor has at hand
 IGNORED = 255  # what class maps have where there is no class
@@ -71,6 +71,10 @@ def _decode_scores(
         sums += np.bincount(winners.ravel(), probabilities.ravel(), count + 1)
     background = max(parameters.background, 0) if count > labels else parameters.background
     return _tell(classes, sums, background, count, manifest, parameters)
+
+
+def _suggest_scores(samples: Arrays, labels: int) -> dict[str, Any]:
+    return {"activation": "none"} if are_shares(samples["scores"]) else {}
 
 
 def _decode_map(
@@ -175,6 +179,6 @@ SCORES = [
 CLASSES = [Role("classes", ("H W", "1 H W", "H W 1"), are_whole, values="whole numbers")]
 
 DECODERS = {
-    "logits": make_decoder(_decode_scores, ScoreParameters, SCORES),
+    "logits": make_decoder(_decode_scores, ScoreParameters, SCORES, suggest=_suggest_scores),
     "class_map": make_decoder(_decode_map, MapParameters, CLASSES),
 }
