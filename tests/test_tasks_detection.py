@@ -10,6 +10,7 @@ from helpers.errors import BundleError, ConfigError
 from helpers.images.geometry import place
 from helpers.tasks import DECODERS, OutputError, parameters_for, predict, suggest
 from helpers.tasks.boxes import suppress
+from helpers.tasks.classification import softmax
 
 SIZE = (480, 640)
 SCENE = [  # class, score, box in pixels of the image
@@ -390,6 +391,7 @@ def test_an_open_side_fits():
         ("end_to_end", "first_class", True),
         ("end_to_end", "relative", 1),
         ("ssd", "variances", [0.1, "x"]),
+        ("ssd", "variances", [0.1]),
         ("ssd", "background", "middle"),
         ("detr", "activation", "relu"),
         ("candidates", "nms_threshold", 2),
@@ -404,3 +406,44 @@ def test_parameters_that_cannot_be_are_named(decoder, parameter, value):
     }[decoder]
     with pytest.raises(ConfigError, match=rf"postprocess\.{parameter} is not"):
         parameters_for(make_manifest("detection", decoder, outputs=shapes), {parameter: value})
+
+
+def told(decoder: str, labels: int = 3, **samples) -> dict:
+    return DETECTION[decoder].suggest_parameters({name: values[None] for name, values in samples.items()}, labels)
+
+
+def test_the_format_of_boxes_is_told_by_their_values():
+    corners = in_input(make_manifest("detection"))
+    others = {"scores": SCORES[0], "classes": CLASSES[0]}
+    assert told("end_to_end", boxes=corners, **others) == {}
+    assert told("end_to_end", boxes=corners / 96, **others) == {"relative": True}
+    assert told("end_to_end", boxes=centers(corners) / 96, **others) == {"relative": True, "box_format": "cxcywh"}
+    assert told("candidates", boxes=corners / 96, scores=SCORES.T) == {"relative": True}
+    assert told("end_to_end", boxes=corners[:0], scores=SCORES[0, :0], classes=CLASSES[0, :0]) == {}
+    rows = np.concatenate([corners / 96, SCORES.T, CLASSES.T + 1], axis=1)
+    assert told("end_to_end", detections=rows) == {"relative": True, "first_class": 1}
+    assert told("end_to_end", detections=np.concatenate([rows[:, :3], rows[:, :4]], axis=1)) == {}
+
+
+def test_classes_begin_at_one_where_the_last_labels_number_is_one_more():
+    boxes = in_input(make_manifest("detection"))
+    assert told("end_to_end", boxes=boxes, scores=SCORES[0], classes=CLASSES[0] + 1) == {"first_class": 1}
+    assert told("end_to_end", labels=0, boxes=boxes, scores=SCORES[0], classes=CLASSES[0] + 1) == {}
+
+
+def test_how_scores_are_meant_is_told_by_their_range_and_number():
+    _, offsets, logits = ssd_outputs()
+    assert told("ssd", offsets=offsets, scores=logits) == {}
+    assert told("ssd", 4, offsets=offsets, scores=logits) == {"activation": "sigmoid"}
+    assert told("ssd", offsets=offsets, scores=softmax(logits)) == {"activation": "none"}
+    assert told("detr", logits=logits, boxes=offsets) == {}
+    assert told("detr", 4, logits=logits, boxes=offsets) == {"activation": "sigmoid"}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_raw_grids_are_told_by_sides_below_zero(transposed):
+    table = yolo_table(make_manifest("detection"))
+    raw = table.copy()
+    raw[2] -= 1
+    assert told("yolo", predictions=table.T if transposed else table) == {}
+    assert told("yolo", predictions=raw.T if transposed else raw) == {"grid": "strides"}

@@ -17,6 +17,7 @@ from helpers.tasks.interface import OutputError, Prediction
 
 BoxFormat = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
 SIDES = ("x1", "y1", "x2", "y2")
+LARGEST_RELATIVE = 1.5  # coordinates relative to the input reach so far at most; boxes may reach beyond it
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,20 @@ def clip(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.clip(pairs, 0, np.array(size, np.float32)).reshape(points.shape)
 
 
+def suggest_format(boxes: np.ndarray) -> dict[str, Any]:
+    """The parameters `box_format` and `relative` of boxes `[..., 4]`, as far as their values tell them.
+
+    Corners whose coordinates are in the other order look the same, and so do low corners and centers.
+    """
+    boxes = boxes.reshape(-1, 4)
+    parameters: dict[str, Any] = {}
+    if 0 < boxes.max(initial=0) <= LARGEST_RELATIVE:
+        parameters["relative"] = True
+    if np.count_nonzero((boxes[:, 2:] < boxes[:, :2]).any(axis=1)) > 0.01 * len(boxes):
+        parameters["box_format"] = "cxcywh"
+    return parameters
+
+
 def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float, classes: np.ndarray | None = None) -> np.ndarray:
     """Greedy non-maximum suppression: each box that overlaps a better one's survivor goes.
 
@@ -71,12 +86,15 @@ def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float, classes: n
     Returns:
         The places of the survivors, the best first.
     """
-    if len(boxes) < 2:
-        return np.arange(len(boxes))
     corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
-    classes = np.zeros(len(boxes), np.int32) if classes is None else classes.astype(np.int32)
-    nms: Any = cv2.dnn.NMSBoxesBatched  # its stub knows of no arrays
-    return np.array(nms(corners, scores.astype(np.float32), classes, 0.0, threshold), int)
+    order = np.arange(len(boxes)) if classes is None else np.argsort(classes, kind="stable")
+    bounds = order[:0] if classes is None else np.flatnonzero(np.diff(classes[order])) + 1
+    nms: Any = cv2.dnn.NMSBoxes  # its stub knows of no arrays
+    # A class at a time, because OpenCV's own NMSBoxesBatched compares the boxes of all classes.
+    groups = [rows for rows in np.split(order, bounds) if len(rows)]
+    survivors = [rows[np.array(nms(corners[rows], scores[rows], 0.0, threshold), int)] for rows in groups]
+    places = np.concatenate([*survivors, order[:0]])
+    return places[np.argsort(-scores[places], kind="stable")]
 
 
 def locate(

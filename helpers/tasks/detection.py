@@ -1,15 +1,25 @@
 """Objects with boxes, from networks that give them, or candidates, or offsets from anchors."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from helpers.bundle.manifest import Manifest
-from helpers.errors import BundleError, check_parameters
+from helpers.errors import BundleError, ConfigError, check_parameters
 from helpers.images.geometry import place
 from helpers.tasks import yolo
-from helpers.tasks.boxes import BoxFormat, Detections, clip, locate, suppress, to_corners, to_input, to_predictions
+from helpers.tasks.boxes import (
+    BoxFormat,
+    Detections,
+    clip,
+    locate,
+    suggest_format,
+    suppress,
+    to_corners,
+    to_input,
+    to_predictions,
+)
 from helpers.tasks.classification import sigmoid, softmax
 from helpers.tasks.interface import Arrays, Prediction
 from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
@@ -102,6 +112,8 @@ class SsdParameters:
 
     def __post_init__(self) -> None:
         check_parameters(self)
+        if len(self.variances) not in (2, 4):
+            raise ConfigError("postprocess.variances is not a list of 2 or 4 numbers")
 
 
 @dataclass(frozen=True)
@@ -189,8 +201,6 @@ def _decode_ssd(
     offsets, priors = outputs["offsets"], arrays["priors.npy"]
     if priors.shape != offsets.shape:
         raise BundleError(f"{manifest.name}: priors.npy is {priors.shape}, and not as its offsets; export it again")
-    if len(parameters.variances) not in (2, 4):
-        raise BundleError(f"{manifest.name}: postprocess.variances are not 2 or 4 numbers; export it again")
     offsets = offsets[:, [1, 0, 3, 2]] if parameters.order == "yx" else offsets
     scale = np.repeat(parameters.variances, 4 // len(parameters.variances)).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -261,6 +271,29 @@ def _decode_detr(
     return to_predictions(detections, manifest.labels)
 
 
+def suggest_end_to_end(samples: Arrays, labels: int) -> dict[str, Any]:
+    """What boxes and classes tell of their parameters; see `Decoder`."""
+    table = samples.get("detections")
+    if table is not None and table.shape[-1] == 7:
+        boxes, classes = None, table[..., 1]
+    elif table is not None:
+        boxes, classes = table[..., :4], table[..., 5]
+    else:
+        boxes, classes = samples["boxes"][..., :4], samples.get("classes", np.zeros(0))
+    parameters = {} if boxes is None else suggest_format(boxes)
+    return parameters | ({"first_class": 1} if labels and classes.max(initial=0) == labels else {})
+
+
+def _suggest_ssd(samples: Arrays, labels: int) -> dict[str, Any]:
+    if are_shares(samples["scores"]):
+        return {"activation": "none"}
+    return {"activation": "sigmoid"} if samples["scores"].shape[-1] == labels else {}
+
+
+def _suggest_detr(samples: Arrays, labels: int) -> dict[str, Any]:
+    return {"activation": "sigmoid"} if samples["logits"].shape[-1] == labels else {}
+
+
 def _are_tables(values: np.ndarray) -> bool:
     """Rows of box, score and class, or of image, class, score and box."""
     score, number = (4, 5) if values.shape[-1] == 6 else (2, 1)
@@ -295,9 +328,16 @@ DETR = [
 ]
 
 DECODERS = {
-    "end_to_end": make_decoder(_decode_end_to_end, EndToEndParameters, BOXES, SCORED_BOXES, TABLE),
-    "detr": make_decoder(_decode_detr, DetrParameters, DETR),
-    "candidates": make_decoder(_decode_candidates, CandidateParameters, CANDIDATES),
-    "ssd": make_decoder(_decode_ssd, SsdParameters, SSD),
-    "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO),
+    "end_to_end": make_decoder(
+        _decode_end_to_end, EndToEndParameters, BOXES, SCORED_BOXES, TABLE, suggest=suggest_end_to_end
+    ),
+    "detr": make_decoder(_decode_detr, DetrParameters, DETR, suggest=_suggest_detr),
+    "candidates": make_decoder(
+        _decode_candidates,
+        CandidateParameters,
+        CANDIDATES,
+        suggest=lambda samples, labels: suggest_format(samples["boxes"]),
+    ),
+    "ssd": make_decoder(_decode_ssd, SsdParameters, SSD, suggest=_suggest_ssd),
+    "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
 }

@@ -12,7 +12,7 @@ from helpers.images import rle
 from helpers.images.enlargement import enlarge
 from helpers.tasks import yolo
 from helpers.tasks.boxes import to_predictions
-from helpers.tasks.detection import BOXES, SCORED_BOXES, EndToEndParameters, find_end_to_end
+from helpers.tasks.detection import BOXES, SCORED_BOXES, EndToEndParameters, find_end_to_end, suggest_end_to_end
 from helpers.tasks.interface import Arrays, Prediction
 from helpers.tasks.roles import Role, are_shares, make_decoder
 from helpers.yolact.detection import Parameters, find_instances
@@ -106,6 +106,8 @@ YOLO = [
 
 DECODERS = {
     "yolact": make_decoder(_decode_yolact, Parameters, YOLACT),
-    "mask_rcnn": make_decoder(_decode_mask_rcnn, MaskParameters, [*BOXES, MASKS], [*SCORED_BOXES, MASKS]),
-    "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO),
+    "mask_rcnn": make_decoder(
+        _decode_mask_rcnn, MaskParameters, [*BOXES, MASKS], [*SCORED_BOXES, MASKS], suggest=suggest_end_to_end
+    ),
+    "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
 }

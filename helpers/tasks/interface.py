@@ -31,9 +31,12 @@ class Decoder:
         assign_roles: takes outputs of real images by name, float32 `[B, ...]`, and the number of labels (0 if nobody
             has said); returns the name of each role's output. Shapes and ranges decide, not names. Raises OutputError.
         check_shapes: takes the shapes of the outputs by role, and the number of labels; raises OutputError.
+        suggest_parameters: takes outputs of real images by role, float32 `[B, ...]`, and the number of labels; returns
+            the parameters that these tell and that are not as by default.
     """
 
     predict: Callable[[Arrays, Sizes, Manifest, Mapping[str, Any], Arrays], list[Any]]
     parameters: type
     assign_roles: Callable[[Arrays, int], dict[str, str]]
     check_shapes: Callable[[Shapes, int], None]
+    suggest_parameters: Callable[[Arrays, int], dict[str, Any]] = lambda samples, labels: {}

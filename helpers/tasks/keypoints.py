@@ -1,7 +1,7 @@
 """People, faces and other objects with points of them: corners of eyes, joints."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -9,8 +9,8 @@ from helpers.bundle.manifest import Manifest
 from helpers.errors import check_parameters
 from helpers.images.geometry import Placement, place
 from helpers.tasks import yolo
-from helpers.tasks.boxes import Detections, clip, locate, suppress, to_predictions
-from helpers.tasks.detection import BOXES, EndToEndParameters, find_end_to_end
+from helpers.tasks.boxes import LARGEST_RELATIVE, Detections, clip, locate, suppress, to_predictions
+from helpers.tasks.detection import BOXES, EndToEndParameters, find_end_to_end, suggest_end_to_end
 from helpers.tasks.interface import Arrays, Prediction
 from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
 
@@ -131,6 +131,10 @@ def _decode_points(
     return _tell_single(points, values[:, 2], placement, manifest, parameters)
 
 
+def _suggest_points(samples: Arrays, labels: int) -> dict[str, Any]:
+    return {"relative": False} if samples["points"][..., :2].max() > LARGEST_RELATIVE else {}
+
+
 def _decode_heatmap(
     outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SingleParameters, arrays: Arrays
 ) -> list[Prediction]:
@@ -223,9 +227,11 @@ CENTERNET = [
 ]
 
 DECODERS = {
-    "end_to_end": make_decoder(_decode_end_to_end, KeypointParameters, KEYPOINTS),
-    "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO),
+    "end_to_end": make_decoder(_decode_end_to_end, KeypointParameters, KEYPOINTS, suggest=suggest_end_to_end),
+    "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
     "centernet": make_decoder(_decode_centernet, CenterParameters, CENTERNET),
-    "points": make_decoder(_decode_points, PointParameters, [Role("points", ("K 3", "1 K 3"))]),
+    "points": make_decoder(
+        _decode_points, PointParameters, [Role("points", ("K 3", "1 K 3"))], suggest=_suggest_points
+    ),
     "heatmap": make_decoder(_decode_heatmap, SingleParameters, [Role("heatmap", ("K H W",))]),
 }

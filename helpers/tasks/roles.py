@@ -56,6 +56,7 @@ def make_decoder(
     decode: Callable[[Arrays, tuple[int, int], Manifest, Any, Arrays], list[Prediction]],
     parameters: type,
     *alternatives: Sequence[Role],
+    suggest: Callable[[Arrays, int], dict[str, Any]] = lambda samples, labels: {},
 ) -> Decoder:
     """Make a decoder that looks at one image at a time.
 
@@ -64,6 +65,7 @@ def make_decoder(
             bundle's arrays.
         parameters: as `Decoder` has them.
         *alternatives: what the outputs are, in one way or another.
+        suggest: as `Decoder.suggest_parameters`.
     """
 
     def predict(
@@ -73,7 +75,8 @@ def make_decoder(
         images = ({name: values[i] for name, values in outputs.items()} for i in range(len(sizes)))
         return [decode(image, size, manifest, chosen, arrays) for image, size in zip(images, sizes, strict=True)]
 
-    return Decoder(predict, parameters, partial(assign_roles, alternatives), partial(check_shapes, alternatives))
+    assign, check = partial(assign_roles, alternatives), partial(check_shapes, alternatives)
+    return Decoder(predict, parameters, assign, check, suggest)
 
 
 def assign_roles(alternatives: Sequence[Sequence[Role]], samples: Arrays, labels: int) -> dict[str, str]:

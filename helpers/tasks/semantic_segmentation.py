@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from helpers.images.geometry import place
 from helpers.tasks.boxes import SIDES, check_classes
 from helpers.tasks.classification import sigmoid
 from helpers.tasks.interface import Arrays, Prediction
-from helpers.tasks.roles import Role, are_whole, make_decoder
+from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
 
-STRIP_VALUES = 2**22  # of all classes, that are enlarged at a time
+STRIP_VALUES = 2**20  # of all classes, that are enlarged at a time; as many as a processor has at hand
 IGNORED = 255  # what class maps have where there is no class
 
 
@@ -73,6 +73,10 @@ def _decode_scores(
     return _tell(classes, sums, background, count, manifest, parameters)
 
 
+def _suggest_scores(samples: Arrays, labels: int) -> dict[str, Any]:
+    return {"activation": "none"} if are_shares(samples["scores"]) else {}
+
+
 def _decode_map(
     outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: MapParameters, arrays: Arrays
 ) -> list[Prediction]:
@@ -99,13 +103,18 @@ def _strips(window: Window, classes: int) -> Iterator[Window]:
 
 
 def _winners(scores: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]:
-    """The best class of each pixel `[rows, columns]`, or the number of classes where none is, and its probability."""
-    count, best = len(scores), scores.max(axis=0)
-    winners = np.full(best.shape, count - 1)
-    for number in range(count - 2, -1, -1):
-        winners[scores[number] == best] = number
+    """The best class of each pixel `[rows, columns]`, or the number of classes where none is, and its probability.
+
+    The scores `[classes, rows, columns]` are used up.
+    """
+    count, best = len(scores), scores[0].copy()
+    winners = np.zeros(best.shape, np.uint16)
+    for number in range(1, count):  # numpy's argmax takes several times as long along this axis
+        np.copyto(winners, number, where=scores[number] > best)
+        np.maximum(best, scores[number], out=best)
     if activation == "softmax" and count > 1:
-        return winners, 1 / np.exp(scores - best).sum(axis=0)
+        scores -= best
+        return winners, 1 / np.exp(scores, out=scores).sum(axis=0)
     probabilities = best if activation == "none" else sigmoid(best)
     if activation == "sigmoid" or count == 1:
         winners[probabilities <= 0.5] = count
@@ -170,6 +179,6 @@ SCORES = [
 CLASSES = [Role("classes", ("H W", "1 H W", "H W 1"), are_whole, values="whole numbers")]
 
 DECODERS = {
-    "logits": make_decoder(_decode_scores, ScoreParameters, SCORES),
+    "logits": make_decoder(_decode_scores, ScoreParameters, SCORES, suggest=_suggest_scores),
     "class_map": make_decoder(_decode_map, MapParameters, CLASSES),
 }

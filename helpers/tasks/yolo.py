@@ -1,7 +1,7 @@
 """What the decoders of YOLO's networks share: candidates of all anchors, and the best of them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from helpers.bundle.manifest import Manifest
 from helpers.errors import check_parameters
 from helpers.images.geometry import place
 from helpers.tasks.boxes import Detections, locate, suppress, to_corners
-from helpers.tasks.interface import OutputError
+from helpers.tasks.interface import Arrays, OutputError
 
 STRIDES = (8, 16, 32)  # of a raw output's grids, in pixels of the input
 
@@ -38,6 +38,13 @@ class Parameters:
 
     def __post_init__(self) -> None:
         check_parameters(self)
+
+
+def suggest_parameters(samples: Arrays, labels: int) -> dict[str, Any]:
+    """Boxes are raw where some have sides below 0, because these are logarithms; see `Decoder`."""
+    predictions = samples["predictions"]
+    table = predictions if predictions.shape[1] < predictions.shape[2] else predictions.swapaxes(1, 2)
+    return {"grid": "strides"} if table[:, 2:4].min() < 0 else {}
 
 
 def find_objects(
