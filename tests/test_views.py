@@ -1,6 +1,7 @@
 """Tiles of large images, and crops that a second model looks at: rows of views become rows of images again."""
 
 import resource
+import weakref
 from pathlib import Path
 
 import cv2
@@ -82,6 +83,42 @@ def test_the_tiles_of_a_large_picture_take_little_memory_at_once(photos, detecto
     results_of(photos, [detector], settings(**{"tiling.factor": 2}))
     tiles = 3 * 8000 * 5000 / (1 - 0.2) ** 2  # bytes
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < tiles / 4
+
+
+def test_no_picture_is_in_memory_while_the_next_is_decoded(photos, detector, monkeypatch):
+    for number in range(3):
+        picture(photos / f"{number}.png", (400, 64), SPOT)
+    references, decode = [], views.decode
+
+    def watch(*arguments):
+        assert [reference() for reference in references] == [None] * len(references)
+        pixels = decode(*arguments)
+        references.append(weakref.ref(pixels))
+        return pixels
+
+    monkeypatch.setattr(views, "decode", watch)
+    rows = results_of(photos, [detector], settings(**{"tiling.factor": 2}))
+    assert [boxes(row) for row in rows] == [[SPOT]] * 3 and len(references) == 3
+
+
+@pytest.mark.parametrize("overrides", [{}, {"cascade.enabled": True}])
+def test_few_pictures_wait_for_the_second_model(photos, detector, classifier, monkeypatch, overrides):
+    for number in range(12):
+        picture(photos / f"{number:02d}.png", (400, 64), SPOT)
+    references, most, decode = [], 0, views.decode
+
+    def watch(*arguments):
+        nonlocal most
+        most = max(most, sum(reference() is not None for reference in references))
+        pixels = decode(*arguments)
+        references.append(weakref.ref(pixels))
+        return pixels
+
+    monkeypatch.setattr(views, "decode", watch)
+    monkeypatch.setattr(views, "HELD_BYTES", 1)
+    rows = results_of(photos, [detector, classifier], settings(**{"tiling.factor": 2}, **overrides))
+    assert len(rows) == 24 and all(row["error"] is None for row in rows) and len(references) == 12
+    assert most <= 4
 
 
 def test_an_object_that_a_tiles_edge_cuts_is_one_object(photos, detector):

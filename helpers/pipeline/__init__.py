@@ -8,6 +8,8 @@
     frames       videos to frames                              in tasks, and on the driver
     readers      who reads the files                           on the driver
     stages       the stages as functions of record batches     in tasks
+    views        tiles of images, crops of detections, and
+                 several models                            in tasks
     task         the stages fused, results written             in tasks
     results      exactly-once results                          on the driver
     records      what a run took                               on the driver

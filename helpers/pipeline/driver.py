@@ -58,7 +58,8 @@ class RunSummary:
     `images` are those listed, `ok` and `failed` those worked on; `skipped` have a row of an earlier run that still
     holds, with predictions or with an error of the image's bytes. `images_per_second` counts the images processed over
     the wall time of the distributed pass, model loading in it, session start-up and listing left out; `seconds` is the
-    whole run. Nobody knows how many images are in the `unlisted` folders, which could not be listed.
+    whole run. With several models an image counts once, and has failed if it has with one of them. Nobody knows how
+    many images are in the `unlisted` folders, which could not be listed.
     """
 
     images: int

@@ -17,7 +17,6 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import tee
 from typing import Any
 
 import pyarrow as pa
@@ -158,7 +157,7 @@ class Chain:
         if task.cascade is not None:
             streams = self._cascade(decoded, task.cascade)
         else:
-            copies = zip(tee(decoded, len(task.models)), task.models, strict=True)
+            copies = zip(views.fan_out(decoded, [views.same] * len(task.models)), task.models, strict=True)
             streams = [self._whole(copy, model) for copy, model in copies]
         return self.clock.timed("postprocess", views.interleave(streams))
 
@@ -167,14 +166,15 @@ class Chain:
         max_held = views.HELD_BYTES if len(self.task.models) > 1 else None
         if self.task.tiling is None:
             return self._predict(self._preprocess(images, model, max_held), model)
-        return views.to_results(self._tiled(images, model, max_held))
+        return views.to_results(map(views.rows_of, self._tiled(images, model, max_held)))
 
     def _cascade(self, images: Iterator[Views], cascade: Cascade) -> list[Iterator[pa.RecordBatch]]:
         """The results of a detector, and those of a second model for the detections."""
         detector, second = self.task.models
-        detections, again = tee(self._tiled(images, detector, views.HELD_BYTES, with_pixels=True))
+        detections = self._tiled(images, detector, views.HELD_BYTES, with_pixels=True)
+        rows, again = views.fan_out(detections, [views.rows_of, views.same])
         crops = views.crop_each(again, second.bundle.manifest, second.parameters, cascade)
-        return [views.to_results(detections), views.to_results(self._joined(crops, second))]
+        return [views.to_results(part) for part in (rows, map(views.rows_of, self._joined(crops, second)))]
 
     def _tiled(
         self, images: Iterator[Views], model: RunModel, max_held: int | None, with_pixels: bool = False

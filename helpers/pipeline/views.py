@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,6 @@ from helpers.tasks.tiling import merge, shift, tiles
 
 HELD_BYTES = 64 * 2**20  # of decoded images that wait for another model; with more of them a batch is full
 NO_VIEW = "there is nothing to look at"  # never in a row of the results
-
 NMS_THRESHOLD = 0.5  # for the duplicates of two tiles, where the model's own decoder needs none
 
 
@@ -110,14 +110,16 @@ def tile_each(
         tiling: which images, and how.
     """
     tile = manifest.input.width, manifest.input.height
-    for views in images:
-        if views.size is not None:
-            windows = views.windows
-            if any(side > tiling.factor * length for side, length in zip(views.size, tile, strict=True)):
-                windows = tiles(views.size, tile, tiling.overlap)
-            merge_tiles = partial(_merge_tiles, windows, views.size, manifest, parameters)
-            views = replace(views, windows=windows, merge=merge_tiles)
-        yield views
+
+    def cut(views: Views) -> Views:
+        if views.size is None:
+            return views
+        windows = views.windows
+        if any(side > tiling.factor * length for side, length in zip(views.size, tile, strict=True)):
+            windows = tiles(views.size, tile, tiling.overlap)
+        return replace(views, windows=windows, merge=partial(_merge_tiles, windows, views.size, manifest, parameters))
+
+    return map(cut, images)  # which, unlike a loop, holds no image while the next is decoded
 
 
 def _merge_tiles(
@@ -208,6 +210,7 @@ def preprocess_views(
                 yield _batch(rows)
                 rows, held = [], 0
         held += 0 if views.pixels is None else views.pixels.nbytes
+        del views  # else it takes memory while the next is decoded
         if rows and max_held is not None and held >= max_held:
             yield _batch(rows)
             rows, held = [], 0
@@ -235,9 +238,12 @@ def _batch(rows: list[tuple[dict[str, Any], Size | None, str | None, np.ndarray 
 
 def remember(images: Iterable[Views], waiting: "deque[Views]", with_pixels: bool = False) -> Iterator[Views]:
     """Pass images on, and remember them in order for `join`; their pixels only where these are needed afterwards."""
-    for views in images:
+
+    def note(views: Views) -> Views:
         waiting.append(views if with_pixels else replace(views, pixels=None))
-        yield views
+        return views
+
+    return map(note, images)
 
 
 def join(results: Batches, waiting: "deque[Views]") -> Iterator[Rows]:
@@ -274,11 +280,40 @@ def _row(views: Views, parts: list[dict[str, Any]]) -> dict[str, Any]:
     return row | ({"error": None} if error is None else {"error": error, "predictions": None, "embedding": None})
 
 
-def to_results(rows: Iterable[Rows]) -> Iterator[pa.RecordBatch]:
-    """The rows that `join` makes, as `RESULT_SCHEMA`."""
-    for finished in rows:
-        if finished:
-            yield pa.RecordBatch.from_pylist([row for _, row in finished], schema=RESULT_SCHEMA)
+def to_results(rows: Iterable[list[dict[str, Any]]]) -> Iterator[pa.RecordBatch]:
+    """Rows of `RESULT_SCHEMA` as such, a batch for each list that is not empty."""
+    return (pa.RecordBatch.from_pylist(some, schema=RESULT_SCHEMA) for some in rows if some)
+
+
+def fan_out(items: Iterator[Any], functions: Sequence[Callable[[Any], Any]]) -> list[Iterator[Any]]:
+    """A stream per function, each of what the function makes of the items, which are made once.
+
+    Unlike `itertools.tee`, which keeps up to 57 items that all have taken already, it keeps what somebody waits for.
+    """
+    queues: list[deque[Any]] = [deque() for _ in functions]
+
+    def take(queue: deque[Any]) -> Iterator[Any]:
+        while True:
+            if not queue:
+                following = list(islice(items, 1))
+                if not following:
+                    return
+                for function, other in zip(functions, queues, strict=True):
+                    other.extend(map(function, following))
+                del following
+            yield queue.popleft()
+
+    return [take(queue) for queue in queues]
+
+
+def same(item: Any) -> Any:
+    """The item itself, for `fan_out`."""
+    return item
+
+
+def rows_of(finished: Rows) -> list[dict[str, Any]]:
+    """What `join` makes, without the images."""
+    return [row for _, row in finished]
 
 
 def interleave(streams: Sequence[Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
