@@ -82,24 +82,40 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
 
 def export(options: argparse.Namespace, config: Config) -> int:
-    """A PyTorch checkpoint to a model bundle."""
-    from helpers.export import conversion
-    from helpers.export.architectures import get_architecture
+    """A model of any kind to a model bundle."""
+    from helpers.export import checks, conversion
     from helpers.storage import open_storage
 
+    if bool(options.file) == bool(options.architecture):
+        raise ConfigError("name a model's file with --file, or a network with --architecture")
+    if options.file and options.checkpoint:
+        raise ConfigError("--checkpoint is of networks: a model's file has its weights")
+    folder = options.images or options.calibration
+    pictures = list(checks.load_pictures(open_storage(folder, config), config)) if folder else []
+    converted = (
+        conversion.convert_file(options.file, options.card, pictures)
+        if options.file
+        else conversion.convert(options.architecture, options.checkpoint, options.opset, options.card)
+    )
+    if (options.keep_onnx or options.onnx) and converted.onnx is None:
+        raise ConfigError("--keep-onnx and --onnx need a network, or an ONNX file that takes float32 [B, C, H, W]")
+    if options.onnx and converted.onnx:
+        options.onnx.write_bytes(converted.onnx.SerializeToString())
     calibration: Iterable[np.ndarray] = ()
     if options.calibration:
-        architecture = get_architecture(options.architecture)
-        calibration = conversion.calibration_images(open_storage(options.calibration, config), architecture, config)
+        calibration = conversion.calibration_images(
+            open_storage(options.calibration, config), converted.architecture, config
+        )
     target = open_storage(options.output, config)
-    bundle = conversion.export(
-        options.architecture,
-        Path(options.checkpoint),
+    bundle = conversion.make_bundle(
+        converted.model,
+        converted.architecture,
+        converted.file,
         target,
         options.precision,
         calibration,
-        options.opset,
-        options.onnx,
+        pictures=pictures,
+        onnx=converted.onnx if options.keep_onnx else None,
     )
     print(json.dumps({"bundle": target.root, "model": bundle.manifest.model}))
     return 0
@@ -171,11 +187,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, metavar="URI", help="where results go, as Parquet in results/")
     command.set_defaults(command=run)
 
-    command = commands.add_parser("export", parents=[shared], help="a PyTorch checkpoint to a model bundle")
+    command = commands.add_parser("export", parents=[shared], help="a model of any kind to a model bundle")
     command.add_argument(
-        "--architecture", required=True, metavar="NAME", help="a card in conf/cards, the .yaml of one, or a YOLACT"
+        "--architecture",
+        metavar="NAME",
+        help="a PyTorch network: a card in conf/cards, the .yaml of one, a YOLACT, torchvision:NAME or timm:NAME",
     )
-    command.add_argument("--checkpoint", required=True, metavar="FILE", help="a PyTorch state dictionary")
+    command.add_argument("--checkpoint", type=Path, metavar="FILE", help="its state dictionary")
+    command.add_argument("--file", type=Path, metavar="FILE", help="or a model: .onnx, .xml, .tflite, .pb or .pt2")
+    command.add_argument("--card", type=Path, metavar="FILE", help="what the file or the library does not say, as YAML")
     command.add_argument("--output", required=True, metavar="URI", help="where the bundle goes")
     command.add_argument(
         "--precision",
@@ -184,8 +204,10 @@ def _parser() -> argparse.ArgumentParser:
         help="of the weights; bf16 is fp16 weights and bfloat16 arithmetic",
     )
     command.add_argument("--calibration", metavar="URI", help="folder of images, for int8")
+    command.add_argument("--images", metavar="URI", help="folder of images for preview.png; by default --calibration's")
     command.add_argument("--opset", type=int, default=18, help="of the ONNX graph in between, from 11; default 18")
     command.add_argument("--onnx", type=Path, metavar="FILE", help="leave the ONNX graph there too")
+    command.add_argument("--keep-onnx", action="store_true", help="keep the ONNX graph in the bundle, for CUDA")
     command.set_defaults(command=export)
 
     command = commands.add_parser("plan", parents=[shared], help="what a run would take on other machines")

@@ -66,11 +66,12 @@ def boundary(mask: np.ndarray, width: int) -> np.ndarray:
 def average_precision(
     truth: dict[str, Any], predictions: list[dict[str, Any]], boundary_ratio: float | None = None
 ) -> dict[str, float]:
-    """COCO's mask average precision, or boundary average precision, over a data set.
+    """COCO's mask average precision, or boundary average precision, or of predictions without masks box AP.
 
     Args:
         truth: in COCO's format (`images`, `annotations`, `categories`); it is not changed.
-        predictions: COCO results: `image_id`, `category_id`, `score` and `segmentation`, a run-length encoding.
+        predictions: COCO results: `image_id`, `category_id`, `score` and `segmentation`, a run-length encoding, or
+            `bbox`.
         boundary_ratio: None for mask AP. For boundary AP the width of the boundary, see `boundary_iou`; the overlap is
             then the smaller of mask IoU and boundary IoU (section 5.2), so that a mask of boundary only is not a match.
 
@@ -89,12 +90,13 @@ def average_precision(
         raise DataError(f"there are predictions of images that the truth has not: {sorted(unknown)[:3]}")
     # The library writes into annotations and predictions, so it gets copies.
     expected = COCO({**truth, "annotations": [dict(annotation) for annotation in truth["annotations"]]})
-    keys = ("image_id", "category_id", "score", "segmentation")
+    shape, kind = ("segmentation", "segm") if predictions[0].get("segmentation") else ("bbox", "bbox")
+    keys = ("image_id", "category_id", "score", shape)
     results = expected.loadRes([{key: prediction[key] for key in keys} for prediction in predictions])
     evaluation = COCOeval_faster(
         expected,
         results,
-        "segm" if boundary_ratio is None else "boundary",
+        kind if boundary_ratio is None else "boundary",
         print_function=lambda *_: None,
         boundary_dilation_ratio=boundary_ratio or BOUNDARY_RATIO,
         boundary_cpu_count=1,

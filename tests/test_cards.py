@@ -12,7 +12,7 @@ import yaml
 from helpers.config import PROJECT
 from helpers.errors import BundleError
 from helpers.export.architectures import get_architecture
-from helpers.export.cards import CARDS, find_cards
+from helpers.export.cards import CARDS, find_cards, merge, read_labels
 from helpers.export.conversion import export
 from helpers.images.spec import InputSpec
 from helpers.storage import open_storage
@@ -71,6 +71,38 @@ def test_labels_may_be_a_file(folder):
     assert get_architecture(write(folder, labels="labels.txt")).labels == ("a", "b", "größer")
 
 
+LABEL_FILES = {
+    "one per line": ("a\nb\n\ngrößer", ["a", "b", "größer"]),
+    "numbers of ImageNet before them": ("n01440764 tench, Tinca\nn01443537 goldfish\n", ["tench, Tinca", "goldfish"]),
+    "a map of TensorFlow's": (
+        'item {\n name: "/m/1"\n id: 1\n display_name: "person"\n}\nitem { id: 3 name: \'car\' }',
+        ["person", "2", "car"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LABEL_FILES)
+def test_files_of_labels_may_be_of_several_kinds(tmp_path, kind):
+    text, labels = LABEL_FILES[kind]
+    (tmp_path / "labels.txt").write_text(text, encoding="utf-8")
+    assert read_labels(tmp_path / "labels.txt") == labels
+
+
+def test_a_file_without_labels_is_named(tmp_path):
+    (tmp_path / "labels.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.txt").write_text("\n")
+    for name in ("labels.txt", "empty.txt"):
+        with pytest.raises(BundleError, match=f"{name} holds no labels"):
+            read_labels(tmp_path / name)
+
+
+def test_another_decoders_parameters_are_not_kept():
+    own = {"decoder": "yolo", "postprocess": {"nms_threshold": 0.4}, "input": {"height": 8, "resize": "letterbox"}}
+    assert merge(own, {"postprocess": {"top_k": 2}})["postprocess"] == {"nms_threshold": 0.4, "top_k": 2}
+    merged = merge(own, {"decoder": "detr", "input": {"height": 9}})
+    assert merged["postprocess"] == {} and merged["input"] == {"height": 9, "resize": "letterbox"}
+
+
 def test_the_command_exports_a_network_by_the_path_of_its_card(folder):
     card = write(folder)
     torch.manual_seed(0)
@@ -86,23 +118,28 @@ def test_the_command_exports_a_network_by_the_path_of_its_card(folder):
 def test_labels_that_are_not_as_many_as_the_outputs_are_refused(folder):
     card = write(folder, labels=["a", "b"])
     torch.save(get_architecture(card).build().state_dict(), folder / "mine.pt")
-    with pytest.raises(
-        BundleError, match="mine has 2 labels, and its network tells 3 classes apart: correct the labels"
-    ):
+    with pytest.raises(BundleError, match=r"mine: its output logits is \[3\], and 2 labels need .*correct the labels"):
         export(card, folder / "mine.pt", open_storage(str(folder / "bundle")))
     assert not (folder / "bundle").exists()
 
 
 WRONG = {
-    "no file": ({"network": "gone.py:Tiny"}, "network names 'gone.py', which is neither in .* nor in "),
+    "no file": ({"network": "gone.py:Tiny"}, "network names 'gone.py', which is in none of "),
     "no class": ({"network": "network.py:Huge"}, "network.py has no class 'Huge', which .*mine.yaml names"),
     "no colon": ({"network": "network.py"}, "network is 'network.py': write FILE.py:CLASS"),
     "no class but a number": ({"network": "network.py:number"}, "network.py has no class 'number'"),
     "arguments": ({"network": "network.py:Needy"}, "Needy in .*network.py needs arguments .*in_features"),
-    "no labels file": ({"labels": "labels.txt"}, "labels names 'labels.txt', which is neither"),
-    "no labels": ({"labels": None}, "labels: "),
+    "no labels file": ({"labels": "labels.txt"}, "labels names 'labels.txt', which is in none of "),
+    "no labels": ({"labels": None}, "labels is missing"),
+    "no network": ({"network": None}, "network is missing"),
+    "no height": (
+        {"input": {"width": 3, "color": "rgb", "mean": [1, 2, 3], "std": [4, 5, 6]}},
+        "input.height is missing",
+    ),
     "an unknown entry": ({"postprocessing": {}}, "postprocessing: "),
-    "an unknown task": ({"task": "poetry"}, "task: .*classification"),
+    "an unknown task": ({"task": "poetry"}, "task is 'poetry'; there are .*classification"),
+    "a task of nearly that name": ({"task": "clasification"}, "did you mean 'classification'"),
+    "an unknown decoder": ({"decoder": "softmx"}, "decoder is 'softmx'; did you mean 'softmax'"),
     "an unknown color": ({"input": {**CARD["input"], "color": "cmyk"}}, "input.color: .*rgb"),
     "an unknown input": ({"input": {**CARD["input"], "depth": 3}}, "input.depth: "),
     "too few means": ({"input": {**CARD["input"], "mean": [1]}}, "input: .*mean and std need 3 values"),

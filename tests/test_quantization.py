@@ -7,6 +7,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+from openvino import opset13 as ops
 
 from fashion_data import load
 from helpers.bundle.manifest import load_bundle
@@ -125,3 +126,17 @@ def test_images_in_which_nothing_is_found_show_no_loss_and_that_is_said(converte
     monkeypatch.setattr(evaluation, "predict", lambda *_: [[]])
     measure = quantization.Measure.of(converted, Validation([images[0]]), manifest, {})
     assert measure.before == 1 and "nothing is found" in caplog.text
+
+
+def test_what_follows_the_last_convolution_stays_out_of_8_bits():
+    images = ops.parameter([1, 8, 8, 8], np.float32, "images")
+    weights = ops.constant(np.ones((4, 8, 3, 3), np.float32))
+    hidden = ops.relu(ops.convolution(images, weights, [1, 1], [0, 0], [0, 0], [1, 1]), name="hidden")
+    scores = ops.matmul(
+        ops.reduce_mean(hidden, [2, 3]), ops.constant(np.ones((4, 5), np.float32)), False, False, name="scores"
+    )
+    classes = ops.add(
+        ops.convert(ops.topk(scores, 1, 1, "max", "value").output(1), "f32", name="number"), np.float32(1), name="id"
+    )
+    tail = quantization.find_tail(ov.Model([scores, classes], [images]))
+    assert {"number", "id"} <= {*tail} and not {"hidden", "scores", "images"} & {*tail}

@@ -4,11 +4,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import BundleError
-from helpers.export.cards import CARDS, find_cards, load_network_class, read_card
+from helpers.export.cards import CARDS, HELP, find_cards, load_network_class, parse_card, read_entries
 from helpers.images.spec import InputSpec
 from helpers.yolact.configurations import CONFIGURATIONS, get_configuration
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
+LIBRARIES = ("torchvision", "timm")
 STALE = re.compile(r"backbone\.layer(?!s)|fpn\.downsample_layers\.(?![01]\.)\d+\.")
 
 
@@ -25,13 +27,26 @@ def unchanged(value: Any) -> Any:
     return value
 
 
+def no_network() -> "torch.nn.Module":
+    """What a model's file builds."""
+    raise BundleError("a model that was read from a file has no PyTorch network")
+
+
+def no_weights() -> "torch.nn.Module":
+    """What an architecture gives whose weights are in no library."""
+    raise BundleError("this network needs weights: name a PyTorch state dictionary with --checkpoint")
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """How to build a network and what it is for.
+    """What a model is for, and of a PyTorch network how to build it.
 
     Attributes:
+        outputs: names of the exported outputs, in order; they are the roles of the task's decoder.
+        decoder: how the outputs are read; empty for the task's first.
         build: returns the `torch.nn.Module`, which takes normalized float32 `[B, channels, height, width]`.
-        outputs: names of the exported outputs, in order.
+        build_pretrained: returns the network with the weights of the library that it is from.
+        weights: their name.
         adapt_state_dict: takes a checkpoint's state dictionary and returns the one that the network must load whole.
         export_module: takes the network and returns the module to export, the one that has `outputs`.
         arrays: returns what post-processing needs beside the outputs, by the name of its `.npy` file in the bundle.
@@ -39,26 +54,38 @@ class Architecture:
 
     name: str
     task: str
-    build: Callable[..., "torch.nn.Module"]
     input: InputSpec
     outputs: tuple[str, ...]
     labels: tuple[str, ...]
     postprocess: dict[str, Any]
+    decoder: str = ""
+    build: Callable[..., "torch.nn.Module"] = no_network
+    build_pretrained: Callable[[], "torch.nn.Module"] = no_weights
+    weights: str = ""
     adapt_state_dict: Callable[[dict[str, Any]], dict[str, Any]] = unchanged
     export_module: Callable[["torch.nn.Module"], "torch.nn.Module"] = unchanged
     arrays: Callable[[], dict[str, "np.ndarray"]] = dict
 
 
-def get_architecture(name: str, labels: Sequence[str] = ()) -> Architecture:
+def get_architecture(name: str, labels: Sequence[str] = (), card: Path | None = None) -> Architecture:
     """Look an architecture up by name; torch is imported here, not with this module.
 
     Args:
-        name: a card in `conf/cards`, the path of a card, or a YOLACT network (`helpers.yolact.configurations`).
+        name: a card in `conf/cards`, the path of a card, a YOLACT network (`helpers.yolact.configurations`), or one of
+            a library: `torchvision:NAME` or `timm:NAME`.
         labels: classes in the place of its own, for a YOLACT that was trained on other data.
+        card: changes what a library says of its network.
 
     Raises:
         BundleError: there is none of that name, its card or what that names cannot be used, or its classes are fixed.
     """
+    library, colon, _ = name.partition(":")
+    if colon and library in LIBRARIES:
+        from helpers.export.library import describe
+
+        return describe(name, card)
+    if card:
+        raise BundleError(f"{name} is described already: --card is for model files, torchvision:NAME and timm:NAME")
     if name in CONFIGURATIONS:
         return _yolact(name, labels)
     if labels:
@@ -68,7 +95,9 @@ def get_architecture(name: str, labels: Sequence[str] = ()) -> Architecture:
     if name in find_cards():
         return _from_card(CARDS / f"{name}.yaml")
     known = ", ".join([*find_cards(), *CONFIGURATIONS])
-    raise BundleError(f"no architecture {name!r}; there are {known}, or name the .yaml of a model card")
+    raise BundleError(
+        f"no architecture {name!r}; there are {known}, torchvision:NAME and timm:NAME; or name a model card's .yaml"
+    )
 
 
 def drop_stale_keys(weights: dict[str, Any]) -> dict[str, Any]:
@@ -82,15 +111,19 @@ def drop_stale_keys(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_card(path: Path) -> Architecture:
-    card = read_card(path)
+    card = parse_card(read_entries(path), path)
+    for entry in ("network", "labels", "input.height", "input.width", "input.color", "input.mean", "input.std"):
+        if not attrgetter(entry)(card) and (entry, card.task) != ("labels", "embedding"):
+            raise BundleError(f"{path}: {entry} is missing: a PyTorch network does not say it; {HELP}")
     return Architecture(
         name=path.stem,
         task=card.task,
         build=load_network_class(card, path),
-        input=card.spec,
-        outputs=tuple(card.outputs.values()),
+        input=card.input.to_spec(),
+        outputs=tuple(card.outputs) or ("logits",),
         labels=card.labels,
         postprocess=dict(card.postprocess),
+        decoder=card.decoder,
     )
 
 

@@ -1,13 +1,15 @@
-"""Model cards: what a pipeline must know of a network that lies in a user's own program, as YAML.
+"""Model cards: what a pipeline must know of a model, as YAML; `conf/cards/README.md` explains the entries.
 
-`conf/cards` has the project's own; `fashion_cnn.yaml` explains the entries.
+What a file or a library says of its model comes in the same form (`entries`), and a user's card goes on top of it.
 """
 
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, field
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,56 +18,85 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from helpers.bundle.manifest import COLORS
 from helpers.config import PROJECT
 from helpers.errors import BundleError, first_line
-from helpers.images.spec import InputSpec
+from helpers.images.spec import COLORS, InputSpec
+from helpers.tasks import DECODERS
 
 if TYPE_CHECKING:
     import torch
 
 CARDS = PROJECT / "conf" / "cards"
+HELP = "conf/cards/README.md explains the entries"
+# Labels in TensorFlow's text format: items with an id and a name, of which the one for people to read is preferred.
+ITEM = re.compile(r"\bitem\s*\{([^}]*)\}")
+ITEM_ENTRY = re.compile(r"\b(id|name|display_name)\s*:\s*(?:(\d+)|\"([^\"]*)\"|'([^']*)')")
+SYNSET = re.compile(r"n\d{8}\s+")
+
+Entries = dict[str, Any]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class CardInput(InputSpec):
-    """What the network takes; see `bundle.InputSpec`."""
+    """What the network takes, see `InputSpec`; height and width of 0 and no color are those of the model's file."""
 
-    color: Literal["rgb", "bgr", "gray"]
-    resize: Literal["stretch", "letterbox", "crop"] = "stretch"
+    height: int = 0
+    width: int = 0
+    color: Literal["rgb", "bgr", "gray", ""] = ""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    resize: Literal["stretch", "letterbox", "crop", "shortest_edge", "none"] = "stretch"
+    interpolation: Literal["linear", "cubic"] = "linear"
+    position: Literal["center", "top_left"] = "center"
+    layout: Literal["NCHW", "NHWC", ""] = ""
 
     def __post_init__(self) -> None:
-        if {len(self.mean), len(self.std)} != {COLORS[self.color]}:
-            raise ValueError(f"mean and std need {COLORS[self.color]} values, one per channel")
+        wanted = {COLORS[self.color]} if self.color else {1, 3}
+        if not {len(self.mean), len(self.std)} - {0} <= wanted:
+            raise ValueError(f"mean and std need {' or '.join(map(str, sorted(wanted)))} values, one per channel")
+        if not all(value > 0 for value in self.std):
+            raise ValueError("std needs values above 0")
+        if min(self.height, self.width, self.resize_size) < 0 or not 0 <= self.padding <= 255:
+            raise ValueError("height, width and resize_size are 0 or more, and padding is a gray level, 0 to 255")
+
+    def to_spec(self, shape: tuple[int, int, int] = (0, 0, 0)) -> InputSpec:
+        """The input as a bundle's manifest has it; `shape`, height, width and channels, is the model's own."""
+        entries = {name: value for name, value in asdict(self).items() if name != "layout"}
+        color = self.color or ("gray" if shape[2] == 1 else "rgb")
+        sides = {"height": self.height or shape[0], "width": self.width or shape[1]}
+        defaults = {"mean": self.mean or (0.0,) * COLORS[color], "std": self.std or (1.0,) * COLORS[color]}
+        return InputSpec(**{**entries, **sides, **defaults, "color": color})
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Card:
-    """The entries of a card."""
+    """The entries of a card, checked."""
 
-    task: Literal["classification"]
-    network: str  # FILE.py:CLASS
-    labels: tuple[str, ...]
-    input: CardInput
-    postprocess: Mapping[str, Any]
-    outputs: Mapping[str, str]  # the role of each output of the network, in order, and the name that it gets
+    task: str
+    decoder: str = ""  # how the outputs are read; empty for the first that they fit
+    network: str = ""  # FILE.py:CLASS of a PyTorch network
+    labels: tuple[str, ...] = ()
+    input: CardInput = field(default_factory=CardInput)
+    postprocess: Mapping[str, Any] = field(default_factory=dict)
+    outputs: Mapping[str, str] = field(default_factory=dict)  # role -> name in the file, or in the order of a network
 
-    @property
-    def spec(self) -> InputSpec:
-        """The input as a bundle's manifest has it."""
-        return InputSpec(**asdict(self.input))
+    def __post_init__(self) -> None:
+        if self.task not in DECODERS:
+            raise ValueError(f"task is {self.task!r}{_nearest(self.task, DECODERS)}")
+        if self.decoder and self.decoder not in DECODERS[self.task]:
+            raise ValueError(f"decoder is {self.decoder!r}{_nearest(self.decoder, DECODERS[self.task])}")
 
 
 def find_cards() -> list[str]:
-    """The names of the project's own cards."""
-    return sorted(path.stem for path in CARDS.glob("*.yaml"))
+    """The names of the project's own cards that name a network; the others are of models' files."""
+    return sorted(path.stem for path in CARDS.glob("*.yaml") if "\nnetwork:" in path.read_text(encoding="utf-8"))
 
 
-def read_card(path: Path) -> Card:
-    """Read a card.
+def read_entries(path: Path, model: Path | None = None) -> Entries:
+    """The entries of a card's file, its labels read from the file that it names.
 
     Raises:
-        BundleError: it is missing or no YAML, or lacks an entry or has a wrong one.
+        BundleError: the card is missing or no YAML, or its labels are.
     """
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -74,19 +105,71 @@ def read_card(path: Path) -> Card:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(entries, dict):
-        raise BundleError(f"{path} holds no entries: conf/cards/fashion_cnn.yaml shows what a card looks like")
+        raise BundleError(f"{path} holds no entries: {HELP}")
     if isinstance(entries.get("labels"), str):
-        entries["labels"] = _find(entries["labels"], path, "labels").read_text(encoding="utf-8").splitlines()
-    entries.setdefault("postprocess", {"top_k": 3})
-    entries.setdefault("outputs", {"logits": "logits"})
+        entries["labels"] = read_labels(_find(entries["labels"], path, "labels", model))
+    return entries
+
+
+def read_labels(path: Path) -> list[str]:
+    """Labels of a file: one per line, with or without ImageNet's numbers before them, or a map of TensorFlow's.
+
+    Raises:
+        BundleError: the file holds no text, or no labels.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(
+            f"{path} holds no labels: {first_line(error)}; name a text file, one label per line"
+        ) from None
+    return parse_labels(text, path)
+
+
+def parse_labels(text: str, origin: Any) -> list[str]:
+    """The labels in a file's text, see `read_labels`."""
+    items = [_item(match[1]) for match in ITEM.finditer(text)]
+    if items:
+        # Numbers that the map leaves out stay classes, whose name is their number.
+        names = {number: name for number, name in items if number}
+        labels = [names.get(number, str(number)) for number in range(1, max(names, default=0) + 1)]
+    else:
+        labels = [SYNSET.sub("", line.strip()) for line in text.splitlines() if line.strip()]
+    if not labels:
+        raise BundleError(f"{origin} holds no labels: write one per line")
+    return labels
+
+
+def merge(entries: Mapping[str, Any], others: Mapping[str, Any]) -> Entries:
+    """Entries with others on top, those of `input` and `postprocess` one by one.
+
+    The parameters of a decoder go with it.
+    """
+    merged = {**entries, **others}
+    has_same_decoder = others.get("decoder", entries.get("decoder")) == entries.get("decoder")
+    merged["input"] = {**entries.get("input", {}), **(others.get("input") or {})}
+    own = entries.get("postprocess", {}) if has_same_decoder else {}
+    merged["postprocess"] = {**own, **(others.get("postprocess") or {})}
+    return merged
+
+
+def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
+    """Check a card's entries.
+
+    Args:
+        entries: of the card's file, perhaps on top of a model's own.
+        origin: what the entries are from, for errors.
+
+    Raises:
+        BundleError: one is missing or wrong.
+    """
     try:
         return TypeAdapter(Card).validate_python(entries)
     except ValidationError as error:
         problem = error.errors()[0]
-        entry = ".".join(str(part) for part in problem["loc"])
-        raise BundleError(
-            f"{path}: {entry}: {problem['msg']}; conf/cards/fashion_cnn.yaml explains the entries"
-        ) from None
+        entry = "".join(f"{part}." if isinstance(part, str) else f"{part}: " for part in problem["loc"]).rstrip(".: ")
+        message = problem["msg"].removeprefix("Value error, ")
+        raise BundleError(f"{origin}: {f'{entry}: ' if entry else ''}{message}; {HELP}") from None
 
 
 def load_network_class(card: Card, path: Path) -> Callable[[], "torch.nn.Module"]:
@@ -112,11 +195,23 @@ def load_network_class(card: Card, path: Path) -> Callable[[], "torch.nn.Module"
     return network
 
 
-def _find(file: str, card: Path, entry: str) -> Path:
-    for folder in (card.parent, PROJECT):
+def _nearest(name: str, known: Any) -> str:
+    """The end of a sentence that says what a wrong name may have meant."""
+    near = get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+
+
+def _item(text: str) -> tuple[int, str]:
+    entries = {name: number or one or other for name, number, one, other in ITEM_ENTRY.findall(text)}
+    return int(entries.get("id", 0)), entries.get("display_name") or entries.get("name", "")
+
+
+def _find(file: str, card: Path, entry: str, model: Path | None = None) -> Path:
+    folders = [card.parent, *([model.parent] if model else []), PROJECT]
+    for folder in folders:
         if (folder / file).is_file():
             return (folder / file).resolve()
-    raise BundleError(f"{card}: {entry} names {file!r}, which is neither in {card.parent} nor in {PROJECT}")
+    raise BundleError(f"{card}: {entry} names {file!r}, which is in none of {', '.join(map(str, folders))}")
 
 
 @cache

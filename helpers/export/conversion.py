@@ -1,7 +1,7 @@
-"""PyTorch checkpoint -> ONNX -> simplified ONNX -> OpenVINO -> model bundle.
+"""From a PyTorch checkpoint or a model's file to a model bundle.
 
-The graph that ends in a bundle takes uint8 images and normalizes them itself, so that a quarter of the bytes of
-float32 goes into it, and no caller can normalize them differently.
+A PyTorch network goes through ONNX to OpenVINO; files are read by `helpers.export.files`. Both end in `make_bundle`,
+which looks at the graph before it writes anything.
 """
 
 import hashlib
@@ -10,20 +10,24 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from helpers.bundle.manifest import Bundle, Manifest, OutputSpec, save_bundle
+from helpers.bundle.manifest import OPEN, Bundle, Manifest, OutputSpec, save_bundle
 from helpers.bundle.runtime import has_bf16
 from helpers.config import Config
 from helpers.errors import BundleError
 from helpers.export.architectures import Architecture, get_architecture
+from helpers.export.checks import check_manifest, draw_preview, generate_pictures, infer, settle_batch
+from helpers.export.files import read_file
 from helpers.export.graph import count_flops, name_by_module
+from helpers.export.preparation import prepare
 from helpers.export.quantization import Validation, quantize, quiet
+from helpers.images.decoding import Image
 from helpers.storage import Storage
 
 if TYPE_CHECKING:
@@ -37,6 +41,24 @@ ARITHMETIC = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}  # wh
 PRECISIONS = tuple(ARITHMETIC)
 OPSET, OLDEST_OPSET, NEWEST_OPSET = 18, 11, 23  # before 11, bilinear enlargement cannot be expressed
 CALIBRATION_IMAGES = 300
+PREVIEW = "preview.png"  # beside a bundle's files, and none of them
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model on its way to a bundle.
+
+    Attributes:
+        model: takes uint8 images, and its outputs are named for their roles.
+        architecture: what it is.
+        file: it is from; None for a library's own weights.
+        onnx: takes normalized float32 `[B, C, H, W]`, and has the same outputs; None where there is no such graph.
+    """
+
+    model: "ov.Model"
+    architecture: Architecture
+    file: Path | None
+    onnx: "onnx.ModelProto | None"
 
 
 def load_network(architecture: Architecture, checkpoint: Path) -> "torch.nn.Module":
@@ -79,12 +101,17 @@ def to_onnx(network: "torch.nn.Module", architecture: Architecture, opset: int =
         raise BundleError(f"opset {opset} cannot be exported; choose one from {OLDEST_OPSET} to {NEWEST_OPSET}")
     module = architecture.export_module(network).eval()
     height, width, channels = architecture.input.shape
-    images = torch.zeros(2, channels, height, width)
+    # A network that has a size of each image's own takes them one by one.
+    is_variable = architecture.input.is_variable
+    images = torch.rand(1 if is_variable else 2, channels, height, width)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": list(architecture.outputs), "verbose": False}
     with quiet():
         # PyTorch's newer exporter knows no opset before 18, and would give that one without a word.
-        if opset < 18:
+        # It knows no size that differs from image to image either, where boxes are chosen in the graph.
+        if opset < 18 or is_variable:
             axes = {name: {0: "batch"} for name in ("images", *architecture.outputs)}
+            if is_variable:
+                axes = {"images": {2: "height", 3: "width"}, **{name: {} for name in architecture.outputs}}
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "model.onnx")
                 torch.onnx.export(
@@ -116,92 +143,130 @@ def simplify(model: "onnx.ModelProto") -> "onnx.ModelProto":
 def to_openvino(model: "onnx.ModelProto", architecture: Architecture) -> "ov.Model":
     """Convert to OpenVINO with uint8 `[B, H, W, C]` input and the normalization in the graph."""
     import openvino as ov
-    from openvino.preprocess import PrePostProcessor
 
-    spec = architecture.input
-    graph = PrePostProcessor(ov.convert_model(io.BytesIO(model.SerializeToString())))
-    images = graph.input()
-    images.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC")).set_shape([-1, *spec.shape])
-    images.preprocess().convert_element_type(ov.Type.f32).mean(list(spec.mean)).scale(list(spec.std))
-    images.model().set_layout(ov.Layout("NCHW"))
-    converted = graph.build()
+    converted = prepare(ov.convert_model(io.BytesIO(model.SerializeToString())), architecture.input)
+    if len(converted.outputs) != len(architecture.outputs):
+        raise BundleError(
+            f"{architecture.name} has {len(converted.outputs)} outputs, and {len(architecture.outputs)} are named: add "
+            "`outputs: {ROLE: NAME, ...}` to its card, in the network's order"
+        )
     for output, name in zip(converted.outputs, architecture.outputs, strict=True):
         output.set_names({name})
     return converted
 
 
-def export(
-    architecture_name: str,
-    checkpoint: Path,
-    target: Storage,
-    precision: str = "fp32",
-    calibration: Iterable[np.ndarray] = (),
-    opset: int = OPSET,
-    onnx_file: Path | None = None,
-) -> Bundle:
-    """Convert a checkpoint to a model bundle, every step in one call.
+def convert(architecture_name: str, checkpoint: Path | None, opset: int = OPSET, card: Path | None = None) -> Converted:
+    """Convert a PyTorch network.
 
     A network that was trained on a user's own classes has them from `result.json`, which training leaves beside the
     checkpoint.
 
     Args:
         architecture_name: see `helpers.export.architectures`.
-        checkpoint: a PyTorch state dictionary.
-        target: where the bundle goes.
-        precision: `fp32`, `fp16` and `int8` are of the weights; `bf16` is half-precision weights and bfloat16
-            arithmetic.
-        calibration: images for int8, see `helpers.export.quantization.quantize`.
+        checkpoint: a PyTorch state dictionary; None for the weights of the library that the network is from.
         opset: of the ONNX graph in between, see `to_onnx`.
-        onnx_file: where to leave that graph, simplified.
+        card: changes what a library says of its network.
 
     Raises:
-        BundleError: the checkpoint, the precision, the opset or the calibration cannot be used.
+        BundleError: the architecture, the checkpoint, the opset or the card cannot be used.
     """
-    architecture = get_architecture(architecture_name, _labels_beside(checkpoint))
-    network = load_network(architecture, checkpoint)
-    simplified = simplify(to_onnx(network, architecture, opset))
-    if onnx_file:
-        onnx_file.write_bytes(simplified.SerializeToString())
-    return make_bundle(to_openvino(simplified, architecture), architecture, checkpoint, target, precision, calibration)
+    architecture = get_architecture(architecture_name, _labels_beside(checkpoint) if checkpoint else (), card)
+    network = load_network(architecture, checkpoint) if checkpoint else architecture.build_pretrained().eval()
+    onnx = to_onnx(network, architecture, opset)
+    if not architecture.input.is_variable:  # of graphs with open sizes nothing is known before they run
+        onnx = simplify(onnx)
+    return Converted(to_openvino(onnx, architecture), architecture, checkpoint, onnx)
+
+
+def convert_file(path: Path, card: Path | None = None, pictures: Sequence[Image] = ()) -> Converted:
+    """Convert a model's file.
+
+    Args:
+        path: see `helpers.export.files`.
+        card: goes on top of what the file says of itself.
+        pictures: to tell outputs apart by, uint8 BGR `[height, width, 3]`; without any, generated ones.
+
+    Raises:
+        BundleError: the file or the card cannot be used.
+    """
+    return Converted(*read_file(path, card, pictures or generate_pictures()))
+
+
+def export(
+    architecture_name: str,
+    checkpoint: Path | None,
+    target: Storage,
+    precision: str = "fp32",
+    calibration: Iterable[np.ndarray] = (),
+    opset: int = OPSET,
+) -> Bundle:
+    """Convert a PyTorch network and save it as a bundle; arguments as for `convert` and `make_bundle`."""
+    converted = convert(architecture_name, checkpoint, opset)
+    return make_bundle(converted.model, converted.architecture, checkpoint, target, precision, calibration)
 
 
 def make_bundle(
     model: "ov.Model",
     architecture: Architecture,
-    checkpoint: Path,
+    checkpoint: Path | None,
     target: Storage,
     precision: str,
     calibration: Iterable[np.ndarray] = (),
     validation: Validation | None = None,
+    pictures: Sequence[Image] = (),
+    onnx: "onnx.ModelProto | None" = None,
 ) -> Bundle:
-    """Save a converted model as a bundle of one precision; arguments as for `export` and `quantization.quantize`."""
+    """Check a converted model, and save it as a bundle of one precision; nothing is written before all is checked.
+
+    Args:
+        model: takes uint8 images, and its outputs are named for their roles.
+        architecture: of the model.
+        checkpoint: the file it is from; None for a library's own weights.
+        target: where the bundle goes.
+        precision: `fp32`, `fp16` and `int8` are of the weights; `bf16` is half-precision weights and bfloat16
+            arithmetic.
+        calibration: images for int8, see `quantization.quantize`.
+        validation: for int8, see `quantization.quantize`.
+        pictures: to try it on and to draw, uint8 BGR `[height, width, 3]` each; without any, generated ones.
+        onnx: a graph to keep in the bundle.
+
+    Raises:
+        BundleError: the model does not do what its architecture says, or precision or calibration cannot be used.
+    """
     if precision not in PRECISIONS:
         raise BundleError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
-    _check_labels(model, architecture)
+    pictures = pictures or generate_pictures()
+    batch, outputs = settle_batch(model, architecture.input, pictures, architecture.name)
     arrays = architecture.arrays()
     manifest = Manifest(
         name=f"{architecture.name}-{precision}",
         architecture=architecture.name,
         task=architecture.task,
         input=architecture.input,
-        outputs=tuple(
-            OutputSpec(name, tuple(d.get_length() for d in list(output.get_partial_shape())[1:]))
-            for name, output in zip(architecture.outputs, model.outputs, strict=True)
-        ),
+        outputs=tuple(OutputSpec(output.get_any_name(), _shape(output)) for output in model.outputs),
         labels=architecture.labels,
         postprocess=architecture.postprocess,
         precision=precision,
         arithmetic=ARITHMETIC[precision],
-        flops=count_flops(model),
-        checkpoint={"file": checkpoint.name, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
+        flops=_count_flops(model, architecture),
+        checkpoint=_fingerprint(checkpoint) if checkpoint else {"file": architecture.weights},
+        decoder=architecture.decoder,
+        batch=batch,
     )
+    check_manifest(manifest)
     if precision == "int8":
         model, record = quantize(model, calibration, manifest, arrays, validation)
         manifest = replace(manifest, quantization=record.to_dict())
+        outputs = infer(model, architecture.input, pictures, architecture.name)
+    preview = draw_preview(outputs, manifest, arrays, pictures)
     if precision == "bf16" and not has_bf16():
         log.warning("this CPU has no bfloat16 units, so it will compute %s in 32 bits", manifest.name)
     files = {name: _npy(array) for name, array in arrays.items()}
-    return save_bundle(target, manifest, {**_serialize(model, precision in ("fp16", "bf16")), **files})
+    if onnx is not None:
+        files["model.onnx"] = onnx.SerializeToString()
+    bundle = save_bundle(target, manifest, {**_serialize(model, precision in ("fp16", "bf16")), **files})
+    target.write(PREVIEW, preview)
+    return bundle
 
 
 def calibration_images(storage: Storage, architecture: Architecture, config: Config) -> Iterator[np.ndarray]:
@@ -224,16 +289,22 @@ def calibration_images(storage: Storage, architecture: Architecture, config: Con
             yield image
 
 
-def _check_labels(model: "ov.Model", architecture: Architecture) -> None:
-    if architecture.task != "classification":
-        return
-    (output,) = model.outputs
-    width = output.get_partial_shape()[1].get_length()
-    if width != len(architecture.labels):
-        raise BundleError(
-            f"{architecture.name} has {len(architecture.labels)} labels, and its network tells {width} classes apart: "
-            "correct the labels of its card"
-        )
+def _shape(output: Any) -> tuple[int, ...]:
+    """Of one image's output, -1 for a side that differs from image to image."""
+    return tuple(side.get_length() if side.is_static else OPEN for side in list(output.get_partial_shape())[1:])
+
+
+def _count_flops(model: "ov.Model", architecture: Architecture) -> int:
+    """Operations for one image, of a usual size where each has its own."""
+    if architecture.input.is_variable:
+        model = model.clone()
+        model.reshape([1, *architecture.input.shape])
+    return count_flops(model)
+
+
+def _fingerprint(file: Path) -> dict[str, str]:
+    with file.open("rb") as content:
+        return {"file": file.name, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
 def _labels_beside(checkpoint: Path) -> list[str]:

@@ -1,10 +1,12 @@
 """Predictions against the truth: of data sets with annotations, or of one model's predictions taken for the truth.
 
-The truth of a classification is a list of class indices, that of instance segmentation is a dictionary in COCO's
-format. Both are per image, in the images' order. No torch.
+The truth of a classification is a list of class indices, that of embeddings a list of vectors, that of semantic
+segmentation a list of predictions; that of boxes and of instances' masks is a dictionary in COCO's format. All are per
+image, in the images' order. No torch.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,15 +14,26 @@ from threadpoolctl import threadpool_limits
 
 from helpers import tasks
 from helpers.bundle.manifest import Manifest
+from helpers.images import rle
 from helpers.images.drawing import DRAWN_SCORE
-from helpers.metrics import average_precision
+from helpers.metrics import average_precision, mask_iou
 from helpers.tasks import Arrays, Prediction
 
 if TYPE_CHECKING:
     import openvino as ov
 
 Engine = Callable[[np.ndarray], Arrays]  # uint8 [B, H, W, C] -> float32 [B, ...] by name
-Truth = dict[str, Any] | Sequence[int]
+Truth = dict[str, Any] | Sequence[Any]
+
+NO_CLASS = -1  # of an image in which a network sees none
+MEASURES = {
+    "classification": "accuracy",
+    "embedding": "cosine similarity",
+    "detection": "box AP",
+    "keypoints": "box AP",
+    "instance_segmentation": "mask AP",
+    "semantic_segmentation": "mean IoU",
+}
 
 
 def compiled_engine(compiled: "ov.CompiledModel") -> Engine:
@@ -42,10 +55,14 @@ def predict(engine: Engine, images: Iterable[np.ndarray], manifest: Manifest, ar
         manifest: says how outputs are post-processed.
         arrays: that post-processing needs.
     """
-    sizes, settings = [(manifest.input.width, manifest.input.height)], manifest.postprocess
+    # Images are prepared already, whatever the rule was.
+    manifest = replace(manifest, input=replace(manifest.input, resize="none"))
     # numpy's threads for an image's small matrices cost more than they save beside the engine's, and tasks have none.
     with threadpool_limits(1, user_api="blas"):
-        return [tasks.predict(engine(image[None]), sizes, manifest, settings, arrays)[0] for image in images]
+        return [
+            tasks.predict(engine(image[None]), [image.shape[1::-1]], manifest, manifest.postprocess, arrays)[0]
+            for image in images
+        ]
 
 
 def to_truth(predictions: Sequence[list[Prediction]], manifest: Manifest) -> Truth:
@@ -54,9 +71,11 @@ def to_truth(predictions: Sequence[list[Prediction]], manifest: Manifest) -> Tru
     Of detections those count that are probable enough to be drawn.
     """
     if manifest.task == "classification":
-        return [instances[0]["class_id"] for instances in predictions]
+        return [instances[0]["class_id"] if instances else NO_CLASS for instances in predictions]
+    if manifest.task in ("embedding", "semantic_segmentation"):
+        return list(predictions)
     annotations = [
-        {"image_id": i, "category_id": p["class_id"], "segmentation": p["mask"], "iscrowd": 0, "area": 0, "bbox": []}
+        {"image_id": i, "category_id": p["class_id"], "iscrowd": 0, **_shape(p)}
         for i, instances in enumerate(predictions)
         for p in instances
         if p["score"] >= DRAWN_SCORE
@@ -69,14 +88,14 @@ def to_truth(predictions: Sequence[list[Prediction]], manifest: Manifest) -> Tru
 
 
 def score(predictions: Mapping[int, list[Prediction]], truth: Truth) -> float:
-    """How well images are predicted: accuracy of the best class, or mask AP; 1 where there is nothing to find.
+    """How well images are predicted, by the measure of the task (`MEASURES`); 1 where there is nothing to find.
 
     Args:
         predictions: by the image's place in the truth; the other images are left out.
         truth: of all images.
     """
     if not isinstance(truth, dict):
-        return float(np.mean([classes[0]["class_id"] == truth[i] for i, classes in predictions.items()]))
+        return float(np.mean([_agreement(own, truth[i]) for i, own in predictions.items()]))
     images = [truth["images"][i] for i in predictions]
     identities = {image["id"] for image in images}
     annotations = [a for a in truth["annotations"] if a["image_id"] in identities]
@@ -94,8 +113,28 @@ def to_results(predictions: Iterable[list[Prediction]], truth: dict[str, Any]) -
             "image_id": image["id"],
             "category_id": categories[p["label"]],
             "score": p["score"],
-            "segmentation": p["mask"],
+            **_shape(p),
         }
         for image, instances in zip(truth["images"], predictions, strict=True)
         for p in instances
     ]
+
+
+def _shape(prediction: Prediction) -> dict[str, Any]:
+    """Mask or box of a prediction in COCO's format."""
+    x1, y1, x2, y2 = prediction["box"].values()
+    area = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+    return {**area, "segmentation": prediction["mask"]} if prediction["mask"] else area
+
+
+def _agreement(predicted: Any, expected: Any) -> float:
+    """Of one image: whether the class is the same; the mean overlap of classes' masks; the cosine of two embeddings."""
+    if isinstance(expected, int | np.integer):
+        return float((predicted[0]["class_id"] if predicted else NO_CLASS) == expected)
+    if isinstance(expected, np.ndarray):
+        lengths = float(np.linalg.norm(predicted) * np.linalg.norm(expected))
+        return float(np.dot(predicted, expected)) / lengths if lengths else float(np.array_equal(predicted, expected))
+    ours, theirs = ({p["class_id"]: rle.decode(p["mask"]) for p in masks} for masks in (predicted, expected))
+    both = ours.keys() | theirs.keys()
+    overlaps = [mask_iou(ours[c], theirs[c]) if c in ours and c in theirs else 0.0 for c in both]
+    return float(np.mean(overlaps)) if overlaps else 1.0

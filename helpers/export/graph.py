@@ -62,10 +62,11 @@ def _flops(node: "ov.Node") -> int:
     if node.get_type_name() not in MULTIPLYING:
         return 0
     results = [d.get_length() for d in node.output(0).get_partial_shape() if d.is_static]
-    weights = [d.get_length() for d in node.input(1).get_partial_shape() if d.is_static]
+    weights = [d.get_length() if d.is_static else 1 for d in node.input(1).get_partial_shape()]
     # Products for each result: all of the weights' dimensions but that of the output channels.
     channels = {"Convolution": 1, "GroupConvolution": 2}.get(node.get_type_name())
-    depth = np.prod(weights[channels:]) if channels else np.prod(weights) // results[-1]
+    is_transposed = not channels and node.get_attributes().get("transpose_b", False)
+    depth = np.prod(weights[channels:]) if channels else weights[-1 if is_transposed else max(-2, -len(weights))]
     return int(2 * np.prod(results) * depth)
 
 

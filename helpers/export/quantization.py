@@ -2,8 +2,8 @@
 
 Quantizing costs some layers more than others, and which can only be measured. NNCF quantizes every layer; if that
 loses more than is allowed, it returns layers to floating point one group after the other, those first that lose most.
-The measure is accuracy or mask AP against the truth where there is one, and otherwise against the predictions of the
-model before it was quantized, for which any images will do.
+The measure is that of the task (`evaluation.MEASURES`) against the truth where there is one, and otherwise against the
+predictions of the model before it was quantized, for which any images will do.
 """
 
 import contextlib
@@ -89,10 +89,14 @@ def quantize(
         validation: by default some of the calibration images, and the model itself for the truth.
 
     Raises:
-        BundleError: there are no images.
+        BundleError: there are no images, or the model is of 8 bits already.
     """
     import nncf
 
+    if any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()):
+        raise BundleError(
+            f"{manifest.architecture} is of 8 bits already: export it with --precision fp32, which keeps them"
+        )
     batches = [image[None] for image in images]
     if not batches:
         raise BundleError("int8 needs images to calibrate with; name a folder of them with --calibration")
@@ -111,6 +115,7 @@ def quantize(
             measure.validate,
             max_drop=measure.max_drop,
             subset_size=len(batches),
+            ignored_scope=nncf.IgnoredScope(names=find_tail(model), validate=False),
             advanced_accuracy_restorer_parameters=limit,
         )
     after, _ = measure.validate(compile_exactly(quantized), enumerate(validation.images))
@@ -136,7 +141,7 @@ class Measure:
     @classmethod
     def of(cls, model: "ov.Model", validation: Validation, manifest: Manifest, arrays: Arrays) -> "Measure":
         """Prepare to measure on these images."""
-        kind = "accuracy" if manifest.task == "classification" else "mask AP"
+        kind = evaluation.MEASURES[manifest.task]
         predictions = evaluation.predict(
             evaluation.compiled_engine(compile_exactly(model)), validation.images, manifest, arrays
         )
@@ -160,6 +165,23 @@ class Measure:
         predictions = dict(zip(numbers, ordered, strict=True))
         each = [evaluation.score({number: of_image}, self.truth) for number, of_image in predictions.items()]
         return evaluation.score(predictions, self.truth), each
+
+
+def find_tail(model: "ov.Model") -> list[str]:
+    """Names of what follows the last convolutions and matrix products, to which it never leads back.
+
+    It chooses boxes and numbers classes: 8 bits save nothing there, and would give an object another class's number.
+    """
+    leading: set[str] = set()
+    tail = []
+    for node in reversed(model.get_ordered_ops()):
+        users = [port.get_node() for output in node.outputs() for port in output.get_target_inputs()]
+        name = node.get_friendly_name()
+        if any(user.get_type_name() in MULTIPLYING or user.get_friendly_name() in leading for user in users):
+            leading.add(name)
+        elif node.get_type_name() not in (*MULTIPLYING, "Constant", "Result"):
+            tail.append(name)
+    return tail
 
 
 def float_layers(model: "ov.Model") -> list[str]:

@@ -1,0 +1,230 @@
+"""What an export looks at before anything is written: how many images a graph takes, what it gives, how that looks."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from helpers.bundle.manifest import Manifest
+from helpers.config import Config
+from helpers.errors import BundleError, first_line
+from helpers.export.preparation import name_output
+from helpers.export.quantization import compile_exactly
+from helpers.images.decoding import Image, fit
+from helpers.images.drawing import draw
+from helpers.images.spec import InputSpec
+from helpers.storage import Storage
+from helpers.tasks import Arrays, OutputError, get_decoder, parameters_for, predict
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+log = logging.getLogger(__name__)
+
+PICTURES = 3
+BATCH = 2  # pictures that are tried at a time; enough to see that all give the first one's outputs
+TOLERANCE = 1e-2  # of the largest value of an output, between an image alone and in a batch
+Outputs = list[dict[str, np.ndarray]]  # of pictures one by one
+
+SIDES = (480, 640)  # of a picture that stands in for a photograph
+PREVIEW_HEIGHT = 360
+
+
+def generate_pictures(count: int = PICTURES) -> list[Image]:
+    """Pictures with gradients, shapes and noise, uint8 BGR `[480, 640, 3]` each, the same each time."""
+    random = np.random.default_rng(0)
+    pictures = []
+    for _ in range(count):
+        picture = cv2.resize(random.integers(0, 256, (5, 7, 3), np.uint8), SIDES[::-1], interpolation=cv2.INTER_CUBIC)
+        for _ in range(6):
+            center, axes = random.integers(0, SIDES[::-1]).tolist(), random.integers(20, 150, 2).tolist()
+            cv2.ellipse(picture, center, axes, 0, 0, 360, random.integers(0, 256, 3).tolist(), cv2.FILLED)
+        pictures.append(cv2.add(picture, random.integers(0, 12, picture.shape, np.uint8)))
+    return pictures
+
+
+def load_pictures(storage: Storage, config: Config, count: int = PICTURES) -> Iterator[Image]:
+    """Decode images of a folder, evenly spread; those that cannot be read are left out with a warning.
+
+    Args:
+        storage: of the folder.
+        config: for the limits of images.
+        count: how many at most.
+
+    Yields:
+        uint8 BGR `[height, width, 3]`.
+    """
+    from helpers.images.boundary import attempt
+    from helpers.images.decoding import decode
+    from helpers.pipeline.listing import list_images
+
+    images = list_images(storage, config).images
+    paths = sorted(images.filter(images["error"].is_null())["path"].to_pylist())
+    for path in paths[:: max(1, len(paths) // count)][:count]:
+        picture, error = attempt(
+            lambda p: decode(storage.read(p, config.max_image_bytes), config.ingest.max_pixels), path
+        )
+        if picture is None:
+            log.warning("%s is left out: %s", path, error)
+        else:
+            yield picture
+
+
+def settle_batch(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], origin: str) -> tuple[int, Outputs]:
+    """Let a graph take one image at a time where several do not give what each gives alone; in place.
+
+    Some graphs take any number and return the first image's outputs only, because a reshape in them is for one.
+
+    Args:
+        model: as `preparation.prepare` returns it.
+        spec: its input.
+        pictures: to try, uint8 BGR `[height, width, 3]` each.
+        origin: of the model, for errors.
+
+    Returns:
+        What a manifest's `batch` says, 0 or 1, and the outputs of each picture by name, float32 `[1, ...]`.
+
+    Raises:
+        BundleError: the graph fails, or its outputs are not finite.
+    """
+    compiled, tensors = _compile(model, origin), [fit(picture, spec)[None] for picture in pictures]
+    alone = [_infer(compiled, tensor, origin) for tensor in tensors]
+    for name, values in ((name, values) for outputs in alone for name, values in outputs.items()):
+        if not np.isfinite(values).all():
+            raise BundleError(
+                f"{origin} gives values in {name!r} that are not finite: the file is damaged, or mean and std of its "
+                "card are not those it was trained with"
+            )
+    takes_more = model.input().get_partial_shape()[0].is_dynamic
+    if takes_more and _is_fixed(model) and _is_same_together(compiled, tensors, alone):
+        return 0, alone
+    if takes_more:
+        model.reshape([1, *list(model.input().get_partial_shape())[1:]])
+    return 1, _add_batch(model, alone)
+
+
+def infer(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], origin: str) -> Outputs:
+    """The outputs of each picture by name, float32 `[1, ...]`; arguments as for `settle_batch`."""
+    compiled = _compile(model, origin)
+    return [_infer(compiled, fit(picture, spec)[None], origin) for picture in pictures]
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Compare outputs, labels and parameters with what the decoder takes.
+
+    Raises:
+        BundleError: the outputs are others, or as many labels.
+        ConfigError: a parameter is unknown or has a wrong value.
+    """
+    shapes = {output.name: output.shape for output in manifest.outputs}
+    try:
+        get_decoder(manifest).check_shapes(shapes, len(manifest.labels))
+    except OutputError as error:
+        raise BundleError(
+            f"{manifest.architecture}: {error}; correct the labels, decoder or outputs of its card"
+        ) from None
+    parameters_for(replace(manifest, postprocess={}), manifest.postprocess)
+
+
+def draw_preview(outputs: Outputs, manifest: Manifest, arrays: Arrays, pictures: Sequence[Image]) -> bytes:
+    """Draw what is predicted in pictures side by side.
+
+    Args:
+        outputs: of each picture, by role.
+        manifest: says how they are post-processed.
+        arrays: that post-processing needs.
+        pictures: uint8 BGR `[height, width, 3]` each.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        BundleError: the outputs are not what the labels or the parameters say.
+    """
+    drawn = []
+    for picture, own in zip(pictures, outputs, strict=True):
+        size = picture.shape[1], picture.shape[0]
+        try:
+            (predictions,) = predict(own, [size], manifest, manifest.postprocess, arrays)
+        except OutputError as error:
+            raise BundleError(f"{manifest.architecture}: {error}") from None
+        shown = draw(picture, predictions if manifest.task != "embedding" else [])
+        width = max(1, round(PREVIEW_HEIGHT * shown.shape[1] / shown.shape[0]))
+        drawn.append(cv2.resize(shown, (width, PREVIEW_HEIGHT), interpolation=cv2.INTER_AREA))
+    return cv2.imencode(".png", cv2.hconcat(drawn))[1].tobytes()
+
+
+def stack(outputs: Outputs) -> Arrays:
+    """The outputs of all pictures as float32 `[B, ...]`, or where shapes differ, those of the picture that has most."""
+    if len({tuple(values.shape for values in own.values()) for own in outputs}) == 1:
+        return {name: np.concatenate([own[name] for own in outputs]) for name in outputs[0]}
+    return max(outputs, key=lambda own: sum(values.size for values in own.values()))
+
+
+def _compile(model: "ov.Model", origin: str) -> Any:
+    try:
+        return compile_exactly(model)
+    except RuntimeError as error:
+        raise BundleError(f"OpenVINO cannot compile {origin}: {first_line(error)}") from None
+
+
+def _infer(compiled: Any, tensor: np.ndarray, origin: str) -> dict[str, np.ndarray]:
+    try:
+        outputs = compiled(tensor)
+    except RuntimeError as error:
+        raise BundleError(
+            f"{origin} fails on an image of {tensor.shape[1:]}: {first_line(error)}; correct the input of its card"
+        ) from None
+    return {output.get_any_name(): outputs[output].copy() for output in compiled.outputs}
+
+
+def _is_fixed(model: "ov.Model") -> bool:
+    """Whether each output is open in the number of images only."""
+    shapes = [output.get_partial_shape() for output in model.outputs]
+    return all(
+        shape.rank.is_static and len(shape) > 0 and all(side.is_static for side in list(shape)[1:]) for shape in shapes
+    )
+
+
+def _is_same_together(compiled: Any, tensors: Sequence[np.ndarray], alone: Outputs) -> bool:
+    positions = list(islice(cycle(range(len(tensors))), BATCH))
+    try:
+        together = compiled(np.concatenate([tensors[position] for position in positions]))
+    except RuntimeError:
+        return False
+    for output in compiled.outputs:
+        name = output.get_any_name()
+        if any(outputs[name].shape[0] != 1 for outputs in alone):
+            return False
+        expected = np.concatenate([alone[position][name] for position in positions])
+        if together[output].shape != expected.shape:
+            return False
+        # Sorted, because what is equally probable may come in another order.
+        values, wanted = (np.sort(array.reshape(len(positions), -1), axis=1) for array in (together[output], expected))
+        if np.abs(values - wanted).max(initial=0) > TOLERANCE * max(1.0, np.abs(wanted).max(initial=0)):
+            return False
+    return True
+
+
+def _add_batch(model: "ov.Model", alone: Outputs) -> Outputs:
+    """Let each output of a graph for one image begin with a dimension of 1."""
+    from openvino import opset13 as ops
+
+    lacking = {name for outputs in alone for name, values in outputs.items() if values.shape[:1] != (1,)}
+    for output in model.outputs:
+        name, port = output.get_any_name(), output.get_node().input_value(0)
+        first = next(iter(port.get_partial_shape()), None) if port.get_partial_shape().rank.is_static else None
+        if name not in lacking and first is not None and first.is_static:
+            continue
+        image = port if name in lacking else ops.squeeze(port, ops.constant([0])).output(0)
+        port.set_names(set())
+        output.get_node().input(0).replace_source_output(ops.unsqueeze(image, ops.constant([0])).output(0))
+        name_output(output, name)
+    model.validate_nodes_and_infer_types()
+    return [
+        {name: values[None] if name in lacking else values for name, values in outputs.items()} for outputs in alone
+    ]

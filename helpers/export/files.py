@@ -1,0 +1,181 @@
+"""Model files of any framework: ONNX, OpenVINO, TensorFlow Lite, TensorFlow and PyTorch's exported programs."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpers.errors import BundleError, first_line
+from helpers.export.architectures import Architecture
+from helpers.export.cards import HELP, Card, merge, parse_card, read_entries
+from helpers.export.checks import settle_batch, stack
+from helpers.export.metadata import read_metadata
+from helpers.export.preparation import find_input, prepare, rename_outputs, select_outputs
+from helpers.images.decoding import Image
+from helpers.tasks import DECODERS, Arrays, suggest
+from helpers.tasks.interface import OutputError
+
+if TYPE_CHECKING:
+    import onnx
+    import openvino as ov
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".onnx", ".xml", ".tflite", ".pb", ".pt2")
+WEIGHTS = (".pt", ".pth", ".safetensors", ".h5", ".keras", ".ckpt")  # that need a network's program
+MOST_LABELS = 100_000
+
+
+def read_file(
+    path: Path, card: Path | None, pictures: Sequence[Image]
+) -> tuple["ov.Model", Architecture, Path, "onnx.ModelProto | None"]:
+    """Read a model's file, and find out what a pipeline must know of it.
+
+    Args:
+        path: of the file.
+        card: goes on top of what the file says of itself; None where that is enough.
+        pictures: to tell outputs apart by, uint8 BGR `[height, width, 3]` each.
+
+    Returns:
+        As `conversion.Converted` has them: the graph that takes uint8 images and whose outputs are named for their
+        roles, what it is, the path, and the ONNX graph.
+
+    Raises:
+        BundleError: the file is no model or damaged, the card is missing or wrong, or the graph is not of its task.
+    """
+    model = read_graph(path)
+    entries = merge(read_metadata(path, model), read_entries(card, path) if card else {})
+    if "task" not in entries:
+        raise BundleError(f"{path} does not say what it is for: write a card with its task, labels and input; {HELP}")
+    origin = card or path
+    description = parse_card(entries, origin)
+    if description.network:
+        raise BundleError(f"{origin}: network is of PyTorch checkpoints: leave it out for a model's file")
+    select_outputs(model, description.outputs, str(path))
+    spec, layout = find_input(model, description.input, str(path))
+    model = prepare(model, spec, layout, str(path))
+    batch, outputs = settle_batch(model, spec, pictures, str(path))
+    description, roles = _assign_roles(description, stack(outputs), str(origin))
+    rename_outputs(model, roles)
+    architecture = Architecture(
+        name=path.stem,
+        task=description.task,
+        input=spec,
+        outputs=tuple(roles),
+        labels=description.labels,
+        decoder=description.decoder,
+        postprocess=dict(description.postprocess),
+    )
+    named = {role: description.outputs.get(role, name) for role, name in roles.items()}
+    return model, architecture, path, _read_onnx(path, named) if layout == "NCHW" else None
+
+
+def read_graph(path: Path) -> "ov.Model":
+    """Read a file with OpenVINO.
+
+    Raises:
+        BundleError: it is missing, of no known kind, damaged, or lacks the files of its weights.
+    """
+    import openvino as ov
+
+    if path.suffix not in SUFFIXES:
+        remedy = (
+            "weights without a network: name that with --architecture, and this file with --checkpoint"
+            if path.suffix in WEIGHTS
+            else f"no model file that can be read; there are {', '.join(SUFFIXES)}"
+        )
+        raise BundleError(f"{path} is {remedy}")
+    if not path.is_file():
+        raise BundleError(f"there is no file {path}: correct --file")
+    if path.suffix == ".onnx":
+        _check_external_data(path)
+    if path.suffix == ".xml" and not path.with_suffix(".bin").is_file():
+        raise BundleError(f"{path} has no weights: copy {path.stem}.bin beside it")
+    try:
+        if path.suffix == ".pt2":
+            import torch
+
+            return ov.convert_model(torch.export.load(path))
+        if path.name == "saved_model.pb":
+            return ov.convert_model(path.parent)
+        return ov.Core().read_model(path)
+    except Exception as error:  # each framework's reader raises what it comes across
+        raise BundleError(
+            f"{path} cannot be read as a model: {_reason(error)}; it is damaged, of another kind, or has layers that "
+            f"OpenVINO {ov.__version__.partition('-')[0]} lacks"
+        ) from None
+
+
+def _check_external_data(path: Path) -> None:
+    """Name the file of weights that an ONNX file lacks."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    try:
+        tensors = onnx.load(path, load_external_data=False).graph.initializer
+    except Exception as error:  # protobuf's
+        raise BundleError(f"{path} is no ONNX model or is damaged: {first_line(error)}") from None
+    for name in sorted({ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}):
+        if not (path.parent / name).is_file():
+            raise BundleError(f"{path} keeps its weights in {name!r}, which is not beside it: copy that file too")
+
+
+def _reason(error: Exception) -> str:
+    """The line of OpenVINO's message that says most; its first one names a place in its source."""
+    lines = [
+        line.strip()
+        for line in str(error).splitlines()
+        if line.strip() and not line.startswith(("Check ", "Exception from"))
+    ]
+    return first_line(lines[0]) if lines else first_line(error)
+
+
+def _assign_roles(card: Card, outputs: Arrays, origin: str) -> tuple[Card, dict[str, str]]:
+    """A card with its decoder and labels, and the name of each role's output."""
+    try:
+        decoder = card.decoder or suggest(card.task, outputs, len(card.labels))
+        if card.outputs:  # whose names are the roles by now
+            roles = {role: role for role in card.outputs}
+        else:
+            roles = DECODERS[card.task][decoder].assign_roles(outputs, len(card.labels))
+        card = replace(card, decoder=decoder)
+        shapes = {role: outputs[name].shape[1:] for role, name in roles.items()}
+        card = replace(card, labels=card.labels or _number_classes(card, shapes, origin))
+        DECODERS[card.task][decoder].check_shapes(shapes, len(card.labels))
+    except (OutputError, ValueError) as error:
+        raise BundleError(f"{origin}: {first_line(error)}") from None
+    return card, roles
+
+
+def _number_classes(card: Card, shapes: dict[str, tuple[int, ...]], origin: str) -> tuple[str, ...]:
+    """Numbers for the labels of a network of which nobody has said any."""
+    if card.task == "embedding":
+        return ()
+    if card.task == "classification":
+        (shape,) = shapes.values()
+        log.warning("%s has no labels, so that its classes are numbers: add `labels` to its card", origin)
+        return tuple(map(str, range(max(shape))))
+    raise BundleError(f"{origin} has no labels: add `labels: [...]`, or a file of them, to its card")
+
+
+def _read_onnx(path: Path, names: Mapping[str, str]) -> "onnx.ModelProto | None":
+    """The ONNX graph of a file with its outputs named for their roles; None where it takes no float32 images."""
+    if path.suffix != ".onnx":
+        return None
+    import onnx
+
+    model = onnx.load(path)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    (images,) = (value for value in model.graph.input if value.name not in weights)
+    if images.type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
+        return None
+    tensors = {name for node in model.graph.node for name in node.output}
+    if any(role in tensors and role != name for role, name in names.items()):
+        return None
+    del model.graph.output[:]
+    for role, name in names.items():
+        if role != name:
+            model.graph.node.append(onnx.helper.make_node("Identity", [name], [role]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(role, onnx.TensorProto.FLOAT, None))
+    return model

@@ -1,0 +1,227 @@
+"""From any model's graph to a bundle's: uint8 images `[B, H, W, C]` in, float32 outputs named for their roles out.
+
+The graph normalizes the images itself, so that a quarter of the bytes of float32 goes into it, and no caller can
+normalize them differently.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from helpers.errors import BundleError, first_line
+from helpers.export.cards import CardInput
+from helpers.images.spec import COLORS, InputSpec
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+OPEN = -1
+SIGNED_MIDDLE = 128.0  # what 8-bit models with signed input subtract from a gray level
+
+
+def find_input(model: "ov.Model", given: CardInput, origin: str) -> tuple[InputSpec, str]:
+    """What a graph takes for an image, by its shape and what the card says.
+
+    Args:
+        model: with one input of three dimensions, or four with the batch.
+        given: of the card; its height and width may differ from the graph's where that can be reshaped.
+        origin: of the model, for errors.
+
+    Returns:
+        The input as a manifest has it, and the layout, `NCHW` or `NHWC`.
+
+    Raises:
+        BundleError: the graph has another number of inputs, takes no images, or its shape leaves something open.
+    """
+    if len(model.inputs) != 1:
+        names = ", ".join(_name(port, "?") for port in model.inputs) or "none"
+        raise BundleError(
+            f"{origin} has {len(model.inputs)} inputs ({names}), and an image can fill only one: export the model "
+            "again with the image as its only input"
+        )
+    shape = model.input().get_partial_shape()
+    sides = [_length(side) for side in shape][-3:] if shape.rank.is_static else [OPEN] * 3
+    if shape.rank.is_static and len(shape) not in (3, 4):
+        raise BundleError(f"{origin} takes {shape}, and an image needs height, width and channels")
+    layouts = [name for name, channels in (("NCHW", sides[0]), ("NHWC", sides[2])) if channels in _channels(given)]
+    if not given.layout and len(layouts) != 1:
+        raise BundleError(
+            f"{origin} takes {shape}, which does not say where the channels are: add `layout: NCHW` or "
+            "`layout: NHWC` to the input of its card"
+        )
+    layout = given.layout or layouts[0]
+    channels, height, width = sides if layout == "NCHW" else (sides[2], sides[0], sides[1])
+    if channels not in (OPEN, *_channels(given)):
+        raise BundleError(f"{origin} takes {channels} channels, and an image has {_channels(given)}")
+    spec = given.to_spec((max(height, 0), max(width, 0), channels))
+    if not spec.height or not spec.width:
+        raise BundleError(
+            f"{origin} takes images of any size ({shape}): add `height` and `width` to the input of its card"
+        )
+    return _defaults_of(model, given, spec, origin), layout
+
+
+def prepare(model: "ov.Model", spec: InputSpec, layout: str = "NCHW", origin: str = "the graph") -> "ov.Model":
+    """Let a graph take uint8 `[B, H, W, C]` images of any number, or of 1 where it can take no more; in place.
+
+    Outputs become float32; of an 8-bit model's output they are the real values that its numbers stand for.
+
+    Args:
+        model: with one input.
+        spec: size, colors and normalization.
+        layout: of the graph's own input.
+        origin: of the model, for errors.
+
+    Raises:
+        BundleError: the graph cannot take images of that size.
+    """
+    import openvino as ov
+    from openvino.preprocess import PrePostProcessor
+
+    _add_batch(model)
+    height, width, channels = (OPEN, OPEN, spec.shape[2]) if spec.is_variable else spec.shape
+    sides = [channels, height, width] if layout == "NCHW" else [height, width, channels]
+    _reshape(model, sides, [1] if spec.is_variable else [OPEN, 1], origin)
+    _remove_quantization(model)
+    batch = _length(model.input().get_partial_shape()[0])
+    graph = PrePostProcessor(model)
+    images = graph.input()
+    images.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
+    images.tensor().set_shape([batch, height, width, channels])
+    if model.input().get_element_type() != ov.Type.u8:
+        images.preprocess().convert_element_type(ov.Type.f32).mean(list(spec.mean)).scale(list(spec.std))
+    images.model().set_layout(ov.Layout(layout))
+    names = [_name(output, f"output_{position}") for position, output in enumerate(model.outputs)]
+    for node in model.get_ops():  # a compiled graph's outputs have the names of what is merged into them too
+        for port in node.outputs():
+            port.set_names(set())
+    for position, (output, name) in enumerate(zip(model.outputs, names, strict=True)):
+        name_output(output, name)
+        graph.output(position).tensor().set_element_type(ov.Type.f32)
+    return graph.build()
+
+
+def select_outputs(model: "ov.Model", names: Mapping[str, str], origin: str) -> None:
+    """Let a graph have the outputs that a card names, in place; any tensor of the graph can be one.
+
+    Args:
+        model: as it was read.
+        names: by role, as the file has them; without any, the graph stays as it is.
+        origin: of the model, for errors.
+
+    Raises:
+        BundleError: there is no tensor of a name.
+    """
+    tensors = {name: port for node in model.get_ops() for port in node.outputs() for name in _names(port)}
+    missing = next((name for name in names.values() if name not in tensors), None)
+    if missing is not None:
+        outputs = ", ".join(_name(port, "?") for port in model.outputs)
+        raise BundleError(f"{origin} has no output {missing!r}, which its card names; its outputs are {outputs}")
+    results = model.get_results()
+    if names:
+        for name in names.values():
+            model.add_outputs([tensors[name]]) if not _is_output(tensors[name]) else None
+        wanted = {tensors[name] for name in names.values()}
+        for result in results:
+            if result.input_value(0) not in wanted:
+                model.remove_result(result)
+    roles = {tensors[name]: role for role, name in names.items()}
+    for output in model.outputs if names else ():
+        name_output(output, roles[output.get_node().input_value(0)])
+
+
+def rename_outputs(model: "ov.Model", roles: Mapping[str, str]) -> None:
+    """Name a graph's outputs for their roles, in the roles' order, and remove the others; in place.
+
+    Args:
+        model: as `prepare` returns it.
+        roles: the name of each role's output.
+    """
+    results = {result.output(0).get_any_name(): result for result in model.get_results()}
+    for result in results.values():
+        model.remove_result(result)
+    model.add_results([results[name] for name in roles.values()])
+    for role, output in zip(roles, model.outputs, strict=True):
+        name_output(output, role)
+
+
+def name_output(output: "ov.Output", name: str) -> None:
+    """Give an output of a graph one name, which is that of the tensor it shows too."""
+    output.get_node().input_value(0).set_names({name})
+    output.set_names({name})
+
+
+def _defaults_of(model: "ov.Model", given: CardInput, spec: InputSpec, origin: str) -> InputSpec:
+    """Of a graph of whole numbers the normalization is its own."""
+    from dataclasses import replace
+
+    kind = model.input().get_element_type().get_type_name()
+    if kind == "u8" and any((*spec.mean, *(value - 1 for value in spec.std))):
+        raise BundleError(
+            f"{origin} takes whole numbers and normalizes them itself: leave mean and std out of its card"
+        )
+    if kind == "i8" and not given.mean:
+        return replace(spec, mean=(SIGNED_MIDDLE,) * len(spec.mean))
+    return spec
+
+
+def _add_batch(model: "ov.Model") -> None:
+    """Let a graph that takes one image without a batch's dimension take a batch of one."""
+    from openvino import opset13 as ops
+
+    taken, shape = model.get_parameters()[0], model.input().get_partial_shape()
+    if shape.rank.is_dynamic or len(shape) != 3:
+        return
+    batch = ops.parameter([1, *shape], taken.get_element_type(), name=taken.get_friendly_name())
+    image = ops.squeeze(batch, ops.constant([0]))
+    for use in taken.output(0).get_target_inputs():
+        use.replace_source_output(image.output(0))
+    model.replace_parameter(0, batch)
+    model.validate_nodes_and_infer_types()
+    batch.output(0).set_names({"images"})
+
+
+def _reshape(model: "ov.Model", sides: list[int], batches: list[int], origin: str) -> None:
+    for batch in batches:
+        try:
+            model.reshape([batch, *sides])
+            return
+        except RuntimeError as error:
+            reason = first_line(error)
+    raise BundleError(
+        f"{origin} takes {model.input().get_partial_shape()} and cannot take {sides} ({reason}): correct height, "
+        "width and layout in the input of its card"
+    )
+
+
+def _remove_quantization(model: "ov.Model") -> None:
+    """Let results that are 8-bit numbers be the real values these stand for."""
+    for output in model.outputs:
+        node = output.get_node().input_value(0).get_node()
+        if node.get_type_name() != "Convert" or node.input_value(0).get_node().get_type_name() != "FakeQuantize":
+            continue
+        while node.get_type_name() in ("Convert", "FakeQuantize"):  # the last steps only round and scale
+            node = node.input_value(0).get_node()
+        output.get_node().input(0).replace_source_output(node.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _channels(given: CardInput) -> tuple[int, ...]:
+    return (COLORS[given.color],) if given.color else (1, 3)
+
+
+def _length(side: Any) -> int:
+    return side.get_length() if side.is_static else OPEN
+
+
+def _names(port: Any) -> set[str]:
+    """The names a user may know a tensor by: its own, and that of the layer it comes from."""
+    names = {*port.get_names(), port.get_node().get_friendly_name()}
+    return names | {name.removesuffix(":0") for name in names}
+
+
+def _name(port: Any, default: str) -> str:
+    return min(port.get_names(), key=len, default=default)
+
+
+def _is_output(port: Any) -> bool:
+    return any(use.get_node().get_type_name() == "Result" for use in port.get_target_inputs())

@@ -1,0 +1,263 @@
+"""Networks of torchvision with seeded weights: the pipeline predicts what torchvision itself does."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+from helpers.bundle.manifest import Bundle
+from helpers.errors import BundleError
+from helpers.export import checks, library
+from helpers.export.architectures import get_architecture
+from helpers.export.conversion import export
+from helpers.images import rle
+from helpers.pipeline import stages
+from helpers.storage import open_storage
+from helpers.tasks import parameters_for
+
+CLASSIFIERS = ["resnet50", "mobilenet_v3_large"]
+DETECTORS = ["ssdlite320_mobilenet_v3_large", "fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"]
+DETECTORS += ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"]
+SEGMENTER = "deeplabv3_mobilenet_v3_large"
+SIZES = [(240, 360), (300, 210)]  # height, width
+# The last layers of heads, and the spread of their outputs that leaves some objects, and most places without.
+LAST = {
+    r"classifier\.3|fc": 3.0,
+    r"classifier\.4|.*cls_score|.*mask_fcn_logits|.*kps_score_lowres": 2.0,
+    r".*classification_head\.(cls_logits|module_list\.\d\.1)": 1.5,
+    r".*regression_head\.(bbox_reg|module_list\.\d\.1)|rpn\.head\.bbox_pred": 0.3,
+    r".*box_predictor\.bbox_pred": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """A network, the bundle of it, and pictures as PNG files."""
+
+    network: Any
+    bundle: Bundle
+    pictures: list[bytes]
+
+
+def pictures_of(sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+    """RGB."""
+    sources = checks.generate_pictures(len(sizes))
+    return [cv2.resize(p, (w, h))[..., ::-1].copy() for p, (h, w) in zip(sources, sizes, strict=True)]
+
+
+def to_tensor(picture: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(picture).permute(2, 0, 1).float() / 255
+
+
+def inputs_of(name: str, pictures: list[np.ndarray]) -> Any:
+    if name in DETECTORS:
+        return [to_tensor(picture) for picture in pictures]
+    rule = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    return torch.stack([rule(Image.fromarray(picture[:520, :520])) for picture in pictures])
+
+
+@torch.no_grad()
+def spread(network: Any, pictures: Any) -> Any:
+    """Give random weights outputs that differ from place to place and from class to class.
+
+    Pictures are what the network takes in one call.
+    """
+    network.eval()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # running statistics become those of the pictures
+            module.train()
+    network(pictures)
+    network.eval()
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        outputs.setdefault(name, output)
+
+    named = {name: m for name, m in network.named_modules() if re.fullmatch("|".join(LAST), name)}
+    hooks = [m.register_forward_hook(lambda *call, n=n: keep(n, call[2])) for n, m in named.items()]
+    network(pictures)
+    for hook in hooks:
+        hook.remove()
+    for name, output in outputs.items():
+        target = next(value for pattern, value in LAST.items() if re.fullmatch(pattern, name))
+        named[name].weight *= target / output.std()
+        if name.endswith("classification_head.cls_logits"):
+            named[name].bias -= 5
+        elif "classification_head" in name or "cls_score" in name:
+            classes = 2 if "keypoint" in type(network).__name__.lower() else 91
+            named[name].bias.view(-1, classes)[:, 0] += 6  # the background
+        elif "mask_fcn_logits" in name:
+            named[name].bias += 2
+    return network
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Callable[[str], Export]:
+    """Exports each network once; detectors that look at images four times as small as usual, which takes seconds."""
+    done: dict[str, Export] = {}
+    original = torchvision.models.get_model
+
+    def get_model(name: str, **options: Any) -> nn.Module:
+        return original(name, **options, **({"min_size": 200, "max_size": 333} if name in DETECTORS[1:] else {}))
+
+    def make(name: str) -> Export:
+        if name not in done:
+            folder = tmp_path_factory.mktemp(name)
+            sizes = [(520, 640), (700, 520)] if name == SEGMENTER else SIZES
+            sizes = [(300, 400), (232, 260)] if name in CLASSIFIERS else sizes
+            pictures = pictures_of(sizes)
+            with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torchvision.models, "get_model", get_model)
+                torch.manual_seed(0)
+                network = spread(get_architecture(f"torchvision:{name}").build(), inputs_of(name, pictures))
+                torch.save(network.state_dict(), folder / "weights.pt")
+                bundle = export(f"torchvision:{name}", folder / "weights.pt", open_storage(str(folder / "bundle")))
+            files = [cv2.imencode(".png", p[..., ::-1])[1].tobytes() for p in pictures]
+            done[name] = Export(network, bundle, files)
+        return done[name]
+
+    return make
+
+
+def predict(bundle: Bundle, files: list[bytes], **parameters: Any) -> list[list[dict]]:
+    """The three stages after reading."""
+    now = datetime.now(UTC)
+    rows = [{"path": f"{i}.png", "length": len(f), "modified": now, "content": f} for i, f in enumerate(files)]
+    images = pa.RecordBatch.from_pylist(rows, stages.IMAGE_SCHEMA)
+    manifest = bundle.manifest
+    tensors = stages.preprocess([images], manifest.input, 4, 10**7)
+    outputs = stages.infer(tensors, bundle, None, 2)
+    results = stages.postprocess(outputs, manifest, parameters_for(manifest, parameters), "m", bundle.read)
+    rows = [row for batch in results for row in batch.to_pylist()]
+    assert [row["error"] for row in rows] == [None] * len(files)
+    return [row["predictions"] for row in rows]
+
+
+def decode(file: bytes) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR_RGB)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classes_are_those_of_torchvision(name, exported):
+    made = exported(name)
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    for file, predictions in zip(made.pictures, predict(made.bundle, made.pictures), strict=True):
+        with torch.inference_mode():
+            logits = made.network(weights.transforms()(Image.fromarray(decode(file)))[None])
+        scores, classes = logits.softmax(1)[0].topk(3)
+        assert [p["label"] for p in predictions] == [weights.meta["categories"][c] for c in classes]
+        np.testing.assert_allclose([p["score"] for p in predictions], scores, atol=1e-3)
+        assert scores[0] > 1.2 * scores[2] > 0.01  # or it would say nothing
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detections_are_those_of_torchvision(name, exported):
+    made = exported(name)
+    categories = torchvision.models.get_model_weights(name).DEFAULT.meta["categories"]
+    for file, predictions in zip(made.pictures, predict(made.bundle, made.pictures), strict=True):
+        with torch.inference_mode():
+            expected = made.network([to_tensor(decode(file))])[0]
+        # Of no width are boxes that lay outside of the image, before they were moved into it.
+        visible = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(1)
+        rows = torch.where((expected["scores"] > 0.05) & (expected["labels"] > 0) & visible)[0].tolist()
+        assert len(rows) == len(predictions) > 3
+        assert max(expected["scores"]) > 1.2 * min(expected["scores"])
+        left = list(predictions)
+        for row in rows:
+            box = expected["boxes"][row].numpy()
+            same = min(left, key=lambda p: differs(p, categories[expected["labels"][row]], box))
+            left.remove(same)
+            assert differs(same, categories[expected["labels"][row]], box) < 1
+            assert same["score"] == pytest.approx(float(expected["scores"][row]), abs=1e-3)
+            if "masks" in expected:
+                assert overlap(same["mask"], expected["masks"][row, 0].numpy() > 0.5) >= 0.99
+            if "keypoints" in expected:
+                points = np.array([[p["x"], p["y"], p["score"]] for p in same["keypoints"]])
+                np.testing.assert_allclose(points[:, :2], expected["keypoints"][row, :, :2], atol=1)
+
+
+def differs(prediction: dict, label: str, box: np.ndarray) -> float:
+    """The largest distance of the sides of two boxes, in pixels; infinite for another class."""
+    return np.abs(np.array(list(prediction["box"].values())) - box).max() if prediction["label"] == label else np.inf
+
+
+def overlap(mask: dict, expected: np.ndarray) -> float:
+    decoded = rle.decode(mask)
+    union = (decoded | expected).sum()
+    return (decoded & expected).sum() / union if union else 1.0
+
+
+def test_segments_are_those_of_torchvision(exported):
+    made = exported(SEGMENTER)
+    weights = torchvision.models.get_model_weights(SEGMENTER).DEFAULT
+    for file, predictions in zip(made.pictures, predict(made.bundle, made.pictures), strict=True):
+        with torch.inference_mode():
+            scores = made.network(weights.transforms()(Image.fromarray(decode(file)))[None])["out"][0]
+        classes = scores.argmax(0).numpy()
+        assert {p["class_id"] for p in predictions} == set(np.unique(classes).tolist()) - {0}
+        assert len(predictions) > 3
+        for prediction in predictions:
+            assert prediction["label"] == weights.meta["categories"][prediction["class_id"]]
+            assert overlap(prediction["mask"], classes == prediction["class_id"]) >= 0.99
+            inside = scores.softmax(0)[prediction["class_id"]].numpy()[classes == prediction["class_id"]]
+            assert prediction["score"] == pytest.approx(inside.mean(), abs=1e-3)
+
+
+def test_published_weights_of_frozen_normalizations_are_taken_exactly():
+    frozen = torchvision.ops.FrozenBatchNorm2d(2, eps=0.0)
+    frozen.running_var.fill_(1e-3)
+    usual = nn.BatchNorm2d(2).eval()
+    usual.load_state_dict(library._without_epsilon(frozen.state_dict()))
+    images = torch.rand(1, 2, 4, 4)
+    torch.testing.assert_close(usual(images), frozen(images))
+    weights = usual.state_dict()
+    assert library._without_epsilon(weights) is weights
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet5", "no network 'resnet5'; did you mean 'resnet50'"),
+        ("raft_small", "raft_small is for OpticalFlow"),
+        ("quantized_resnet50", "no task here"),
+    ],
+)
+def test_a_network_that_cannot_be_taken_is_named(name, message):
+    with pytest.raises(BundleError, match=message):
+        get_architecture(f"torchvision:{name}")
+
+
+def test_weights_that_cannot_be_fetched_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
+    )
+    with pytest.raises(BundleError, match="resnet18 cannot be fetched .*no network.*--checkpoint"):
+        export("torchvision:resnet18", None, open_storage(str(tmp_path / "bundle")))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_card_gives_the_classes_of_a_network_that_was_trained_further(tmp_path):
+    card = Path(tmp_path, "card.yaml")
+    card.write_text("labels: [cat, dog]\npostprocess: {top_k: 1}")
+    architecture = get_architecture("torchvision:resnet18", card=card)
+    assert architecture.labels == ("cat", "dog") and architecture.postprocess == {"top_k": 1}
+    assert architecture.build().fc.out_features == 2
+    detector = get_architecture("torchvision:ssdlite320_mobilenet_v3_large", card=card)
+    assert detector.labels == ("cat", "dog") and detector.postprocess == {"first_class": 1, "top_k": 1}
