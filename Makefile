@@ -1,4 +1,4 @@
-# make run      train, convert, and run the four stages on this machine; pictures, tables and logs end up in out/
+# make run      find things on photographs; train, convert, and run the four stages; pictures and tables end up in out/
 # make studies  the remaining notebooks: YOLACT's training, formats side by side, scale, tuning
 # make test     all tests, the notebooks among them, on two processes side by side
 # make pack     one archive with all that Spark's executors need, for a cluster without the project's packages
@@ -14,13 +14,14 @@ SOURCES := $(wildcard helpers/*.py helpers/*/*.py conf/* conf/cards/*) $(wildcar
 CLASSES := .venv/spark-classes.jsa
 AZURITE := .venv/node/node_modules/azurite
 DATA := out/data/FashionMNIST/.ready
+FIRST_LOOK := out/data/first_look/.ready
 # apt-get as root or through sudo without a password; empty if neither works
 APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo apt-get || { sudo -n true 2>/dev/null && echo sudo apt-get; }; })
 
 .PHONY: setup run studies test fuzz lint notebooks clean java azurite pack badges
 .DELETE_ON_ERROR:
 
-setup: .venv/.ready java $(CLASSES) $(DATA)
+setup: .venv/.ready java $(CLASSES) $(DATA) $(FIRST_LOOK)
 
 .venv/.ready: requirements.txt requirements-test.txt pyproject.toml
 	@echo "== packages (several minutes the first time) =="
@@ -53,13 +54,19 @@ $(DATA): | .venv/.ready
 	  || { [ -n "$(APT)" ] && $(APT) update -qq && $(APT) install -y -qq dataset-fashion-mnist && $(BIN)/python notebooks/programs/fashion_data.py; }
 	@touch $@
 
+$(FIRST_LOOK): | .venv/.ready
+	@echo "== models and photographs of notebook 00 =="
+	$(BIN)/python notebooks/programs/first_look_data.py
+	@touch $@
+
 run: setup $(filter-out $(STUDIES),$(EXECUTED))
 	@echo
 	@echo "executed notebooks  out/notebooks/"
 	@echo "model bundles       out/models/"
 	@echo "results             out/results/fashion_mnist/results/"
-	@echo "pictures            out/results/fashion_mnist/pictures/"
 	@echo "TensorBoard logs    out/runs/     look at them with: $(BIN)/tensorboard --logdir out/runs"
+	@echo "pictures            out/results/fashion_mnist/pictures/"
+	@echo "                    out/results/first_look/pictures/     people, cars, a cat and a cup on photographs and a street"
 
 studies: run $(STUDIES)
 
@@ -92,6 +99,7 @@ lint: .venv/.ready
 # Execute the committed notebooks in place, for a commit that changes what they show.
 notebooks: setup
 	$(BIN)/jupyter-execute --inplace $(NOTEBOOKS)
+	$(BIN)/python conf/outputs.py
 
 # Write the repository's address into the notebooks, so that Colab can open them.
 badges: .venv/.ready

@@ -2,7 +2,7 @@
 
 from xdist.scheduler import LoadScopeScheduling
 
-ALONE = ("02", "08", "09")  # notebooks that need nothing of the ones before them
+ALONE = ("00", "02", "08", "09")  # notebooks that need nothing of the ones before them
 # It takes the bundle of notebook 03, and trains one itself where there is none.
 AFTER_NOTEBOOKS = "test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs"
 # The groups of more than a minute, the longest first: a long one that starts last would leave a process without work.
@@ -18,6 +18,7 @@ SLOW = (
     "test_yolact_datasets.py",
     "test_places.py",
     "test_synchrony.py",
+    "test_first_look.py",
     "test_recipe.py",
     "test_connect.py",
     "test_pipeline.py",

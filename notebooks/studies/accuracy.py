@@ -1,10 +1,12 @@
-"""Tables of notebook 03: each format's detections against the truth and against one another, without torch."""
+"""Each format's detections against the truth and against one another, without torch: for notebooks 00, 03 and 10."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pycocotools import mask as coco
+from scipy.optimize import linear_sum_assignment
 
 from helpers.export.evaluation import to_results
 from helpers.images import rle
@@ -78,3 +80,35 @@ def foreground(masks: Iterable[dict[str, Any]], image: Mapping[str, int]) -> np.
     for mask in masks:
         union |= rle.decode(mask)
     return union
+
+
+def agreement(
+    first: Iterable[list[Prediction]], second: Iterable[list[Prediction]], score: float = 0.5, tolerance: float = 0.1
+) -> float:
+    """The share of detections that two formats of a network have in common.
+
+    A detection counts from a score on, in either format. The other format has it too if it has one with the same label,
+    an intersection over union of at least 0.5, and a score no more than the tolerance below. One is paired with one.
+
+    Args:
+        first: detections of each image, in one format.
+        second: those of the same images, in another.
+        score: from which on detections count.
+        tolerance: so that a detection at the edge of what counts is not lost.
+    """
+    common = counted = 0
+    for pair in zip(first, second, strict=True):
+        for ones, others in (pair, pair[::-1]):
+            chosen = [p for p in ones if p["score"] >= score]
+            counted += len(chosen)
+            partners = [p for p in others if p["score"] >= score - tolerance]
+            if chosen and partners:
+                same = coco.iou(_corner_and_size(chosen), _corner_and_size(partners), [0] * len(partners)) >= 0.5
+                same &= np.array([[one["label"] == other["label"] for other in partners] for one in chosen])
+                common += int(same[linear_sum_assignment(same, maximize=True)].sum())
+    return common / max(1, counted)
+
+
+def _corner_and_size(predictions: Iterable[Prediction]) -> np.ndarray:
+    boxes = [p["box"] for p in predictions]
+    return np.array([[b["x1"], b["y1"], b["x2"] - b["x1"], b["y2"] - b["y1"]] for b in boxes], np.float64)
