@@ -163,6 +163,9 @@ def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
     Raises:
         BundleError: one is missing or wrong.
     """
+    labels = entries.get("labels")
+    if isinstance(labels, list):  # YAML reads 0 and 90 as numbers
+        entries = {**entries, "labels": [str(label) if isinstance(label, int) else label for label in labels]}
     try:
         return TypeAdapter(Card).validate_python(entries)
     except ValidationError as error:

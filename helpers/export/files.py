@@ -132,7 +132,7 @@ def _reason(error: Exception) -> str:
 
 
 def _assign_roles(card: Card, outputs: Arrays, origin: str) -> tuple[Card, dict[str, str]]:
-    """A card with its decoder and labels, and the name of each role's output."""
+    """A card with its decoder, labels and the parameters that the outputs tell, and the name of each role's output."""
     try:
         decoder = card.decoder or suggest(card.task, outputs, len(card.labels))
         if card.outputs:  # whose names are the roles by now
@@ -140,9 +140,12 @@ def _assign_roles(card: Card, outputs: Arrays, origin: str) -> tuple[Card, dict[
         else:
             roles = DECODERS[card.task][decoder].assign_roles(outputs, len(card.labels))
         card = replace(card, decoder=decoder)
-        shapes = {role: outputs[name].shape[1:] for role, name in roles.items()}
+        samples = {role: outputs[name] for role, name in roles.items()}
+        shapes = {role: values.shape[1:] for role, values in samples.items()}
         card = replace(card, labels=card.labels or _number_classes(card, shapes, origin))
         DECODERS[card.task][decoder].check_shapes(shapes, len(card.labels))
+        suggested = DECODERS[card.task][decoder].suggest_parameters(samples, len(card.labels))
+        card = replace(card, postprocess={**suggested, **card.postprocess})
     except (OutputError, ValueError) as error:
         raise BundleError(f"{origin}: {first_line(error)}") from None
     return card, roles

@@ -92,6 +92,9 @@ def _from_ultralytics(properties: Mapping[str, Any]) -> Entries:
         "labels": [str(name) for name in (names.values() if isinstance(names, dict) else names)],
         "input": {"color": "rgb", "std": [255.0] * 3, "resize": "letterbox"},
     }
+    size = _literal(properties.get("imgsz"), ())
+    if isinstance(size, list | tuple) and len(size) == 2:  # a graph of open sides was exported for this size
+        entries["input"] |= {"height": int(size[0]), "width": int(size[1])}
     if task == "classification":
         entries["input"]["resize"] = "crop"
     elif not (args.get("nms") or args.get("end2end") or _literal(properties.get("end2end"), False)):
