@@ -68,10 +68,12 @@ def load_network(architecture: Architecture, checkpoint: Path) -> "torch.nn.Modu
         BundleError: the file is missing or damaged, or its weights are of another network; names the first that
             differs.
     """
-    from helpers.export.weights import find_difference, read_weights
+    from helpers.export.weights import find_difference, read_weights, take_by_order
 
     weights = read_weights(architecture, checkpoint, str(checkpoint))
     network = architecture.build()
+    if architecture.weights:  # of a library, to which others' networks were brought
+        weights = take_by_order(network.state_dict(), weights, checkpoint.name)
     difference = find_difference(network.state_dict(), weights)
     if difference:
         # Of a YOLACT's layers these first show another number of classes.

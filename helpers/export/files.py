@@ -96,7 +96,13 @@ def read_graph(path: Path) -> "ov.Model":
         if path.suffix == ".pt2":
             import torch
 
-            return ov.convert_model(torch.export.load(path))
+            program = torch.export.load(path)
+            model = ov.convert_model(program)
+            # OpenVINO forgets the sizes that the program was exported for.
+            examples = [value for value in program.example_inputs[0] if isinstance(value, torch.Tensor)]
+            if len(examples) == len(model.inputs) == 1:
+                model.reshape(list(examples[0].shape))
+            return model
         if path.name == "saved_model.pb":
             return ov.convert_model(path.parent)
         return ov.Core().read_model(path)

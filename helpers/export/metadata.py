@@ -69,7 +69,8 @@ def _of_openvino(path: Path, model: "ov.Model") -> dict[str, Any]:
         return entries if isinstance(entries, dict) else {}
     if not model.has_rt_info("model_info"):
         return {}
-    return {key: value.astype(str) for key, value in model.get_rt_info("model_info").value.items()}
+    values = model.get_rt_info("model_info").value
+    return {key: value if isinstance(value, str) else value.astype(str) for key, value in values.items()}
 
 
 def _of_tflite(path: Path, model: "ov.Model") -> Entries:

@@ -1,5 +1,6 @@
 """A checkpoint's weights: read without running code that may be in the file, and compared with a network's."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -8,6 +9,8 @@ import torch
 
 from helpers.errors import BundleError, first_line
 from helpers.export.architectures import Architecture
+
+log = logging.getLogger(__name__)
 
 
 def read_weights(architecture: Architecture, checkpoint: Path | BinaryIO, name: str) -> dict[str, Any]:
@@ -30,6 +33,23 @@ def read_weights(architecture: Architecture, checkpoint: Path | BinaryIO, name: 
     if not isinstance(weights, dict):
         raise BundleError(f"{name} holds a {type(weights).__name__}, not a state dictionary")
     return architecture.adapt_state_dict(weights)
+
+
+def take_by_order(expected: Mapping[str, Any], weights: dict[str, Any], name: str) -> dict[str, Any]:
+    """Give weights the names that a network expects where nothing but the names differs.
+
+    Ports of a network often name its layers anew, and keep their order.
+
+    Args:
+        expected: the network's own state dictionary.
+        weights: of a checkpoint; returned as they are where their number, or the shape of one, is another.
+        name: of the checkpoint, for the log.
+    """
+    shapes, own = ([_shape(value) for value in values.values()] for values in (expected, weights))
+    if expected.keys() == weights.keys() or shapes != own:
+        return weights
+    log.warning("%s has other names for its weights; they are taken in the network's order", name)
+    return dict(zip(expected, weights.values(), strict=True))
 
 
 def find_difference(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> str | None:

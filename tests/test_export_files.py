@@ -1,0 +1,309 @@
+"""Models of other makers become bundles: what their files say, what is tried before anything is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import openvino as ov
+import pytest
+import torch
+import yaml
+from onnx import TensorProto, helper, numpy_helper
+from test_torchvision import predict
+
+import first_look_data
+from helpers import cli
+from helpers.bundle.manifest import Bundle, load_bundle
+from helpers.config import load_config
+from helpers.errors import BundleError, UserError
+from helpers.export.checks import generate_pictures
+from helpers.export.conversion import PREVIEW, convert, convert_file, make_bundle
+from helpers.storage import open_storage
+
+# One object in a network's input of 8 x 8 pixels: a box from 2, 1 to 6, 7 of the second of three classes.
+BOXES = np.float32([[2, 1, 6, 7], [0, 0, 8, 8], [0, 0, 1, 1]])
+SCORES = np.float32([0.9, 0.01, 0.02])
+CLASSES = np.float32([1, 2, 0])
+YOLO = np.float32([[4, 4, 4, 6, 0.05, 0.9, 0], [4, 4, 8, 8, 0, 0, 0.01], *[[1, 1, 1, 1, 0, 0, 0]] * 20]).T
+DETECTION = {"task": "detection", "labels": ["a", "b", "c"]}
+CLASSIFICATION = {"task": "classification", "labels": ["a", "b", "c"]}
+
+
+def save_onnx(
+    path: Path,
+    outputs: dict[str, np.ndarray],
+    sides: tuple[Any, ...] = ("batch", 3, 8, 8),
+    metadata: dict[str, str] | None = None,
+    first_only: bool = False,
+) -> Path:
+    """A network that gives the same outputs for every image, or for the first image of a batch only."""
+    nodes, constants = [], [helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0])]
+    axes = [0, 1, 2, 3] if first_only else [1, 2, 3]
+    constants.append(helper.make_tensor("axes", TensorProto.INT64, [len(axes)], axes))
+    nodes.append(helper.make_node("ReduceMean", ["images", "axes"], ["mean"], keepdims=1))
+    nodes.append(helper.make_node("Mul", ["mean", "zero"], ["nothing"]))
+    for name, values in outputs.items():
+        constants.append(numpy_helper.from_array(values, f"{name}_values"))
+        constants.append(
+            helper.make_tensor(f"{name}_shape", TensorProto.INT64, [1 + values.ndim], [-1] + [1] * values.ndim)
+        )
+        nodes.append(helper.make_node("Reshape", ["nothing", f"{name}_shape"], [f"{name}_nothing"]))
+        nodes.append(helper.make_node("Add", [f"{name}_nothing", f"{name}_values"], [name]))
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, sides)
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    graph = helper.make_graph(nodes, "constant", [images], results, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, metadata or {})
+    onnx.save(model, path)
+    return path
+
+
+def bundle_of(path: Path, card: dict | None, output: Path) -> Bundle:
+    """The bundle of a file, with a card's entries."""
+    written = None
+    if card is not None:
+        written = path.with_name("card.yaml")
+        written.write_text(yaml.safe_dump(card))
+    converted = convert_file(path, written)
+    target = open_storage(str(output))
+    make_bundle(converted.model, converted.architecture, converted.file, target, "fp32")
+    return load_bundle(target)
+
+
+def pictures(*sizes: tuple[int, int]) -> list[bytes]:
+    """PNG files of widths and heights."""
+    return [cv2.imencode(".png", np.full((h, w, 3), 90, np.uint8))[1].tobytes() for w, h in sizes]
+
+
+def boxes(predictions: list[dict]) -> list[list[float]]:
+    return [list(prediction["box"].values()) for prediction in predictions]
+
+
+NAMES = [("boxes", "scores", "classes"), ("scores", "classes", "boxes"), ("z", "y", "x")]
+
+
+@pytest.mark.parametrize("names", NAMES, ids="-".join)
+def test_outputs_are_told_apart_whatever_their_names_and_order(tmp_path, names):
+    outputs = dict(sorted(zip(names, (BOXES, SCORES, CLASSES), strict=True)))
+    bundle = bundle_of(save_onnx(tmp_path / "model.onnx", outputs), DETECTION, tmp_path / "bundle")
+    assert {output.name for output in bundle.manifest.outputs} == {"boxes", "scores", "classes"}
+    for predictions, (width, height) in zip(
+        predict(bundle, pictures((16, 8), (80, 80))), [(16, 8), (80, 80)], strict=True
+    ):
+        assert [p["label"] for p in predictions] == ["b"]
+        x, y = width / 8, height / 8
+        np.testing.assert_allclose(boxes(predictions), [[2 * x, y, 6 * x, 7 * y]], rtol=1e-5)
+
+
+def test_boxes_of_a_letterboxed_image_are_in_its_own_pixels(tmp_path):
+    path = save_onnx(tmp_path / "model.onnx", {"out": YOLO})
+    bundle = bundle_of(path, {**DETECTION, "input": {"resize": "letterbox"}}, tmp_path / "bundle")
+    assert bundle.manifest.decoder == "yolo"
+    (predictions,) = predict(bundle, pictures((16, 8)))  # half as large, with 2 rows of padding above
+    np.testing.assert_allclose(boxes(predictions), [[4, 0, 12, 8]])
+    assert predictions[0]["label"] == "b" and predictions[0]["score"] == pytest.approx(0.9)
+
+
+def test_parameters_that_outputs_tell_are_in_the_manifest_unless_a_card_says_others(tmp_path):
+    shifted = {"boxes": BOXES / 8, "scores": SCORES, "classes": CLASSES + 1}
+    path = save_onnx(tmp_path / "model.onnx", shifted)
+    bundle = bundle_of(path, DETECTION, tmp_path / "bundle")
+    assert bundle.manifest.postprocess == {"relative": True, "first_class": 1}
+    (predictions,) = predict(bundle, pictures((16, 8)))
+    assert [p["label"] for p in predictions] == ["b"]
+    np.testing.assert_allclose(boxes(predictions), [[4, 1, 12, 7]], rtol=1e-5)
+    card = {**DETECTION, "labels": ["-", "a", "b", "c"], "postprocess": {"relative": True, "first_class": 0}}
+    assert bundle_of(path, card, tmp_path / "other").manifest.postprocess == card["postprocess"]
+
+
+def ultralytics(task: str, **others: str) -> dict[str, str]:
+    return {"names": "{0: 'a', 1: 'b', 2: 'c'}", "stride": "32", "task": task, "imgsz": "[8, 8]", **others}
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "expected"),
+    [
+        ("detect", {"output0": YOLO}, ("detection", "yolo")),
+        ("classify", {"output0": np.float32([0.1, 0.7, 0.2])}, ("classification", "probabilities")),
+        (
+            "segment",
+            {"output0": np.vstack([YOLO, np.ones((4, 22), np.float32)]), "output1": np.ones((4, 2, 2), np.float32)},
+            ("instance_segmentation", "yolo"),
+        ),
+    ],
+)
+def test_files_of_ultralytics_need_no_card(tmp_path, task, outputs, expected):
+    path = save_onnx(tmp_path / "model.onnx", outputs, ("batch", 3, "height", "width"), ultralytics(task))
+    manifest = bundle_of(path, None, tmp_path / "bundle").manifest
+    assert (manifest.task, manifest.decoder) == expected
+    assert manifest.labels == ("a", "b", "c")
+    assert manifest.input.shape == (8, 8, 3) and manifest.input.std == (255.0,) * 3
+    assert manifest.input.resize == ("crop" if task == "classify" else "letterbox")
+    (predictions,) = predict(load_bundle(open_storage(str(tmp_path / "bundle"))), pictures((16, 8)))
+    assert predictions[0]["label"] == "b"
+
+
+def test_poses_of_ultralytics_need_no_card(tmp_path):
+    pose = np.vstack([YOLO[:4], YOLO[5:6], np.full((6, 22), 3, np.float32)])  # two points: x, y, score
+    names = {**ultralytics("pose"), "names": "{0: 'person'}", "kpt_shape": "[2, 3]"}
+    bundle = bundle_of(save_onnx(tmp_path / "model.onnx", {"output0": pose}, metadata=names), None, tmp_path / "bundle")
+    assert (bundle.manifest.task, bundle.manifest.decoder) == ("keypoints", "yolo")
+    (predictions,) = predict(bundle, pictures((8, 8)))
+    assert [(p["x"], p["y"]) for p in predictions[0]["keypoints"]] == [(3, 3), (3, 3)]
+
+
+def test_what_openvinos_model_api_says_of_a_model_needs_no_card(tmp_path):
+    model = ov.convert_model(save_onnx(tmp_path / "model.onnx", {"logits": np.float32([0, 3, 1])}))
+    about = {"model_type": "Classification", "labels": "a b c", "mean_values": "1 2 3", "scale_values": "4"}
+    for key, value in {**about, "reverse_input_channels": "YES", "resize_type": "crop"}.items():
+        model.set_rt_info(value, ["model_info", key])
+    ov.save_model(model, tmp_path / "saved.xml")
+    bundle = bundle_of(tmp_path / "saved.xml", None, tmp_path / "bundle")
+    spec = bundle.manifest.input
+    assert (spec.color, spec.resize, spec.mean, spec.std) == ("rgb", "crop", (1.0, 2.0, 3.0), (4.0,) * 3)
+    assert [p["label"] for p in predict(bundle, pictures((9, 9)))[0]] == ["b", "c", "a"]
+
+
+def test_an_exported_program_of_pytorch_becomes_a_bundle(tmp_path):
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    torch.export.save(torch.export.export(network, (torch.zeros(1, 3, 8, 8),)), tmp_path / "model.pt2")
+    card = {**CLASSIFICATION, "decoder": "softmax", "labels": ["r", "g", "b"], "input": {"std": [255] * 3}}
+    bundle = bundle_of(tmp_path / "model.pt2", card, tmp_path / "bundle")
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[..., 1] = 200
+    (predictions,) = predict(bundle, [cv2.imencode(".png", picture)[1].tobytes()])
+    assert predictions[0]["label"] == "g"
+
+
+def test_a_graph_that_answers_for_the_first_image_only_gets_one_at_a_time(tmp_path):
+    path = save_onnx(tmp_path / "model.onnx", {"logits": np.float32([0, 3, 1])}, first_only=True)
+    bundle = bundle_of(path, CLASSIFICATION, tmp_path / "bundle")
+    assert bundle.manifest.batch == 1
+    assert [p[0]["label"] for p in predict(bundle, pictures((8, 8), (9, 9), (10, 10)))] == ["b"] * 3
+    several = save_onnx(tmp_path / "other.onnx", {"logits": np.float32([0, 3, 1])})
+    assert bundle_of(several, CLASSIFICATION, tmp_path / "others").manifest.batch == 0
+
+
+@pytest.mark.parametrize("sides", [(3, 8, 8), (8, 8, 3), (1, 8, 8, 3)], ids=str)
+def test_a_graph_may_lack_the_batch_or_have_its_channels_last(tmp_path, sides):
+    model = ov.convert_model(save_onnx(tmp_path / "model.onnx", {"logits": np.float32([0, 3, 1])}))
+    ops = ov.opset13
+    image = ops.parameter(list(sides), np.float32, "image")
+    batch = image if len(sides) == 4 else ops.unsqueeze(image, ops.constant([0]))
+    batch = ops.transpose(batch, ops.constant([0, 3, 1, 2])) if sides[-1] == 3 else batch
+    model.get_parameters()[0].output(0).replace(batch.output(0))
+    ov.save_model(ov.Model(model.get_results(), [image]), tmp_path / "saved.xml")
+    bundle = bundle_of(tmp_path / "saved.xml", CLASSIFICATION, tmp_path / "bundle")
+    assert [p[0]["label"] for p in predict(bundle, pictures((8, 8), (9, 9)))] == ["b"] * 2
+
+
+def test_a_preview_lies_beside_the_bundle(tmp_path):
+    path = save_onnx(tmp_path / "model.onnx", {"b": BOXES, "s": SCORES, "c": CLASSES})
+    bundle = bundle_of(path, DETECTION, tmp_path / "bundle")
+    preview = cv2.imread(str(tmp_path / "bundle" / PREVIEW))
+    assert preview.shape[1] > 2 * preview.shape[0] and PREVIEW not in bundle.manifest.files
+
+
+WRONG = {
+    "no task": ({"labels": ["a"]}, {}, "does not say what it is for: write a card"),
+    "an unknown task": ({"task": "detecton", "labels": ["a"]}, {}, "did you mean 'detection'"),
+    "an unknown decoder": ({**DETECTION, "decoder": "yoloo"}, {}, "did you mean 'yolo'"),
+    "too few labels": ({**CLASSIFICATION, "labels": ["a", "b"]}, {}, r"\[3\].*2 labels"),
+    "no labels": ({"task": "detection", "decoder": "yolo"}, {"outputs": {"out": YOLO}}, "add `labels: "),
+    "no such output": ({**CLASSIFICATION, "outputs": {"logits": "nowhere"}}, {}, "no output 'nowhere'.* are logits"),
+    "another task's outputs": (DETECTION, {}, r"the outputs logits \[3\] fit no decoder of task detection"),
+    "sides of any length": (CLASSIFICATION, {"sides": ("n", 3, "h", "w")}, "add `height` and `width`"),
+    "channels at both ends": (CLASSIFICATION, {"sides": ("n", 3, 8, 3)}, "add `layout: NCHW` or"),
+    "two channels": (CLASSIFICATION, {"sides": ("n", 2, 8, 8)}, "layout"),
+    "no finite values": (CLASSIFICATION, {"outputs": {"logits": np.float32([np.nan, 1, 2])}}, "not finite"),
+    "another size": ({**CLASSIFICATION, "input": {"color": "gray"}}, {}, "layout|channels"),
+    "a wrong parameter": ({**CLASSIFICATION, "postprocess": {"top_k": 0}}, {}, "postprocess.top_k"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(tmp_path, kind):
+    card, changes, message = WRONG[kind]
+    path = save_onnx(tmp_path / "model.onnx", **{"outputs": {"logits": np.float32([0, 3, 1])}, **changes})
+    with pytest.raises(UserError, match=message) as raised:
+        bundle_of(path, card, tmp_path / "bundle")
+    assert "\n" not in str(raised.value) and not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.xml", "model.tflite", "model.pb", "model.pt2"])
+@pytest.mark.parametrize("content", [b"", b"this is a text", bytes(range(256)) * 9], ids=["empty", "text", "bytes"])
+def test_a_file_that_is_no_model_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(BundleError, match=name.replace(".", r"\.")) as raised:
+        bundle_of(tmp_path / name, CLASSIFICATION, tmp_path / "bundle")
+    assert "\n" not in str(raised.value) and not (tmp_path / "bundle").exists()
+
+
+def test_weights_that_lie_elsewhere_are_asked_for(tmp_path):
+    model = onnx.load(save_onnx(tmp_path / "model.onnx", {"logits": np.zeros(4000, np.float32)}))
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="weights.data", size_threshold=10)
+    (tmp_path / "weights.data").unlink()
+    with pytest.raises(BundleError, match="keeps its weights in 'weights.data', which is not beside it"):
+        bundle_of(tmp_path / "model.onnx", CLASSIFICATION, tmp_path / "bundle")
+
+
+def test_a_graph_of_several_inputs_names_them(tmp_path):
+    images = [ov.opset13.parameter([1, 3, 8, 8], np.float32, name) for name in ("left", "right")]
+    model = ov.Model([ov.opset13.reduce_mean(ov.opset13.add(*images), [2, 3])], images)
+    for port, name in zip(model.inputs, ("left", "right"), strict=True):
+        port.set_names({name})
+    ov.save_model(model, tmp_path / "two.xml")
+    with pytest.raises(BundleError, match=r"has 2 inputs \(left, right\)"):
+        bundle_of(tmp_path / "two.xml", CLASSIFICATION, tmp_path / "bundle")
+
+
+def test_the_command_makes_a_bundle_of_a_file_and_explains_mistakes(tmp_path, capsys):
+    path = save_onnx(tmp_path / "model.onnx", {"output0": YOLO}, metadata=ultralytics("detect"))
+    assert cli.main(["export", "--file", str(path), "--output", str(tmp_path / "bundle"), "--keep-onnx"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"].startswith("model-fp32@")
+    assert "model.onnx" in load_bundle(open_storage(str(tmp_path / "bundle"))).manifest.files
+    for mistake in (
+        ["--architecture", "fashion_cnn"],
+        ["--checkpoint", str(path)],
+        ["--card", str(tmp_path / "no.yaml")],
+    ):
+        arguments = ["export", "--file", str(path), "--output", str(tmp_path / "none"), *mistake]
+        assert cli.main(arguments) == 2 and not (tmp_path / "none").exists()
+        assert capsys.readouterr().err.count("error: ") == 1
+
+
+@pytest.fixture(scope="module")
+def first_look() -> Path:
+    return first_look_data.download(load_config("local").paths.data)
+
+
+def test_a_person_is_pointed_at_by_a_file_for_one_image(first_look, tmp_path):
+    labels = [f"point {number}" for number in range(17)]
+    card = {
+        "task": "keypoints",
+        "labels": ["person"],
+        "input": {"resize": "letterbox"},
+        "postprocess": {"order": "yx"},
+    }
+    path = tmp_path / "movenet.tflite"
+    path.write_bytes((first_look / "models" / "movenet_lightning.tflite").read_bytes())
+    bundle = bundle_of(path, card, tmp_path / "bundle")
+    assert bundle.manifest.batch == 1
+    photograph = (first_look / "media/photographs/astronaut.png").read_bytes()
+    (prediction,) = predict(bundle, [photograph])[0]
+    assert len(prediction["keypoints"]) == len(labels)
+    nose = prediction["keypoints"][0]
+    assert np.hypot(nose["x"] - 226, nose["y"] - 110) < 15  # where it is on the photograph
+
+
+def test_weights_of_a_port_fit_timms_network(first_look, tmp_path):
+    converted = convert("timm:tf_efficientnet_lite0", first_look / "models" / "efficientnet_lite0.pth")
+    target = open_storage(str(tmp_path))
+    make_bundle(converted.model, converted.architecture, converted.file, target, "fp32", pictures=generate_pictures(1))
+    photograph = (first_look / "media/photographs/cat.png").read_bytes()
+    best = predict(load_bundle(target), [photograph])[0][0]
+    assert "cat" in best["label"] and best["score"] > 0.3
