@@ -26,12 +26,13 @@ Engine = Callable[[np.ndarray], Arrays]  # uint8 [B, H, W, C] -> float32 [B, ...
 Truth = dict[str, Any] | Sequence[Any]
 
 NO_CLASS = -1  # of an image in which a network sees none
+# Boxes at an overlap of 0.5: two models' differ by pixels, which count for little where nobody has drawn them.
+BOX_MEASURE = "box AP50"
 MEASURES = {
     "classification": "accuracy",
     "embedding": "cosine similarity",
-    # Boxes at an overlap of 0.5: two models' differ by pixels, which count for little where nobody has drawn them.
-    "detection": "box AP50",
-    "keypoints": "box AP50",
+    "detection": BOX_MEASURE,
+    "keypoints": BOX_MEASURE,
     "instance_segmentation": "mask AP",
     "semantic_segmentation": "mean IoU",
 }

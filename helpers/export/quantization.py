@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MAX_DROP = 0.005  # of accuracy or mask AP against the truth; half a point
 MAX_DISAGREEMENT = 0.05  # of the same against the model's own predictions, which says more of small changes
+BOX_DISAGREEMENT = 0.1  # of box AP50, which one box of a dozen pictures moves by 0.08
 VALIDATION_IMAGES = 64
 RANKING_IMAGES = 16  # that show which layers lose most
 MAX_GROUPS = 20  # of layers that are returned to floating point
@@ -43,7 +44,7 @@ class Validation:
         images: uint8 `[H, W, C]` each, prepared as the pipeline prepares them.
         truth: see `helpers.export.evaluation`; None to compare with the model before it was quantized.
         max_drop: of accuracy or mask AP, a share of 1; above it, layers are returned to floating point. By default
-            `MAX_DROP`, without truth `MAX_DISAGREEMENT`.
+            `MAX_DROP`, without truth `MAX_DISAGREEMENT` or `BOX_DISAGREEMENT`.
     """
 
     images: Sequence[np.ndarray]
@@ -149,7 +150,8 @@ class Measure:
         max_drop = validation.max_drop
         if truth is None:
             name, truth = f"{kind} against the model before", evaluation.to_truth(predictions, manifest)
-            max_drop = MAX_DISAGREEMENT if max_drop is None else max_drop
+            allowed = BOX_DISAGREEMENT if kind == evaluation.BOX_MEASURE else MAX_DISAGREEMENT
+            max_drop = allowed if max_drop is None else max_drop
             if isinstance(truth, dict) and not truth["annotations"]:
                 log.warning("nothing is found in the calibration images, so what int8 loses cannot be measured")
         else:
