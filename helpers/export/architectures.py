@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import BundleError
-from helpers.export.cards import CARDS, HELP, find_cards, load_network_class, parse_card, read_entries
+from helpers.export.cards import CARDS, HELP, find_cards, load_network_class, parse_card, read_arrays, read_entries
 from helpers.images.spec import InputSpec
 from helpers.yolact.configurations import CONFIGURATIONS, get_configuration
 
@@ -124,6 +124,7 @@ def _from_card(path: Path) -> Architecture:
         labels=card.labels,
         postprocess=dict(card.postprocess),
         decoder=card.decoder,
+        arrays=partial(read_arrays, card),
     )
 
 

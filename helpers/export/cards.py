@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -76,6 +77,7 @@ class Card:
     decoder: str = ""  # how the outputs are read; empty for the first that they fit
     network: str = ""  # FILE.py:CLASS of a PyTorch network
     labels: tuple[str, ...] = ()
+    priors: str = ""  # file of anchors, float [A, 4]: center and size, relative to the input
     input: CardInput = field(default_factory=CardInput)
     postprocess: Mapping[str, Any] = field(default_factory=dict)
     outputs: Mapping[str, str] = field(default_factory=dict)  # role -> name in the file, or in the order of a network
@@ -108,7 +110,26 @@ def read_entries(path: Path, model: Path | None = None) -> Entries:
         raise BundleError(f"{path} holds no entries: {HELP}")
     if isinstance(entries.get("labels"), str):
         entries["labels"] = read_labels(_find(entries["labels"], path, "labels", model))
+    if isinstance(entries.get("priors"), str):
+        entries["priors"] = str(_find(entries["priors"], path, "priors", model))
     return entries
+
+
+def read_arrays(card: Card) -> dict[str, np.ndarray]:
+    """What a bundle has beside its graph, by the name of the file there.
+
+    Raises:
+        BundleError: the anchors are no array, or not four numbers each.
+    """
+    if not card.priors:
+        return {}
+    try:
+        priors = np.load(card.priors, allow_pickle=False).astype(np.float32)
+    except Exception as error:  # numpy raises whatever a header leads to
+        raise BundleError(f"{card.priors} is no array ({type(error).__name__}); write it with numpy.save") from None
+    if priors.ndim != 2 or priors.shape[1] != 4:
+        raise BundleError(f"{card.priors} is {priors.shape}, and anchors are [A, 4]: center x, y, width, height")
+    return {"priors.npy": priors}
 
 
 def read_labels(path: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """What an export looks at before anything is written: how many images a graph takes, what it gives, how that looks."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,11 @@ from helpers.config import Config
 from helpers.errors import BundleError, first_line
 from helpers.export.preparation import name_output
 from helpers.export.quantization import compile_exactly
-from helpers.images.decoding import Image, fit
+from helpers.images.boundary import attempt
+from helpers.images.decoding import Image, decode, fit
 from helpers.images.drawing import draw
 from helpers.images.spec import InputSpec
+from helpers.pipeline.listing import list_images
 from helpers.storage import Storage
 from helpers.tasks import Arrays, OutputError, get_decoder, parameters_for, predict
 
@@ -48,30 +50,29 @@ def generate_pictures(count: int = PICTURES) -> list[Image]:
 
 
 def load_pictures(storage: Storage, config: Config, count: int = PICTURES) -> Iterator[Image]:
-    """Decode images of a folder, evenly spread; those that cannot be read are left out with a warning.
+    """Decode images of a folder, evenly spread, uint8 BGR `[height, width, 3]` each; see `load_images`."""
+    return load_images(storage, config, count, lambda content: decode(content, config.ingest.max_pixels))
+
+
+def load_images(
+    storage: Storage, config: Config, count: int, prepare: Callable[[bytes], np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Read images of a folder, evenly spread; those that cannot be read are left out with a warning.
 
     Args:
         storage: of the folder.
         config: for the limits of images.
         count: how many at most.
-
-    Yields:
-        uint8 BGR `[height, width, 3]`.
+        prepare: from a file's content to what is wanted.
     """
-    from helpers.images.boundary import attempt
-    from helpers.images.decoding import decode
-    from helpers.pipeline.listing import list_images
-
     images = list_images(storage, config).images
     paths = sorted(images.filter(images["error"].is_null())["path"].to_pylist())
     for path in paths[:: max(1, len(paths) // count)][:count]:
-        picture, error = attempt(
-            lambda p: decode(storage.read(p, config.max_image_bytes), config.ingest.max_pixels), path
-        )
-        if picture is None:
+        image, error = attempt(lambda p: prepare(storage.read(p, config.max_image_bytes)), path)
+        if image is None:
             log.warning("%s is left out: %s", path, error)
         else:
-            yield picture
+            yield image
 
 
 def settle_batch(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], origin: str) -> tuple[int, Outputs]:

@@ -22,12 +22,12 @@ from helpers.bundle.runtime import has_bf16
 from helpers.config import Config
 from helpers.errors import BundleError
 from helpers.export.architectures import Architecture, get_architecture
-from helpers.export.checks import check_manifest, draw_preview, generate_pictures, infer, settle_batch
+from helpers.export.checks import check_manifest, draw_preview, generate_pictures, infer, load_images, settle_batch
 from helpers.export.files import read_file
 from helpers.export.graph import count_flops, name_by_module
 from helpers.export.preparation import prepare
 from helpers.export.quantization import Validation, quantize, quiet
-from helpers.images.decoding import Image
+from helpers.images.decoding import Image, load
 from helpers.storage import Storage
 
 if TYPE_CHECKING:
@@ -273,22 +273,11 @@ def make_bundle(
 
 def calibration_images(storage: Storage, architecture: Architecture, config: Config) -> Iterator[np.ndarray]:
     """Evenly spread images below a location, prepared as the pipeline prepares them; unreadable ones are left out."""
-    from helpers.images.boundary import attempt
-    from helpers.images.decoding import load
-    from helpers.pipeline.listing import list_images
 
-    def prepare(path: str) -> np.ndarray:
-        content = storage.read(path, config.max_image_bytes)
+    def prepare(content: bytes) -> np.ndarray:
         return load(content, architecture.input, config.ingest.max_pixels)[0]
 
-    images = list_images(storage, config).images
-    paths = sorted(images.filter(images["error"].is_null())["path"].to_pylist())
-    for path in paths[:: max(1, len(paths) // CALIBRATION_IMAGES)][:CALIBRATION_IMAGES]:
-        image, error = attempt(prepare, path)
-        if image is None:
-            log.warning("%s is not used for calibration: %s", path, error)
-        else:
-            yield image
+    return load_images(storage, config, CALIBRATION_IMAGES, prepare)
 
 
 def _shape(output: Any) -> tuple[int, ...]:

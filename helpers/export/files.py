@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.errors import BundleError, first_line
 from helpers.export.architectures import Architecture
-from helpers.export.cards import HELP, Card, merge, parse_card, read_entries
+from helpers.export.cards import HELP, Card, merge, parse_card, read_arrays, read_entries
 from helpers.export.checks import settle_batch, stack
 from helpers.export.metadata import read_metadata
 from helpers.export.preparation import find_input, prepare, rename_outputs, select_outputs
@@ -57,6 +58,8 @@ def read_file(
     model = prepare(model, spec, layout, str(path))
     batch, outputs = settle_batch(model, spec, pictures, str(path))
     description, roles = _assign_roles(description, stack(outputs), str(origin))
+    if "offsets" in roles and description.decoder == "ssd" and not description.priors:
+        raise BundleError(f"{origin}: boxes are offsets from anchors: add `priors: FILE.npy` with them; {HELP}")
     rename_outputs(model, roles)
     architecture = Architecture(
         name=path.stem,
@@ -66,6 +69,7 @@ def read_file(
         labels=description.labels,
         decoder=description.decoder,
         postprocess=dict(description.postprocess),
+        arrays=partial(read_arrays, description),
     )
     named = {role: description.outputs.get(role, name) for role, name in roles.items()}
     return model, architecture, path, _read_onnx(path, named) if layout == "NCHW" else None

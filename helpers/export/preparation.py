@@ -5,6 +5,7 @@ normalize them differently.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import BundleError, first_line
@@ -152,8 +153,6 @@ def name_output(output: "ov.Output", name: str) -> None:
 
 def _defaults_of(model: "ov.Model", given: CardInput, spec: InputSpec, origin: str) -> InputSpec:
     """Of a graph of whole numbers the normalization is its own."""
-    from dataclasses import replace
-
     kind = model.input().get_element_type().get_type_name()
     if kind == "u8" and any((*spec.mean, *(value - 1 for value in spec.std))):
         raise BundleError(

@@ -107,6 +107,7 @@ def quantize(
     limit = nncf.AdvancedAccuracyRestorerParameters(
         max_num_iterations=MAX_GROUPS, ranking_subset_size=RANKING_IMAGES, num_ranking_workers=1
     )
+    log.info("quantizing; if %s falls by more than %.3f, layers are tried one by one", measure.name, measure.max_drop)
     logging.getLogger("nncf").setLevel(logging.WARNING)
     with quiet():
         quantized = nncf.quantize_with_accuracy_control(

@@ -4,6 +4,7 @@
     run                                                 the same code, fused; results written by the tasks
 
     driver       these five, and what a run's tasks share      on the driver
+    models       bundles, parameters, names in the results     on the driver
     listing      which files are images, and the plan          on the driver
     frames       videos to frames                              in tasks, and on the driver
     readers      who reads the files                           on the driver

@@ -6,7 +6,6 @@
 Only the DataFrame calls that Spark Connect has too are used.
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -21,22 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from helpers.bundle.manifest import Bundle, load_bundle
+from helpers.bundle.manifest import load_bundle
 from helpers.bundle.runtime import batch_size
 from helpers.config import Config
-from helpers.errors import ConfigError, RunError, StorageError, only_warn
+from helpers.errors import RunError, StorageError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, stages
+from helpers.pipeline.models import cascade_of, model_identity, open_models, parameters_of
 from helpers.pipeline.readers import add_frames, choose_reader, planned_paths, read_all_by_spark, read_by_spark, reading
 from helpers.pipeline.records import Stopwatch, describe, write_record
 from helpers.pipeline.results import ResultStore
 from helpers.pipeline.rows import is_among, outdated, replaced, settled, without
 from helpers.pipeline.sample import draw_sample, read_pictures
-from helpers.pipeline.task import RECORD_SCHEMA, STAGES, RunModel, Task, error_kind, pass_through
-from helpers.pipeline.views import Cascade, Tiling
+from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_through
+from helpers.pipeline.views import Tiling
 from helpers.session import get_slots, local_slots, spark_failure, spark_schema
 from helpers.storage import open_storage
-from helpers.tasks import parameter_names, parameters_for
 from helpers.tracking.progress import Progress
 from helpers.tracking.tensorboard import log_run
 
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REASONS_SHOWN = 5
-WITH_BOXES = ("detection", "instance_segmentation", "semantic_segmentation", "keypoints")
 
 _started: "weakref.WeakSet[SparkSession]" = weakref.WeakSet()  # sessions whose workers have imported all they need
 
@@ -137,7 +135,7 @@ def infer(tensors: "DataFrame", model: str, config: Config) -> "DataFrame":
 def postprocess(outputs: "DataFrame", model: str, config: Config) -> "DataFrame":
     """Stage 4: predictions; a DataFrame of `stages.RESULT_SCHEMA`."""
     bundle = load_bundle(open_storage(model, config))
-    (parameters,) = _parameters([bundle], config)
+    (parameters,) = parameters_of([bundle], config)
     stage = partial(
         stages.postprocess,
         manifest=bundle.manifest,
@@ -233,7 +231,7 @@ def make_task(source: str, model: str | Sequence[str], output: str, config: Conf
         BundleError: a model cannot be used.
         StorageError: a location cannot be used.
     """
-    models = _open_models([model] if isinstance(model, str) else model, config)
+    models = open_models([model] if isinstance(model, str) else model, config)
     images = open_storage(source, config)
     if not images.exists(""):
         raise StorageError(f"{images.root}: no such folder; check the --source location")
@@ -252,74 +250,8 @@ def make_task(source: str, model: str | Sequence[str], output: str, config: Conf
         memory_megabytes=config.inference.memory_megabytes,
         device=config.inference.device,
         tiling=Tiling(config.tiling.factor, config.tiling.overlap) if config.tiling.factor else None,
-        cascade=_cascade(models, config),
+        cascade=cascade_of(models, config),
     )
-
-
-def model_identity(bundle: Bundle, parameters: dict[str, Any], config: Config, detector: str | None = None) -> str:
-    """Name a model in the results so that whatever changes its predictions changes its name.
-
-    Args:
-        bundle: the model.
-        parameters: of its post-processing.
-        config: of the run.
-        detector: the identity of the model whose detections it looks at.
-    """
-    settings: list[Any] = [bundle.manifest.digest, parameters, config.inference.precision]
-    if config.inference.device != "CPU":
-        settings.append(config.inference.device)
-    if detector is not None:
-        settings += [detector, config.cascade.model_dump()]
-    elif config.tiling.factor:
-        settings.append(config.tiling.model_dump())
-    text = json.dumps(settings, sort_keys=True)
-    return f"{bundle.manifest.name}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _open_models(uris: Sequence[str], config: Config) -> tuple[RunModel, ...]:
-    bundles = [load_bundle(open_storage(uri, config)) for uri in uris]
-    models: list[RunModel] = []
-    for bundle, parameters in zip(bundles, _parameters(bundles, config), strict=True):
-        detector = models[0].identity if config.cascade.enabled and models else None
-        models.append(RunModel(bundle, model_identity(bundle, parameters, config, detector), parameters))
-    if len({model.identity for model in models}) < len(models):
-        raise ConfigError("--model names the same model twice; name each once")
-    return tuple(models)
-
-
-def _parameters(bundles: Sequence[Bundle], config: Config) -> list[dict[str, Any]]:
-    """The post-processing parameters of each model: what it has of those for all, and its own below its name."""
-    manifests = [bundle.manifest for bundle in bundles]
-    shared = {name: value for name, value in config.postprocess.items() if not isinstance(value, dict)}
-    own = {name: value for name, value in config.postprocess.items() if isinstance(value, dict)}
-    if strangers := sorted(set(own) - {manifest.name for manifest in manifests}):
-        known = ", ".join(manifest.name for manifest in manifests)
-        raise ConfigError(f"postprocess.{strangers[0]}: no model of this run has that name; there is {known}")
-    names = [parameter_names(manifest) for manifest in manifests]
-    nobodys = set(shared).difference(*names)  # which `parameters_for` has an error for
-    return [
-        parameters_for(
-            manifest,
-            {name: shared[name] for name in shared if name in known or name in nobodys} | own.get(manifest.name, {}),
-        )
-        for manifest, known in zip(manifests, names, strict=True)
-    ]
-
-
-def _cascade(models: tuple[RunModel, ...], config: Config) -> Cascade | None:
-    settings = config.cascade
-    if not settings.enabled:
-        return None
-    tasks = [model.bundle.manifest.task for model in models]
-    if len(tasks) != 2:
-        raise ConfigError(
-            f"cascade.enabled needs two models, and this run has {len(tasks)}; name a detector and another"
-        )
-    if tasks[0] not in WITH_BOXES:
-        raise ConfigError(f"cascade.enabled: the first model is for {tasks[0]}; name one that gives boxes first")
-    if tasks[1] == "embedding":
-        raise ConfigError("cascade.enabled: the second model gives embeddings, and a row has one; name another model")
-    return Cascade(settings.min_score, settings.padding, settings.max_crops)
 
 
 def _start_workers(spark: "SparkSession") -> None:

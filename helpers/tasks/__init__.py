@@ -33,6 +33,7 @@ __all__ = [
     "apply_filters",
     "get_arrays",
     "get_decoder",
+    "has_boxes",
     "parameter_names",
     "parameters_for",
     "predict",
@@ -141,6 +142,11 @@ def apply_filters(predictions: Any, size: tuple[int, int], manifest: Manifest, p
 def parameter_names(manifest: Manifest) -> list[str]:
     """What can be set of a bundle's post-processing, the filters included, in alphabetical order."""
     return sorted([*(field.name for field in fields(get_decoder(manifest).parameters)), *_filters(manifest)])
+
+
+def has_boxes(task: str) -> bool:
+    """Whether predictions of a task have a place in the image."""
+    return task not in FILTERS
 
 
 def suggest(task: str, samples: Arrays, labels: int = 0) -> str:
