@@ -243,6 +243,41 @@ def test_a_file_that_is_no_model_is_named(tmp_path, name, content):
     assert "\n" not in str(raised.value) and not (tmp_path / "bundle").exists()
 
 
+OFFSETS = {"loc": np.float32([[0, 0, 0, 0], [1, 0, 0, 0]]), "conf": np.float32([[0, 0, 9, 0], [9, 0, 0, 0]])}
+SSD = {**DETECTION, "decoder": "ssd", "priors": "anchors.npy", "outputs": {"offsets": "loc", "scores": "conf"}}
+
+
+def test_boxes_that_are_offsets_are_placed_at_the_cards_anchors(tmp_path):
+    np.save(tmp_path / "anchors.npy", np.array([[0.5, 0.5, 0.5, 0.25], [0.25, 0.25, 0.5, 0.5]]))
+    bundle = bundle_of(save_onnx(tmp_path / "model.onnx", OFFSETS), SSD, tmp_path / "bundle")
+    (predictions,) = predict(bundle, pictures((16, 8)))
+    assert [p["label"] for p in predictions] == ["b"]
+    np.testing.assert_allclose(boxes(predictions), [[4, 3, 12, 5]])
+
+
+@pytest.mark.parametrize(
+    ("priors", "message"),
+    [
+        (None, "add `priors: FILE.npy`"),
+        (b"boxes", r"anchors.npy is no array"),
+        (np.zeros((2, 5)), r"anchors.npy is \(2, 5\)"),
+        (np.zeros((3, 4)), r"priors.npy is \(3, 4\)"),
+    ],
+    ids=["none", "another file", "five numbers", "too many"],
+)
+def test_anchors_that_do_not_fit_are_one_sentence(tmp_path, priors, message):
+    path, card = save_onnx(tmp_path / "model.onnx", OFFSETS), dict(SSD)
+    if priors is None:
+        card.pop("priors")
+    elif isinstance(priors, bytes):
+        (tmp_path / "anchors.npy").write_bytes(priors)
+    else:
+        np.save(tmp_path / "anchors.npy", priors)
+    with pytest.raises(BundleError, match=message) as raised:
+        bundle_of(path, card, tmp_path / "bundle")
+    assert "\n" not in str(raised.value) and not (tmp_path / "bundle").exists()
+
+
 def test_weights_that_lie_elsewhere_are_asked_for(tmp_path):
     model = onnx.load(save_onnx(tmp_path / "model.onnx", {"logits": np.zeros(4000, np.float32)}))
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="weights.data", size_threshold=10)

@@ -1,5 +1,6 @@
 """Networks of torchvision with seeded weights: the pipeline predicts what torchvision itself does."""
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -170,9 +171,11 @@ def test_classes_are_those_of_torchvision(name, exported):
 def test_detections_are_those_of_torchvision(name, exported):
     made = exported(name)
     categories = torchvision.models.get_model_weights(name).DEFAULT.meta["categories"]
+    exact = copy.deepcopy(made.network).double()
     for file, predictions in zip(made.pictures, predict(made.bundle, made.pictures), strict=True):
+        picture = to_tensor(decode(file))
         with torch.inference_mode():
-            expected = made.network([to_tensor(decode(file))])[0]
+            expected, doubled = made.network([picture])[0], exact([picture.double()])[0]
         lowest = made.network.score_thresh if hasattr(made.network, "score_thresh") else 0.05
         # Of no width are boxes that lay outside of the image, before they were moved into it.
         visible = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(1) & (expected["labels"] > 0)
@@ -185,16 +188,31 @@ def test_detections_are_those_of_torchvision(name, exported):
             label, box = categories[expected["labels"][row]], expected["boxes"][row].numpy()
             same = min(left, key=lambda p: differs(p, label, box))
             left.remove(same)
+            if not is_decided(expected, row, doubled):  # arbitrary weights leave it to the last digit
+                continue
             equal.append(differs(same, label, box) < 1 and abs(same["score"] - float(expected["scores"][row])) < 1e-3)
             if "masks" in expected:
                 equal[-1] &= overlap(same["mask"], expected["masks"][row, 0].numpy()) >= 0.99
             if "keypoints" in expected:
-                points = np.array([[p["x"], p["y"]] for p in same["keypoints"]])
-                away = np.abs(points - expected["keypoints"][row, :, :2].numpy()).max(axis=1)
-                equal[-1] &= (away < 1).mean() > 0.8  # arbitrary weights give some points two peaks of one height
-        # Arbitrary weights make some candidates equally good; the last digit decides which one suppresses the other.
-        assert np.mean(equal) >= 0.97
-        assert sum(p["score"] > lowest + 2e-3 for p in left) <= 0.03 * len(rows)
+                points = torch.tensor([list(point.values()) for point in same["keypoints"]])
+                near = distance(points[:, :2], expected["keypoints"][row, :, :2]) < 1
+                as_high = (points[:, 2] - expected["keypoints_scores"][row]).abs() < 1e-2  # another peak of a heat map
+                equal[-1] &= bool((near | as_high).all() and near.float().mean() > 0.8)
+        assert len(equal) > 0.5 * len(rows)
+        assert np.mean(equal) >= (0.9 if "keypoints" in expected else 0.97)
+        assert sum(p["score"] > lowest + 2e-3 for p in left) <= 0.03 * len(rows) + len(rows) - len(equal)
+
+
+def is_decided(expected: dict, row: int, doubled: dict) -> bool:
+    """Whether double precision finds a detection too."""
+    away = distance(doubled["boxes"], expected["boxes"][row].double())
+    same = (away < 0.5) & ((doubled["scores"] - expected["scores"][row]).abs() < 5e-4)
+    return bool((same & (doubled["labels"] == expected["labels"][row])).any())
+
+
+def distance(places: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The largest difference of coordinates, in pixels."""
+    return (places - others).abs().amax(-1)
 
 
 def most_detections(network: Any) -> int:
