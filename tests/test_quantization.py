@@ -7,10 +7,12 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+from manifests import make_manifest
 from openvino import opset13 as ops
 
 from fashion_data import load
 from helpers.bundle.manifest import load_bundle
+from helpers.errors import BundleError
 from helpers.export import conversion as export
 from helpers.export import evaluation, quantization
 from helpers.export.architectures import get_architecture
@@ -92,6 +94,49 @@ def test_layers_that_lose_too_much_stay_in_floating_point(careful, careless, ima
     assert agreement(careful, images, classes) >= 0.9
     assert record["float_layers"] == ["features.1.1/Conv"]  # what takes the channels of unequal size
     assert len(careful.read("model.bin")) > len(careless.read("model.bin"))
+
+
+def test_layers_are_not_looked_for_without_end(make, images, classes, caplog, monkeypatch):
+    monkeypatch.setattr(quantization, "MAX_SECONDS", 0)
+    with caplog.at_level(logging.WARNING):
+        bundle = make(Validation(images, classes, 0.01))
+    assert bundle.manifest.quantization["float_layers"] == []
+    assert "all are of 8 bits" in caplog.text and "int8 loses more than asked for" in caplog.text
+
+
+def test_a_graph_that_nncf_does_not_take_is_one_sentence(make, monkeypatch):
+    def refuse(*arguments, **options):
+        raise RuntimeError("no such operation\nand more")
+
+    monkeypatch.setattr("nncf.quantize_with_accuracy_control", refuse)
+    with pytest.raises(BundleError, match=r"fashion_cnn \(no such operation\); export it with --precision fp16"):
+        make(None)
+
+
+def test_branches_of_a_graph_do_not_keep_it_from_8_bits():
+    image = ops.parameter([1, 8, 8, 3], np.uint8, name="images")
+    values = ops.convert(image, np.float32)
+    bodies = []
+    for offset in (0, 1):
+        inside = ops.parameter([1, 8, 8, 3], np.float32)
+        bodies.append(ov.Model([ops.result(ops.add(inside, np.float32(offset)))], [inside]))
+    is_bright = ops.greater(ops.reduce_mean(values, [0, 1, 2, 3]), np.float32(9))
+    branch = ops.if_op(is_bright.output(0))
+    branch.set_then_body(bodies[0])
+    branch.set_else_body(bodies[1])
+    branch.set_input(values.output(0), bodies[0].get_parameters()[0], bodies[1].get_parameters()[0])
+    out = branch.set_output(bodies[0].get_results()[0], bodies[1].get_results()[0])
+    weights = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
+    layer = ops.convolution(ops.transpose(out, [0, 3, 1, 2]), weights, [1, 1], [0, 0], [0, 0], [1, 1])
+    logits = ops.reduce_mean(layer, [2, 3])
+    logits.output(0).get_tensor().set_names({"logits"})
+    model = ov.Model([ops.result(logits)], [image])
+    manifest = make_manifest("classification", "", labels=tuple("abcd"), outputs={"logits": (4,)})
+    generator = np.random.default_rng(0)
+    pictures = [generator.integers(0, 255, (8, 8, 3), np.uint8) for _ in range(4)]
+    quantized, record = quantization.quantize(model, pictures, manifest, {})
+    assert any(node.get_type_name() == "FakeQuantize" for node in quantized.get_ops())
+    assert record.float_layers == []
 
 
 def test_truth_is_what_is_measured_by_where_it_is_given(make, images, classes):

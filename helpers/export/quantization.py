@@ -9,6 +9,7 @@ predictions of the model before it was quantized, for which any images will do.
 import contextlib
 import io
 import logging
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ import numpy as np
 
 from helpers.bundle.manifest import Manifest
 from helpers.bundle.runtime import compile_options
-from helpers.errors import BundleError
+from helpers.errors import BundleError, first_line
 from helpers.export import evaluation
 from helpers.export.graph import MULTIPLYING
 from helpers.tasks import Arrays
@@ -34,6 +35,7 @@ BOX_DISAGREEMENT = 0.1  # of box AP50, which one box of a dozen pictures moves b
 VALIDATION_IMAGES = 64
 RANKING_IMAGES = 16  # that show which layers lose most
 MAX_GROUPS = 20  # of layers that are returned to floating point
+MAX_SECONDS = 300  # for finding out which
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,14 @@ def quantize(
     """Quantize weights and activations to 8 bits with NNCF.
 
     Args:
-        model: takes uint8 images; it is not changed.
+        model: takes uint8 images; it is not changed, but that tensors without a name may get one.
         images: calibration images, uint8 `[H, W, C]` each, prepared as the pipeline prepares them.
         manifest: of the model; says how its outputs are post-processed.
         arrays: that post-processing needs.
         validation: by default some of the calibration images, and the model itself for the truth.
 
     Raises:
-        BundleError: there are no images, or the model is of 8 bits already.
+        BundleError: there are no images, the model is of 8 bits already, or NNCF cannot quantize it.
     """
     import nncf
 
@@ -109,17 +111,37 @@ def quantize(
     )
     log.info("quantizing; if %s falls by more than %.3f, layers are tried one by one", measure.name, measure.max_drop)
     logging.getLogger("nncf").setLevel(logging.WARNING)
-    with quiet():
-        quantized = nncf.quantize_with_accuracy_control(
-            model,
-            nncf.Dataset(batches),
-            nncf.Dataset(list(enumerate(validation.images))),
-            measure.validate,
-            max_drop=measure.max_drop,
-            subset_size=len(batches),
-            ignored_scope=nncf.IgnoredScope(names=find_tail(model), validate=False),
-            advanced_accuracy_restorer_parameters=limit,
-        )
+    _name_tensors(model)
+    quantizing = {
+        "calibration_dataset": nncf.Dataset(batches),
+        "subset_size": len(batches),
+        "ignored_scope": nncf.IgnoredScope(names=find_tail(model), validate=False),
+    }
+    deadline = time.monotonic() + MAX_SECONDS
+
+    def validate(compiled: "ov.CompiledModel", items: Iterable[tuple[int, np.ndarray]]) -> tuple[float, list[float]]:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        return measure.validate(compiled, items)
+
+    try:
+        with quiet():
+            try:
+                quantized = nncf.quantize_with_accuracy_control(
+                    model,
+                    validation_dataset=nncf.Dataset(list(enumerate(validation.images))),
+                    validation_fn=validate,
+                    max_drop=measure.max_drop,
+                    advanced_accuracy_restorer_parameters=limit,
+                    **quantizing,
+                )
+            except TimeoutError:
+                log.warning("in %d s it is not known which layers lose most, so all are of 8 bits", MAX_SECONDS)
+                quantized = nncf.quantize(model, **quantizing)
+    except Exception as error:  # NNCF raises whatever a graph leads it to
+        raise BundleError(
+            f"NNCF cannot quantize {manifest.architecture} ({first_line(error)}); export it with --precision fp16"
+        ) from error
     after, _ = measure.validate(compile_exactly(quantized), enumerate(validation.images))
     record = Record(measure.name, measure.before, after, float_layers(quantized))
     if record.float_layers:
@@ -185,6 +207,14 @@ def find_tail(model: "ov.Model") -> list[str]:
         elif node.get_type_name() not in (*MULTIPLYING, "Constant", "Result"):
             tail.append(name)
     return tail
+
+
+def _name_tensors(model: "ov.Model") -> None:
+    """Name what goes into branches, by which NNCF knows them."""
+    for node in model.get_ops():
+        for port in node.input_values() if node.get_type_name() == "If" else []:
+            if not port.get_names():
+                port.get_tensor().set_names({f"{port.get_node().get_friendly_name()}:{port.get_index()}"})
 
 
 def float_layers(model: "ov.Model") -> list[str]:
