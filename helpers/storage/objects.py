@@ -572,4 +572,6 @@ def _odd_path(error: Exception) -> str:
 
 def _said(text: str) -> str:
     """What an error is about, without the address, which the message before it has."""
+    if "InvalidCertificate" in text:
+        return f"its certificate is not trusted: {CERTIFICATES[0]} may name a file with the authority's"
     return first_line(text).rpartition(" - ")[2]
