@@ -24,7 +24,7 @@ from cluster import start_run
 from dfs_facade import ACCOUNT, BUSY, CUT, DROP, DROP_AFTERWARDS, KEY, Answer, Request
 from object_stores import S3, Gcs
 from pyspark import cloudpickle
-from test_adls import ACTIONS, contents, fill
+from test_adls import ACTIONS, contents, fill, sas
 from test_adls_pipeline import comparable
 
 from helpers import redaction
@@ -434,6 +434,21 @@ def test_options_for_other_libraries_hold_address_and_credential(monkeypatch, ca
     assert there.items() >= (expected | {"allow_http": "true"}).items()
     assert there.get("endpoint", there.get("base_url")) == "http://127.0.0.1:1/x"
     assert there.get("region") == ("eu-west-1" if uri.startswith("s3") else None)
+
+
+@pytest.mark.parametrize("place", ["adls", "adls by token", "s3"])
+def test_a_delta_table_is_written_and_read_with_these_options(request, monkeypatch, place):
+    deltalake = pytest.importorskip("deltalake")
+    kind = place.partition(" ")[0]
+    uri = f"{request.getfixturevalue(f'{kind}_root')}/results"
+    options = load_config("local", **request.getfixturevalue(f"{kind}_settings")).storage
+    if place == "adls by token":
+        monkeypatch.setenv("ADLS_SAS", sas(uri.removeprefix("abfss://").partition("@")[0]))
+        options = StorageOptions(options.endpoint, "env:ADLS_SAS")
+    named = object_store_options(uri, options)
+    for version in range(3):
+        deltalake.write_deltalake(uri, pa.table({"version": [version]}), mode="append", storage_options=named)
+    assert deltalake.DeltaTable(uri, storage_options=named).version() == 2
 
 
 def test_a_planted_secret_is_in_no_error_log_or_pickle(storage, s3, hasty, caplog):
