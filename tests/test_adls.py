@@ -627,6 +627,22 @@ def test_a_databricks_secret_opens_a_storage(storage, databricks):
     assert storage.read("a") == b"1"
 
 
+@pytest.mark.parametrize("refused, following", [("list", "read"), ("read", "list")])
+def test_a_secret_is_looked_up_anew_by_both_clients_when_one_is_refused(storage, dfs, databricks, refused, following):
+    rotated = open_storage(
+        storage.root, types.SimpleNamespace(storage=StorageOptions(dfs.endpoint, "secret:storage/the/key"))
+    )
+    fill(rotated)
+    assert ACTIONS["read"](rotated) == b"old"
+    sys.modules["databricks.sdk.runtime"].dbutils.secrets.known["storage", "the/key"] = f"AAAA{KEY[4:]}"
+    assert ACTIONS[following](rotated)  # until a request is refused, nobody asks
+    answer = Refusal(403, "AuthenticationFailed").answer
+    with dfs.disturb(lambda request: answer), pytest.raises(StorageError, match="was refused"):
+        ACTIONS[refused](rotated)
+    with pytest.raises(StorageError, match="was refused"):
+        ACTIONS[following](rotated)
+
+
 def test_a_databricks_secret_that_is_not_there_is_one_line(databricks):
     with pytest.raises(StorageError, match="secret:storage/other.*does not exist.*permission") as error:
         resolve("secret:storage/other", ACCOUNT)

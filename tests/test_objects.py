@@ -184,6 +184,16 @@ def test_a_name_that_cannot_be_used_costs_its_own_folder_only(storage, s3):
         list(storage.list())
 
 
+def test_what_was_listed_before_a_name_that_cannot_be_used_is_not_listed_again(storage, s3):
+    """A page has 1,000 names: all of one folder, and some of the next."""
+    good = [f"{number:04d}.png" for number in range(600)] + [f"a/{number:04d}.png" for number in range(600)]
+    for path in good:
+        storage.write(path, b"")
+    put(s3, storage, "bad//x.png")
+    listed = [entry.path for entry in storage.list(tolerant=True) if not entry.error]
+    assert sorted(listed) == sorted(storage.join(path) for path in good)
+
+
 def test_a_path_of_another_bucket_is_refused(storage):
     with pytest.raises(StorageError, match="is not in"):
         storage.read("s3://other/a")
@@ -205,7 +215,7 @@ def test_a_whole_bucket_is_a_location(s3, s3_settings, path):
 
 PRESIGNED = "https://b.s3.amazonaws.com/k?X-Amz-Signature=PLANTEDSECRET"
 ADDRESSES = ["s3://KEY:PLANTEDSECRET@bucket/p", "gs://user:PLANTEDSECRET@b/p", "https://u:PLANTEDSECRET@host/a.png"]
-ADDRESSES += [PRESIGNED, "https://host/a.png?token=PLANTEDSECRET", "s3://b/k?X-Amz-Signature=PLANTEDSECRET"]
+ADDRESSES += [PRESIGNED, "https://host/a.png?token=PLANTEDSECRET", "s3://bucket/k?X-Amz-Signature=PLANTEDSECRET"]
 
 
 @pytest.mark.parametrize("uri", [*ADDRESSES, "s3:/bucket/p", "s3://", "https://"])

@@ -283,9 +283,8 @@ class ObjectStorage:
 
     @property
     def _store(self) -> Any:
-        reference = "default" if self._is_web else self.options.credential
         with _opening:
-            return _open(self._base, self.options, credential_value(reference))
+            return _open(self._base, self.options, credential_value(self.options.credential))
 
     def _writable(self, path: str) -> Any:
         if self._is_web:
