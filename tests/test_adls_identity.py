@@ -26,6 +26,7 @@ from helpers.errors import StorageError
 from helpers.storage import StorageOptions, client, objects
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.credentials import resolve
+from helpers.storage.objects import object_store_options
 
 DFS, BLOB = f"{ACCOUNT}.dfs.core.windows.net", f"{ACCOUNT}.blob.core.windows.net"
 VAULT = "our-vault.vault.azure.net"
@@ -178,6 +179,12 @@ def test_the_hosts_identity_opens_a_storage_under_its_own_name(azure):
     assert azure.asked == ["https://storage.azure.com"]  # once for all requests
     hosts = {request.headers["host"] for request in azure.storage.requests}
     assert hosts == {DFS, BLOB}
+
+
+def test_the_hosts_identity_is_there_for_other_libraries(azure):
+    options = object_store_options(f"abfss://photos@{DFS}/folder", StorageOptions())
+    assert options.pop("token") in azure.storage.tokens
+    assert options == {"account_name": ACCOUNT, "endpoint": f"https://{BLOB}"}
 
 
 def test_an_identity_without_access_is_told_without_its_token(azure):

@@ -315,6 +315,13 @@ def test_a_host_that_does_not_exist_is_told_without_a_single_try(monkeypatch):
         ObjectStorage("https://nobody.example/a.png").exists("")
 
 
+@pytest.mark.parametrize("uri, key", [("s3://bucket/a", "ID:SECRETSECRET"), ("gs://bucket/a", Gcs.key)])
+def test_a_bucket_is_not_taken_for_a_host(monkeypatch, uri, key):
+    monkeypatch.setenv("A_KEY", key)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_: pytest.fail(f"asked for {host}"))
+    assert ObjectStorage(uri, StorageOptions(None, "env:A_KEY"))._store
+
+
 @pytest.mark.parametrize("wrong", ["id", "secret"])
 def test_a_wrong_key_is_told_and_not_shown(storage, s3, monkeypatch, wrong):
     secret = s3.secret if wrong == "id" else f"PLANTED{s3.secret[7:]}"
@@ -417,6 +424,16 @@ def test_with_the_default_credential_the_environments_is_taken(storage, s3, monk
     objects.forget_stores()
     by_default.write("a", b"1")
     assert storage.read("a") == b"1"
+
+
+def test_a_host_without_an_identity_is_told_with_the_remedy(hasty, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
+    with pytest.raises(
+        StorageError, match=r"^default: this process has no identity at s3://bucket; give.*name another"
+    ):
+        ObjectStorage("s3://bucket/a").read("b")
 
 
 ABFSS = f"abfss://photos@{ACCOUNT}.dfs.core.windows.net/p"
@@ -603,6 +620,27 @@ def test_a_long_file_of_a_web_server_is_read_by_ranges_where_it_has_them(web):
         assert storage.read("") == content
         with pytest.raises(StorageError, match="no ranges of files"):
             storage.open("")
+
+
+def test_a_file_that_a_web_server_refuses_is_told(web, monkeypatch):
+    monkeypatch.setattr(object_stores._Web, "do_GET", lambda self: self.send_error(403))
+    monkeypatch.setattr(object_stores._Web, "do_HEAD", lambda self: self.send_error(401))
+    storage = open_storage(f"{web[0]}/a.png")
+    for look in (lambda: storage.read(""), lambda: list(storage.list()), lambda: storage.exists("")):
+        with pytest.raises(StorageError, match=r"nobody without a login \(HTTP 40[13]\)"):
+            look()
+
+
+@pytest.mark.parametrize("name", ["redirect.png", "path.png"])
+def test_an_address_is_not_taken_for_what_is_wrong_with_it(storage, s3, hasty, name):
+    with s3.relay.disturb(lambda request: BUSY), pytest.raises(StorageError, match=r"\(ServerBusy\)"):
+        storage.read(name)
+
+
+def test_an_endpoint_that_is_no_address_is_told(monkeypatch):
+    monkeypatch.setenv("S3_KEY", "ID:SECRETSECRET")
+    with pytest.raises(StorageError, match="no address: there is no such host.*storage.endpoint"):
+        ObjectStorage("s3://bucket/a", StorageOptions("no address", "env:S3_KEY")).write("b", b"")
 
 
 def test_a_credential_goes_to_no_web_server(web, monkeypatch):

@@ -65,6 +65,7 @@ STATUS = re.compile(r"status code: (\d+)[^:]*")
 REFUSED = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthenticationFailed"}
 OF_ONE_FILE = {"AccessDenied", "AuthorizationPermissionMismatch"}
 NO_CONTAINER = {"NoSuchBucket", "ContainerNotFound", "FilesystemNotFound"}
+NO_IDENTITY = re.compile(r"/latest/api/token|/computeMetadata/")  # where AWS and GCP say who a machine is
 OTHER_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
 
 _opening = threading.Lock()  # threads that read ahead would otherwise open a store each
@@ -107,7 +108,7 @@ def check_host(address: str) -> None:
         # Other failures may pass, and behind a proxy it is the proxy that knows names.
         if error.errno == socket.EAI_NONAME and not getproxies():
             raise StorageError(
-                f"{host}: there is no such host; check the host's or account's name in the location, and "
+                f"{host or address}: there is no such host; check the host's or account's name in the location, and "
                 "storage.endpoint"
             ) from None
 
@@ -233,15 +234,16 @@ class ObjectStorage:
 
     def rename(self, source: str, target: str) -> None:
         """Copy one file, and then delete it: whoever is killed between the two leaves both, whole."""
-        store = self._writable(source)
         with self._explained(source):
+            store = self._writable(source)
             obstore.copy(store, self._name(source), self._name(target))
             obstore.delete(store, self._name(source))
 
     def delete(self, path: str) -> None:
         """Remove an object and all whose names continue its own after a slash."""
-        store, name = self._writable(path), self._name(path)
+        name = self._name(path)
         with self._explained(path):
+            store = self._writable(path)
             for page in obstore.list(store, name or None, chunk_size=PAGE):
                 obstore.delete(store, [item["path"] for item in page])
             with contextlib.suppress(FileNotFoundError):
@@ -264,10 +266,10 @@ class ObjectStorage:
         Raises:
             StorageError: it is there already.
         """
-        store, name = self._writable(path), self._name(path)
+        name = self._name(path)
         try:
             with self._explained(path):
-                obstore.put(store, name, b"", mode="create")
+                obstore.put(self._writable(path), name, b"", mode="create")
         except FileExistsError:
             raise StorageError(
                 f"{self._uri(name)}: another run is writing here, or was killed; if there is none, delete this object"
@@ -320,9 +322,8 @@ class ObjectStorage:
                 raise
 
     def _put(self, path: str, file: BinaryIO) -> None:
-        store = self._writable(path)
         with self._explained(path):
-            obstore.put(store, self._name(path), file, chunk_size=CHUNK_BYTES)
+            obstore.put(self._writable(path), self._name(path), file, chunk_size=CHUNK_BYTES)
 
     def _single(self, name: str) -> Entry:
         """The entry of one file; raises StorageError where there is none."""
@@ -399,15 +400,23 @@ class ObjectStorage:
             return OSError(errno.ESTALE, "it has changed while it was read", path)
         if isinstance(error, InvalidPathError):
             return StorageError(f"{path}: a name below it cannot be used ({_odd_path(error)}); rename it")
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) and "parse path" in text:
             return OSError(errno.EINVAL, "a name with control characters or empty parts cannot be used", path)
         if isinstance(error, NotSupportedError):
             return StorageError(f"{path}: this server has no ranges of files, which videos and archives need; copy it")
-        if code in OTHER_REGION or "redirect" in text:
+        if code in OTHER_REGION or "Received redirect" in text:
             return StorageError(f"{self._base} is in another region; name that with storage.region")
         if of_one_file and code in OF_ONE_FILE:
             return PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        if NO_IDENTITY.search(text):
+            return StorageError(
+                f"default: this process has no identity at {self._base}; give the machine a role or a service account, "
+                "set AWS_ACCESS_KEY_ID or GOOGLE_APPLICATION_CREDENTIALS and its like, or name another "
+                "storage.credential"
+            )
         said = code or (status and f"HTTP {status}") or _said(text)
+        if self._is_web and status in ("401", "403"):
+            return StorageError(f"{path}: the web server gives it to nobody without a login ({said}); copy it")
         # S3 gives some reasons with status 400, and to a request without a body in its answer no reason.
         if status in ("401", "403") or code in REFUSED or said == "HTTP 400":
             return self._refused(said)
@@ -473,7 +482,8 @@ def _open(base: str, options: StorageOptions, value: int) -> Any:
     """The one store of a process, location and credential; `value` tells credentials of one reference apart."""
     scheme, _, place = base.partition("://")
     config: Any = _address(base, options)
-    check_host(config.get("endpoint") or config.get("base_url") or base)
+    if address := config.get("endpoint") or config.get("base_url") or (scheme.startswith("http") and base):
+        check_host(address)
     settings: Any = {
         "client_options": {**TIMEOUTS, **_certificates(), "allow_http": "allow_http" in config},
         "retry_config": {"max_retries": TRIES, "retry_timeout": RETRY_TIME, "backoff": BACKOFF},
