@@ -16,6 +16,7 @@ SLOW = (
     "test_yolact_training.py",
     "test_training.py",
     "test_yolact_datasets.py",
+    "test_objects.py",
     "test_places.py",
     "test_synchrony.py",
     "test_first_look.py",

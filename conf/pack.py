@@ -24,8 +24,10 @@ from helpers.errors import HostError
 
 ARCHIVE = PROJECT / "out" / "pack" / "executors.tar.gz"
 # The pins in requirements.txt that tasks import, some of them late.
-PACKAGES = re.compile(r"^(numpy|pyarrow|opencv-python-headless|openvino|av|pycocotools|azure-[\w-]+)==", re.MULTILINE)
-IMPORTS = "import helpers.pipeline.task, av, cv2, azure.identity, azure.storage.filedatalake, openvino as ov; \
+PACKAGES = re.compile(
+    r"^(numpy|pyarrow|opencv-python-headless|openvino|av|pycocotools|obstore|azure-[\w-]+)==", re.MULTILINE
+)
+IMPORTS = "import helpers.pipeline.task, av, cv2, azure.identity, azure.storage.filedatalake, obstore, openvino as ov; \
 ov.Core().available_devices"
 # Tests and sources, devices other than the CPU, formats other than OpenVINO's own, and Arrow's network services.
 LEFT_OUT = re.compile(

@@ -164,12 +164,12 @@ def _models(config: Config) -> str:
 
 
 def _secret(config: Config) -> str:
-    from helpers.storage.credentials import resolve
+    from helpers.storage.credentials import fetch
 
     reference = config.storage.credential
     if reference == "default":
-        return "default: looked for when an abfss:// location is opened"
-    resolve(reference, account="doctor")
+        return "default: looked for when a location of Azure, AWS or GCP is opened"
+    fetch(reference)
     return f"{reference} is there"
 
 

@@ -14,6 +14,7 @@ class StorageOptions:
 
     endpoint: str | None = None
     credential: str = "default"
+    region: str | None = None  # of an S3 bucket; by default as the environment says, or us-east-1
 
     def __post_init__(self) -> None:
         if not CREDENTIAL_REFERENCE.fullmatch(self.credential):

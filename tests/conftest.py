@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import dfs_facade
+import object_stores
 import pytest
 from dfs_facade import DfsFacade
 
@@ -105,3 +106,23 @@ def adls_settings(dfs) -> dict[str, str]:
 def adls_root(dfs) -> str:
     """A folder, which is not there yet, in a container of its own."""
     return f"abfss://{dfs.make_container()}@{dfs_facade.ACCOUNT}.dfs.core.windows.net/a folder"
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory) -> Iterator[object_stores.S3]:
+    """S3 on loopback; its key is in the environment of this process and of its children, as `S3_KEY`."""
+    with pytest.MonkeyPatch.context() as environment, object_stores.start_s3(tmp_path_factory.mktemp("s3")) as server:
+        environment.setenv("S3_KEY", server.credential)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_settings(s3) -> dict[str, str]:
+    """What a configuration needs to reach it."""
+    return {"storage.endpoint": s3.relay.endpoint, "storage.credential": "env:S3_KEY"}
+
+
+@pytest.fixture
+def s3_root(s3) -> str:
+    """A folder, which is not there yet, in a bucket of its own."""
+    return f"s3://{s3.make_bucket()}/a folder"

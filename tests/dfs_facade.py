@@ -236,6 +236,8 @@ class DfsFacade(ThreadingHTTPServer):
         answer = self.send(request)
         if request.method == "HEAD" and answer.status == 404 and self._is_folder(request, request.name):
             return Answer(200, {"x-ms-blob-type": "BlockBlob", "Last-Modified": formatdate(usegmt=True), **FOLDER})
+        if start := request.query.get("startFrom"):
+            answer.body = _from(answer.body, start)
         return answer
 
     def _dfs(self, request: Request) -> Answer:
@@ -490,6 +492,15 @@ def _metadata(request: Request) -> dict[str, str]:
     """From the DFS API's one header `name=base64,...` to the Blob API's many."""
     pairs = [pair.partition("=") for pair in request.headers.get("x-ms-properties", "").split(",") if pair]
     return {f"x-ms-meta-{name.strip()}": base64.b64decode(value).decode() for name, _, value in pairs}
+
+
+def _from(listing: bytes, start: str) -> bytes:
+    """A listing without the names before one, which Azure leaves out when it is asked to, and Azurite does not."""
+    root = ElementTree.fromstring(listing)
+    for blobs in root.iter("Blobs"):
+        for blob in [blob for blob in blobs if (blob.findtext("Name") or "") < start]:
+            blobs.remove(blob)
+    return ElementTree.tostring(root)
 
 
 def _block(position: int) -> str:

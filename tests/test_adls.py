@@ -8,8 +8,8 @@ How it was checked that tests fail without their protection: in a copy of the re
     adls.py: `_move` gives up where the source is gone         any one request: writes and rename, dropped afterwards
     adls.py: the rename's source is not quoted                 percent signs
     adls.py: `_put` writes under the final name                a reader never sees a part
-    adls.py: a refused credential is an OSError                forbidden and refused, expired token, wrong key
-    client.py: nothing is repeated                               any one request: read and list
+    objects.py: a refused credential is an OSError             forbidden and refused, expired token, wrong key
+    client.py, objects.py: nothing is repeated                 any one request: list, and read
     client.py: urllib3's log is not filtered                     planted secret
     adls.py: `_check_lease` checks nothing                     who has lost the lock, right before the last request
     adls.py: `_condition` gives none                           lock for its own by mistake
@@ -33,11 +33,9 @@ import pickle
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
-import tracemalloc
 import types
 from collections.abc import Callable
 from urllib.parse import parse_qs
@@ -52,7 +50,7 @@ from helpers.config import load_config
 from helpers.errors import ConfigError, StorageError
 from helpers.images import boundary
 from helpers.pipeline import reading
-from helpers.storage import StorageOptions, adls, client, credentials, lease, open_storage
+from helpers.storage import StorageOptions, adls, client, credentials, lease, objects, open_storage
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.credentials import resolve
 from helpers.storage.prefetch import map_groups
@@ -71,6 +69,8 @@ def hasty(monkeypatch):
     """Repeat what fails at once, so that failures take no time."""
     monkeypatch.setitem(client.RETRY, "increment_base", 0)
     monkeypatch.setitem(client.RETRY, "random_jitter_range", 0)
+    monkeypatch.setitem(objects.BACKOFF, "init_backoff", dt.timedelta(milliseconds=1))
+    monkeypatch.setitem(objects.BACKOFF, "max_backoff", dt.timedelta(milliseconds=2))
     client.forget_clients()
     yield
     client.forget_clients()
@@ -141,56 +141,24 @@ def test_a_storage_that_was_used_pickles_without_its_credential(storage):
         assert pickle.loads(pickle.dumps(storage)).read("a") == b"1"
 
 
-def test_a_large_file_is_read_in_ranges_and_written_in_chunks(storage, dfs, hasty, monkeypatch):
-    monkeypatch.setattr(adls, "RANGE_BYTES", 100_000)
+def test_a_large_file_is_read_in_one_request_and_written_in_chunks(storage, dfs, monkeypatch):
     monkeypatch.setattr(adls, "CHUNK_BYTES", 70_000)
     content = os.urandom(1_000_001)
     dfs.requests.clear()
     storage.write("large", content)
     assert sum(request.query.get("action") == "append" for request in dfs.requests) == 15
     assert storage.read("large") == content
-    assert sum(request.is_read for request in dfs.requests) == 11
-
-
-def test_a_large_file_is_copied_in_ranges_in_the_memory_of_a_few(storage, dfs, hasty, monkeypatch):
-    monkeypatch.setattr(adls, "RANGE_BYTES", 2**20)
-    content = os.urandom(2**20) * 120
-    storage.write("large", content)
-    dfs.requests.clear()
-    tracemalloc.start()
-    try:
-        with storage.open("large") as file:
-            assert tracemalloc.get_traced_memory()[1] < len(content) / 2
-            assert file.read() == content
-    finally:
-        tracemalloc.stop()
-    assert sum(request.is_read for request in dfs.requests) == 120
-
-
-def test_a_file_beyond_its_limit_is_told_by_its_first_range(storage, dfs, hasty, monkeypatch):
-    monkeypatch.setattr(adls, "RANGE_BYTES", 100_000)
-    storage.write("large", bytes(1_000_000))
-    dfs.requests.clear()
-    with pytest.raises(OSError, match="too large"):
-        storage.read("large", 999_999)
     assert sum(request.is_read for request in dfs.requests) == 1
 
 
-@pytest.mark.parametrize("length", [100, 3 * 2**20])
-def test_a_full_disk_for_temporary_files_is_told_with_the_remedy(storage, hasty, monkeypatch, length):
-    monkeypatch.setattr(adls, "RANGE_BYTES", 2**20)
-    storage.write("a.mp4", bytes(length))
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b"))  # noqa: PTH123, SIM115
-    with pytest.raises(StorageError, match="No space left on device.*TMPDIR"):
-        storage.open("a.mp4")
-
-
-def test_no_disk_for_temporary_files_is_told_with_the_remedy(storage, monkeypatch, tmp_path):
-    storage.write("a.mp4", b"1")
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "gone")])
-    with pytest.raises(StorageError, match="No usable temporary directory.*TMPDIR"):
-        storage.open("a.mp4")
+@pytest.mark.parametrize("name", ["two\nlines.png", "tab\there.png"])
+def test_names_with_control_characters_are_read_by_the_sdk_up_to_a_limit(storage, name):
+    storage.write(name, b"12")
+    assert storage.read(name, 2) == b"12"
+    with pytest.raises(OSError, match="too large"):
+        storage.read(name, 1)
+    with pytest.raises(OSError, match="control characters"):
+        storage.open(name)
 
 
 def test_deleting_a_folder_takes_all_that_is_below(storage):
@@ -277,12 +245,12 @@ def test_what_does_not_get_better_is_one_clear_error_and_no_missing_file(storage
 
 def test_retries_wait_longer_and_longer_but_not_for_ever():
     policy = client.ExponentialRetry(**client.RETRY)
-    least = [max(0, 2**count - 1) for count in range(1, client.TRIES + 1)]
-    waits = [policy.get_backoff_time({"count": count}) for count in range(1, client.TRIES + 1)]
+    least = [max(0, 2**count - 1) for count in range(1, objects.TRIES + 1)]
+    waits = [policy.get_backoff_time({"count": count}) for count in range(1, objects.TRIES + 1)]
     assert all(low <= wait <= low + 2 for low, wait in zip(least, waits, strict=True))
     assert 30 < sum(waits) < 120
     retries = policy.total_retries, policy.connect_retries, policy.read_retries, policy.status_retries
-    assert retries == (client.TRIES,) * 4
+    assert retries == (objects.TRIES,) * 4
 
 
 # ---------------------------------------------------------------- what is refused
@@ -310,16 +278,16 @@ def test_an_account_that_does_not_exist_is_told_without_a_single_try(monkeypatch
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve_name)
     monkeypatch.setenv("ADLS_KEY", KEY)
-    monkeypatch.setattr(client, "getproxies", dict)
+    monkeypatch.setattr(objects, "getproxies", dict)
     nobody = AdlsStorage("abfss://photos@nobody.dfs.core.windows.net/a", StorageOptions(None, "env:ADLS_KEY"))
     with pytest.raises(StorageError, match=r"^nobody\.dfs\.core\.windows\.net: there is no such host"):
         nobody.exists("b")
     assert asked == ["nobody.dfs.core.windows.net"]
-    monkeypatch.setattr(client, "getproxies", lambda: {"https": "http://proxy"})
+    monkeypatch.setattr(objects, "getproxies", lambda: {"https": "http://proxy"})
     assert nobody._files.file_system_name == "photos"
     answer = socket.EAI_AGAIN
     client.forget_clients()
-    monkeypatch.setattr(client, "getproxies", dict)
+    monkeypatch.setattr(objects, "getproxies", dict)
     assert nobody._files.file_system_name == "photos"
     client.forget_clients()
 
@@ -657,6 +625,22 @@ def test_a_databricks_secret_opens_a_storage(storage, databricks):
     options = StorageOptions(storage.options.endpoint, "secret:storage/the/key")
     AdlsStorage(storage.root, options).write("a", b"1")
     assert storage.read("a") == b"1"
+
+
+@pytest.mark.parametrize("refused, following", [("list", "read"), ("read", "list")])
+def test_a_secret_is_looked_up_anew_by_both_clients_when_one_is_refused(storage, dfs, databricks, refused, following):
+    rotated = open_storage(
+        storage.root, types.SimpleNamespace(storage=StorageOptions(dfs.endpoint, "secret:storage/the/key"))
+    )
+    fill(rotated)
+    assert ACTIONS["read"](rotated) == b"old"
+    sys.modules["databricks.sdk.runtime"].dbutils.secrets.known["storage", "the/key"] = f"AAAA{KEY[4:]}"
+    assert ACTIONS[following](rotated)  # until a request is refused, nobody asks
+    answer = Refusal(403, "AuthenticationFailed").answer
+    with dfs.disturb(lambda request: answer), pytest.raises(StorageError, match="was refused"):
+        ACTIONS[refused](rotated)
+    with pytest.raises(StorageError, match="was refused"):
+        ACTIONS[following](rotated)
 
 
 def test_a_databricks_secret_that_is_not_there_is_one_line(databricks):

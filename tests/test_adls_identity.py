@@ -1,9 +1,11 @@
-"""Entra ID and Key Vault, spoken to over TLS under Azure's own host names; only what those names resolve to is ours."""
+"""Entra ID and Key Vault, spoken to over TLS under Azure's own host names; a proxy leads those to servers of ours."""
 
+import contextlib
 import datetime as dt
 import ipaddress
 import json
 import socket
+import socketserver
 import ssl
 import threading
 import time
@@ -21,9 +23,10 @@ from cryptography.x509.oid import NameOID
 from dfs_facade import ACCOUNT, KEY, DfsFacade
 
 from helpers.errors import StorageError
-from helpers.storage import StorageOptions, client
+from helpers.storage import StorageOptions, client, objects
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.credentials import resolve
+from helpers.storage.objects import object_store_options
 
 DFS, BLOB = f"{ACCOUNT}.dfs.core.windows.net", f"{ACCOUNT}.blob.core.windows.net"
 VAULT = "our-vault.vault.azure.net"
@@ -33,24 +36,27 @@ HEADER = "PLANTEDHEADER"
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory) -> tuple[ssl.SSLContext, Path]:
     """A server's context, and the file that makes clients trust it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tests")]), dt.datetime.now(dt.UTC)
+    now = dt.datetime.now(dt.UTC)
+    authority, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    issuer, subject = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("authority", "tests"))
     names = [x509.DNSName(host) for host in (DFS, BLOB, VAULT)] + [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
+
+    def sign(name: x509.Name, of: ec.EllipticCurvePrivateKey, is_authority: bool) -> bytes:
+        builder = x509.CertificateBuilder(issuer, name, of.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - dt.timedelta(days=1)).not_valid_after(now + dt.timedelta(days=1))
+        builder = builder.add_extension(x509.BasicConstraints(is_authority, None), critical=True)
+        if not is_authority:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        return builder.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
     folder = tmp_path_factory.mktemp("tls")
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (folder / "key.pem").write_bytes(pem)
-    (folder / "certificate.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "certificate.pem").write_bytes(sign(subject, key, False))
+    (folder / "authority.pem").write_bytes(sign(issuer, authority, True))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
-    return context, folder / "certificate.pem"
+    return context, folder / "authority.pem"
 
 
 @dataclass
@@ -107,21 +113,46 @@ def serve(answer, context: ssl.SSLContext | None = None) -> ThreadingHTTPServer:
 
 
 @pytest.fixture
-def azure(dfs, tls, monkeypatch) -> Iterator[Azure]:
+def proxy() -> Iterator[tuple[str, dict[str, int]]]:
+    """The address of a proxy for TLS, and the ports here that stand for hosts."""
+    ports: dict[str, int] = {}
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    class Connect(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked = b""
+            while not asked.endswith(b"\r\n\r\n"):
+                asked += self.request.recv(1)
+            host = asked.split()[1].decode().partition(":")[0]
+            with socket.create_connection(("127.0.0.1", ports[host])) as server:
+                self.request.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+                back = threading.Thread(target=pump, args=[server, self.request], daemon=True)
+                back.start()
+                pump(self.request, server)
+                back.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Connect) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", ports
+        server.shutdown()
+
+
+@pytest.fixture
+def azure(dfs, tls, proxy, monkeypatch) -> Iterator[Azure]:
     context, trusted = tls
     azure = Azure(DfsFacade(dfs.upstream, context))
     identity, vault = serve(azure.token), serve(azure.secret, context)
-    ports = {
-        DFS: azure.storage.server_address[1],
-        BLOB: azure.storage.server_address[1],
-        VAULT: vault.server_address[1],
-    }
-    resolve_name = socket.getaddrinfo
-
-    def ours(host, port, *arguments, **options):
-        return resolve_name("127.0.0.1" if host in ports else host, ports.get(host, port), *arguments, **options)
-
-    monkeypatch.setattr(socket, "getaddrinfo", ours)
+    address, ports = proxy
+    ports |= dict.fromkeys((DFS, BLOB), azure.storage.server_address[1]) | {VAULT: vault.server_address[1]}
+    monkeypatch.setenv("HTTPS_PROXY", address)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(trusted))
     monkeypatch.setenv("IDENTITY_ENDPOINT", f"http://127.0.0.1:{identity.server_address[1]}/token")
     monkeypatch.setenv("IDENTITY_HEADER", HEADER)
@@ -150,6 +181,12 @@ def test_the_hosts_identity_opens_a_storage_under_its_own_name(azure):
     assert hosts == {DFS, BLOB}
 
 
+def test_the_hosts_identity_is_there_for_other_libraries(azure):
+    options = object_store_options(f"abfss://photos@{DFS}/folder", StorageOptions())
+    assert options.pop("token") in azure.storage.tokens
+    assert options == {"account_name": ACCOUNT, "endpoint": f"https://{BLOB}"}
+
+
 def test_an_identity_without_access_is_told_without_its_token(azure):
     storage = AdlsStorage(f"abfss://{azure.storage.make_container()}@{DFS}/folder")
     storage.write("a", b"1")
@@ -157,6 +194,16 @@ def test_an_identity_without_access_is_told_without_its_token(azure):
     with pytest.raises(StorageError, match="the credential default was refused") as error:
         storage.read("a")
     assert "TOKEN" not in str(error.value)
+
+
+def test_a_server_whose_certificate_nobody_vouches_for_is_told_with_the_remedy(azure, monkeypatch):
+    storage = AdlsStorage(f"abfss://{azure.storage.make_container()}@{DFS}/folder")
+    storage.write("a", b"1")
+    client.forget_clients()
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "")
+    monkeypatch.setattr(objects, "TRIES", 0)
+    with pytest.raises(StorageError, match="certificate is not trusted: REQUESTS_CA_BUNDLE"):
+        storage.read("a")
 
 
 def test_a_host_without_an_identity_is_one_line(azure, monkeypatch):

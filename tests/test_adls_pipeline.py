@@ -29,7 +29,7 @@ from helpers import doctor
 from helpers.config import PROJECT, load_config
 from helpers.errors import StorageError
 from helpers.pipeline.results import ResultStore
-from helpers.storage import StorageOptions, client
+from helpers.storage import StorageOptions, client, objects
 from helpers.storage.adls import AdlsStorage
 from studies.cluster import Cluster, wait_for
 
@@ -397,6 +397,7 @@ def keys(store: ResultStore) -> list[tuple[str, int]]:
 
 def test_a_publication_cut_off_at_any_request_is_put_right_by_the_next_run(dfs, adls_root, adls_settings, monkeypatch):
     monkeypatch.setitem(client.RETRY, "retry_total", 0)
+    monkeypatch.setattr(objects, "TRIES", 0)
     client.forget_clients()
     storage = AdlsStorage(adls_root, load_config("local", **adls_settings).storage)
     store = ResultStore(storage)

@@ -26,7 +26,12 @@ from studies.cluster import LOOPBACK, Cluster, Process
 
 REQUIREMENTS = (PROJECT / "requirements.txt").read_text(encoding="utf-8")
 MEGABYTES = 400  # the most that the archive may have
-MODULES = [f"helpers.{name}" for name in EXECUTOR_MODULES] + ["av", "azure.identity", "azure.storage.filedatalake"]
+MODULES = [f"helpers.{name}" for name in EXECUTOR_MODULES] + [
+    "av",
+    "azure.identity",
+    "azure.storage.filedatalake",
+    "obstore",
+]
 
 
 @pytest.fixture(scope="module")

@@ -78,15 +78,23 @@ def local(tmp_path) -> LocalStorage:
     return open_storage(str(tmp_path))
 
 
-@pytest.fixture(params=["local", "adls"])
-def settings(request) -> dict:
-    """How a kind of storage is reached; nothing is needed for a local one."""
-    return {} if request.param == "local" else request.getfixturevalue("adls_settings")
+@pytest.fixture(params=["local", "adls", "s3"])
+def kind(request) -> str:
+    return request.param
+
+
+with_locks = pytest.mark.parametrize("kind", ["local", "adls"], indirect=True)  # which the server or system ends
 
 
 @pytest.fixture
-def storage(request, settings, tmp_path) -> Storage:
-    root = request.getfixturevalue("adls_root") if settings else str(tmp_path)
+def settings(request, kind) -> dict:
+    """How a kind of storage is reached; nothing is needed for a local one."""
+    return {} if kind == "local" else request.getfixturevalue(f"{kind}_settings")
+
+
+@pytest.fixture
+def storage(request, kind, settings, tmp_path) -> Storage:
+    root = str(tmp_path) if kind == "local" else request.getfixturevalue(f"{kind}_root")
     return open_storage(root, load_config("local", **settings))
 
 
@@ -99,10 +107,14 @@ def reopen(settings):
 # ---------------------------------------------------------------- what every storage does
 
 
-def test_every_file_is_listed_with_its_exact_name(storage):
+def can_be_named(name: str, kind: str) -> bool:
+    return kind != "s3" or name.isprintable()  # what obstore takes; `test_objects.py` has what becomes of others
+
+
+def test_every_file_is_listed_with_its_exact_name(storage, kind):
     expected = {}
     for folder in ("", "nested", "nested/deeper folder", "100% #1"):
-        for size, name in enumerate(NAMES):
+        for size, name in enumerate(name for name in NAMES if can_be_named(name, kind)):
             path = f"{folder}/{name}".lstrip("/")
             storage.write(path, b"x" * size)
             expected[f"{storage.root}/{path}"] = size
@@ -112,7 +124,11 @@ def test_every_file_is_listed_with_its_exact_name(storage):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_listed_path_reads_back(storage, name):
+def test_a_listed_path_reads_back(storage, kind, name):
+    if not can_be_named(name, kind):
+        with pytest.raises(OSError, match="control characters"):
+            storage.write(f"folder/{name}", b"")
+        return
     storage.write(f"folder/{name}", name.encode())
     (entry,) = storage.list("folder")
     assert entry.path == storage.join("folder", name)
@@ -260,6 +276,7 @@ def patience(monkeypatch) -> Callable[[int], None]:
     return lambda seconds: monkeypatch.setattr(lease, "LEASE_SECONDS", seconds)
 
 
+@with_locks
 def test_a_lock_keeps_another_process_out_until_it_is_killed(storage, settings, patience):
     holder = start_holder(storage, settings, "lock('below/_lock')")
     try:
@@ -273,6 +290,7 @@ def test_a_lock_keeps_another_process_out_until_it_is_killed(storage, settings, 
         pass
 
 
+@with_locks
 def test_a_lock_is_free_after_its_block(storage, reopen, patience):
     with storage.lock("_lock"):
         patience(0)
@@ -283,6 +301,7 @@ def test_a_lock_is_free_after_its_block(storage, reopen, patience):
         pass
 
 
+@with_locks
 def test_a_lock_below_a_file_names_the_file(storage, reopen):
     storage.write("notes.txt", b"")
     with pytest.raises(StorageError, match=r"notes\.txt is a file"), reopen(storage.join("notes.txt")).lock("_lock"):
@@ -343,11 +362,11 @@ def test_dbfs_is_the_mount():
     assert open_storage("dbfs:/data/photos").root == "/dbfs/data/photos"
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/photos", "ftp://host/x", "https://host/x.png"])
+@pytest.mark.parametrize("uri", ["wasbs://c@host/photos", "ftp://host/x", "hdfs://host/x.png"])
 def test_an_unknown_scheme_is_named_with_what_works(uri):
     with pytest.raises(StorageError) as error:
         open_storage(uri)
-    assert uri in str(error.value) and "file:" in str(error.value)
+    assert uri in str(error.value) and "file:" in str(error.value) and "s3://" in str(error.value)
 
 
 def test_deleting_a_link_keeps_what_it_leads_to(local, tmp_path):

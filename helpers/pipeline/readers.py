@@ -47,8 +47,10 @@ def choose_reader(spark: "SparkSession", storage: Storage, images: pa.Table, con
         reader, why = config.reader, "it is set"
     elif local_slots(spark) is not None:
         reader, why = "files", "tasks run on this machine"
-    elif storage.root.startswith("abfss:") and config.spark.mode != "databricks":
-        reader, why = "files", "only Databricks' Spark surely has the connector for abfss:"
+    elif (scheme := re.match("(abfss|s3|gs):", storage.root)) and config.spark.mode != "databricks":
+        reader, why = "files", f"only Databricks' Spark surely has the connector for {scheme[0]}"
+    elif storage.root.startswith("http"):
+        reader, why = "files", "Spark cannot read from a web server"
     elif _tasks_can_read(spark, storage, images, config):
         reader, why = "files", "a task could read an image"
     else:

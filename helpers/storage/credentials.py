@@ -1,15 +1,20 @@
 """Credentials by reference: resolved in the process that uses them, never pickled, logged or shown.
 
-    default             azure-identity's chain: environment, workload or managed identity, developer tools
-    env:NAME            an environment variable: an account key, or a SAS token (begins with `?` or has `sig=`)
-    secret:SCOPE/KEY    a Databricks secret, with either in it; Databricks gives secrets to the driver only
-    keyvault:VAULT/NAME an Azure Key Vault secret, with either in it, fetched with `default`; VAULT is a name or a host
+    default             what the host has: on Azure azure-identity's chain (environment, workload or managed identity,
+                        developer tools), on AWS and GCP the environment, or the identity of the machine or the pod
+    env:NAME            an environment variable
+    secret:SCOPE/KEY    a Databricks secret; Databricks gives secrets to the driver only
+    keyvault:VAULT/NAME an Azure Key Vault secret, fetched with `default`; VAULT is a name or a host
+
+What they lead to is, for Azure, an account key or a SAS token (begins with `?` or has `sig=`); for S3
+`ACCESS_KEY_ID:SECRET_ACCESS_KEY`, with `:SESSION_TOKEN` where there is one; for GCS the JSON key of a service account.
 
 Spark tasks resolve the reference again, on the machine they run on; what only the driver has is no help to them.
 Executors import this module.
 """
 
 import base64
+import functools
 import os
 import re
 import socket
@@ -22,7 +27,7 @@ STORAGE_SCOPE = "https://storage.azure.com/.default"
 
 
 def resolve(reference: str, account: str) -> Any:
-    """Return a credential in the form that the storage SDK takes.
+    """Return a credential of Azure in the form that its storage SDK takes.
 
     Args:
         reference: as above.
@@ -32,11 +37,9 @@ def resolve(reference: str, account: str) -> Any:
         StorageError: there is no such secret in this process's reach, or it is neither a key nor a SAS token. The
             message names the reference, never the value.
     """
-    kind, _, name = reference.partition(":")
-    if kind == "default":
+    if reference == "default":
         return _checked(_identity())
-    secret = _FETCH[kind](name).strip()
-    remember(secret)
+    secret = fetch(reference)
     if secret.startswith("?") or "sig=" in secret:
         return secret.removeprefix("?")
     from azure.core.credentials import AzureNamedKeyCredential
@@ -50,6 +53,24 @@ def resolve(reference: str, account: str) -> Any:
     return AzureNamedKeyCredential(account, secret)
 
 
+def fetch(reference: str) -> str:
+    """Return the secret that a reference other than `default` leads to; it is hidden from now on.
+
+    Raises:
+        StorageError: there is no such secret in this process's reach.
+    """
+    kind, _, name = reference.partition(":")
+    secret = _FETCH[kind](name).strip()
+    remember(secret)
+    return secret
+
+
+def forget_identity() -> None:
+    """Look for the host's identity anew when it is needed next."""
+    _identity.cache_clear()
+
+
+@functools.cache  # it keeps its tokens
 def _identity() -> Any:
     from azure.identity import DefaultAzureCredential
 

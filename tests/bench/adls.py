@@ -141,7 +141,7 @@ def profile(source: str, settings: list[str]) -> pd.Series:
     profiler.runcall(lambda: [storage.read(name) for name in names])
     spent: Counter[str] = Counter()
     for (file, _, name), (_, _, own, _, _) in pstats.Stats(profiler).stats.items():
-        package = re.search(r"site-packages/(\w+)|/(helpers)/", file)
+        package = re.search(r"site-packages/(\w+)|/(helpers)/", file) or re.search(r"(obstore)()", name)
         sockets = "sockets, waiting for the server" if "socket" in name else "Python's library"
         spent[package[1] or package[2] if package else sockets] += own
     return pd.Series(spent).sort_values(ascending=False)
