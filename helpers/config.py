@@ -74,9 +74,10 @@ class PathSettings(_Section):
 
 
 class IngestSettings(_Section):
-    """Which files are images, and how large one may be."""
+    """Which files are images or archives of them, and how large an image may be."""
 
     suffixes: tuple[str, ...]
+    archives: tuple[str, ...]
     outside_links: bool
     max_bytes: Annotated[
         int, Field(gt=0, le=2 * 10**9)

@@ -30,6 +30,9 @@ LASTING = (
     "the frame cannot be decoded",
     "this is a directory",
     "the file cannot be read: it is a pipe",
+    "the file is not an archive",
+    "the archive is",
+    "the member is",
 )
 
 
@@ -52,6 +55,16 @@ def attempt(function: Callable[..., R], *arguments: object) -> tuple[R | None, s
         raise
     except Exception as error:
         return None, reason(error)
+
+
+def too_long(length: int, max_bytes: int) -> str | None:
+    """Why a file or a member of an archive is not read, where it has too many bytes for an image."""
+    if length <= max_bytes:
+        return None
+    return (
+        f"the file has {length} bytes, more than the {max_bytes} that ingest.max_bytes and "
+        "inference.memory_megabytes allow"
+    )
 
 
 def reason(error: Exception) -> str:

@@ -27,7 +27,7 @@ from helpers.errors import RunError, StorageError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, stages
 from helpers.pipeline.models import cascade_of, model_identity, open_models, parameters_of
-from helpers.pipeline.readers import add_frames, choose_reader, planned_paths, read_all_by_spark, read_by_spark, reading
+from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_all_by_spark, read_by_spark, reading
 from helpers.pipeline.records import Stopwatch, describe, write_record
 from helpers.pipeline.results import ResultStore
 from helpers.pipeline.rows import is_among, outdated, replaced, settled, without
@@ -91,13 +91,13 @@ class RunSummary:
 
 
 def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
-    """Stage 1: the images below a location, every k-th frame of videos among them, with their bytes, one row each.
+    """Stage 1: the images below a location, frames of videos and members of archives among them, with their bytes.
 
     Returns:
         A DataFrame of `stages.IMAGE_SCHEMA`; nothing is read until an action.
     """
     storage = open_storage(source, config)
-    images = add_frames(spark, storage, listing.list_images(storage, config), config)
+    images = expand(spark, storage, listing.list_images(storage, config), config)
     plan = listing.plan(images, get_slots(spark), config)
     assigned = listing.assign(images, plan)
     if choose_reader(spark, storage, assigned, config) == "spark":
@@ -156,8 +156,9 @@ def run(
 ) -> RunSummary:
     """Run the four stages, fused, over every image below a location, and publish the results once.
 
-    Every k-th frame of a video (`video.every`) is an image too, with the path `FILE#frame=N`. Images whose path, length
-    and modification time are already in the results are skipped, unless their error is not of their bytes or
+    Every k-th frame of a video (`video.every`) is an image too, with the path `FILE#frame=N`, and so are members of
+    archives, with the path `FILE#member=NAME` and the archive's modification time. Images whose path, length and
+    modification time are already in the results are skipped, unless their error is not of their bytes or
     `config.resume` is false; the results then replace all earlier ones when they are published. A damaged image is a
     row with an `error`. `session_seconds`, what the session took to start, is recorded. After the results are
     published nothing raises: pictures, dashboard and record that cannot be written are warnings.
@@ -178,7 +179,7 @@ def run(
         slots = get_slots(spark)
         watch.lap("open")
         listed = listing.list_images(task.source, config, skip=store.folders)
-        images = add_frames(spark, task.source, listed, config)
+        images = expand(spark, task.source, listed, config)
         settled_rows = settled(old_rows, len(task.models)) if config.resume else old_rows.slice(0, 0)
         todo = without(images, settled_rows)
         plan = listing.plan(todo, slots, config, _image_seconds(task, config))
@@ -196,7 +197,8 @@ def run(
         old_paths = old_rows["path"]
         if config.resume:
             old_paths = pa.chunked_array(
-                [*replaced(todo, old_rows).chunks, *outdated(old_rows, images, listed.videos).chunks], pa.string()
+                [*replaced(todo, old_rows).chunks, *outdated(old_rows, images, listed.videos, listed.archives).chunks],
+                pa.string(),
             )
         published = store.publish([r["file"] for r in records], old_paths)
         with only_warn("what was staged could not be removed"):

@@ -1,20 +1,25 @@
-"""Before stage 1: the frames of videos take their places among the images.
+"""Before stage 1: the frames of videos and the members of archives take their places among the images.
 
 list_frames     in tasks: a video to its frames, without decoding it
 with_frames     on the driver: every k-th of them a row, as an image has one
+list_members    in tasks: an archive to the images in it, a row each
 """
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from helpers.images.boundary import attempt
+from helpers.images.archive import MARK, find_members
+from helpers.images.boundary import attempt, too_long
 from helpers.images.video import Frames, find_frames, frame_paths, frame_pixels
 from helpers.memory import bounded
-from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES, PLACE, Batches, conform
+from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES, PLACE, RANGE, Batches, conform
 from helpers.storage import Storage
+from helpers.storage.ranges import open_ranges
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +33,9 @@ FRAMES_SCHEMA = pa.schema(
     ]
 )
 # A frame has its share of the file's bytes, for the plan.
-ROWS_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, pa.field("bytes", pa.int64())])
+ROWS_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, *RANGE, pa.field("bytes", pa.int64())])
+MEMBERS_SCHEMA = pa.schema([*KEY, ERROR, *RANGE, pa.field("bytes", pa.int64())])
+ROWS_PER_BATCH = 8192
 
 
 def list_frames(
@@ -97,3 +104,84 @@ def _rows(video: pa.RecordBatch, every: int) -> pa.Table:
         if not video[place.name].null_count:
             rows = rows.append_column(place.name, video[place.name].flatten())
     return rows.append_column("bytes", pa.array(np.full(len(numbers), row["length"] // len(numbers)), pa.int64()))
+
+
+def list_members(
+    batches: Batches,
+    storage: Storage,
+    suffixes: tuple[str, ...],
+    refused: tuple[str, ...],
+    max_bytes: int,
+    memory_megabytes: int | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Find the images in archives.
+
+    Args:
+        batches: `listing.LISTED_SCHEMA`, or more.
+        storage: where they lie.
+        suffixes: of images, in lower case. Members with others are left out, and hidden ones.
+        refused: suffixes of members that are an error, because what is in them would be images outside an archive.
+        max_bytes: of an image; a longer one is an error.
+        memory_megabytes: what this process may take; an archive whose list takes more is an error.
+
+    Yields:
+        `MEMBERS_SCHEMA`, a row per image, and one for an archive that cannot be read, or not to its end.
+    """
+    for batch in batches:
+        for archive in batch.select([*KEY_NAMES, "error"]).to_pylist():
+            members = None
+            if archive["error"] is None:
+                arguments = archive, storage, suffixes, refused, max_bytes, memory_megabytes
+                members, archive["error"] = attempt(_members, *arguments)
+            if members is None:
+                members = _member_table([{**archive, "bytes": archive["length"]}])
+            yield from members.to_batches(max_chunksize=ROWS_PER_BATCH)
+
+
+def _members(
+    archive: dict[str, Any],
+    storage: Storage,
+    suffixes: tuple[str, ...],
+    refused: tuple[str, ...],
+    max_bytes: int,
+    memory_megabytes: int | None,
+) -> pa.Table:
+    tables: list[pa.Table] = []
+    rows: list[dict[str, Any]] = []
+    with bounded(memory_megabytes) as left:
+        members = find_members(open_ranges(storage, archive["path"], archive["length"]), left)
+        while True:
+            member, archive_error = attempt(next, members, None)
+            if member is None:
+                break
+            name = member.name.lower()
+            if _is_hidden(name) or not name.endswith(suffixes + refused):
+                continue
+            error = member.error or too_long(member.length, max_bytes)
+            if not name.endswith(suffixes):
+                error = "the member is an archive or a video; put it beside the archive, where it is read"
+            row = {"path": f"{archive['path']}{MARK}{member.name}", "length": member.length, "error": error}
+            rows.append({**archive, **row, "offset": member.offset, "packed": member.packed, "bytes": member.length})
+            if len(rows) == ROWS_PER_BATCH:
+                tables.append(_member_table(rows))
+                rows = []
+        images = _last_of_each_path(pa.concat_tables([*tables, _member_table(rows)]))
+    if archive_error is None:
+        return images
+    return pa.concat_tables([images, _member_table([{**archive, "error": archive_error, "bytes": archive["length"]}])])
+
+
+def _member_table(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=MEMBERS_SCHEMA)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def _last_of_each_path(members: pa.Table) -> pa.Table:
+    if pc.count_distinct(members["path"]).as_py() == members.num_rows:
+        return members
+    numbered = members.append_column("number", pa.array(range(members.num_rows), pa.int64()))
+    last = numbered.group_by("path").aggregate([("number", "max")])["number_max"]
+    return members.take(last.take(pc.sort_indices(last)))

@@ -1,8 +1,8 @@
 """Two ways from paths to bytes, one DataFrame (`stages.IMAGE_SCHEMA`).
 
     files   the task that decodes an image reads it too: nothing is exchanged but paths, and the plan is kept
-    spark   Spark's `binaryFile` reads, where only Spark can reach the storage (Unity Catalog, serverless); videos are
-            read by the tasks nevertheless, and are error rows where these cannot
+    spark   Spark's `binaryFile` reads, where only Spark can reach the storage (Unity Catalog, serverless); videos
+            and archives are read by the tasks nevertheless, and are error rows where these cannot
 
 `binaryFile` silently leaves out empty files, hidden ones and those it cannot read; a run compares with the listing.
 """
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,10 +22,10 @@ from helpers.errors import RunError
 from helpers.images.video import split_paths
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import stages
-from helpers.pipeline.frames import FRAMES_SCHEMA, list_frames, with_frames
+from helpers.pipeline.frames import FRAMES_SCHEMA, MEMBERS_SCHEMA, ROWS_SCHEMA, list_frames, list_members, with_frames
 from helpers.pipeline.listing import Listing, assign
 from helpers.pipeline.listing import plan as make_plan
-from helpers.pipeline.schemas import KEY_NAMES, Batches
+from helpers.pipeline.schemas import KEY_NAMES, Batches, conform
 from helpers.session import get_slots, local_slots, set_where_allowed, spark_failure, spark_schema
 from helpers.storage import Storage
 
@@ -78,16 +78,16 @@ def read_by_spark(spark: "SparkSession", storage: Storage, rows: pa.Table, confi
     settings = {"files.maxPartitionBytes": config.partitioning.target_bytes, "files.openCostInBytes": 64 * 2**10}
     settings["sources.parallelPartitionDiscovery.parallelism"] = LOOKING_TASKS
     set_where_allowed(spark, {f"spark.sql.{name}": str(value) for name, value in settings.items()})
-    is_frame, is_good, is_passed_over = _kinds(rows)
+    is_part, is_good, is_passed_over = _kinds(rows)
     files = rows.filter(pc.and_(is_good, pc.invert(is_passed_over)))
     for start in range(0, files.num_rows, FILES_PER_PLAN):
         yield _read_files(spark, storage, files.slice(start, FILES_PER_PLAN))
-    unread, frames = rows.filter(pc.invert(pc.or_(is_frame, is_good))), rows.filter(is_frame)
+    unread, parts = rows.filter(pc.invert(pc.or_(is_part, is_good))), rows.filter(is_part)
     if unread.num_rows:
         yield spark.createDataFrame(_unread(unread))
-    if frames.num_rows:
+    if parts.num_rows:
         # Spark has no ranges of a file: it would send all of a video to whoever wants a frame. The tasks read these.
-        tasks = spark.createDataFrame(frames).repartitionById(pc.max(frames["partition"]).as_py() + 1, "partition")
+        tasks = spark.createDataFrame(parts).repartitionById(pc.max(parts["partition"]).as_py() + 1, "partition")
         yield tasks.mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
 
 
@@ -104,18 +104,18 @@ def read_all_by_spark(spark: "SparkSession", storage: Storage, rows: pa.Table, c
 
 
 def _kinds(rows: pa.Table) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.ChunkedArray]:
-    """Which rows are frames of videos, which are files to read, and which of these Spark's reader passes over.
+    """Which rows are frames or members, which are files to read, and which of these Spark's reader passes over.
 
     It passes over a file that is hidden to Spark, is not Unicode (`storage.local`), or has a colon in a path that must
     be escaped.
     """
-    is_frame = split_paths(rows["path"])[1].is_valid()
+    is_part = pc.or_(split_paths(rows["path"])[1].is_valid(), rows["offset"].is_valid())
     is_good = pc.and_(pc.greater(rows["length"], 0), pc.is_null(rows["error"]))
-    is_good = pc.and_(is_good, pc.invert(is_frame))
+    is_good = pc.and_(is_good, pc.invert(is_part))
     hidden_or_bytes, colon, pattern = (
         pc.match_substring_regex(rows["path"], regex) for regex in (r"/_[^/=]*$|\\x", "/[^/]*:", PATTERN)
     )
-    return is_frame, is_good, pc.and_(is_good, pc.or_(hidden_or_bytes, pc.and_(colon, pattern)))
+    return is_part, is_good, pc.and_(is_good, pc.or_(hidden_or_bytes, pc.and_(colon, pattern)))
 
 
 def _read_files(spark: "SparkSession", storage: Storage, files: pa.Table) -> "DataFrame":
@@ -174,33 +174,64 @@ def reading(storage: Storage, config: Config) -> Callable[[Batches], Iterator[pa
     )
 
 
-def add_frames(spark: "SparkSession", storage: Storage, listed: Listing, config: Config) -> pa.Table:
-    """The images of a listing and the wanted frames of its videos, which are found in tasks.
+def expand(spark: "SparkSession", storage: Storage, listed: Listing, config: Config) -> pa.Table:
+    """The images of a listing, the wanted frames of its videos and the members of its archives; tasks find these.
 
     Returns:
-        `frames.ROWS_SCHEMA`; the listing's own images where there is no video.
+        `frames.ROWS_SCHEMA`; the listing's own images where there is no video and no archive.
 
     Raises:
-        RunError: the tasks failed.
+        RunError: the tasks failed, or there is no image.
     """
-    if not listed.videos.num_rows:
+    if not listed.videos.num_rows and not listed.archives.num_rows:
         return listed.images
-    plan = make_plan(listed.videos, get_slots(spark), config)
-    find = partial(
+    memory_megabytes = config.inference.memory_megabytes
+    find_frames = partial(
         list_frames,
         storage=storage,
         every=config.video.every,
         max_pixels=config.ingest.max_pixels,
-        memory_megabytes=config.inference.memory_megabytes,
+        memory_megabytes=memory_megabytes,
+    )
+    find_members = partial(
+        list_members,
+        storage=storage,
+        suffixes=tuple(suffix.lower() for suffix in config.ingest.suffixes),
+        refused=tuple(suffix.lower() for suffix in config.ingest.archives + config.video.suffixes),
+        max_bytes=config.max_image_bytes,
+        memory_megabytes=memory_megabytes,
     )
     try:
-        paths = planned_paths(spark, assign(listed.videos, plan), plan)
-        videos = paths.mapInArrow(find, spark_schema(FRAMES_SCHEMA)).toArrow()
+        videos = _find(spark, listed.videos, find_frames, FRAMES_SCHEMA, config)
+        members = _find(spark, listed.archives, find_members, MEMBERS_SCHEMA, config)
     except Exception as error:
-        raise RunError(f"the frames of the videos could not be found: {spark_failure(error)}") from error
-    images = with_frames(listed.images, videos.cast(FRAMES_SCHEMA), config.video.every)
-    log.info("%d videos, %d of their frames are images", videos.num_rows, images.num_rows - listed.images.num_rows)
+        raise RunError(f"the images in videos and archives could not be found: {spark_failure(error)}") from error
+    frames = with_frames(listed.images, videos, config.video.every)
+    images = pa.concat_tables([frames, conform(members, ROWS_SCHEMA)])
+    log.info(
+        "%d videos, %d of their frames are images; %d archives, %d of their members are",
+        videos.num_rows,
+        frames.num_rows - listed.images.num_rows,
+        listed.archives.num_rows,
+        members.num_rows,
+    )
+    if not images.num_rows:
+        raise RunError(
+            f"{listed} below {storage.root}, and none of the archives has an image: those are members that end in "
+            f"{', '.join(config.ingest.suffixes)}"
+        )
     return images
+
+
+def _find(
+    spark: "SparkSession", files: pa.Table, find: Callable[..., Any], schema: pa.Schema, config: Config
+) -> pa.Table:
+    """What tasks find in videos or archives."""
+    if not files.num_rows:
+        return schema.empty_table()
+    plan = make_plan(files, get_slots(spark), config)
+    paths = planned_paths(spark, assign(files, plan), plan)
+    return paths.mapInArrow(find, spark_schema(schema)).toArrow().cast(schema)
 
 
 def _literal(path: str) -> str:

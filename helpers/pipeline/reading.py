@@ -1,15 +1,18 @@
-"""Stage 1 in a task: from paths to the files' bytes, and from frames of videos to images."""
+"""Stage 1 in a task: from paths to the bytes of files and of archives' members, and from frames of videos to images."""
 
+import errno
+import os
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import partial
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from helpers.images.archive import MARK, Member, find_members, read_member, split_member
 from helpers.images.boundary import attempt
 from helpers.images.decoding import Image
 from helpers.images.video import find_frames, frame_pixels, read_frames, split_paths
@@ -19,11 +22,28 @@ from helpers.storage import Storage
 from helpers.storage.prefetch import map_groups
 
 FRAME_ERROR = "the frame cannot be decoded: the video is damaged here, or cut short"
+GONE = "the member is gone: its archive has changed since it was listed"
 FRAMES_BYTES = 16 * 2**20  # of decoded frames at once, which are large against their files
 ARROW_BYTES = 2**31 - 2  # of one value in a column of bytes, at most
 GROWTH_BYTES = 2**20  # a file may have grown to so many since it was listed; a longer one waits for the next run
 
 Read = tuple[bytes | None, str | None]  # an image's bytes, or why there are none
+
+
+class File(NamedTuple):
+    """What to read: a file, or a member of an archive.
+
+    Attributes:
+        path: the image's.
+        error: why it is not to be read.
+        limit: bytes that it may have.
+        member: where it is in its archive; None for a file.
+    """
+
+    path: str
+    error: str | None
+    limit: int
+    member: Member | None
 
 
 def read_images(
@@ -58,7 +78,7 @@ def read_images(
         is_frame = split_paths(batch["path"])[1].is_valid()
         images = batch.filter(pc.invert(is_frame))
         runs = list(_runs(images["length"].to_pylist(), max_images, batch_bytes))
-        files = _files(images, min(max_bytes, ARROW_BYTES), max(batch_bytes, GROWTH_BYTES))
+        files = _files(images, storage, min(max_bytes, ARROW_BYTES), max(batch_bytes, GROWTH_BYTES))
         read = map_groups(partial(_read, storage), [files[run] for run in runs], storage.concurrent_reads)
         for run, contents in zip(runs, read, strict=True):
             part = images.slice(run.start, run.stop - run.start)
@@ -80,20 +100,54 @@ def _runs(lengths: list[int], max_images: int, batch_bytes: int) -> Iterator[sli
         yield slice(start, len(lengths))
 
 
-def _files(images: pa.RecordBatch, max_bytes: int, growth: int) -> list[tuple[str, str | None, int]]:
-    """Path of each image, the error that the listing has found, and how long the file may be now.
+def _files(images: pa.RecordBatch, storage: Storage, max_bytes: int, growth: int) -> list[File]:
+    """What to read for each image, with the error that the listing has found.
 
     The listing decides how much is read at once. A file that is much longer by now waits for the next run, which lists
     it anew.
     """
+    paths, lengths = images["path"].to_pylist(), images["length"].to_pylist()
     errors = images["error"].to_pylist() if "error" in images.schema.names else [None] * images.num_rows
-    limits = [min(max_bytes, max(length, growth)) for length in images["length"].to_pylist()]
-    return list(zip(images["path"].to_pylist(), errors, limits, strict=True))
+    limits = [min(max_bytes, max(length, growth)) for length in lengths]
+    if "offset" in images.schema.names:
+        ranges = zip(paths, lengths, images["offset"].to_pylist(), images["packed"].to_pylist(), strict=True)
+        members = [None if row[2] is None else Member(*row) for row in ranges]
+        return list(map(File, paths, errors, limits, members))
+    return _look_up([File(*row, None) for row in zip(paths, errors, limits, strict=True)], storage)
 
 
-def _read(storage: Storage, file: tuple[str, str | None, int]) -> Read:
-    path, error, limit = file
-    return (None, error) if error else attempt(storage.read, path, limit)
+def _look_up(files: list[File], storage: Storage) -> list[File]:
+    """The same with the members among them, where no row says which range they have: each archive is listed once."""
+    archives = {file.path: split_member(file.path)[0] for file in files if split_member(file.path)[1] is not None}
+    members: dict[str, Member] = {}
+    errors = {archive: attempt(_note, members, storage, archive)[1] for archive in set(archives.values())}
+    for number, file in enumerate(files):
+        if file.path in archives:
+            member, missing = members.get(file.path), errors[archives[file.path]] or GONE
+            error = member.error if member else missing
+            files[number] = file._replace(error=file.error or error, member=member)
+    return files
+
+
+def _note(members: dict[str, Member], storage: Storage, archive: str) -> None:
+    with storage.open(archive) as file:
+        for member in find_members(file):
+            members[f"{archive}{MARK}{member.name}"] = member
+
+
+def _read(storage: Storage, file: File) -> Read:
+    if file.error:
+        return None, file.error
+    if file.member is None:
+        return attempt(storage.read, file.path, file.limit)
+    return attempt(_read_member, storage, file.path, file.member, file.limit)
+
+
+def _read_member(storage: Storage, path: str, member: Member, limit: int) -> bytes:
+    if member.length > limit:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+    read = partial(storage.read_range, split_member(path)[0])
+    return read_member(read, member.length, member.offset, member.packed)
 
 
 def _parts(part: pa.RecordBatch, read: list[Read], max_images: int, batch_bytes: int) -> Iterator[pa.RecordBatch]:

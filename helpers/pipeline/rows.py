@@ -9,6 +9,7 @@ import re
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from helpers.images.archive import split_members
 from helpers.images.boundary import LASTING
 from helpers.images.video import split_paths
 from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES
@@ -45,21 +46,32 @@ def replaced(images: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
     return images.filter(is_in(images["path"], rows["path"]))["path"]
 
 
-def outdated(rows: pa.Table, images: pa.Table, videos: pa.Table) -> pa.ChunkedArray:
-    """Paths of results of videos that have changed: the new version may have fewer frames, or none.
+def outdated(rows: pa.Table, images: pa.Table, videos: pa.Table, archives: pa.Table) -> pa.ChunkedArray:
+    """Paths of results of videos and archives that have changed: the new version may have fewer images, or none.
 
     Args:
         rows: the results.
-        images: what is listed now, the videos' frames among it.
+        images: what is listed now, the videos' frames and the archives' members among it.
         videos: the video files listed now.
+        archives: the same of archives.
     """
-    if not videos.num_rows:
+    frames, members = split_paths(rows["path"]), split_members(rows["path"])
+    of_videos = _outdated(rows, images, videos, *frames, KEY_NAMES)
+    of_archives = _outdated(rows, images, archives, *members, ["path", "modified"])  # the length is the member's own
+    return pa.chunked_array([*of_videos.chunks, *of_archives.chunks], pa.string())
+
+
+def _outdated(
+    rows: pa.Table, images: pa.Table, listed: pa.Table, files: pa.ChunkedArray, parts: pa.ChunkedArray, key: list[str]
+) -> pa.ChunkedArray:
+    """`outdated` for one kind of files: `files` and `parts` are the rows' paths, split, and `key` is of the files."""
+    if not listed.num_rows:
         return rows["path"].slice(0, 0)
-    files, numbers = split_paths(rows["path"])
     now = rows.select(KEY_NAMES).set_column(0, "path", files)
-    changed = pc.and_(is_in(files, videos["path"]), pc.invert(is_among(now, videos)))
-    # The other way round, a video without any frame that can be read now.
-    mended = pc.and_(pc.and_(pc.is_null(numbers), is_among(now, videos)), pc.invert(is_among(now, images)))
+    same = is_among(now, listed, key)
+    changed = pc.and_(is_in(files, listed["path"]), pc.invert(same))
+    # The other way round, a file of which nothing could be read, or not all, and now can.
+    mended = pc.and_(pc.and_(pc.is_null(parts), same), pc.invert(is_among(now, images)))
     return rows.filter(pc.or_(changed, mended))["path"]
 
 
@@ -86,10 +98,10 @@ def count_values(values: pa.ChunkedArray) -> dict[str, int]:
     return {count["values"]: count["counts"] for count in values.value_counts().to_pylist()}
 
 
-def is_among(table: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
-    """Whether path, length and modification time of each row are those of one of the others."""
-    positions = table.select(KEY_NAMES).append_column("position", pa.array(range(table.num_rows), pa.int64()))
-    matches = positions.join(rows.select(KEY_NAMES), keys=KEY_NAMES, join_type="left semi")["position"]
+def is_among(table: pa.Table, rows: pa.Table, key: list[str] = KEY_NAMES) -> pa.ChunkedArray:
+    """Whether path, length and modification time of each row, or another key, are those of one of the others."""
+    positions = table.select(key).append_column("position", pa.array(range(table.num_rows), pa.int64()))
+    matches = positions.join(rows.select(key), keys=key, join_type="left semi")["position"]
     return is_in(positions["position"], matches)
 
 

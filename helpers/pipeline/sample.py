@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from helpers.config import Config
 from helpers.errors import StorageError, only_warn
+from helpers.images.archive import split_member
 from helpers.images.boundary import UnreadableImageError
 from helpers.images.decoding import decode
 from helpers.images.drawing import draw, picture_name
@@ -80,13 +81,17 @@ def _first_rows(table: pa.Table, count: int) -> dict[str, dict[str, Any]]:
 
 def _can_be_drawn(row: dict[str, Any], source: Storage, max_pixels: int) -> bool:
     """Whether an image is small enough and its file still is the one that was worked on; the log says why not."""
-    file, why = split_path(row["path"])[0], "its file has changed meanwhile, is gone or cannot be read"
+    (file, member), why = (
+        split_member(split_path(row["path"])[0]),
+        "its file has changed meanwhile, is gone or cannot be read",
+    )
     if row["width"] * row["height"] > max_pixels:
         why = f"it has {row['width']} x {row['height']} pixels, more than inference.memory_megabytes is enough for"
     else:
         with contextlib.suppress(StorageError, OSError):
             entry = next(iter(source.list(file)), None)
-            if entry and (entry.path, entry.length, entry.modified) == (file, row["length"], row["modified"]):
+            length = row["length"] if member is None else entry and entry.length
+            if entry and (entry.path, entry.length, entry.modified) == (file, length, row["modified"]):
                 return True
     log.warning("no picture of %s: %s", row["path"], why)
     return False

@@ -18,8 +18,10 @@ ERROR = pa.field("error", pa.string())
 # Where a frame is in its video (`helpers.images.video.Frames`): null for images, and for frames that can only be
 # counted.
 PLACE = [pa.field("pts", pa.int64()), pa.field("seek", pa.int64())]
+# Where a member is in its archive (`helpers.images.archive.Member`): null for all else.
+RANGE = [pa.field("offset", pa.int64()), pa.field("packed", pa.int64())]
 
-ASSIGNED_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, pa.field("partition", pa.int32())])
+ASSIGNED_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, *RANGE, pa.field("partition", pa.int32())])
 IMAGE_SCHEMA = pa.schema([*KEY, ERROR, pa.field("content", pa.binary())])
 TENSOR_SCHEMA = pa.schema([*KEY, *SIZE, ERROR, pa.field("tensor", pa.binary())])
 

@@ -28,6 +28,7 @@ from azure.core import MatchConditions
 from azure.core.exceptions import (
     AzureError,
     ClientAuthenticationError,
+    HttpResponseError,
     ResourceExistsError,
     ResourceModifiedError,
     ResourceNotFoundError,
@@ -51,6 +52,7 @@ AZURE = re.compile(
 PAGE = 5000  # paths of a listing's page, the most there can be
 CHUNK_BYTES = 8 * 2**20  # of a file written
 WRITER = "writer"  # metadata that says which write made a file
+BEHIND_END = 416  # the status of a request for bytes that a file does not have
 TAKEN = "another run has changed it meanwhile; run again when that has ended, what is finished is kept"
 
 
@@ -110,6 +112,18 @@ class AdlsStorage(ObjectStorage):
             if limit is not None and download.size > limit:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
             return download.readall()
+
+    def read_range(self, path: str, start: int, length: int) -> bytes:  # noqa: D102
+        name = self._name(path)
+        if name.isprintable():
+            return super().read_range(path, start, length)
+        with self._explained(path):
+            try:
+                return self._file(name).download_file(start, length).readall()
+            except HttpResponseError as error:
+                if error.status_code == BEHIND_END:
+                    return b""
+                raise
 
     def rename(self, source: str, target: str) -> None:  # noqa: D102
         with self._explained(source):

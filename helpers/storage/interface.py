@@ -51,6 +51,9 @@ class Storage(Protocol):
     def open(self, path: str) -> BinaryIO:
         """One file of any length, to read from any position, in the memory of a part of it; raises OSError."""
 
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        """So many bytes of one file from a position on, fewer where it ends; raises OSError."""
+
     def create(self, path: str) -> contextlib.AbstractContextManager[BinaryIO]:
         """A file to write to, which appears under its name, whole, when the block ends without an exception."""
 

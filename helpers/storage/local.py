@@ -101,6 +101,11 @@ class LocalStorage:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
             return content
 
+    def read_range(self, path: str, start: int, length: int) -> bytes:  # noqa: D102
+        with self.open(path) as file:
+            file.seek(start)
+            return file.read(length)
+
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:  # noqa: D102
         target = self._path(path)

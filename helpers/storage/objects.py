@@ -217,6 +217,19 @@ class ObjectStorage:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
             return answer.bytes().to_bytes()
 
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        """Read a part of a file in one request.
+
+        Raises:
+            OSError: as for `read`.
+            StorageError: likewise; or a web server has no ranges of files.
+        """
+        with self._explained(path, of_one_file=True):
+            try:
+                return self._fetch(path, start, start + length, None).bytes().to_bytes()
+            except EOFError:
+                return b""
+
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:
         """A file to write to, which appears whole when the block ends.
