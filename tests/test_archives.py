@@ -1,6 +1,6 @@
 """Members of archives are images: read by range, a row each, whatever the archive says.
 
-How it was checked that each test fails without its protection: in a copy of the repository, one change at a time.
+In a copy of the repository each protection was taken out alone, and a test failed.
 """
 
 import io
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cluster import start_run
-from dfs_facade import Request
+from dfs_facade import Refusal, Request
 from test_video import pictures, write_clip
 
 from helpers import pipeline
@@ -26,13 +26,14 @@ from helpers.config import Config, load_config
 from helpers.errors import RunError
 from helpers.images.archive import find_members, read_member, split_member, split_members
 from helpers.images.boundary import LASTING, UnreadableImageError
-from helpers.memory import resident_megabytes
+from helpers.memory import bounded, resident_megabytes
 from helpers.pipeline import stages
 from helpers.pipeline.frames import list_members
 from helpers.pipeline.listing import LIKE_MEMBERS, list_images
 from helpers.storage import LocalStorage, open_storage
 from helpers.storage.ranges import open_ranges
 
+ZipInfo = zipfile.ZipInfo
 SUFFIXES = (".png", ".jpg")
 REFUSED = (".zip", ".tar", ".mp4")
 MOST = 2**20  # bytes of an image
@@ -91,6 +92,7 @@ def members_of(content: bytes) -> tuple[dict[str, bytes | str | None], str | Non
     contents: dict[str, bytes | str | None] = {}
     try:
         for member in find_members(io.BytesIO(content)):
+            assert 0 <= member.length < 2**63
             try:
                 contents[member.name] = member.error or read_member(read, *member[1:4])
             except UnreadableImageError as error:
@@ -257,16 +259,16 @@ def overlapping() -> bytes:
     return content
 
 
-def wrong_zip64(value: int) -> bytes:
-    """Sizes that are said to stand in the extra field, where they are absurd."""
+def wrong_zip64(value: int, *fields: int) -> bytes:
+    """Some fields of a member are said to stand in its extra field, where they are absurd."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as pack:
         info = zipfile.ZipInfo("bad.png")
-        info.extra = struct.pack("<2H2Q", 1, 16, value, value)
+        info.extra = struct.pack(f"<2H{len(fields)}Q", 1, 8 * len(fields), *[value] * len(fields))
         pack.writestr(info, b"x" * 5000)
         pack.writestr("good.png", b"good")
     content = buffer.getvalue()
-    for at in (PACKED_SIZE, SIZE):
+    for at in fields:
         content = changed(content, b"bad.png", at, "<L", 0xFFFFFFFF)
     return content
 
@@ -415,7 +417,16 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], dict[str, bytes | str], str | None
         {"bad.png": "the member is damaged or cut short; Error -3", "good.png": b"good"},
         None,
     ),
-    "sizes of 64 bits.zip": (lambda: wrong_zip64(2**64 - 1), {"bad.png": OUTSIDE, "good.png": b"good"}, None),
+    "sizes of 64 bits.zip": (
+        lambda: wrong_zip64(2**64 - 1, PACKED_SIZE, SIZE),
+        {"bad.png": OUTSIDE, "good.png": b"good"},
+        None,
+    ),
+    "offset of 64 bits.zip": (
+        lambda: wrong_zip64(2**64 - 1, OFFSET),
+        {"bad.png": OUTSIDE, "good.png": b"good"},
+        None,
+    ),
     "directory of 64 bits.zip": (lambda: zip64_end(1, 2**60, 0), {}, CUT),
     "directory far away.zip": (lambda: zip64_end(1, 50, 2**60), {}, CUT),
 }
@@ -430,6 +441,45 @@ def test_an_archive_that_lies_costs_what_it_lies_about_and_no_more(kind):
         wanted = expected[name]
         assert content == wanted if isinstance(wanted, bytes) else str(content).startswith(wanted)
     assert (error is None) == (why is None) and (error or "").startswith(why or "")
+
+
+class Noting(io.BytesIO):
+    """Notes how much at once is wanted of it."""
+
+    def __init__(self, content: bytes):
+        super().__init__(content)
+        self.sizes: list[int] = []
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.sizes.append(len(self.getvalue()) - self.tell() if size is None or size < 0 else size)
+        return super().read(size)
+
+
+@pytest.mark.parametrize("kind", ["long name.tar", "attributes.tar"])
+def test_a_header_is_not_believed_how_long_a_name_is(kind):
+    file = Noting(HOSTILE[kind][0]())
+    with pytest.raises(UnreadableImageError, match="claims to be endless"):
+        list(find_members(file))
+    assert max(file.sizes) <= 2**16
+
+
+def test_a_directory_for_which_there_is_no_memory_is_not_read():
+    content = zipped({f"{number:0100}.png": b"" for number in range(3000)})
+    for max_memory, is_read in ((2**21, False), (2**23, True), (None, True)):
+        file = Noting(content)
+        if is_read:
+            assert len(list(find_members(file, max_memory))) == 3000
+        else:
+            with pytest.raises(MemoryError):
+                list(find_members(file, max_memory))
+        assert (max(file.sizes) > 400_000) == is_read
+
+
+def test_a_bomb_is_not_unpacked():
+    content = HOSTILE["bomb.zip"][0]()
+    (member,) = [member for member in find_members(io.BytesIO(content)) if member.name == "bad.png"]
+    with bounded(round(resident_megabytes()) + 20), pytest.raises(UnreadableImageError):
+        read_member(lambda start, length: content[start : start + length], *member[1:4])
 
 
 # ---------------------------------------------------------------- rows, without Spark
@@ -528,7 +578,7 @@ def test_an_archive_that_goes_before_it_is_looked_at_is_a_row(tmp_path, monkeypa
     assert errors.pop("a.tar").startswith("the file is gone") and errors == {"b.tar#member=good.png": None}
 
 
-def test_millions_of_members_take_no_more_memory_than_there_may_be(tmp_path):
+def test_millions_of_members_take_no_more_memory_than_there_may_be(tmp_path, monkeypatch):
     """A directory of 300,000 entries takes 150 MB as objects; the archive beside it is read."""
     name, entries = b"%07d.png", 300_000
     entry = struct.Struct("<4s4B4HL2L5H2L")
@@ -540,24 +590,29 @@ def test_millions_of_members_take_no_more_memory_than_there_may_be(tmp_path):
     end += struct.pack("<4sLQL", b"PK\6\7", 0, len(directory), 1)
     end += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
     write(tmp_path, a_zip=directory + end, b_zip=zipped(GOOD))
-    errors = by_name(rows_of_members(tmp_path, memory_megabytes=round(resident_megabytes()) + 60), "error")
+    entries_seen = []
+    with monkeypatch.context() as context:
+        context.setattr(zipfile, "ZipInfo", lambda *arguments: entries_seen.append(1) or ZipInfo(*arguments))
+        errors = by_name(rows_of_members(tmp_path, memory_megabytes=round(resident_megabytes()) + 60), "error")
+    assert len(entries_seen) == 1
     assert errors.pop("a.zip").startswith("there is not enough memory") and errors == {"b.zip#member=good.png": None}
     assert sum(row["error"] is not None for row in rows_of_members(tmp_path)) == entries - 1
 
 
 def test_tar_headers_are_forgotten_as_they_are_read(tmp_path):
     content = tar({f"{number}.png": b"" for number in range(300)})
-    opened = []
+    everywhere = tarfile.TarInfo.create_pax_global_header({"comment": "x" * 1000})
+    remembered = []
     tarfile_next = tarfile.TarFile.next
 
     def count(file):
-        opened.append(len(file.members))
+        remembered.append(len(file.members) + len(file.pax_headers))
         return tarfile_next(file)
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(tarfile.TarFile, "next", count)
-        assert len(list(find_members(io.BytesIO(content)))) == 300
-    assert len(opened) >= 300 and max(opened) <= 1
+        assert len(list(find_members(io.BytesIO(everywhere + content)))) == 300
+    assert len(remembered) >= 300 and set(remembered[2:]) == {0}
 
 
 def test_many_members_are_rows_in_batches(tmp_path, monkeypatch):
@@ -594,14 +649,11 @@ def test_members_without_a_range_are_looked_up(listed):
     members, storage = listed
     bare = members.select(["path", "length", "modified"])
     assert contents_read(bare.to_batches(), storage) == contents_read(members.to_batches(), storage)
-    gone = pa.table(
-        {
-            **{name: bare[name] for name in bare.column_names[1:]},
-            "path": ["x".join(p.rsplit(".", 1)) for p in bare["path"].to_pylist()],
-        }
-    )
-    errors = {error for _, error in contents_read(gone.select(bare.column_names).to_batches(), storage).values()}
-    assert errors == {"the member is gone: its archive has changed since it was listed"}
+    paths = bare["path"].to_pylist()
+    for gone, error in ((".png", "the member is gone: its archive"), (".tar#", "the file is gone")):
+        others = bare.set_column(0, "path", pa.array([path.replace(gone, f"x{gone}") for path in paths]))
+        errors = [error for _, error in contents_read(others.to_batches(), storage).values()]
+        assert [why is not None and why.startswith(error) for why in errors] == [gone in path for path in paths]
 
 
 def test_a_member_that_is_too_long_is_not_read(listed):
@@ -735,9 +787,10 @@ def test_the_reader_spark_leaves_members_to_the_tasks(spark, places, bundle_uri,
     assert rows == comparable(tmp_path / "files", source) and len(rows) == 2 + 5 + 2 * (CLASSES + 1)
 
 
-def test_stage_1_alone_has_the_members_too(spark, places):
+@pytest.mark.parametrize("reader", ["files", "spark"])
+def test_stage_1_alone_has_the_members_too(spark, places, reader):
     source, _ = places
-    rows = pipeline.ingest(spark, str(source), settings()).toArrow().to_pylist()
+    rows = pipeline.ingest(spark, str(source), settings(reader=reader)).toArrow().to_pylist()
     contents = {row["path"].removeprefix(f"{source}/"): row["content"] for row in rows}
     assert contents["shard.tar#member=class 1/4.png"] == contents["pack.zip#member=class 1/4.png"] == picture(4)
 
@@ -804,10 +857,12 @@ def test_of_an_archive_in_adls_no_more_is_fetched_than_is_wanted(dfs, adls_setti
     assert sum(lengths[:listing]) < len(content) / 2 and sum(lengths[listing:]) < 3 * 2**20 + 2**12
 
 
-def test_a_range_of_a_file_in_adls_ends_where_the_file_ends(adls_settings, adls_root):
+def test_a_range_of_a_file_in_adls_ends_where_the_file_ends(dfs, adls_settings, adls_root):
     storage = open_storage(adls_root, settings(**adls_settings))
     storage.write("a", b"0123456789")
     assert storage.read_range("a", 7, 10) == b"789" and storage.read_range("a", 2, 3) == b"234"
-    assert storage.read_range("a", 10, 10) == b""
+    assert storage.read_range("a", 10, 10) == storage.read_range("a", 20, 10) == b""
+    with dfs.disturb(lambda _: Refusal(416, "InvalidRange").answer):  # as the service answers to both
+        assert storage.read_range("a", 10, 10) == b""
     with pytest.raises(FileNotFoundError):
         storage.read_range("none", 0, 10)

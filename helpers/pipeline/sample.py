@@ -81,10 +81,8 @@ def _first_rows(table: pa.Table, count: int) -> dict[str, dict[str, Any]]:
 
 def _can_be_drawn(row: dict[str, Any], source: Storage, max_pixels: int) -> bool:
     """Whether an image is small enough and its file still is the one that was worked on; the log says why not."""
-    (file, member), why = (
-        split_member(split_path(row["path"])[0]),
-        "its file has changed meanwhile, is gone or cannot be read",
-    )
+    file, member = split_member(split_path(row["path"])[0])
+    why = "its file has changed meanwhile, is gone or cannot be read"
     if row["width"] * row["height"] > max_pixels:
         why = f"it has {row['width']} x {row['height']} pixels, more than inference.memory_megabytes is enough for"
     else:
