@@ -4,11 +4,7 @@ Needs no Hadoop connector: the driver lists, tasks read and write, all with the 
 account has a hierarchical namespace, which results need. Paths are whole URIs, as Spark shows them, names as they are
 (not percent-encoded). The SDK repeats what fails for a while (`client.RETRY`); what then still fails is a
 `StorageError`, so that a run stops and can be resumed, instead of writing error rows for images that are all right.
-
-A lock is a lease, which the server ends by itself soon after its holder has died. A holder that stood still meanwhile
-may not know that: while the lock is held, each change is the last of its requests, comes right after a look at the
-lease, and is refused by the server where another process has changed the file since this one read it. Executors import
-this module.
+Executors import this module.
 """
 
 import contextlib
@@ -24,21 +20,15 @@ from datetime import UTC
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
-from azure.core import MatchConditions
-from azure.core.exceptions import (
-    AzureError,
-    ClientAuthenticationError,
-    ResourceExistsError,
-    ResourceModifiedError,
-    ResourceNotFoundError,
-)
+from azure.core.credentials import AzureNamedKeyCredential
+from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceExistsError, ResourceNotFoundError
 from azure.storage.filedatalake import DataLakeFileClient, FileSystemClient, StorageStreamDownloader
 
 from helpers.errors import StorageError, first_line
 from helpers.options import StorageOptions
-from helpers.storage.client import TRIES, forget_clients, get_client
+from helpers.storage import client
+from helpers.storage.credentials import STORAGE_SCOPE, resolve
 from helpers.storage.interface import Entry
-from helpers.storage.lease import Lease, code_of
 
 URI = re.compile(r"abfss://([^@/?#]+)@([^@/?#]+)(/.*)?", re.DOTALL)
 # The hosts that may get a credential: of the public and the sovereign clouds, and of accounts with DNS zones.
@@ -54,7 +44,6 @@ RANGES = 4  # ... so many at once
 CHUNK_BYTES = 8 * 2**20  # of a file written
 SPOOL_BYTES = 16 * 2**20
 WRITER = "writer"  # metadata that says which write made a file
-TAKEN = "another run has changed it meanwhile; run again when that has ended, what is finished is kept"
 IS_FOLDER = "hdi_isfolder"  # metadata that only folders have
 
 
@@ -80,8 +69,6 @@ class AdlsStorage:
         self._base = f"abfss://{match[1]}@{match[2]}"
         self._folder = posixpath.normpath(f"/{match[3] or ''}").strip("/")
         self.root = f"{self._base}/{self._folder}".rstrip("/")
-        self._lease: Lease | None = None
-        self._versions: dict[str, str] = {}  # ETags of the files that were read while the lock is held
 
     def __repr__(self) -> str:
         return f"AdlsStorage({self.root!r})"
@@ -152,10 +139,7 @@ class AdlsStorage:
         with self._download(path) as download:
             if limit is not None and download.size > limit:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
-            content = download.readall()
-        if self._lease is not None:
-            self._versions[self._name(path)] = download.properties.etag
-        return content
+            return download.readall()
 
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:
@@ -171,20 +155,50 @@ class AdlsStorage:
     def rename(self, source: str, target: str) -> None:  # noqa: D102
         with self._explained(source):
             properties = self._file(self._name(source)).get_file_properties()
-            condition = self._condition(self._name(target))
-            if self._lease is not None and not condition:
-                condition = {"match_condition": MatchConditions.IfMissing}
-            self._move(self._name(source), self._name(target), properties.metadata.get(WRITER), condition)
+            self._move(self._name(source), self._name(target), properties.metadata.get(WRITER))
 
     def delete(self, path: str) -> None:  # noqa: D102
         name = self._name(path)
         with contextlib.suppress(FileNotFoundError), self._explained(path):
-            is_folder = _is_folder(self._file(name).get_file_properties())
-            self._check_lease()
-            if is_folder:
+            if _is_folder(self._file(name).get_file_properties()):
                 self._files.delete_directory(name)
             else:
-                self._file(name).delete_file(**self._condition(name))
+                self._file(name).delete_file()
+
+    def prune(self, path: str) -> None:  # noqa: D102
+        with contextlib.suppress(FileNotFoundError), self._explained(path), contextlib.suppress(ResourceExistsError):
+            self._file(self._name(path)).delete_file(recursive=False)
+
+    def delta_table(self, path: str) -> tuple[str, dict[str, str]]:
+        """As in `Storage`; with a token where the credential is an identity, so that this holds for one use.
+
+        Raises:
+            StorageError: the credential cannot be found.
+        """
+        options = {
+            "account_name": self._account,
+            "endpoint": self.options.endpoint or f"https://{self._host.replace('.dfs.', '.blob.', 1)}",
+            "allow_http": "true",  # of no matter unless `storage.endpoint` is such an address
+            "max_retries": str(client.RETRY["retry_total"]),
+            "retry_timeout": "60s",
+            "connect_timeout": f"{client.TIMEOUTS['connection_timeout']}s",
+            "timeout": f"{client.TIMEOUTS['read_timeout']}s",
+        }
+        credential = resolve(self.options.credential, self._account)
+        if isinstance(credential, str):
+            options["sas_key"] = credential
+        elif isinstance(credential, AzureNamedKeyCredential):
+            options["account_key"] = credential.named_key.key
+        else:
+            options["bearer_token"] = credential.get_token(STORAGE_SCOPE).token
+        return f"az://{self._container}/{quote(self._name(path))}", options
+
+    def refusal(self, code: str) -> StorageError:  # noqa: D102
+        client.forget_clients()  # the reference may lead to a new credential by now
+        return StorageError(
+            f"{self.root}: the credential {self.options.credential} was refused ({code}); it is wrong, lacks a "
+            "permission or has expired: renew it and run again, what is finished is kept"
+        )
 
     def exists(self, path: str) -> bool:  # noqa: D102
         name = self._name(path)
@@ -195,41 +209,17 @@ class AdlsStorage:
             next(iter(self._files.get_paths(recursive=False, max_results=1)), None)
         return True
 
-    @contextlib.contextmanager
-    def lock(self, path: str) -> Iterator[None]:
-        """Hold a lease on a file, renewed in the background.
-
-        A holder that was killed keeps others out for half a minute at most (`LEASE_SECONDS`), and so long this waits.
-        While the lock is held, this object changes nothing once another process has taken the lease over.
-
-        Raises:
-            BlockingIOError: another process holds it.
-            StorageError: the root is a file.
-        """
-        name = self._name(path)
-        try:
-            with self._explained(path):
-                with contextlib.suppress(ResourceExistsError):
-                    if not self._file(name).exists():  # what is leased cannot be created
-                        self._file(name).create_file(match_condition=MatchConditions.IfMissing)
-                lease = Lease(self._file(name), self._uri(name))
-        except FileNotFoundError:
-            raise StorageError(f"{self.root} is a file, and results need a folder; name another location") from None
-        with lease:
-            self._lease = lease
-            try:
-                yield
-            finally:
-                self._lease, self._versions = None, {}
-
     @property
     def _files(self) -> FileSystemClient:
         reference = self.options.credential
         # A variable that was set anew is another credential.
         value = os.environ.get(reference.removeprefix("env:")) if reference.startswith("env:") else None
         address = self.options.endpoint or f"https://{self._host}"
-        account = self._host.partition(".")[0]
-        return get_client(address, account, self._container, reference, hash(value), RANGE_BYTES)
+        return client.get_client(address, self._account, self._container, reference, hash(value), RANGE_BYTES)
+
+    @property
+    def _account(self) -> str:
+        return self._host.partition(".")[0]
 
     def _file(self, name: str) -> DataLakeFileClient:
         return self._files.get_file_client(name)
@@ -257,50 +247,38 @@ class AdlsStorage:
         """Write a temporary file and rename it, with calls that do no harm when they are repeated."""
         name, writer = self._name(path), uuid.uuid4().hex
         temporary = posixpath.join(posixpath.dirname(name), f".{writer}.tmp")
-        client, length = self._file(temporary), 0
+        target, length = self._file(temporary), 0
         with self._explained(path):
             try:
-                client.create_file(metadata={WRITER: writer})
+                target.create_file(metadata={WRITER: writer})
                 while chunk := file.read(CHUNK_BYTES):
-                    client.append_data(chunk, length, len(chunk))
+                    target.append_data(chunk, length, len(chunk))
                     length += len(chunk)
                 if length:
-                    client.flush_data(length)
-                self._move(temporary, name, writer, self._condition(name))
+                    target.flush_data(length)
+                self._move(temporary, name, writer)
             except BaseException:
                 with contextlib.suppress(AzureError):
-                    client.delete_file(retry_total=0)
+                    target.delete_file(retry_total=0)
                 raise
 
-    def _move(self, source: str, target: str, writer: str | None, condition: dict[str, Any]) -> None:
-        self._check_lease()
+    def _move(self, source: str, target: str, writer: str | None) -> None:
         try:
             # The SDK decodes the source's name once, which a name with a percent sign would not survive.
-            self._file(quote(source)).rename_file(f"{self._container}/{target}", **condition)
-        except (ResourceNotFoundError, ResourceExistsError, ResourceModifiedError) as error:
-            if code_of(error) == "RenameDestinationParentPathNotFound":
+            self._file(quote(source)).rename_file(f"{self._container}/{target}")
+        except (ResourceNotFoundError, ResourceExistsError) as error:
+            if _code_of(error) == "RenameDestinationParentPathNotFound":
                 self._files.create_directory(posixpath.dirname(target))
-                self._move(source, target, writer, condition)
-            # The answer to a rename that was done may be lost, and a repetition finds no source, or another target.
+                self._move(source, target, writer)
+            # The answer to a rename that was done may be lost, and a repetition finds no source.
             elif not writer or self._writer_of(target) != writer:
-                if self._lease is None:
-                    raise
-                raise StorageError(f"{self._uri(target)}: {TAKEN}") from None
-
-    def _condition(self, name: str) -> dict[str, Any]:
-        """What a change of a file that was read while the lock is held depends on: that it is the same still."""
-        version = self._versions.pop(name, None)
-        return {"etag": version, "match_condition": MatchConditions.IfNotModified} if version else {}
+                raise
 
     def _writer_of(self, name: str) -> str | None:
         try:
             return self._file(name).get_file_properties().metadata.get(WRITER)
         except ResourceNotFoundError:
             return None
-
-    def _check_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.check()
 
     @contextlib.contextmanager
     def _explained(self, path: str, of_one_file: bool = False) -> Iterator[None]:
@@ -311,7 +289,7 @@ class AdlsStorage:
             raise self._explain(error, path, of_one_file) from None
 
     def _explain(self, error: AzureError, path: str, of_one_file: bool) -> Exception:
-        status, code, reference = getattr(error, "status_code", None), code_of(error), self.options.credential
+        status, code = getattr(error, "status_code", None), _code_of(error)
         message = first_line(error)
         if code in ("FilesystemNotFound", "ContainerNotFound"):
             return StorageError(f"{self._base}: there is no such container; check the location, or create it first")
@@ -319,19 +297,19 @@ class AdlsStorage:
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         if status == 403 and code == "AuthorizationPermissionMismatch" and of_one_file:
             return PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-        if status == 412:
-            return StorageError(f"{path}: {TAKEN}")
         if status in (401, 403) or isinstance(error, ClientAuthenticationError):
-            forget_clients()  # the reference may lead to a new one by now
-            return StorageError(
-                f"{self.root}: the credential {reference} was refused ({code or message}); it is wrong, lacks a "
-                "permission or has expired: renew it and run again, what is finished is kept"
-            )
+            return self.refusal(code or message)
         return StorageError(
-            f"{self.root}: the storage does not answer as it should ({code or message}), after {TRIES} more tries "
-            "where that may help; run again when it does, what is finished is kept"
+            f"{self.root}: the storage does not answer as it should ({code or message}), after {client.TRIES} more "
+            "tries where that may help; run again when it does, what is finished is kept"
         )
 
 
 def _is_folder(properties: Any) -> bool:
     return IS_FOLDER in properties.metadata
+
+
+def _code_of(error: AzureError) -> str:
+    """The service's name for an error, empty where there is none."""
+    code = getattr(error, "error_code", None)
+    return str(getattr(code, "value", code or ""))
