@@ -139,15 +139,19 @@ def test_the_hosts_identity_opens_a_storage_under_its_own_name(azure):
     storage = AdlsStorage(f"abfss://{azure.storage.make_container()}@{DFS}/folder")
     storage.write("a/b", b"1")
     storage.rename("a/b", "c")
-    with storage.lock("_lock"):
-        pass
     assert storage.read("c") == b"1"
-    assert {entry.path.removeprefix(storage.root) for entry in storage.list()} == {"/c", "/_lock"}
+    assert {entry.path.removeprefix(storage.root) for entry in storage.list()} == {"/c"}
     storage.delete("a")
     assert not storage.exists("a")
     assert azure.asked == ["https://storage.azure.com"]  # once for all requests
     hosts = {request.headers["host"] for request in azure.storage.requests}
     assert hosts == {DFS, BLOB}
+
+
+def test_the_hosts_identity_opens_a_table_under_its_own_name(azure):
+    uri, options = AdlsStorage(f"abfss://photos@{DFS}/a folder").delta_table("results")
+    assert uri == "az://photos/a%20folder/results" and options["endpoint"] == f"https://{BLOB}"
+    assert options["bearer_token"] in azure.storage.tokens
 
 
 def test_an_identity_without_access_is_told_without_its_token(azure):

@@ -27,12 +27,13 @@ from hypothesis import strategies as st
 
 from helpers import pipeline
 from helpers.config import load_config
+from helpers.errors import RunError, StorageError
 from helpers.pipeline.listing import assign, list_images, plan
 from helpers.pipeline.results import ResultStore, Work
 from helpers.pipeline.rows import Statistics, without
 from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.stages import RESULT_SCHEMA
-from helpers.pipeline.table import File
+from helpers.pipeline.table import Conflict, File, Table
 from helpers.storage import LocalStorage, open_storage
 from studies.cluster import wait_for
 
@@ -288,7 +289,15 @@ def open_store(storage: LocalStorage) -> ResultStore:
     return store
 
 
-def drive(storage: LocalStorage, run: str, images: Images, tasks: int, resume: bool = True) -> None:
+def drive(
+    storage: LocalStorage,
+    run: str,
+    images: Images,
+    tasks: int,
+    resume: bool = True,
+    days: int = 0,
+    at: Callable[[str], None] = lambda step: None,
+) -> None:
     """What `pipeline.run` does with its store, with tasks that end at once."""
     store, listed = open_store(storage), table_of(images)
     seen = store.resume("net@1") if resume else store.look(with_rows=False)
@@ -298,11 +307,12 @@ def drive(storage: LocalStorage, run: str, images: Images, tasks: int, resume: b
     files = {stage(store, run, task, rows): file_of(rows) for task, rows in enumerate(parts) if rows.num_rows}
     if parts[0].num_rows:  # an attempt that Spark gave up on had written all the same
         stage(store, run, 99, parts[0])
+    at("staged")
     store.publish(Work(run, ("net@1",), seen, todo.select(KEY_NAMES), files, starts_over=not resume))
     store.unstage(run)
     if resume:
         store.recover("net@1")
-    store.vacuum(0)
+    store.vacuum(days)
 
 
 def count_changes(root: Path, run: str, images: Images, tasks: int) -> int:
@@ -391,6 +401,163 @@ def test_any_history_of_runs_and_deaths_ends_with_each_image_once(tmp_path_facto
     drive(LocalStorage(str(root)), "run9", last, tasks=2)
     assert last.items() <= results_of(root).items()
     assert not list(root.glob("_staging/*/*.parquet"))
+
+
+# ---------------------------------------------------------------- two runs at once
+
+
+@pytest.mark.parametrize("resume", [True, False], ids=["resume", "one starts over"])
+def test_runs_that_start_together_leave_each_image_once_and_a_reader_misses_none(tmp_path, resume):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000", FIRST, tasks=2)
+    with Reader(tmp_path) as reader:
+        for number in range(1, 11):
+            images = results_of(tmp_path) | dict.fromkeys("abc", number)
+            images |= {f"{number}-{i}": number for i in range(9)}
+            runs = [
+                threading.Thread(
+                    target=drive,
+                    args=(LocalStorage(str(tmp_path)), f"20260102T0000{number:02d}-{i}", images, 3),
+                    kwargs={"resume": resume or i > 0, "days": 7},
+                )
+                for i in range(3)
+            ]
+            for thread in runs:
+                thread.start()
+            for thread in runs:
+                thread.join()
+            assert results_of(tmp_path) == images
+            assert not (tmp_path / "_staging").exists()
+    assert reader.broken == [] and len(reader.seen) >= 10
+    assert all(len(set(paths)) == len(paths) and FIRST.keys() <= set(paths) for paths in reader.seen)
+    counts = [len(paths) for paths in reader.seen]
+    assert counts == sorted(counts)
+
+
+def drive_with_another(root: Path, other: Callable[[], None], monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
+    """A run, and in the moment right before its commit another one."""
+    commit = Table.commit
+
+    def commit_after_another(*arguments: Any) -> None:
+        monkeypatch.setattr(Table, "commit", commit)
+        other()
+        commit(*arguments)
+
+    monkeypatch.setattr(Table, "commit", commit_after_another)
+    drive(LocalStorage(str(root)), "20260102T000000-late", given.pop("images", SECOND), tasks=2, days=7, **given)
+
+
+@pytest.mark.parametrize("other", [{"a": 1, "h": 1}, SECOND, {"x": 0}, {"a": 2, "b": 0}], ids=str)
+def test_of_two_runs_the_later_one_keeps_what_is_still_new(tmp_path, monkeypatch, other):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    another = partial(drive, LocalStorage(str(tmp_path)), "20260103T000000-else", other, tasks=1, days=7)
+    drive_with_another(tmp_path, another, monkeypatch)
+    assert results_of(tmp_path) == {**SECOND, **other}
+    assert not (tmp_path / "_staging").exists()
+
+
+def test_a_run_that_starts_over_replaces_what_another_has_committed_meanwhile(tmp_path, monkeypatch):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    another = partial(drive, LocalStorage(str(tmp_path)), "20260103T000000-else", {"x": 0, "a": 2}, tasks=1, days=7)
+    drive_with_another(tmp_path, another, monkeypatch, resume=False)
+    assert results_of(tmp_path) == SECOND
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(tmp_path, monkeypatch):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    commit, commits = Table.commit, []
+
+    def commit_without_answer(*arguments: Any) -> None:
+        commits.append(arguments)
+        commit(*arguments)
+        if len(commits) == 1:
+            raise Conflict
+
+    monkeypatch.setattr(Table, "commit", commit_without_answer)
+    drive(LocalStorage(str(tmp_path)), "20260102T000000-new", SECOND, tasks=2, days=7)
+    assert results_of(tmp_path) == SECOND and len(commits) == 1
+
+
+@pytest.mark.parametrize("ends", ["after its commit", "before its commit"])
+def test_a_slow_run_whose_finished_files_another_takes_finds_their_rows(tmp_path, ends):
+    """The other cannot know that it is not dead; and may die itself when it has moved them."""
+
+    def take(step: str) -> None:
+        other = Mortal(str(tmp_path), 10**9)
+        store = open_store(other)
+        if ends == "before its commit":
+            other.change = lambda act, *given: die() if "commit" in repr(act) else Mortal.change(other, act, *given)
+        with contextlib.suppress(Death):
+            store.recover("net@1")
+
+    def die() -> None:
+        raise Death
+
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    drive(LocalStorage(str(tmp_path)), "20260102T000000-slow", SECOND, tasks=2, at=take)
+    assert results_of(tmp_path) == SECOND
+    assert not (tmp_path / "_staging").exists()
+
+
+def test_finished_files_that_nobody_has_any_more_are_an_error_and_what_is_left_is_committed_by_the_next(tmp_path):
+    def lose(step: str) -> None:
+        for attempt in ("000000", "000099"):
+            next(tmp_path.glob(f"_staging/*/{attempt}-*.parquet")).unlink()
+        drive(LocalStorage(str(tmp_path)), "20260103T000000-else", {"x": 0}, tasks=1)
+
+    with pytest.raises(RunError, match="taken the results of .* images .*run again"):
+        drive(LocalStorage(str(tmp_path)), "20260102T000000-slow", SECOND, tasks=2, at=lose)
+    drive(LocalStorage(str(tmp_path)), "20260104T000000-last", SECOND, tasks=2)
+    assert results_of(tmp_path) == {**SECOND, "x": 0}
+
+
+def test_the_finished_files_of_a_run_that_starts_over_are_its_own(tmp_path):
+    """Their rows equal those in the results, and another run would take them for useless."""
+
+    def come(step: str) -> None:
+        drive(LocalStorage(str(tmp_path)), "20260103T000000-else", {**FIRST, "x": 0}, tasks=1, days=7)
+
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    drive(LocalStorage(str(tmp_path)), "20260102T000000-over", FIRST, tasks=2, resume=False, at=come)
+    assert results_of(tmp_path) == FIRST
+    assert {path.name[:20] for path in live_files(tmp_path)} == {"20260102T000000-over"}
+
+
+def live_files(root: Path) -> set[Path]:
+    return {root / path for path in ResultStore(LocalStorage(str(root))).files()}
+
+
+def test_what_was_staged_before_a_run_started_over_is_not_kept_after_it(tmp_path):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    dead = ResultStore(LocalStorage(str(tmp_path)))
+    stage(dead, "20260102T000000-dead", 0, table_of({"gone": 0}))
+    drive(LocalStorage(str(tmp_path)), "20260103T000000-over", SECOND, tasks=2, resume=False)
+    drive(LocalStorage(str(tmp_path)), "20260104T000000-last", SECOND, tasks=2)
+    assert results_of(tmp_path) == SECOND and not (tmp_path / "_staging").exists()
+
+
+def test_files_that_are_deleted_while_a_run_reads_the_table_are_no_error_where_the_table_has_gone_on(tmp_path):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+
+    class Slow(LocalStorage):
+        waiting = True
+
+        def read(self, path: str, limit: int | None = None) -> bytes:
+            if self.waiting and path.endswith(".parquet"):
+                self.waiting = False
+                drive(LocalStorage(str(tmp_path)), "20260102T000000-new", SECOND, tasks=2)
+            return super().read(path, limit)
+
+    assert ResultStore(Slow(str(tmp_path))).look().rows.num_rows == len(SECOND)
+
+
+def test_a_file_of_the_table_that_is_gone_is_one_clear_error_and_starting_over_helps(tmp_path):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    victim = next(iter(live_files(tmp_path)))
+    victim.unlink()
+    with pytest.raises(StorageError, match=f"{victim} is gone.*restore it.*resume=false"):
+        drive(LocalStorage(str(tmp_path)), "20260102T000000-next", SECOND, tasks=2)
+    drive(LocalStorage(str(tmp_path)), "20260103T000000-over", SECOND, tasks=2, resume=False)
+    assert results_of(tmp_path) == SECOND
 
 
 # ---------------------------------------------------------------- tasks that outlive their driver

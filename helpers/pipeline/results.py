@@ -308,9 +308,10 @@ class ResultStore:
                     self._table.commit(version, adds, removes, change.about, change.marks)
                 break
             except (Conflict, FileNotFoundError) as error:
-                for path in change.written:
-                    self.storage.delete(path)
                 newer = self._table.open() or version
+                for path in change.written:
+                    if _name(path) not in newer.files:  # it is, where only the answer to the commit was lost
+                        self.storage.delete(path)
                 if newer.number > version.number:
                     log.info("another run has changed %s; looking again at what is new", self.location)
                     version, looks = newer, 0
@@ -535,13 +536,14 @@ class ResultStore:
         """Remove the folders of other runs from staging that have nothing in them, or nothing new for a day."""
         staged, others = self._list(STAGING)
         entries = staged | others
-        for run in {path.split("/")[1] for path in entries if path.count("/") == 2}:
-            below = {path: entry for path, entry in entries.items() if path.startswith(f"{staging(run)}/")}
-            if max(entry.modified for entry in below.values()) < datetime.now(UTC) - ABANDONED:
-                self.storage.delete(staging(run))
-            elif below.keys() == {f"{staging(run)}/{KEEP}"}:
-                self.storage.delete(f"{staging(run)}/{KEEP}")
-                self.storage.prune(staging(run))
+        for run in {path.split("/")[1] for path in entries if entries[path].is_directory or path.count("/") > 1}:
+            folder = staging(run)
+            below = {path: entry for path, entry in entries.items() if path.startswith(f"{folder}/")}
+            if below.keys() <= {f"{folder}/{KEEP}"}:
+                self.storage.delete(f"{folder}/{KEEP}")
+                self.storage.prune(folder)
+            elif max(entry.modified for entry in below.values()) < datetime.now(UTC) - ABANDONED:
+                self.storage.delete(folder)
         self.storage.prune(STAGING)
 
     def _load(self, path: str, columns: list[str] | None = None) -> pa.Table:
@@ -597,9 +599,9 @@ class ResultStore:
             name = entry.path[len(self.storage.join(folder)) + 1 :]
             if not entry.is_directory and FILES[folder].fullmatch(name):
                 files[f"{folder}/{name}"] = entry
-            elif OTHERS[folder].fullmatch(name):
+            elif OTHERS[folder].fullmatch(name) or (entry.is_directory and folder == STAGING and "/" not in name):
                 others[f"{folder}/{name}"] = entry
-            elif not (entry.is_directory and folder == STAGING and "/" not in name):
+            else:
                 raise self._strange(f"{folder}/{name}".rstrip("/"))
         return files, others
 
