@@ -10,7 +10,7 @@ import pytest
 from cluster import read_results
 
 from helpers.errors import RunError
-from helpers.pipeline.results import ResultStore, Work
+from helpers.pipeline.results import ResultStore, Seen, Work
 from helpers.pipeline.rows import Statistics, is_in, settled, without
 from helpers.pipeline.schemas import EARLIER_RESULT_SCHEMA, KEY_NAMES
 from helpers.pipeline.stages import RESULT_SCHEMA
@@ -59,17 +59,23 @@ def stage(store: ResultStore, run: str, partition: int, rows: pa.Table) -> str:
     return path
 
 
-def publish(store: ResultStore, *staged: str, starts_over: bool = False) -> list[str]:
-    """Commit files as the run that has staged them does, which then ends."""
-    seen, rows = store.look(), store.rows(staged)
-    run = staged[0].split("/")[1] if staged else "run0"
-    models = tuple({"net@1", *rows["model"].unique().to_pylist()})
+def make_work(store: ResultStore, *staged: str, seen: Seen | None = None, starts_over: bool = False) -> Work:
+    """What the run has to commit that has staged some files."""
+    rows = store.rows(staged)
     files = {
-        path: File(Path(store.storage.join(path)).stat().st_size, Statistics.of(store.rows([path])).to_json())
+        path: File(next(iter(store.storage.list(path))).length, Statistics.of(store.rows([path])).to_json())
         for path in staged
     }
-    published = store.publish(Work(run, models, seen, rows.select(KEY_NAMES), files, starts_over=starts_over))
-    store.unstage(run)
+    models = tuple({"net@1", *rows["model"].unique().to_pylist()})
+    run = staged[0].split("/")[1] if staged else "run0"
+    return Work(run, models, seen or store.look(), rows.select(KEY_NAMES), files, starts_over=starts_over)
+
+
+def publish(store: ResultStore, *staged: str, starts_over: bool = False) -> list[str]:
+    """Commit files as the run that has staged them does, which then ends."""
+    work = make_work(store, *staged, starts_over=starts_over)
+    published = store.publish(work)
+    store.unstage(work.run)
     return published
 
 
