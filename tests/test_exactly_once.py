@@ -498,6 +498,24 @@ def test_a_slow_run_whose_finished_files_another_takes_finds_their_rows(tmp_path
     assert not (tmp_path / "_staging").exists()
 
 
+def test_a_file_that_another_run_has_removed_as_useless_is_not_added_but_its_rows_are(tmp_path, monkeypatch):
+    """Moved and not yet committed, it looks like what a run has left that died long ago."""
+    run = "20260102T000000-0123abcd"
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    commit = Table.commit
+
+    def remove_first(*arguments: Any) -> None:
+        monkeypatch.setattr(Table, "commit", commit)
+        (tmp_path / "_staging" / run / ".keep").unlink()
+        ResultStore(LocalStorage(str(tmp_path))).recover("net@1")
+        commit(*arguments)
+
+    monkeypatch.setattr(Table, "commit", remove_first)
+    drive(LocalStorage(str(tmp_path)), run, SECOND, tasks=1, days=7)
+    assert results_of(tmp_path) == SECOND
+    assert f"{run}-000000-4-0.parquet" not in {path.name for path in live_files(tmp_path)}
+
+
 def test_finished_files_that_nobody_has_any_more_are_an_error_and_what_is_left_is_committed_by_the_next(tmp_path):
     def lose(step: str) -> None:
         for attempt in ("000000", "000099"):

@@ -151,6 +151,15 @@ def test_on_a_mount_without_hard_links_the_table_is_written_all_the_same(changed
     assert keys(changed) == [("a", 2), *ROWS[1:]]
 
 
+def test_a_table_that_its_owner_has_compacted_is_read_and_changed_as_before(changed):
+    DeltaTable(Path(changed.location).as_uri()).optimize.compact()
+    assert changed.resume("net@1").rows.num_rows == 4 and len(changed.files()) == 1
+    publish(changed, stage(changed, "run3", 0, table("c", version=3)))
+    assert keys(changed) == [("a", 1), ("b", 0), ("c", 3), ("d", 0)]
+    changed.vacuum(0)
+    assert versions(pd.read_parquet(changed.location)) == [("a", 1), ("b", 0), ("c", 3), ("d", 0)]
+
+
 @pytest.mark.parametrize("name", ["a%20b", "a\\b"])
 def test_a_folder_that_the_library_takes_for_another_is_one_clear_error(tmp_path, name):
     with pytest.raises(StorageError, match="a table cannot lie below.*name another location"):

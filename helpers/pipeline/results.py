@@ -384,7 +384,8 @@ class ResultStore:
         own = self.rows(files)
         if models:
             self._check_models(own, models)
-        rows, runs = self._rows_of(version), list(dict.fromkeys(map(_run, files)))
+        rows = self._rows_of(version) if files else ROWS_SCHEMA.empty_table()
+        runs = list(dict.fromkeys(map(_run, files)))
         new = is_new(own, rows, len(models) or 1)
         for run in runs:
             # A task that outlived its driver may have ended after a later run, which saw the image as it is now.
@@ -548,26 +549,26 @@ class ResultStore:
 
     def _load(self, path: str, columns: list[str] | None = None) -> pa.Table:
         """One file of rows, or some of its columns."""
-        file = self._open(path)
-        names = columns or RESULT_SCHEMA.names
+        file, names = self._open(path), columns or RESULT_SCHEMA.names
         try:
             return conform(file.read(columns), pa.schema([RESULT_SCHEMA.field(name) for name in names]))
-        except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (OSError, pa.ArrowException) as error:
             raise self._unreadable(path, first_line(error)) from None
 
     def _open(self, path: str) -> pq.ParquetFile:
+        """One file of rows; a staged one from where another run has moved it, if it has."""
         try:
+            place = path if path == _target(path) or self.storage.exists(path) else _target(path)
             # No Python file object: Arrow's threads can outlive the interpreter with one, and abort the process.
-            content = pa.BufferReader(self.storage.read(path))
+            file = pq.ParquetFile(pa.BufferReader(self.storage.read(place)))
         except FileNotFoundError:
             raise
+        except pa.ArrowException as error:
+            raise self._unreadable(path, first_line(error)) from None
         except OSError as error:
             raise StorageError(explain(error, self.storage.join(path))) from None
-        try:
-            file = pq.ParquetFile(content)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise self._unreadable(path, first_line(error)) from None
-        if not any(file.schema_arrow.equals(schema) for schema in (RESULT_SCHEMA, EARLIER_RESULT_SCHEMA)):
+        # Those who compact the table may write types of their own, which are cast.
+        if file.schema_arrow.names not in (RESULT_SCHEMA.names, EARLIER_RESULT_SCHEMA.names):
             raise self._unreadable(path, "its columns are others")
         return file
 
