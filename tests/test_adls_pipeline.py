@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote
@@ -490,7 +491,7 @@ def test_runs_that_start_together_leave_each_image_once_and_a_reader_misses_none
 
     def run(number: int, version: int) -> None:
         store = ResultStore(AdlsStorage(adls_root, options))
-        name = f"20260102T00000{version}-{number}"
+        name = f"20260102T00000{version}-0000000{number}"
         found = store.resume("net@1")
         todo = without(pa.concat_tables([table("a", version=version), table(f"new {version}")]), found.rows)
         if todo.num_rows:
@@ -502,11 +503,9 @@ def test_runs_that_start_together_leave_each_image_once_and_a_reader_misses_none
     reader.start()
     try:
         for version in range(1, 6):
-            runs = [threading.Thread(target=run, args=(number, version)) for number in range(3)]
-            for thread in runs:
-                thread.start()
-            for thread in runs:
-                thread.join()
+            with ThreadPoolExecutor(3) as pool:
+                runs = [pool.submit(run, number, version) for number in range(3)]
+            assert [run.result() for run in runs] == [None] * 3
             assert keys(first) == [
                 ("a", version),
                 ("b", 0),

@@ -218,7 +218,7 @@ def test_an_output_on_a_read_only_disk_is_one_line(photos, bundle_uri, tmp_path,
     assert_one_line(code, answer.out, answer.err, str(tmp_path / "disk" / "out"), "read-only")
 
 
-IMPOSSIBLE = {"notes.txt": "is a file", "notes.txt/out": "a file is where a folder should be"}
+IMPOSSIBLE = {"notes.txt": "a file is where a folder should be", "notes.txt/out": "a file is where a folder should be"}
 IMPOSSIBLE |= {"x" * 300: "the name is too long", f"{'y' * 200}/" * 30: "the name is too long"}
 
 

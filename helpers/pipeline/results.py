@@ -59,7 +59,7 @@ from helpers.pipeline.rows import (
     without,
 )
 from helpers.pipeline.schemas import EARLIER_RESULT_SCHEMA, RESULT_SCHEMA, conform
-from helpers.pipeline.table import LOG, Conflict, File, Table, Version
+from helpers.pipeline.table import LOG, NONE, Conflict, File, Table, Version
 from helpers.pipeline.task import STAGING, staged_counts, staging
 from helpers.storage import Storage
 from helpers.storage.interface import UNFINISHED, Entry
@@ -147,6 +147,7 @@ class ResultStore:
             StorageError: something that is not ours lies in our folders, nothing can be written, or the table is
                 damaged.
         """
+        self._list(RESULTS)
         self._leftovers(self._table.open())
         self.storage.write(f"{STAGING}/{KEEP}", b"")
         self.storage.delete(f"{STAGING}/{KEEP}")
@@ -160,11 +161,12 @@ class ResultStore:
         """
         with only_warn("what killed runs have left could not be removed"):
             self._tidy()
+        self._list(RESULTS)
         while True:
             version = self._take_over(self._table.open())
             self._leftovers(version)
-            if version is None or not with_rows:
-                return Seen(version.number if version else -1, ROWS_SCHEMA.empty_table())
+            if not with_rows:
+                return Seen(version.number, ROWS_SCHEMA.empty_table())
             try:
                 return Seen(version.number, self._rows_of(version))
             except FileNotFoundError as error:
@@ -206,7 +208,7 @@ class ResultStore:
             StorageError: there is no such version, or the table is damaged.
         """
         version = self._table.open(number)
-        paths = [f"{RESULTS}/{name}" for name in version.files] if version else self._list(RESULTS)[0]
+        paths = self._list(RESULTS)[0] if version is NONE else [f"{RESULTS}/{name}" for name in version.files]
         return sorted(paths)
 
     def read(self, number: int | None = None) -> pa.Table:
@@ -281,7 +283,7 @@ class ResultStore:
             StorageError: the table cannot be written, or is damaged.
         """
         if not work.files and not work.gone.num_rows and not work.starts_over:
-            if self._table.open() is None:
+            if self._table.open() is NONE:
                 self._table.create()  # without rows, so that readers find the columns
             return []
         self.stage(work.run, work.starts_over)
@@ -295,11 +297,15 @@ class ResultStore:
 
     def _commit(self, plan: Callable[[Version, _Change], None]) -> _Change:
         """Plan a change of the newest version and commit it; again, where another run was first."""
-        version, looks = self._table.open() or self._table.create(), 0
+        version, looks = self._table.open(), 0
         while True:
             change = _Change()
             try:
                 plan(version, change)
+                if version is NONE:
+                    version = self._table.create()
+                    if version.number or version.files:
+                        raise Conflict
                 for source, target in change.moves.items():
                     self._move(source, target)
                 if change.adds or change.removes:
@@ -308,7 +314,7 @@ class ResultStore:
                     self._table.commit(version, adds, removes, change.about, change.marks)
                 break
             except (Conflict, FileNotFoundError) as error:
-                newer = self._table.open() or version
+                newer = self._table.open()
                 for path in change.written:
                     if _name(path) not in newer.files:  # it is, where only the answer to the commit was lost
                         self.storage.delete(path)
@@ -327,7 +333,7 @@ class ResultStore:
     def _plan_work(self, work: Work, version: Version, change: _Change) -> None:
         """What a run's work changes in the version that the run saw, or in any if it starts over."""
         change.run = work.run
-        if not work.starts_over and version.number != max(work.seen.version, 0):
+        if not work.starts_over and max(version.number, 0) != max(work.seen.version, 0):
             self._plan_again(work, version, change)
             return
         staged, results = self._list(STAGING, work.run)[0], self._list(RESULTS)[0]
@@ -460,8 +466,7 @@ class ResultStore:
 
     def _check_newer(self, version: Version, error: Exception) -> None:
         """Raise StorageError unless a file is gone because the table has a newer version."""
-        newer = self._table.open()
-        if newer is None or newer.number == version.number:
+        if self._table.open().number == version.number:
             place = getattr(error, "filename", None) or self.location
             raise StorageError(
                 f"{place} is gone, and the results need it; restore it from a copy, or replace all results with --set "
@@ -478,9 +483,9 @@ class ResultStore:
 
     # ------------------------------------------------------------ files, with paths relative to the output
 
-    def _take_over(self, version: Version | None) -> Version | None:
+    def _take_over(self, version: Version) -> Version:
         """Make a table of results of an earlier version of this project, which were plain Parquet files."""
-        entries = {} if version else self._list(RESULTS)[0]
+        entries = self._list(RESULTS)[0] if version is NONE else {}
         if not entries:
             return version
         files, models, counts = {}, set(), Counter[str]()
@@ -504,7 +509,7 @@ class ResultStore:
     def _rows_of(self, version: Version) -> pa.Table:
         return self.rows(f"{RESULTS}/{name}" for name in sorted(version.files))
 
-    def _leftovers(self, version: Version | None) -> tuple[dict[str, int], set[str]]:
+    def _leftovers(self, version: Version) -> tuple[dict[str, int], set[str]]:
         """Files that other runs have finished and nobody has committed, and the files of no use to anybody.
 
         The former with their sizes, the run that began last first.
@@ -515,10 +520,10 @@ class ResultStore:
         (staged, markers), results = self._list(STAGING), self._list(RESULTS)[0]
         runs = {name: {path.split("/")[1] for path in markers if _name(path) == name} for name in (KEEP, ALONE)}
         files = {path: entry.length for path, entry in staged.items() if _run(path) not in runs[ALONE]}
-        began = version.mark(STARTED_OVER) if version else -1
+        began = version.mark(STARTED_OVER)
         useless = {path for path in files if time_of(_run(path)) < began}
-        untracked = {path for path in results if version and _name(path) not in version.files}
-        removed = version.removed() if version and untracked else set()
+        untracked = {path for path in results if version is not NONE and _name(path) not in version.files}
+        removed = version.removed() if untracked else set()
         for path in untracked:
             name = _name(path)
             run = next((run for run in runs[KEEP] | runs[ALONE] if name.startswith(f"{run}-")), None)
@@ -528,7 +533,7 @@ class ResultStore:
                 files[path] = results[path].length
             elif run or OURS.fullmatch(name):
                 useless.add(path)
-            else:
+            elif name not in self._table.open().files:  # it may have been added just now
                 raise self._strange(path)
         last_first = sorted(sorted(files.keys() - useless), key=_run, reverse=True)
         return {path: files[path] for path in last_first}, useless

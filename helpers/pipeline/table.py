@@ -50,17 +50,22 @@ class Version(NamedTuple):
 
     number: int
     files: frozenset[str]  # their names; all lie in the table's folder
-    table: DeltaTable
+    table: DeltaTable | None  # None before there is a table, at version -1
 
     def removed(self) -> set[str]:
         """Names of files that earlier commits have removed, whether or not they have been deleted."""
+        if self.table is None:
+            return set()
         names = self.table.vacuum(retention_hours=0, dry_run=True, enforce_retention_duration=False)
         return {name.rpartition("/")[2] for name in names}
 
     def mark(self, name: str) -> int:
         """The last value that a commit has given to a mark; -1 where none has."""
-        value = self.table.transaction_version(name)
+        value = self.table.transaction_version(name) if self.table else None
         return -1 if value is None else value
+
+
+NONE = Version(-1, frozenset(), None)
 
 
 class Table:
@@ -69,8 +74,8 @@ class Table:
     def __init__(self, storage: Storage, folder: str, schema: pa.Schema):
         self.storage, self.folder, self.schema = storage, folder, schema
 
-    def open(self, number: int | None = None) -> Version | None:
-        """A version of the table, by default the newest; None where there is no table.
+    def open(self, number: int | None = None) -> Version:
+        """A version of the table, by default the newest; `NONE` where there is no table.
 
         Raises:
             StorageError: the log is damaged or cannot be read, the table has other columns, or no such version.
@@ -82,13 +87,13 @@ class Table:
             except TableNotFoundError as error:
                 if SYSTEM_ERROR.search(str(error)) and "code: 2," not in str(error):
                     raise
-                return None
+                return NONE
             self._check(table)
             names = pa.table(table.get_add_actions())["path"].to_pylist()
             return Version(table.version(), frozenset(names), table)
 
     def create(self, files: Mapping[str, File] | None = None, about: Mapping[str, Any] | None = None) -> Version:
-        """Make the table, of files that lie there, unless another process has just made it; return its version.
+        """Make the table, of files that lie there, unless another process has just made it; return its newest version.
 
         Raises:
             StorageError: the storage cannot be written.
@@ -103,11 +108,9 @@ class Table:
                     commit_properties=properties,
                 )  # fmt: skip
             except DeltaError:
-                if self.open() is None:
+                if self.open() is NONE:
                     raise
-        version = self.open()
-        assert version is not None
-        return version
+        return self.open()
 
     def commit(
         self,
@@ -135,6 +138,7 @@ class Table:
         gone = [RemoveAction(path=name, data_change=True, deletion_timestamp=now) for name in removes]
         values = {APPLICATION: version.number, **marks}
         transactions = [Transaction(name, value) for name, value in values.items()]
+        assert version.table is not None
         with self._explained("its log cannot be written"):
             try:
                 version.table.create_write_transaction(
@@ -142,8 +146,7 @@ class Table:
                     commit_properties=CommitProperties(custom_metadata=dict(about), app_transactions=transactions),
                 )  # fmt: skip
             except (DeltaError, OSError) as error:
-                newer = self.open()
-                if newer is not None and newer.number > version.number:
+                if self.open().number > version.number:
                     raise Conflict from error
                 raise
 
@@ -157,22 +160,22 @@ class Table:
         Raises:
             StorageError: the storage cannot be written.
         """
-        version = self.open()
-        if version is None:
+        table = self.open().table
+        if table is None:
             return 0
         settings: dict[str, Any] = {"retention_hours": round(hours), "enforce_retention_duration": False}
         with self._explained("removed files cannot be deleted"):
-            names = {name.rpartition("/")[2] for name in version.table.vacuum(dry_run=True, **settings)}
+            names = {name.rpartition("/")[2] for name in table.vacuum(dry_run=True, **settings)}
             doomed = names.intersection(present)
             if doomed:
-                version.table.vacuum(dry_run=False, **settings)
+                table.vacuum(dry_run=False, **settings)
         return len(doomed)
 
     def history(self) -> list[dict[str, Any]]:
         """What commits tell of themselves, the newest first; `version` and `timestamp` (milliseconds) among it."""
-        version = self.open()
+        table = self.open().table
         with self._explained("its log cannot be read"):
-            return version.table.history() if version else []
+            return table.history() if table else []
 
     def _check(self, table: DeltaTable) -> None:
         columns = pa.schema(table.schema().to_arrow())
