@@ -1,4 +1,4 @@
-"""The command line: `run`, `export`, `plan` and `doctor`, each thin over the functions that the notebooks call.
+"""The command line: `run`, `export`, `plan`, `history` and `doctor`, thin over functions that notebooks call.
 
 Standard output is for the answer (the last line is the JSON summary of a run); everything else goes to standard error.
 Exit codes: 0 done; 1 done, but too many images failed, a folder could not be listed, or the host lacks something; 2 a
@@ -18,7 +18,7 @@ from typing import NoReturn
 import numpy as np
 
 from helpers.config import Config, load_config, parse_assignments
-from helpers.errors import ConfigError, UserError, explain
+from helpers.errors import ConfigError, RunError, UserError, explain
 from helpers.redaction import Redacting, redact
 
 log = logging.getLogger(__name__)
@@ -57,8 +57,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
     # Mistakes are told before Spark starts.
     task = pipeline.make_task(options.source, options.model, options.output, config)
-    with ResultStore(task.output).exclusive():
-        pass
+    ResultStore(task.output).check()
     spark = get_spark(config)
     started = time.time() - psutil.Process().create_time()
     summary = pipeline.run(spark, options.source, options.model, options.output, config, started)
@@ -153,6 +152,21 @@ def plan(options: argparse.Namespace, config: Config) -> int:
     return 0
 
 
+def history(options: argparse.Namespace, config: Config) -> int:
+    """The runs that have changed the results of an output."""
+    import pandas as pd
+
+    from helpers.pipeline.results import ResultStore
+    from helpers.storage import open_storage
+
+    store = ResultStore(open_storage(options.output, config))
+    runs = store.history()
+    if not runs:
+        raise RunError(f"no run has results in {store.location}; name the --output of one")
+    print(pd.DataFrame(runs).to_string(index=False, na_rep="-"))
+    return 0
+
+
 def doctor(options: argparse.Namespace, config: Config) -> int:
     """What this host has, and the remedy for what it lacks."""
     from helpers.doctor import examine
@@ -184,7 +198,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--model", required=True, action="append", metavar="URI", help="model bundle; may repeat, images are read once"
     )
-    command.add_argument("--output", required=True, metavar="URI", help="where results go, as Parquet in results/")
+    command.add_argument(
+        "--output", required=True, metavar="URI", help="where results go, as a Delta table in results/"
+    )
     command.set_defaults(command=run)
 
     command = commands.add_parser("export", parents=[shared], help="a model of any kind to a model bundle")
@@ -231,6 +247,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--plot", metavar="FILE", help="draw time and cost against executors, as PNG or SVG")
     command.set_defaults(command=plan)
+
+    command = commands.add_parser(
+        "history", parents=[shared], help="the runs that have changed the results of an output"
+    )
+    command.add_argument("output", metavar="OUTPUT", help="--output of the runs")
+    command.set_defaults(command=history)
 
     command = commands.add_parser("doctor", parents=[shared], help="what this host has and lacks")
     command.set_defaults(command=doctor)

@@ -115,6 +115,12 @@ class InferenceSettings(_Section):
     memory_megabytes: Positive
 
 
+class ResultSettings(_Section):
+    """How long files stay that the results' table has removed."""
+
+    retention_days: Annotated[float, Field(ge=0, le=36_500)]
+
+
 class TilingSettings(_Section):
     """Which images are cut into tiles."""
 
@@ -146,6 +152,7 @@ class Config(_Section):
     video: VideoSettings
     partitioning: PartitionSettings
     inference: InferenceSettings
+    results: ResultSettings
     tiling: TilingSettings
     cascade: CascadeSettings
     postprocess: dict[str, Value | dict[str, Value]]

@@ -12,7 +12,9 @@ from helpers.redaction import redact
 log = logging.getLogger(__name__)
 
 FULL = "the disk is full; make space and run again, what is finished is kept"
-UNSUITABLE = "this file system lacks what keeps two writers apart (locks, whole files); name a location on another one"
+UNSUITABLE = (
+    "this file system lacks what keeps two writers apart (links, locks, whole files); name a location on another one"
+)
 FORBIDDEN = "permission denied; grant this user access, or name another location"
 REMEDIES = {
     errno.ENOSPC: FULL,

@@ -17,6 +17,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
 
 from helpers.java import local_options
 from studies.cluster import PATIENCE, Process, arguments_of, wait_for
@@ -119,9 +120,14 @@ def start_run(
     return Run(output, Process(command, log, {"SPARK_SUBMIT_OPTS": local_options()}))
 
 
+def read_results(output: str | Path, version: int | None = None) -> pa.Table:
+    """The results as any reader of the table sees them."""
+    return DeltaTable(Path(output, "results").as_uri(), version).to_pyarrow_dataset().to_table()
+
+
 def read_rows(output: Path) -> list[dict[str, Any]]:
-    """The results as any reader of the folder sees them, by path; no path twice."""
-    rows = pq.read_table(output / "results").sort_by("path").to_pylist()
+    """The results as any reader of the table sees them, by path; no path twice."""
+    rows = read_results(output).sort_by("path").to_pylist()
     paths = [row["path"] for row in rows]
     assert len(paths) == len(set(paths)), "an image is twice in the results"
     return rows

@@ -1,9 +1,9 @@
 """ADLS Gen2 on this machine: Azurite, which serves the Blob API only, and in front of it the DFS API that it lacks.
 
-Requests of the DFS API are translated into Blob requests; everything else passes through untouched, so that ranges,
-ETags, leases, SAS tokens and keys are Azurite's to judge. Renaming and deleting are atomic, as with a hierarchical
-namespace: one lock holds off whoever could see a half. `disturb` breaks chosen requests as a network and a busy
-service do.
+Requests of the DFS API are translated into Blob requests. Everything else passes through untouched, so that ranges,
+ETags, SAS tokens and keys are Azurite's to judge; only listings from one name on are cut here. Renaming and deleting
+are atomic, as with a hierarchical namespace: one lock holds off whoever could see a half. `disturb` breaks chosen
+requests as a network and a busy service do.
 
     python tests/dfs_facade.py          starts both, and prints the endpoint
 """
@@ -203,11 +203,9 @@ class DfsFacade(ThreadingHTTPServer):
         headers: dict | None = None,
         body: bytes = b"",
     ) -> Answer:
-        """A Blob request on behalf of a DFS request, with its SAS token or lease."""
+        """A Blob request on behalf of a DFS request, with its SAS token."""
         sas = {key: value for key, value in of.query.items() if key in SAS_NAMES}
-        kept = {key: value for key, value in of.headers.items() if key == "x-ms-lease-id"}
-        if sas:
-            kept["x-ms-version"] = "2021-12-02"
+        kept = {"x-ms-version": "2021-12-02"} if sas else {}
         path = f"/{ACCOUNT}/{of.container}" + (f"/{quote(name)}" if name else "")
         return self.send(Request(method, path, {**(query or {}), **sas}, {**kept, **(headers or {})}, body))
 
@@ -234,10 +232,10 @@ class DfsFacade(ThreadingHTTPServer):
         except Refusal as refusal:
             return refusal.answer
         answer = self.send(request)
+        if first := request.query.get("startFrom"):
+            answer.body = _from(answer.body, first)
         if request.method == "HEAD" and answer.status == 404 and self._is_folder(request, request.name):
             return Answer(200, {"x-ms-blob-type": "BlockBlob", "Last-Modified": formatdate(usegmt=True), **FOLDER})
-        if start := request.query.get("startFrom"):
-            answer.body = _from(answer.body, start)
         return answer
 
     def _dfs(self, request: Request) -> Answer:
@@ -494,13 +492,13 @@ def _metadata(request: Request) -> dict[str, str]:
     return {f"x-ms-meta-{name.strip()}": base64.b64decode(value).decode() for name, _, value in pairs}
 
 
-def _from(listing: bytes, start: str) -> bytes:
-    """A listing without the names before one, which Azure leaves out when it is asked to, and Azurite does not."""
+def _from(listing: bytes, first: str) -> bytes:
+    """A listing from one name on, which Azure's service sees to and Azurite does not."""
     root = ElementTree.fromstring(listing)
-    for blobs in root.iter("Blobs"):
-        for blob in [blob for blob in blobs if (blob.findtext("Name") or "") < start]:
+    if (blobs := root.find("Blobs")) is not None:
+        for blob in [blob for blob in blobs if (blob.findtext("Name") or "") < first]:
             blobs.remove(blob)
-    return ElementTree.tostring(root)
+    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
 
 
 def _block(position: int) -> str:

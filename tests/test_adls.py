@@ -1,4 +1,4 @@
-"""ADLS Gen2 alone, against a real server: the SDK's traps, a bad network, credentials, secrets, locks, long listings.
+"""ADLS Gen2 alone, against a real server: the SDK's traps, a bad network, credentials, secrets, long listings.
 
 What it has in common with local storage is in `test_storage.py`.
 
@@ -11,15 +11,7 @@ How it was checked that tests fail without their protection: in a copy of the re
     objects.py: a refused credential is an OSError             forbidden and refused, expired token, wrong key
     client.py, objects.py: nothing is repeated                 any one request: list, and read
     client.py: urllib3's log is not filtered                     planted secret
-    adls.py: `_check_lease` checks nothing                     who has lost the lock, right before the last request
-    adls.py: `_condition` gives none                           lock for its own by mistake
-    adls.py: `rename` without a condition of its own           lock for its own by mistake
-    lease.py: `time.monotonic`                                 a machine sleeps
     client.py: one client for ever                               expired token
-    adls.py: pickles with its lease                            pickles without its credential
-    adls.py: the lock is no lease                              3 tests of locks in test_storage.py
-    lease.py: nothing is renewed                               renewed while it is held
-    lease.py: a lease is for ever                              until it is killed, in test_storage.py
     redaction.py: `redact` without names, or without secrets  redacting, wrong address
 
 One is double: the SDK's own errors do not show the planted token either, whether `_explain` redacts them or not.
@@ -34,7 +26,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import traceback
 import types
 from collections.abc import Callable
@@ -50,7 +41,7 @@ from helpers.config import load_config
 from helpers.errors import ConfigError, StorageError
 from helpers.images import boundary
 from helpers.pipeline import reading
-from helpers.storage import StorageOptions, adls, client, credentials, lease, objects, open_storage
+from helpers.storage import StorageOptions, adls, client, credentials, objects, open_storage
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.credentials import resolve
 from helpers.storage.prefetch import map_groups
@@ -135,10 +126,11 @@ def test_names_are_renamed_with_a_sas_token_too(by_sas):
 
 def test_a_storage_that_was_used_pickles_without_its_credential(storage):
     storage.write("a", b"1")
-    with storage.lock("_lock"):
-        for pickled in (pickle.dumps(storage), cloudpickle.dumps(lambda: storage)):
-            assert KEY.encode() not in pickled
-        assert pickle.loads(pickle.dumps(storage)).read("a") == b"1"
+    _, options = storage.delta_table("results")
+    assert options["account_key"] == KEY
+    for pickled in (pickle.dumps(storage), cloudpickle.dumps(lambda: storage)):
+        assert KEY.encode() not in pickled
+    assert pickle.loads(pickle.dumps(storage)).read("a") == b"1"
 
 
 def test_a_large_file_is_read_in_one_request_and_written_in_chunks(storage, dfs, monkeypatch):
@@ -180,18 +172,15 @@ ACTIONS: dict[str, Callable[[AdlsStorage], object]] = {
     "read": lambda storage: storage.read("a"),
     "list": lambda storage: sorted(entry.path for entry in storage.list()),
     "exists": lambda storage: [storage.exists(path) for path in ("", "a", "folder", "absent")],
-    "lock": lambda storage: lock_and_release(storage),
+    "prune": lambda storage: [storage.prune(path) for path in ("empty", "folder")],
 }
-
-
-def lock_and_release(storage: AdlsStorage) -> None:
-    with storage.lock("_lock"):
-        pass
 
 
 def fill(storage: AdlsStorage) -> None:
     for path in ("a", "folder/b", "folder/c"):
         storage.write(path, b"old")
+    storage.write("empty/d", b"old")
+    storage.delete("empty/d")
 
 
 def contents(storage: AdlsStorage) -> dict[str, bytes]:
@@ -218,8 +207,7 @@ def test_a_disturbance_of_any_one_request_changes_nothing(dfs, adls_settings, ha
     for disturbed in range(count):
         repeated, *found = perform(disturbed)
         assert found == expected, f"request {disturbed} of {count}"
-        # Only giving a lock back is not tried again: it ends by itself.
-        assert repeated > count or action == "lock" and disturbed == count - 1
+        assert repeated > count
 
 
 def test_an_answer_that_breaks_off_is_read_again(storage, dfs, hasty):
@@ -261,7 +249,7 @@ def test_a_container_that_is_not_there_is_named(dfs, adls_settings):
     for action in (
         lambda: list(storage.list()),
         lambda: storage.write("a", b""),
-        lambda: storage.lock("l").__enter__(),
+        lambda: storage.prune("a"),
     ):
         with pytest.raises(StorageError, match=r"absent@.* no such container"):
             action()
@@ -406,117 +394,6 @@ def test_a_long_listing_is_one_pass_of_pages_in_the_memory_of_its_manifest(dfs, 
         held[count] = peak - table
     # Beyond the table there are a page and the rows of a chunk that is not full, however long the listing is.
     assert held[files] < held[20_000] + 16 * 2**20, held
-
-
-# ---------------------------------------------------------------- locks
-
-
-def test_a_lock_is_renewed_while_it_is_held(storage, dfs, monkeypatch):
-    monkeypatch.setattr(lease, "LEASE_SECONDS", 15)
-    with storage.lock("_lock"):
-        dfs.requests.clear()
-        wait_for("a renewal", lambda: any(r.headers.get("x-ms-lease-action") == "renew" for r in dfs.requests))
-
-
-def test_who_has_lost_the_lock_changes_nothing_any_more(storage, monkeypatch):
-    storage.write("a", b"1")
-    with storage.lock("_lock"):
-        storage._lease._lease.break_lease(0)
-        with open_storage(storage.root, types.SimpleNamespace(storage=storage.options)).lock("_lock"):
-            storage._lease._until = 0  # as after half a minute without an answer
-            for change in (
-                lambda: storage.write("a", b"2"),
-                lambda: storage.rename("a", "b"),
-                lambda: storage.delete("a"),
-            ):
-                with pytest.raises(StorageError, match="lock"):
-                    change()
-            assert storage.read("a") == b"1"
-
-
-CHANGES: dict[str, Callable[[AdlsStorage], object]] = {
-    "write": lambda storage: storage.write("a", b"mine"),
-    "delete": lambda storage: storage.delete("a"),
-    "rename onto": lambda storage: storage.rename("staged", "a"),
-    "rename to a new one": lambda storage: storage.rename("staged", "new"),
-}
-
-
-@pytest.fixture
-def other(storage) -> AdlsStorage:
-    """Another process's."""
-    storage.write("a", b"old")
-    storage.write("staged", b"mine")
-    return open_storage(storage.root, types.SimpleNamespace(storage=storage.options))
-
-
-@pytest.mark.parametrize("gone", [False, True], ids=["changed", "deleted"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_who_takes_the_lock_for_its_own_by_mistake_changes_nothing_that_another_has(storage, other, change, gone):
-    """A clock that stood still tells nothing: what counts is the file, as it was read."""
-    with storage.lock("_lock"):
-        storage.read("a")
-        storage._lease._lease.break_lease(0)
-        with other.lock("_lock"):
-            other.write("new", b"theirs")
-            other.delete("a") if gone else other.write("a", b"theirs")
-            theirs = contents(other)
-            if gone and change == "delete":  # there is nothing left to do
-                CHANGES[change](storage)
-            else:
-                with pytest.raises(StorageError, match="another run has changed it"):
-                    CHANGES[change](storage)
-            assert contents(other) == theirs
-
-
-@pytest.mark.parametrize("change", ["write", "rename to a new one"])
-def test_the_lock_is_looked_at_right_before_the_last_request_of_a_change(storage, other, dfs, change):
-    with storage.lock("_lock"):
-        seen: list[Request] = []
-
-        def stand_still(request: Request) -> None:
-            """As soon as the change has begun, long enough for another process to take the lock."""
-            if not seen:
-                seen.append(request)
-                storage._lease._lease.break_lease(0)
-                storage._lease._until = 0
-
-        before = contents(storage)
-        with dfs.disturb(stand_still), pytest.raises(StorageError, match="the lock could not be renewed"):
-            CHANGES[change](storage)
-        assert seen and contents(storage) == before
-
-
-def test_files_are_replaced_renamed_and_deleted_while_the_lock_is_held(storage, other):
-    with storage.lock("_lock"):
-        for content in (b"1", b"2"):
-            assert storage.read("a") and storage.write("a", content) is None and storage.read("a") == content
-            storage.write("a", content)
-            storage.write("a", content + b"again")
-        storage.rename("staged", "new")
-        storage.rename("new", "newer")
-        storage.delete("a")
-        storage.delete("a")
-        storage.write("a", b"3")
-    assert contents(storage) == {"/a": b"3", "/newer": b"mine", "/_lock": b""}
-
-
-def test_the_time_that_a_machine_sleeps_counts(storage, dfs, monkeypatch):
-    now = time.clock_gettime
-
-    with storage.lock("_lock"):
-        monkeypatch.setattr(time, "clock_gettime", lambda clock: now(clock) + 100 * (clock == time.CLOCK_BOOTTIME))
-        dfs.requests.clear()
-        storage.write("a", b"1")
-        assert any(request.headers.get("x-ms-lease-action") == "renew" for request in dfs.requests)
-
-
-def test_a_lock_that_nobody_took_meanwhile_is_simply_renewed(storage, dfs):
-    with storage.lock("_lock"):
-        storage._lease._until = 0
-        storage.write("a", b"1")
-        assert storage._lease._until > 0
-    assert storage.read("a") == b"1"
 
 
 # ---------------------------------------------------------------- hosts

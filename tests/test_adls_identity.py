@@ -26,7 +26,6 @@ from helpers.errors import StorageError
 from helpers.storage import StorageOptions, client, objects
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.credentials import resolve
-from helpers.storage.objects import object_store_options
 
 DFS, BLOB = f"{ACCOUNT}.dfs.core.windows.net", f"{ACCOUNT}.blob.core.windows.net"
 VAULT = "our-vault.vault.azure.net"
@@ -170,10 +169,8 @@ def test_the_hosts_identity_opens_a_storage_under_its_own_name(azure):
     storage = AdlsStorage(f"abfss://{azure.storage.make_container()}@{DFS}/folder")
     storage.write("a/b", b"1")
     storage.rename("a/b", "c")
-    with storage.lock("_lock"):
-        pass
     assert storage.read("c") == b"1"
-    assert {entry.path.removeprefix(storage.root) for entry in storage.list()} == {"/c", "/_lock"}
+    assert {entry.path.removeprefix(storage.root) for entry in storage.list()} == {"/c"}
     storage.delete("a")
     assert not storage.exists("a")
     assert azure.asked == ["https://storage.azure.com"]  # once for all requests
@@ -181,10 +178,10 @@ def test_the_hosts_identity_opens_a_storage_under_its_own_name(azure):
     assert hosts == {DFS, BLOB}
 
 
-def test_the_hosts_identity_is_there_for_other_libraries(azure):
-    options = object_store_options(f"abfss://photos@{DFS}/folder", StorageOptions())
-    assert options.pop("token") in azure.storage.tokens
-    assert options == {"account_name": ACCOUNT, "endpoint": f"https://{BLOB}"}
+def test_the_hosts_identity_opens_a_table_under_its_own_name(azure):
+    uri, options = AdlsStorage(f"abfss://photos@{DFS}/a folder").delta_table("results")
+    assert uri == "az://photos/a%20folder/results" and options["endpoint"] == f"https://{BLOB}"
+    assert options["bearer_token"] in azure.storage.tokens
 
 
 def test_an_identity_without_access_is_told_without_its_token(azure):

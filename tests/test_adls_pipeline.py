@@ -5,8 +5,11 @@ import io
 import os
 import shutil
 import signal
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote
@@ -18,17 +21,21 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from azure.storage.filedatalake import DataLakeLeaseClient, FileSystemSasPermissions, generate_file_system_sas
+from azure.storage.filedatalake import FileSystemSasPermissions, generate_file_system_sas
 from cluster import Finished, Run, python_workers, start_run
+from deltalake import DeltaTable
 from dfs_facade import ACCOUNT, BUSY, DROP, DROP_AFTERWARDS, EXPIRE, KEY, DfsFacade, Request
 from nbclient import NotebookClient
-from test_results import stage, table
+from test_results import make_work, publish, stage, table
 from test_video import pictures, write_clip
 
 from helpers import doctor
 from helpers.config import PROJECT, load_config
 from helpers.errors import StorageError
 from helpers.pipeline.results import ResultStore
+from helpers.pipeline.rows import without
+from helpers.pipeline.schemas import RESULT_SCHEMA
+from helpers.pipeline.table import Table
 from helpers.storage import StorageOptions, client, objects
 from helpers.storage.adls import AdlsStorage
 from studies.cluster import Cluster, wait_for
@@ -49,6 +56,13 @@ def comparable(rows: list[dict], root: str) -> list[dict]:
     """Results without what differs between two places: where they are, and when the images came there."""
     rows = [{**row, "path": row["path"].removeprefix(root), "modified": None, "model": None} for row in rows]
     return sorted(rows, key=lambda row: row["path"])
+
+
+def files_of(storage: AdlsStorage, folder: str) -> list[str]:
+    """The files of a table, as Delta's own library has them."""
+    uri, options = storage.delta_table(folder)
+    names = pa.table(DeltaTable(uri, storage_options=options).get_add_actions())["path"].to_pylist()
+    return [storage.join(folder, name) for name in names]
 
 
 @dataclass
@@ -82,7 +96,9 @@ class Place:
         wait_for(f"{files} finished tasks", look)
 
     def rows(self, folder: str = "out/results") -> list[dict]:
-        tables = [pq.read_table(io.BytesIO(self.storage.read(path))) for path in self.files(folder)]
+        """What tasks have staged, or what a reader of the table sees."""
+        files = self.files(folder) if folder == "out/_staging" else files_of(self.storage, folder)
+        tables = [pq.read_table(io.BytesIO(self.storage.read(path))) for path in files]
         rows = pa.concat_tables(tables).to_pylist() if tables else []
         assert len({row["path"] for row in rows}) == len(rows), "an image is twice in the results"
         return comparable(rows, self.storage.join("photos"))
@@ -169,8 +185,6 @@ def test_a_run_after_a_killed_driver_does_only_what_was_not_finished(place, expe
     first.process.kill()
     kept = len(place.rows("out/_staging"))
     assert 0 < kept <= PICTURES * COPIES and not place.storage.exists("out/results")
-    # As the server does after half a minute; waiting for it is tested where locks are.
-    DataLakeLeaseClient(place.storage._file("out/_lock")).break_lease(0)
     second = place.start(name="second").finish()
     place.assert_equal(second, expected)
     assert kept == second.summary["skipped"] < second.summary["images"] == PICTURES * COPIES + 1
@@ -257,7 +271,6 @@ def test_a_token_that_expires_half_way_is_one_clear_error_and_a_new_one_complete
     failed.assert_one_clear_error("env:ADLS_SAS", "expired", "run again")
     kept = len(place.rows("out/_staging"))
     assert 0 < kept < PICTURES * COPIES and not place.storage.exists("out/results")
-    DataLakeLeaseClient(place.storage._file("out/_lock")).break_lease(0)  # it could not be given back
     again = place.start(name="again").finish()
     place.assert_equal(again, expected)
     assert again.summary["skipped"] == kept
@@ -351,8 +364,8 @@ def test_the_token_is_in_no_output_of_a_notebook(place, secret):
     assert not [form for form in forms_of(secret) if form in shown]
 
 
-def test_a_driver_that_stood_still_while_another_run_published_replaces_nothing_of_it(place):
-    """Stopped as a machine is that sleeps, after its new version of a file of results is written under another name."""
+def test_a_driver_that_stood_still_while_another_run_committed_replaces_nothing_of_it(place):
+    """Stopped as a machine is that sleeps, when it writes what stays of a file of results."""
     first = place.start("partitioning.partitions=1").finish()
     assert first.code == 0, first.errors
     before, names = place.rows(), sorted(entry.path for entry in place.storage.list("photos"))
@@ -369,46 +382,49 @@ def test_a_driver_that_stood_still_while_another_run_published_replaces_nothing_
             slow.process.popen.send_signal(signal.SIGSTOP)
 
     with place.dfs.disturb(stop):
-        wait_for("the new version of a file of results", lambda: stopped or slow.process.popen.poll() is not None)
+        wait_for("the copy of a file of results", lambda: stopped or slow.process.popen.poll() is not None)
     assert stopped, slow.process.errors
     place.storage.write(changed[1], content + b"another length")
-    DataLakeLeaseClient(place.storage._file("out/_lock")).break_lease(0)  # as it ends by itself, after half a minute
     fast = place.start(name="fast").finish()
     assert fast.code == 0, fast.errors
-    published = place.rows()
-    assert len(published) == len(before) and fast.summary["ok"] == 1
+    committed = place.rows()
+    assert len(committed) == len(before) and fast.summary["ok"] == 1  # it has kept what the slow one had finished
 
     slow.process.popen.send_signal(signal.SIGCONT)
-    slow.finish().assert_one_clear_error("another run has changed it", "run again")
-    assert place.rows() == published
+    ended = slow.finish()
+    assert ended.code == 0 and "another run has changed" in ended.errors
+    assert place.rows() == committed
     last = place.start(name="last").finish()
     assert [last.summary[key] for key in ("ok", "failed", "skipped")] == [0, 0, len(before)]
-    assert place.rows() == published
+    assert place.rows() == committed
+    assert not place.storage.exists("out/_staging")
 
 
 # ---------------------------------------------------------------- death at every request
 
 
 def keys(store: ResultStore) -> list[tuple[str, int]]:
-    """Path and version of every row."""
-    rows = store.read().to_pylist()
+    """Path and version of every row that a reader of the table sees."""
+    files = files_of(store.storage, "results")
+    rows = [row for path in files for row in pq.read_table(io.BytesIO(store.storage.read(path))).to_pylist()]
     return sorted((row["path"], row["modified"].microsecond) for row in rows)
 
 
-def test_a_publication_cut_off_at_any_request_is_put_right_by_the_next_run(dfs, adls_root, adls_settings, monkeypatch):
+def test_a_commit_cut_off_at_any_request_is_put_right_by_the_next_run(dfs, adls_root, adls_settings, monkeypatch):
     monkeypatch.setitem(client.RETRY, "retry_total", 0)
     monkeypatch.setattr(objects, "TRIES", 0)
     client.forget_clients()
-    storage = AdlsStorage(adls_root, load_config("local", **adls_settings).storage)
-    store = ResultStore(storage)
-    expected = [("a", 1), ("b", 0), ("c", 1), ("d", 1), ("e", 1)]
+    options = load_config("local", **adls_settings).storage
+    old = [("a", 0), ("b", 0), ("c", 0)]
+    new = [("a", 1), ("b", 0), ("c", 1), ("d", 1), ("e", 1)]
     for last in range(200):
-        storage.delete("results")
-        store.publish([stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c"))])
+        store = ResultStore(AdlsStorage(f"{adls_root}/{last}", options))
+        publish(store, stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c")))
         staged = [
             stage(store, "run2", 0, table("a", "d", version=1)),
             stage(store, "run2", 1, table("c", "e", version=1)),
         ]
+        work = make_work(store, *staged)
         requests: list[Request] = []
 
         def cut(request: Request, last: int = last, requests: list = requests) -> str | None:
@@ -420,16 +436,104 @@ def test_a_publication_cut_off_at_any_request_is_put_right_by_the_next_run(dfs, 
 
         try:
             with dfs.disturb(cut):
-                store.publish(staged, pa.chunked_array([["a", "c"]]))
-                store.unstage()
+                store.publish(work)
+                store.unstage("run2")
             break
         except StorageError:
-            ResultStore(storage).recover()
-            assert keys(store) == expected, f"cut off after {last} requests"
+            assert keys(store) in (old, new), f"half a commit after {last} requests"
+            store.recover()
+            assert keys(store) == new, f"cut off after {last} requests"
+            assert not store.storage.exists("_staging")
     else:
-        pytest.fail("publication never ended")
+        pytest.fail("the commit never ended")
     client.forget_clients()
-    assert last >= 15 and keys(store) == expected
+    assert last >= 15 and keys(store) == new
+
+
+@pytest.mark.parametrize("effect", [DROP, DROP_AFTERWARDS, BUSY], ids=["dropped", "dropped afterwards", "busy"])
+def test_a_disturbance_of_any_one_request_of_a_commit_changes_nothing(
+    dfs, adls_root, adls_settings, monkeypatch, effect
+):
+    """Each request fails once, and afterwards all is as if it had not."""
+    monkeypatch.setitem(client.RETRY, "increment_base", 0)
+    monkeypatch.setitem(client.RETRY, "random_jitter_range", 0)
+    client.forget_clients()
+    options = load_config("local", **adls_settings).storage
+    disturbed, count = -1, 0
+    while disturbed < count:
+        store = ResultStore(AdlsStorage(f"{adls_root}/{disturbed}", options))
+        publish(store, stage(store, "run1", 0, table("a", "b")))
+        work = make_work(store, stage(store, "run2", 0, table("a", "c", version=1)))
+        requests: list[Request] = []
+
+        def disturb(request: Request, number: int = disturbed, requests: list = requests) -> object:
+            requests.append(request)
+            return effect if len(requests) - 1 == number else None
+
+        with dfs.disturb(disturb):
+            store.publish(work)
+            store.unstage("run2")
+        assert keys(store) == [("a", 1), ("b", 0), ("c", 1)], f"request {disturbed} of {count}"
+        count = count or len(requests)
+        disturbed += 1
+    client.forget_clients()
+    assert count >= 10
+
+
+def test_runs_that_start_together_leave_each_image_once_and_a_reader_misses_none(adls_root, adls_settings):
+    options = load_config("local", **adls_settings).storage
+    first = ResultStore(AdlsStorage(adls_root, options))
+    publish(first, stage(first, "20260101T000000-0", 0, table("a", "b")))
+    ended, seen = threading.Event(), []
+
+    def read() -> None:
+        while not ended.is_set():
+            seen.append([path for path, _ in keys(ResultStore(AdlsStorage(adls_root, options)))])
+
+    def run(number: int, version: int) -> None:
+        store = ResultStore(AdlsStorage(adls_root, options))
+        name = f"20260102T00000{version}-0000000{number}"
+        found = store.resume("net@1")
+        todo = without(pa.concat_tables([table("a", version=version), table(f"new {version}")]), found.rows)
+        if todo.num_rows:
+            store.publish(make_work(store, stage(store, name, 0, todo), seen=found))
+        store.unstage(name)
+        store.recover("net@1")
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for version in range(1, 6):
+            with ThreadPoolExecutor(3) as pool:
+                runs = [pool.submit(run, number, version) for number in range(3)]
+            assert [run.result() for run in runs] == [None] * 3
+            assert keys(first) == [
+                ("a", version),
+                ("b", 0),
+                *((f"new {number}", 0) for number in range(1, version + 1)),
+            ]
+    finally:
+        ended.set()
+        reader.join()
+    assert len(seen) > 5 and all(len(set(paths)) == len(paths) and {"a", "b"} <= set(paths) for paths in seen)
+    assert not first.storage.exists("_staging")
+
+
+def test_no_secret_is_in_an_error_of_the_table(dfs, adls_root, adls_settings, monkeypatch, caplog):
+    storage = AdlsStorage(adls_root, load_config("local", **adls_settings).storage)
+    container = storage._container
+    expiry = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1)
+    token = generate_file_system_sas(ACCOUNT, container, KEY, permission=ALL, expiry=expiry)
+    monkeypatch.setenv("ADLS_SAS", token)
+    monkeypatch.setenv("WRONG_KEY", KEY[:-6] + "AAAA==")
+    for reference in ("env:ADLS_SAS", "env:WRONG_KEY"):
+        table = Table(AdlsStorage(adls_root, StorageOptions(dfs.endpoint, reference)), "results", RESULT_SCHEMA)
+        for action in (table.open, table.create):
+            with pytest.raises(StorageError, match=f"the credential {reference} was refused") as error:
+                action()
+            shown = "".join(traceback.format_exception(error.value)) + caplog.text
+            assert not [form for form in forms_of(token) | {KEY[:-6]} if form in shown]
+            assert "\n" not in str(error.value)
 
 
 def test_the_doctor_looks_into_a_container(adls_root, adls_settings):

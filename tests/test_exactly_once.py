@@ -2,20 +2,21 @@
 
 How it was checked that each test fails without its protection: in a copy of the repository, one change at a time.
 
-    changed                                                  failed
-    local.py: `lock` locks nothing                           second run, first run not disturbed
-    local.py: `create` writes under the final name           death at any step, reader at any step
-    store.py: `publish` does not remove what is replaced     9 tests, the reader's among them
-    store.py: `publish` removes what is replaced afterwards  death at any step, reader at any step, history
-    store.py: `publish` takes every staged file of the run   death at any step, reader at any step, history
-    rows.py: an image is known by its path only              replaced rows, death at any step, history
-    store.py: `recover` takes nothing from staging           kept at a death, recovery and tidying up
-    store.py: `recover` ignores which run is later           late rows of a dead run
-    store.py: `unstage` does nothing                         history
-    local.py: `list` raises where a file has gone            looking for files
-    local.py: `delete` removes a folder in its place         recovery and tidying up
-
-One is double: without looking at the results first, `recover` still replaces equal rows, and nothing fails.
+    changed                                                             failed
+    table.py: a commit names no application                             two that replace nothing
+    results.py: `_plan_again` ignores which run is later                the later one keeps what is still new
+    results.py: a conflict deletes what it wrote, committed or not      the answer is lost
+    results.py: a file once removed is added again                      removed as useless
+    results.py: what is missing of a run's work is not looked for       nobody has any more
+    results.py: `_remove` removes nothing, or copies nothing            death at any step, reader at any step
+    results.py: what was moved and not committed is left                death at any step
+    results.py: `_leftovers` sees nothing staged                        staged at a death, history
+    results.py: `_leftovers` does not care whose files are its own      files of a run that starts over
+    results.py: what is older than a start over is kept                 staged before a run started over
+    results.py: recovery ignores which run is later                     late rows of a dead run
+    results.py: a file that is gone is always an error                  deleted while a run reads
+    results.py: `_close` does nothing                                   staged before a run started over, bear tasks
+    results.py: `unstage` does nothing                                  a run that starts over
 """
 
 import contextlib
@@ -23,8 +24,10 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +36,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cluster import Finished, start_run, stopped
+from cluster import Finished, read_results, start_run, stopped
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers import pipeline
 from helpers.config import load_config
+from helpers.errors import RunError, StorageError
 from helpers.pipeline.listing import assign, list_images, plan
-from helpers.pipeline.results import ResultStore
-from helpers.pipeline.rows import replaced, without
+from helpers.pipeline.results import ResultStore, Work
+from helpers.pipeline.rows import Statistics, without
+from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.stages import RESULT_SCHEMA
+from helpers.pipeline.table import Conflict, File, Table
 from helpers.storage import LocalStorage, open_storage
 from studies.cluster import wait_for
 
@@ -63,27 +69,35 @@ def write_photo(path: Path, seed: int) -> None:
 class Reader(threading.Thread):
     """Reads the results over and over, as a dashboard does."""
 
-    def __init__(self, results: Path):
+    def __init__(self, output: Path):
         super().__init__(daemon=True)
-        self.results, self.ended = results, threading.Event()
+        self.output, self.ended = output, threading.Event()
         self.seen: list[list[str]] = []
         self.broken: list[str] = []
+
+    def __enter__(self) -> "Reader":
+        self.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.ended.set()
+        self.join()
 
     def run(self) -> None:
         while not self.ended.is_set():
             try:
-                self.seen.append(pq.read_table(self.results, schema=RESULT_SCHEMA)["path"].to_pylist())
+                self.seen.append(read_results(self.output)["path"].to_pylist())
             except Exception as error:  # noqa: BLE001 - whatever a reader meets is the finding
                 self.broken.append(repr(error))
 
 
 @dataclass
 class Story:
-    """A second run onto earlier results, with a reader watching and a third run that wants in."""
+    """Two runs at once onto earlier results, with a reader watching; one stands still until the other has ended."""
 
     photos: Path
     before: list[dict]
-    refused: Finished
+    other: Finished
     finished: Finished
     reader: Reader
 
@@ -107,32 +121,31 @@ def story(spark, bundle_uri, tmp_path_factory) -> Story:
     os.utime(photos / TOUCHED, ns=(0, 10**18))
     for i in range(EARLIER, EARLIER + NEW):
         write_photo(photos / f"{i:03d}.jpg", i)
-    reader = Reader(output / "results")
-    reader.start()
-    run = start_run(
-        photos, bundle_uri, output, place / "first.log", runs, "pictures=0", "spark.master=local[1]",
-        "partitioning.partitions=24",
-    )  # fmt: skip
-    run.wait_until_staged(1)
-    with stopped(run.process.popen):  # so that it surely has not ended when the other one comes
-        refused = start_run(photos, bundle_uri, output, place / "second.log", runs, "spark.master=local[1]").finish()
-    finished = run.finish()
-    reader.ended.set()
-    reader.join()
-    return Story(photos, before, refused, finished, reader)
+    with Reader(output) as reader:
+        settings = (runs, "pictures=0", "spark.master=local[1]", "partitioning.partitions=24")
+        run = start_run(photos, bundle_uri, output, place / "first.log", *settings)
+        run.wait_until_staged(2)
+        with stopped(run.process.popen):  # so that it surely has not ended when the other one comes
+            other = start_run(photos, bundle_uri, output, place / "second.log", *settings).finish()
+        finished = run.finish()
+    return Story(photos, before, other, finished, reader)
 
 
-def test_a_second_run_at_the_same_time_refuses_with_one_line(story):
-    story.refused.assert_one_clear_error("another run is writing to", str(story.finished.output), "--output")
-
-
-def test_the_run_that_was_first_is_not_disturbed(story):
-    assert story.finished.code == 0, story.finished.errors
+def test_two_runs_at_the_same_time_share_the_images_and_leave_each_once(story):
+    for run in (story.other, story.finished):
+        assert run.code == 0, run.errors
+        assert run.summary["images"] == EARLIER + NEW and run.summary["failed"] == 0
     names = [f"{i:03d}.jpg" for i in range(EARLIER + NEW)]
     assert [row["path"] for row in story.finished.rows()] == [str(story.photos / name) for name in names]
     assert all(row["error"] is None for row in story.finished.rows())
+    # The second has kept what the first had finished when it came; the first has done all that it had listed.
+    assert EARLIER - 2 < story.other.summary["skipped"] <= EARLIER + NEW
     assert story.finished.summary["skipped"] == EARLIER - 2
-    assert {path.name for path in story.finished.output.iterdir()} <= {"results", "runs", "_lock"}
+    assert "another run has changed" in story.finished.errors
+
+
+def test_two_runs_at_the_same_time_leave_no_traces_of_work(story):
+    assert {path.name for path in story.finished.output.iterdir()} == {"results", "runs"}
 
 
 def test_a_reader_never_sees_a_broken_file_or_an_image_twice(story):
@@ -142,10 +155,10 @@ def test_a_reader_never_sees_a_broken_file_or_an_image_twice(story):
     assert len(story.reader.seen[0]) == EARLIER
 
 
-def test_a_reader_never_misses_an_image_that_has_not_changed(story):
-    unchanged = {row["path"] for row in story.before} - {str(story.photos / name) for name in (LONGER, TOUCHED)}
-    assert len(unchanged) == EARLIER - 2
-    assert all(unchanged <= set(paths) for paths in story.reader.seen)
+def test_a_reader_never_misses_an_image(story):
+    before = {row["path"] for row in story.before}
+    assert len(before) == EARLIER
+    assert all(before <= set(paths) for paths in story.reader.seen)
 
 
 def test_a_longer_image_replaces_its_row(story):
@@ -195,9 +208,15 @@ class Mortal(LocalStorage):
             yield Halves(self, file, last)
 
     def rename(self, source: str, target: str) -> None:
+        self.change(super().rename, source, target)
+
+    def prune(self, path: str) -> None:
+        self.change(super().prune, path)
+
+    def change(self, act: Callable[..., Any], *given: Any) -> Any:
+        """Do what is done at once or not at all."""
         with self._change() as last:
-            if not last:
-                super().rename(source, target)
+            return None if last else act(*given)
 
     def delete(self, path: str) -> None:
         with self._change() as last:
@@ -250,37 +269,65 @@ def table_of(images: Images) -> pa.Table:
 
 def results_of(root: Path) -> Images:
     """What a reader has; fails where an image is twice or its prediction is of another version."""
-    if not (root / "results").exists():
+    if not (root / "results" / "_delta_log").exists():
         return {}
-    rows = pq.read_table(root / "results").to_pylist()
+    rows = read_results(root).to_pylist()
     images = {row["path"]: (row["modified"] - DAY).seconds for row in rows}
     assert len(images) == len(rows), "an image is twice"
     assert all(row["predictions"][0]["class_id"] == images[row["path"]] for row in rows)
     return images
 
 
+def content_of(rows: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def file_of(rows: pa.Table) -> File:
+    return File(len(content_of(rows)), Statistics.of(rows).to_json())
+
+
 def stage(store: ResultStore, run: str, partition: int, rows: pa.Table) -> str:
     """Leave a file as a task does, in a process of its own: a driver's death is not its."""
     path = f"_staging/{run}/{partition:06d}-{rows.num_rows}-0.parquet"
-    sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink)
-    LocalStorage(store.storage.root).write(path, sink.getvalue().to_pybytes())
+    LocalStorage(store.storage.root).write(path, content_of(rows))
     return path
 
 
-def drive(storage: LocalStorage, run: str, images: Images, tasks: int, resume: bool = True) -> None:
+def open_store(storage: LocalStorage) -> ResultStore:
+    """With a table that counts its commits as changes of the storage."""
+    store = ResultStore(storage)
+    if isinstance(storage, Mortal):
+        for name in ("create", "commit", "vacuum"):
+            setattr(store._table, name, partial(storage.change, getattr(store._table, name)))
+    return store
+
+
+def drive(
+    storage: LocalStorage,
+    run: str,
+    images: Images,
+    tasks: int,
+    resume: bool = True,
+    days: int = 0,
+    at: Callable[[str], None] = lambda step: None,
+) -> None:
     """What `pipeline.run` does with its store, with tasks that end at once."""
-    store, listed = ResultStore(storage), table_of(images)
-    with store.exclusive():
-        done = store.resume("net@1") if resume else store.rows()
-        todo = without(listed, done) if resume else listed
-        store.stage(run)
-        files = [todo.take(pa.array(range(task, todo.num_rows, tasks), pa.int64())) for task in range(tasks)]
-        staged = [stage(store, run, task, rows) for task, rows in enumerate(files) if rows.num_rows]
-        if files[0].num_rows:  # an attempt that Spark gave up on had written all the same
-            stage(store, run, 99, files[0])
-        store.publish(staged, replaced(todo, done) if resume else done["path"])
-        store.unstage()
+    store, listed = open_store(storage), table_of(images)
+    seen = store.resume("net@1") if resume else store.look(with_rows=False)
+    todo = without(listed, seen.rows)
+    store.stage(run, not resume)
+    parts = [todo.take(pa.array(range(task, todo.num_rows, tasks), pa.int64())) for task in range(tasks)]
+    files = {stage(store, run, task, rows): file_of(rows) for task, rows in enumerate(parts) if rows.num_rows}
+    if parts[0].num_rows:  # an attempt that Spark gave up on had written all the same
+        stage(store, run, 99, parts[0])
+    at("staged")
+    store.publish(Work(run, ("net@1",), seen, todo.select(KEY_NAMES), files, starts_over=not resume))
+    store.unstage(run)
+    if resume:
+        store.recover("net@1")
+    store.vacuum(days)
 
 
 def count_changes(root: Path, run: str, images: Images, tasks: int) -> int:
@@ -298,13 +345,13 @@ def test_a_death_at_any_step_of_a_run_loses_and_doubles_nothing(tmp_path):
     drive(LocalStorage(str(tmp_path / "start")), "run1", FIRST, tasks=2)
     shutil.copytree(tmp_path / "start", tmp_path / "whole")
     steps = count_changes(tmp_path / "whole", "run2", SECOND, tasks=2)
-    assert steps >= 6 and results_of(tmp_path / "whole") == SECOND
+    assert steps >= 10 and results_of(tmp_path / "whole") == SECOND
     for step in range(steps):
         root = tmp_path / f"died{step}"
         shutil.copytree(tmp_path / "start", root)
         with pytest.raises(Death):
             drive(Mortal(str(root), step), "run2", SECOND, tasks=2)
-        assert results_of(root).keys() >= {"b", "d", "e"}, f"lost at step {step}"
+        assert results_of(root) in (FIRST, SECOND), f"half a commit at step {step}"
         for again in range(100):
             copy = tmp_path / f"died{step}again{again}"
             shutil.copytree(root, copy)
@@ -321,8 +368,9 @@ def test_a_death_at_any_step_of_a_run_loses_and_doubles_nothing(tmp_path):
 
 
 def test_a_death_at_any_step_of_starting_over_loses_and_doubles_nothing(tmp_path):
-    """Until the new results are staged the old ones are all there, and afterwards each image has an old row or will."""
-    drive(LocalStorage(str(tmp_path / "start")), "run1", {**FIRST, "gone": 0}, tasks=2)
+    """A reader has all old results or all new ones."""
+    old = {**FIRST, "gone": 0}
+    drive(LocalStorage(str(tmp_path / "start")), "run1", old, tasks=2)
     for step in range(100):
         root = tmp_path / f"died{step}"
         shutil.copytree(tmp_path / "start", root)
@@ -330,21 +378,15 @@ def test_a_death_at_any_step_of_starting_over_loses_and_doubles_nothing(tmp_path
             drive(Mortal(str(root), step), "run2", SECOND, tasks=2, resume=False)
             break
         except Death:
-            staged = {
-                path
-                for file in root.glob("_staging/run2/*.parquet")
-                for path in pq.read_table(file)["path"].to_pylist()
-            }
-            assert staged | results_of(root).keys() >= FIRST.keys(), f"lost at step {step}"
-            assert step or results_of(root) == {**FIRST, "gone": 0}
+            assert results_of(root) in (old, SECOND), f"half a commit at step {step}"
         drive(LocalStorage(str(root)), "run3", SECOND, tasks=1)
-        assert SECOND.items() <= results_of(root).items(), f"died at step {step}"
+        assert results_of(root) in ({**old, **SECOND}, SECOND), f"died at step {step}"
     assert step >= 4 and results_of(root) == SECOND
 
 
 def test_what_was_staged_at_a_death_is_kept_and_not_done_again(tmp_path):
     store = ResultStore(LocalStorage(str(tmp_path)))
-    store.publish([stage(store, "run1", 0, table_of({"a": 0}))])
+    drive(store.storage, "run1", {"a": 0}, tasks=1)
     stage(store, "run2", 0, table_of({"b": 0, "c": 0}))
     assert store.recover() == 2
     assert results_of(tmp_path) == {"a": 0, "b": 0, "c": 0}
@@ -355,9 +397,8 @@ def test_a_reader_never_sees_a_broken_file_or_an_image_twice_at_any_step(tmp_pat
     witnessed = []
     storage = Mortal(str(tmp_path), witness=lambda: witnessed.append(results_of(tmp_path)))
     drive(storage, "run2", SECOND, tasks=2)
-    assert len(witnessed) >= 6 and witnessed[0] == FIRST and witnessed[-1] == SECOND
-    assert all(images.items() <= {**FIRST, **SECOND}.items() | FIRST.items() for images in witnessed)
-    assert all({"b", "d", "e"} <= images.keys() for images in witnessed)
+    assert len(witnessed) >= 10 and witnessed[0] == FIRST and witnessed[-1] == SECOND
+    assert all(images in (FIRST, SECOND) for images in witnessed)
 
 
 IMAGES = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 2), min_size=1)
@@ -374,7 +415,186 @@ def test_any_history_of_runs_and_deaths_ends_with_each_image_once(tmp_path_facto
         results_of(root)
     drive(LocalStorage(str(root)), "run9", last, tasks=2)
     assert last.items() <= results_of(root).items()
-    assert not (root / "_staging").exists()
+    assert not list(root.glob("_staging/*/*.parquet"))
+
+
+# ---------------------------------------------------------------- two runs at once
+
+
+@pytest.mark.parametrize("resume", [True, False], ids=["resume", "one starts over"])
+def test_runs_that_start_together_leave_each_image_once_and_a_reader_misses_none(tmp_path, resume):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000", FIRST, tasks=2)
+    with Reader(tmp_path) as reader:
+        for number in range(1, 11):
+            images = results_of(tmp_path) | dict.fromkeys("abc", number)
+            images |= {f"{number}-{i}": number for i in range(9)}
+            names = [f"20260102T0000{number:02d}-0000000{i}" for i in range(3)]
+            with ThreadPoolExecutor(3) as pool:
+                runs = [
+                    pool.submit(drive, LocalStorage(str(tmp_path)), name, images, 3, resume or name != names[0], 7)
+                    for name in names
+                ]
+            assert [run.result() for run in runs] == [None] * 3
+            assert results_of(tmp_path) == images
+            assert not (tmp_path / "_staging").exists()
+    assert reader.broken == [] and len(reader.seen) >= 10
+    assert all(len(set(paths)) == len(paths) and FIRST.keys() <= set(paths) for paths in reader.seen)
+    counts = [len(paths) for paths in reader.seen]
+    assert counts == sorted(counts)
+
+
+def drive_with_another(root: Path, other: Callable[[], None], monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
+    """A run, and in the moment right before its commit another one."""
+    commit = Table.commit
+
+    def commit_after_another(*arguments: Any) -> None:
+        monkeypatch.setattr(Table, "commit", commit)
+        other()
+        commit(*arguments)
+
+    monkeypatch.setattr(Table, "commit", commit_after_another)
+    drive(LocalStorage(str(root)), "20260102T000000-late", given.pop("images", SECOND), tasks=2, days=7, **given)
+
+
+@pytest.mark.parametrize("other", [{"a": 1, "h": 1}, SECOND, {"x": 0}, {"a": 2, "b": 0}], ids=str)
+def test_of_two_runs_the_later_one_keeps_what_is_still_new(tmp_path, monkeypatch, other):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    another = partial(drive, LocalStorage(str(tmp_path)), "20260103T000000-else", other, tasks=1, days=7)
+    drive_with_another(tmp_path, another, monkeypatch)
+    assert results_of(tmp_path) == {**SECOND, **other}
+    assert not (tmp_path / "_staging").exists()
+
+
+def test_of_two_runs_that_replace_nothing_the_later_one_doubles_nothing(tmp_path, monkeypatch):
+    images = {**FIRST, "f": 0, "g": 0}
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    another = partial(drive, LocalStorage(str(tmp_path)), "20260103T000000-else", images, tasks=1, days=7)
+    drive_with_another(tmp_path, another, monkeypatch, images=images)
+    assert results_of(tmp_path) == images
+
+
+def test_a_run_that_starts_over_replaces_what_another_has_committed_meanwhile(tmp_path, monkeypatch):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    another = partial(drive, LocalStorage(str(tmp_path)), "20260103T000000-else", {"x": 0, "a": 2}, tasks=1, days=7)
+    drive_with_another(tmp_path, another, monkeypatch, resume=False)
+    assert results_of(tmp_path) == SECOND and not (tmp_path / "_staging").exists()
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(tmp_path, monkeypatch):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    commit, commits = Table.commit, []
+
+    def commit_without_answer(*arguments: Any) -> None:
+        commits.append(arguments)
+        commit(*arguments)
+        if len(commits) == 1:
+            raise Conflict
+
+    monkeypatch.setattr(Table, "commit", commit_without_answer)
+    drive(LocalStorage(str(tmp_path)), "20260102T000000-new", SECOND, tasks=2, days=7)
+    assert results_of(tmp_path) == SECOND and len(commits) == 1
+
+
+@pytest.mark.parametrize("ends", ["after its commit", "before its commit"])
+def test_a_slow_run_whose_finished_files_another_takes_finds_their_rows(tmp_path, ends):
+    """The other cannot know that it is not dead; and may die itself when it has moved them."""
+
+    def take(step: str) -> None:
+        other = Mortal(str(tmp_path), 10**9)
+        store = open_store(other)
+        if ends == "before its commit":
+            other.change = lambda act, *given: die() if "commit" in repr(act) else Mortal.change(other, act, *given)
+        with contextlib.suppress(Death):
+            store.recover("net@1")
+
+    def die() -> None:
+        raise Death
+
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    drive(LocalStorage(str(tmp_path)), "20260102T000000-slow", SECOND, tasks=2, at=take)
+    assert results_of(tmp_path) == SECOND
+    assert not (tmp_path / "_staging").exists()
+
+
+def test_a_file_that_another_run_has_removed_as_useless_is_not_added_but_its_rows_are(tmp_path, monkeypatch):
+    """Moved and not yet committed, it looks like what a run has left that died long ago."""
+    run = "20260102T000000-0123abcd"
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    commit = Table.commit
+
+    def remove_first(*arguments: Any) -> None:
+        monkeypatch.setattr(Table, "commit", commit)
+        (tmp_path / "_staging" / run / ".keep").unlink()
+        next(tmp_path.glob("_staging/*/000099-*.parquet")).unlink()
+        ResultStore(LocalStorage(str(tmp_path))).recover("net@1")
+        commit(*arguments)
+
+    monkeypatch.setattr(Table, "commit", remove_first)
+    drive(LocalStorage(str(tmp_path)), run, SECOND, tasks=1, days=7)
+    assert results_of(tmp_path) == SECOND
+    assert f"{run}-000000-4-0.parquet" not in {path.name for path in live_files(tmp_path)}
+
+
+def test_finished_files_that_nobody_has_any_more_are_an_error_and_what_is_left_is_committed_by_the_next(tmp_path):
+    def lose(step: str) -> None:
+        for attempt in ("000000", "000099"):
+            next(tmp_path.glob(f"_staging/*/{attempt}-*.parquet")).unlink()
+        drive(LocalStorage(str(tmp_path)), "20260103T000000-else", {"x": 0}, tasks=1)
+
+    with pytest.raises(RunError, match="taken the results of .* images .*run again"):
+        drive(LocalStorage(str(tmp_path)), "20260102T000000-slow", SECOND, tasks=2, at=lose)
+    drive(LocalStorage(str(tmp_path)), "20260104T000000-last", SECOND, tasks=2)
+    assert results_of(tmp_path) == {**SECOND, "x": 0}
+
+
+def test_the_finished_files_of_a_run_that_starts_over_are_its_own(tmp_path):
+    """Their rows equal those in the results, and another run would take them for useless."""
+
+    def come(step: str) -> None:
+        drive(LocalStorage(str(tmp_path)), "20260103T000000-else", {**FIRST, "x": 0}, tasks=1, days=7)
+
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    drive(LocalStorage(str(tmp_path)), "20260102T000000-over", FIRST, tasks=2, resume=False, at=come)
+    assert results_of(tmp_path) == FIRST
+    assert {path.name[:20] for path in live_files(tmp_path)} == {"20260102T000000-over"}
+
+
+def live_files(root: Path) -> set[Path]:
+    return {root / path for path in ResultStore(LocalStorage(str(root))).files()}
+
+
+def test_what_was_staged_before_a_run_started_over_is_not_kept_after_it(tmp_path):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    dead = ResultStore(LocalStorage(str(tmp_path)))
+    stage(dead, "20260102T000000-dead", 0, table_of({"gone": 0}))
+    drive(LocalStorage(str(tmp_path)), "20260103T000000-over", SECOND, tasks=2, resume=False)
+    drive(LocalStorage(str(tmp_path)), "20260104T000000-last", SECOND, tasks=2)
+    assert results_of(tmp_path) == SECOND and not (tmp_path / "_staging").exists()
+
+
+def test_files_that_are_deleted_while_a_run_reads_the_table_are_no_error_where_the_table_has_gone_on(tmp_path):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+
+    class Slow(LocalStorage):
+        waiting = True
+
+        def read(self, path: str, limit: int | None = None) -> bytes:
+            if self.waiting and path.endswith(".parquet"):
+                self.waiting = False
+                drive(LocalStorage(str(tmp_path)), "20260102T000000-new", SECOND, tasks=2)
+            return super().read(path, limit)
+
+    assert ResultStore(Slow(str(tmp_path))).look().rows.num_rows == len(SECOND)
+
+
+def test_a_file_of_the_table_that_is_gone_is_one_clear_error_and_starting_over_helps(tmp_path):
+    drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
+    victim = next(iter(live_files(tmp_path)))
+    victim.unlink()
+    with pytest.raises(StorageError, match=f"{victim} is gone.*restore it.*resume=false"):
+        drive(LocalStorage(str(tmp_path)), "20260102T000000-next", SECOND, tasks=2)
+    drive(LocalStorage(str(tmp_path)), "20260103T000000-over", SECOND, tasks=2, resume=False)
+    assert results_of(tmp_path) == SECOND
 
 
 # ---------------------------------------------------------------- tasks that outlive their driver
@@ -405,30 +625,31 @@ class Orphan:
         return task, assign(images, plan(images, 1, self.config))
 
     def end(self) -> None:
-        """Finish after all; no folder to write to is as good."""
-        with contextlib.suppress(FileNotFoundError):
-            list(self.task(self.images.to_batches()))
+        """Finish after all."""
+        list(self.task(self.images.to_batches()))
 
     def rerun(self, at: Callable[[str], None] = lambda step: None) -> None:
         """The run that comes after the dead one."""
         task, images = self._prepare()
         store = ResultStore(task.output)
-        with store.exclusive():
-            at("before recovery")
-            store.recover()
-            at("after recovery")
-            done = store.rows()
-            todo = without(images, done)
-            store.stage(task.run)
-            files = [row["file"] for batch in task(todo.to_batches()) for row in batch.to_pylist()]
-            at("before publication")
-            store.publish(files, replaced(todo, done))
-            at("after publication")
-            store.unstage()
+        at("before recovery")
+        store.recover()
+        at("after recovery")
+        seen = store.look()
+        todo = without(images, seen.rows)
+        store.stage(task.run)
+        records = [row for batch in task(todo.to_batches()) for row in batch.to_pylist()]
+        files = {record["file"]: File(record["file_bytes"], record["statistics"]) for record in records}
+        at("before publication")
+        models = tuple(model.identity for model in task.models)
+        store.publish(Work(task.run, models, seen, todo.select(KEY_NAMES), files))
+        at("after publication")
+        store.unstage(task.run)
+        store.recover()
         at("after the end")
 
     def names(self) -> list[str]:
-        rows = pq.read_table(self.output / "results").sort_by("path").to_pylist()
+        rows = read_results(self.output).sort_by("path").to_pylist()
         return [Path(row["path"]).name for row in rows]
 
 
@@ -448,18 +669,8 @@ def test_a_task_that_ends_after_its_driver_died_doubles_nothing(orphan, moment):
     assert orphan.names() == ["0.jpg", "1.jpg", "2.jpg"]
 
 
-class ObjectStore(LocalStorage):
-    """Has no folders to be missing, so that a late write always succeeds."""
-
-    @contextlib.contextmanager
-    def create(self, path: str) -> Iterator[Any]:
-        Path(self.join(path)).parent.mkdir(parents=True, exist_ok=True)
-        with super().create(path) as file:
-            yield file
-
-
 def test_what_a_dead_run_wrote_late_never_replaces_newer_results(tmp_path):
-    storage = ObjectStore(str(tmp_path))
+    storage = LocalStorage(str(tmp_path))
     drive(storage, "20260101T000000-dead", {"a": 0}, tasks=1)
     drive(storage, "20260102T000000-live", {"a": 1}, tasks=1)
     late = ResultStore(storage)
@@ -486,24 +697,18 @@ def test_recovery_and_tidying_up_bear_tasks_that_write_meanwhile(tmp_path):
     store = ResultStore(open_storage(str(tmp_path)))
     rows = table_of({"a": 0})
 
-    def write_until_the_folder_is_gone(run: str) -> None:
-        with contextlib.suppress(OSError):
-            for partition in range(10_000):
-                with store.storage.create(f"_staging/{run}/{partition:06d}-1-0.parquet") as file:
-                    pq.write_table(rows, file)
+    def write(run: str, thread: int) -> None:
+        for partition in range(30):
+            stage(store, run, 100 * thread + partition, rows)
 
     for attempt in range(20):
         store.stage(f"run{attempt}")
-        orphans = [
-            threading.Thread(target=write_until_the_folder_is_gone, args=[f"run{attempt}"], daemon=True)
-            for _ in range(2)
-        ]
+        orphans = [threading.Thread(target=write, args=[f"run{attempt}", number], daemon=True) for number in range(2)]
         for thread in orphans:
             thread.start()
         wait_for("a task's file", lambda folder=tmp_path / "_staging": any(folder.glob("*/*.parquet")))
+        while any(thread.is_alive() for thread in orphans):
+            store.recover()
         store.recover()
-        store.unstage()
-        for thread in orphans:
-            thread.join(60)
-    assert results_of(tmp_path) == {"a": 0}
-    assert not (tmp_path / "_staging").exists()
+        assert results_of(tmp_path) == {"a": 0}
+        assert not (tmp_path / "_staging").exists()

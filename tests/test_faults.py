@@ -5,8 +5,7 @@ How it was checked that each test fails without its protection: in a copy of the
     changed                                                            failed
     base.yaml: task_attempts 1                                         executor, Python worker, local worker
     base.yaml: conf spark.stage.maxConsecutiveAttempts 1               executor, whole workers
-    store.py: `recover` takes nothing from staging                     killed driver
-    local.py: the lock is a file that its owner removes                killed driver
+    results.py: `recover` takes nothing from staging                     killed driver
     local.py: `_explained` lets ENOSPC pass                            full disk, disk full before
     log4j2.properties: level error for Spark's executor and scheduler  full disk, missing model
     bundle.py: hashes are not compared                                 truncated model
@@ -28,9 +27,11 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from cluster import Finished, Run, python_workers, read_rows, staged_rows, start_run
+from cluster import Finished, Run, python_workers, read_results, read_rows, staged_rows, start_run
 
 from helpers.cli import main
+from helpers.pipeline.results import ResultStore
+from helpers.storage import open_storage
 from studies.cluster import Cluster, wait_for
 
 PICTURES, COPIES = 20, 7  # different images, and how often each is there
@@ -223,7 +224,8 @@ def test_a_full_disk_is_one_clear_error_and_a_run_with_space_completes(disk, pla
     place.folder = disk.parent
     output = disk / "output"
     (output / "results").mkdir(parents=True)
-    pq.write_table(pq.read_table(undisturbed.output / "results").slice(0, 30), output / "results" / "earlier.parquet")
+    pq.write_table(read_results(undisturbed.output).slice(0, 30), output / "results" / "earlier.parquet")
+    ResultStore(open_storage(str(output))).look()
     before = read_rows(output)
     taken = fill(disk, leave=ROOM_BYTES)
 

@@ -68,7 +68,7 @@ def test_the_archive_is_slim_and_has_no_training_framework(archive):
     assert archive.stat().st_size <= MEGABYTES * 2**20
     folders = {name.split("/")[2] for name in names_in(archive) if name.startswith("./packages/")}
     assert {"numpy", "pyarrow", "cv2", "openvino", "azure"} <= folders
-    assert not folders & {"torch", "torchvision", "onnx", "nncf", "pyspark", "helpers", "matplotlib"}
+    assert not folders & {"torch", "torchvision", "onnx", "nncf", "pyspark", "helpers", "matplotlib", "deltalake"}
 
 
 def test_unpacked_anywhere_it_runs_the_executors_modules_and_takes_nothing_from_this_python(archive, tmp_path):

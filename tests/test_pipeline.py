@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bombs import bilevel_png
+from cluster import read_results
 
 import fashion_data
 from helpers import pipeline
@@ -39,8 +40,8 @@ def settings(**overrides) -> Config:
 
 
 def rows_of(output: Path) -> list[dict]:
-    """The results as any reader of the folder sees them, by path."""
-    return pq.read_table(output / "results").sort_by("path").to_pylist()
+    """The results as any reader of the table sees them, by path."""
+    return read_results(output).sort_by("path").to_pylist()
 
 
 @dataclass
@@ -165,8 +166,9 @@ def test_records_of_the_tasks_add_up(finished):
 
 
 def test_a_run_leaves_results_and_no_traces_of_work(finished):
-    assert {path.name for path in finished.output.iterdir()} == {"results", "pictures", "runs", "_lock"}
-    assert all(re.fullmatch(r"[\w-]+\.parquet", path.name) for path in (finished.output / "results").iterdir())
+    assert {path.name for path in finished.output.iterdir()} == {"results", "pictures", "runs"}
+    names = {path.name for path in (finished.output / "results").iterdir()} - {"_delta_log"}
+    assert names and all(re.fullmatch(r"[\w-]+\.parquet", name) for name in names)
 
 
 def test_pictures_are_made_and_safely_named(finished):
@@ -242,11 +244,11 @@ def test_a_model_that_takes_more_memory_than_a_task_may_have_stops_the_run(spark
 
 
 def test_starting_over_does_every_image_again(spark, earlier, bundle_uri):
-    old = {path.name for path in (earlier.output / "results").iterdir()}
+    old = set(ResultStore(open_storage(str(earlier.output))).files())
     summary = pipeline.run(spark, str(earlier.source), bundle_uri, str(earlier.output), settings(resume=False))
     assert (summary.ok, summary.failed, summary.skipped) == (60, 4, 0)
     assert len(rows_of(earlier.output)) == 64
-    assert not old & {path.name for path in (earlier.output / "results").iterdir()}
+    assert old and not old & set(ResultStore(open_storage(str(earlier.output))).files())
 
 
 @pytest.mark.parametrize("change", [{"postprocess.top_k": 1}, {"inference.precision": "bf16"}])
@@ -353,10 +355,10 @@ def test_a_killed_runs_finished_tasks_are_kept(spark, earlier, bundle_uri):
     """As if the driver had died between the tasks' end and publication."""
     staged = earlier.output / "_staging" / "20260101T000000-00000000"
     staged.mkdir(parents=True)
-    (first, *_) = sorted((earlier.output / "results").iterdir())
-    table = pq.read_table(first)
+    table = read_results(earlier.output)
     failed = table.num_rows - table["error"].null_count
-    first.rename(staged / f"000000-{table.num_rows}-{failed}.parquet")
+    pq.write_table(table, staged / f"000000-{table.num_rows}-{failed}.parquet")
+    shutil.rmtree(earlier.output / "results")
     summary = pipeline.run(spark, str(earlier.source), bundle_uri, str(earlier.output), settings())
     assert (summary.skipped, summary.ok, summary.failed) == (64, 0, 0)
     assert len({row["path"] for row in rows_of(earlier.output)}) == len(rows_of(earlier.output)) == 64
@@ -593,7 +595,7 @@ def test_a_picture_that_would_take_too_much_memory_is_not_drawn(spark, photos, b
     config = settings(**{"inference.memory_megabytes": 2048})
     finished = pipeline.run(spark, str(photos), bundle_uri, str(tmp_path / "out"), config)
     assert finished.ok == finished.images
-    files = [str(path) for path in (tmp_path / "out" / "results").iterdir()]
+    files = ResultStore(open_storage(str(tmp_path / "out"))).files()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     names = draw_sample(open_storage(str(tmp_path / "out")), files, open_storage(str(photos)), settings(pictures=100))
     assert len(names) == finished.images - 1

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
@@ -14,8 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cluster import without_privileges
-from test_results import stage, table
+from cluster import read_results, without_privileges
+from test_results import publish, stage, table
 
 from helpers.cli import main
 from helpers.pipeline.results import ResultStore
@@ -37,8 +36,7 @@ def arguments(photos: Path, model: str, output: Path, *settings: str) -> list[st
 
 def content_of(folder: Path) -> dict[str, bytes | None]:
     """Every file below a folder, and what is in it."""
-    found = [path for path in folder.rglob("*") if path.name != "_lock"]
-    return {str(path): path.read_bytes() if path.is_file() else None for path in found}
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def assert_one_line(code: int, answer: str, errors: str, *parts: str) -> None:
@@ -92,7 +90,7 @@ FOREIGN: dict[str, Callable[[Path], None]] = {
 def test_what_is_not_ours_stops_the_run_and_stays(spark, photos, bundle_uri, tmp_path, capsys, name, resume):
     output = tmp_path / "out"
     if "/" in name:
-        ResultStore(open_storage(str(output))).publish([])
+        publish(ResultStore(open_storage(str(output))))
         (output / name).parent.mkdir(parents=True, exist_ok=True)
     else:
         output.mkdir()
@@ -111,11 +109,11 @@ def test_what_comes_into_our_folders_during_a_run_is_not_deleted(
     spark, photos, bundle_uri, tmp_path, capsys, monkeypatch
 ):
     """Only the next run refuses."""
-    output, publish = tmp_path / "out", ResultStore.publish
+    output, publish_really = tmp_path / "out", ResultStore.publish
 
     def put_beside(store: ResultStore, *given) -> list[str]:
         (output / "_staging" / "thesis.docx").write_text("the only copy")
-        return publish(store, *given)
+        return publish_really(store, *given)
 
     monkeypatch.setattr(ResultStore, "publish", put_beside)
     assert main(arguments(photos, bundle_uri, output)) == 0
@@ -134,7 +132,8 @@ def test_rows_staged_of_another_model_are_not_published(spark, photos, bundle_ur
     assert_one_line(code, answer.out, answer.err, "other@1", "another --output", "resume=false")
     assert content_of(output) == before
     assert main(arguments(photos, bundle_uri, output, "resume=false")) == 0
-    assert "planted" not in pq.read_table(output / "results")["path"].to_pylist()
+    assert "planted" not in read_results(output)["path"].to_pylist()
+    assert main(arguments(photos, bundle_uri, output)) == 0
 
 
 # ---------------------------------------------------------------- places that cannot be written
@@ -166,17 +165,27 @@ def another_users_folder(output: Path) -> None:
     output.chmod(0o555)
 
 
-def another_users_lock(output: Path) -> None:
-    output.mkdir()
-    (output / "_lock").touch(mode=0o400)
+def another_users_staging(output: Path) -> None:
+    (output / "_staging").mkdir(parents=True)
+    (output / "_staging").chmod(0o555)
 
 
 def another_users_results(output: Path) -> None:
-    ResultStore(open_storage(str(output))).publish([])
-    (output / "results" / "none.parquet").chmod(0)
+    store = ResultStore(open_storage(str(output)))
+    (file,) = publish(store, stage(store, RUN, 0, table("a")))
+    (output / file).chmod(0)
 
 
-@pytest.mark.parametrize("prepare", [another_users_folder, another_users_lock, another_users_results])
+def another_users_log(output: Path) -> None:
+    publish(ResultStore(open_storage(str(output))))
+    for file in (output / "results" / "_delta_log").iterdir():
+        file.chmod(0)
+
+
+OTHERS = [another_users_folder, another_users_staging, another_users_results, another_users_log]
+
+
+@pytest.mark.parametrize("prepare", OTHERS)
 def test_an_output_of_another_user_is_one_line(photos, bundle_uri, tmp_path, prepare):
     prepare(tmp_path / "out")
     answer = run_unprivileged(*arguments(photos, bundle_uri, tmp_path / "out"))
@@ -209,7 +218,7 @@ def test_an_output_on_a_read_only_disk_is_one_line(photos, bundle_uri, tmp_path,
     assert_one_line(code, answer.out, answer.err, str(tmp_path / "disk" / "out"), "read-only")
 
 
-IMPOSSIBLE = {"notes.txt": "is a file", "notes.txt/out": "a file is where a folder should be"}
+IMPOSSIBLE = {"notes.txt": "a file is where a folder should be", "notes.txt/out": "a file is where a folder should be"}
 IMPOSSIBLE |= {"x" * 300: "the name is too long", f"{'y' * 200}/" * 30: "the name is too long"}
 
 
@@ -222,14 +231,14 @@ def test_an_output_that_cannot_be_is_one_line(photos, bundle_uri, tmp_path, caps
     assert (tmp_path / "notes.txt").read_text() == "the user's"
 
 
-@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
-def test_an_output_on_a_file_system_without_locks_is_one_line(
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_an_output_on_a_file_system_without_whole_files_is_one_line(
     photos, bundle_uri, tmp_path, capsys, monkeypatch, number
 ):
-    def flock(*_: object) -> None:
+    def replace(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(Path, "replace", replace)
     code = main(arguments(photos, bundle_uri, tmp_path / "out"))
     answer = capsys.readouterr()
     assert_one_line(code, answer.out, answer.err, str(tmp_path / "out"), "another")

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from cluster import read_results
 from pyspark import cloudpickle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_video import pictures, write_clip
@@ -56,7 +57,7 @@ def photos(samples, tmp_path) -> Path:
 def run(spark, source: Path, bundle_uri: str, output: Path, **overrides) -> list[dict]:
     config = load_config("local", **overrides)
     pipeline.run(spark, str(source), bundle_uri, str(output), config)
-    return pq.read_table(output / "results").sort_by("path").to_pylist()
+    return read_results(output).sort_by("path").to_pylist()
 
 
 def test_both_readers_give_the_same_results_empty_files_and_odd_names_included(spark, photos, bundle_uri, tmp_path):

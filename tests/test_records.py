@@ -33,7 +33,7 @@ def test_a_run_leaves_its_record_and_one_that_did_nothing_none(output):
     names = sorted(path.name for path in Path(output, RUNS).iterdir())
     run = names[0].removesuffix(".json")
     assert names == [f"{run}.json", f"{run}.parquet"]
-    assert all(path.name.startswith(run) for path in Path(output, "results").iterdir())
+    assert all(path.name.startswith(run) for path in Path(output, "results").glob("*.parquet"))
     assert pq.read_schema(Path(output, RUNS, names[1])).names == RECORD_SCHEMA.names
 
 
@@ -100,7 +100,7 @@ def test_a_driver_that_dies_before_it_publishes_has_left_the_record(spark, sampl
     assert run["images"] == 64 and run["pass_seconds"] > 0
     assert pd.isna(run["publish_seconds"]) and pd.isna(run["seconds"])
     assert pipeline.run(*arguments).skipped == 64
-    published = {path.name for path in (tmp_path / "out" / "results").iterdir()}
+    published = {path.name for path in (tmp_path / "out" / "results").glob("*.parquet")}
     assert {name.rpartition("-")[0][: len(run["run"])] for name in published} == {run["run"]}
     assert len(read_tasks(str(tmp_path / "out"))) == 4
 

@@ -1,5 +1,4 @@
-import subprocess
-import sys
+import os
 import uuid
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -8,12 +7,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cluster import read_results
 
 from helpers.errors import RunError
-from helpers.pipeline.results import ResultStore
-from helpers.pipeline.rows import is_in, replaced, settled, without
-from helpers.pipeline.schemas import EARLIER_RESULT_SCHEMA
+from helpers.pipeline.results import ResultStore, Seen, Work
+from helpers.pipeline.rows import Statistics, is_in, settled, without
+from helpers.pipeline.schemas import EARLIER_RESULT_SCHEMA, KEY_NAMES
 from helpers.pipeline.stages import RESULT_SCHEMA
+from helpers.pipeline.table import File, Table
 from helpers.pipeline.task import staged_counts
 from helpers.storage import open_storage
 from helpers.storage.parquet import write_table
@@ -58,23 +59,43 @@ def stage(store: ResultStore, run: str, partition: int, rows: pa.Table) -> str:
     return path
 
 
+def make_work(store: ResultStore, *staged: str, seen: Seen | None = None, starts_over: bool = False) -> Work:
+    """What the run has to commit that has staged some files."""
+    rows = store.rows(staged)
+    files = {
+        path: File(next(iter(store.storage.list(path))).length, Statistics.of(store.rows([path])).to_json())
+        for path in staged
+    }
+    models = tuple({"net@1", *rows["model"].unique().to_pylist()})
+    run = staged[0].split("/")[1] if staged else "run0"
+    return Work(run, models, seen or store.look(), rows.select(KEY_NAMES), files, starts_over=starts_over)
+
+
+def publish(store: ResultStore, *staged: str, starts_over: bool = False) -> list[str]:
+    """Commit files as the run that has staged them does, which then ends."""
+    work = make_work(store, *staged, starts_over=starts_over)
+    published = store.publish(work)
+    store.unstage(work.run)
+    return published
+
+
 def as_before(rows: pa.Table) -> pa.Table:
     """The rows as a version without keypoints and embeddings has written them."""
     return pa.Table.from_pylist(rows.to_pylist(), schema=EARLIER_RESULT_SCHEMA)
 
 
 def keys(store: ResultStore) -> list[tuple[str, int]]:
-    """Path and version of every row, as a reader of the folder sees them."""
-    rows = pq.read_table(store.location).to_pylist()
+    """Path and version of every row, as a reader of the table sees them."""
+    rows = read_results(store.storage.root).to_pylist()
     return sorted((row["path"], (row["modified"] - DAY).microseconds) for row in rows)
 
 
 def test_published_files_are_what_readers_see(store):
-    published = store.publish([stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c"))])
+    published = publish(store, stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c")))
     assert keys(store) == [("a", 0), ("b", 0), ("c", 0)]
     assert len(published) == 2 and all(store.storage.exists(path) for path in published)
     assert store.read().sort_by("path").equals(table("a", "b", "c"))
-    assert not [e for e in store.storage.list("_staging") if e.path.endswith(".parquet")]
+    assert not store.storage.exists("_staging")
 
 
 def test_staged_rows_are_not_in_the_results(store):
@@ -83,20 +104,20 @@ def test_staged_rows_are_not_in_the_results(store):
 
 
 def test_rows_have_key_model_and_file(store):
-    store.publish([stage(store, "run1", 0, table("a", model="net@7"))])
+    publish(store, stage(store, "run1", 0, table("a", model="net@7")))
     (row,) = store.rows().to_pylist()
     assert (row["path"], row["length"], row["modified"], row["model"]) == ("a", 1, DAY, "net@7")
-    assert Path(row["file"]).parent == Path(store.location)
+    assert store.storage.exists(row["file"]) and Path(row["file"]).parent == Path("results")
 
 
 def test_files_of_two_runs_and_partitions_never_share_a_name(store):
     for run in ("run1", "run2"):
-        store.publish([stage(store, run, partition, table(f"{run}-{partition}")) for partition in range(3)])
+        publish(store, *(stage(store, run, partition, table(f"{run}-{partition}")) for partition in range(3)))
     assert len(keys(store)) == 6
 
 
 def test_images_in_the_results_are_left_out_of_a_run(store):
-    store.publish([stage(store, "run1", 0, table("a", "b", "c"))])
+    publish(store, stage(store, "run1", 0, table("a", "b", "c")))
     todo = without(pa.concat_tables([table("b", "d"), table("c", version=1), table("a")]), store.rows())
     assert [(row["path"], row["modified"]) for row in todo.to_pylist()] == [
         ("d", DAY),
@@ -105,15 +126,15 @@ def test_images_in_the_results_are_left_out_of_a_run(store):
 
 
 def test_an_image_of_another_length_is_done_again(store):
-    store.publish([stage(store, "run1", 0, table("a"))])
+    publish(store, stage(store, "run1", 0, table("a")))
     longer = table("a").set_column(1, "length", pa.array([99]))
     assert without(longer, store.rows()).num_rows == 1
-    assert replaced(longer, store.rows()).to_pylist() == ["a"]
+    publish(store, stage(store, "run2", 0, longer))
+    assert store.read()["length"].to_pylist() == [99]
 
 
 def test_nothing_is_left_out_where_there_are_no_results(store):
     assert without(table("a", "b"), store.rows()).num_rows == 2
-    assert replaced(table("a", "b"), store.rows()).to_pylist() == []
 
 
 @pytest.mark.parametrize(
@@ -133,19 +154,19 @@ def test_nothing_is_left_out_where_there_are_no_results(store):
     ],
 )
 def test_only_an_error_of_the_bytes_is_final(store, error, done):
-    store.publish([stage(store, "run1", 0, table("a", error=error))])
+    publish(store, stage(store, "run1", 0, table("a", error=error)))
     assert without(table("a"), settled(store.rows())).num_rows == (0 if done else 1)
 
 
 def test_an_image_that_is_tried_again_replaces_its_error(store):
-    store.publish([stage(store, "run1", 0, pa.concat_tables([table("a"), table("b", error="permission denied")]))])
+    publish(store, stage(store, "run1", 0, pa.concat_tables([table("a"), table("b", error="permission denied")])))
     todo = without(table("a", "b"), settled(store.rows()))
-    store.publish([stage(store, "run2", 0, todo)], replaced(todo, store.rows()))
+    publish(store, stage(store, "run2", 0, todo))
     assert keys(store) == [("a", 0), ("b", 0)] and store.read()["error"].null_count == 2
 
 
 def test_what_a_killed_run_tried_again_with_success_is_kept(store):
-    store.publish([stage(store, "run1", 0, table("a", "b", error="permission denied"))])
+    publish(store, stage(store, "run1", 0, table("a", "b", error="permission denied")))
     stage(store, "run2", 0, pa.concat_tables([table("a"), table("b", error="permission denied")]))
     assert store.recover() == 1
     assert keys(store) == [("a", 0), ("b", 0)]
@@ -158,21 +179,10 @@ def test_what_a_killed_run_tried_again_with_success_is_kept(store):
 def test_another_attempt_of_a_task_replaces_no_file_of_the_first(store):
     """Both have as many errors, so that their files have one name."""
     bad = table("a", error="permission denied"), table("b", error="permission denied")
-    store.publish([stage(store, "run1", 0, pa.concat_tables([bad[0], table("b"), table("c")]))])
+    publish(store, stage(store, "run1", 0, pa.concat_tables([bad[0], table("b"), table("c")])))
     stage(store, "run1", 0, pa.concat_tables([table("a"), bad[1], table("c")]))
     assert store.recover() == 1
     assert keys(store) == [("a", 0), ("b", 0), ("c", 0)] and store.read()["error"].null_count == 3
-
-
-def test_the_older_of_two_rows_of_an_image_is_removed(store, caplog):
-    store.publish([stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c"))])
-    store.publish([stage(store, "run2", 0, table("b", "c", version=1))])
-    assert len(keys(store)) == 5
-    assert store.resume("net@1").num_rows == 3
-    assert keys(store) == [("a", 0), ("b", 1), ("c", 1)]
-    assert "2 images had two rows" in caplog.text
-    caplog.clear()
-    assert store.resume("net@1").num_rows == 3 and caplog.text == ""
 
 
 def test_more_paths_than_an_array_holds_are_looked_up():
@@ -184,14 +194,17 @@ def test_more_paths_than_an_array_holds_are_looked_up():
 
 
 def test_what_writers_that_were_killed_left_is_removed_and_nothing_else(store):
-    store.publish([stage(store, "run1", 0, table("a"))])
+    publish(store, stage(store, "run1", 0, table("a")))
     left = [f"{folder}/.{uuid.uuid4().hex}.tmp" for folder in ("results", "pictures", "runs")]
     others = ["results/.DS_Store", "pictures/notes.tmp", "runs/.notes.tmp", f"notes/.{uuid.uuid4().hex}.tmp"]
     others += [f"runs/below/.{uuid.uuid4().hex}.tmp", f".{uuid.uuid4().hex}.tmp"]
     for path in (*left, *others):
         store.storage.write(path, b"half")
-    with store.exclusive():
-        pass
+    store.look()  # another run may be writing them right now
+    assert all(map(store.storage.exists, left))
+    for path in (*left, *others):
+        os.utime(store.storage.join(path), (0, 0))
+    store.look()
     assert [path for path in left if store.storage.exists(path)] == []
     assert [path for path in others if not store.storage.exists(path)] == []
 
@@ -200,20 +213,20 @@ def test_folders_that_were_half_deleted_are_removed_and_nothing_else(store):
     doomed, others = f".{uuid.uuid4().hex}.deleted", ["photos.deleted/a", ".old.deleted/a"]
     for path in (f"{doomed}/run1/.keep", *others):
         store.storage.write(path, b"")
-    stage(store, "run2", 0, table("a"))
-    store.unstage()
+    store.storage.write("run2/a", b"")
+    store.storage.delete("run2")
     assert not store.storage.exists(doomed) and all(map(store.storage.exists, others))
 
 
 def test_changed_images_replace_their_rows(store):
-    store.publish([stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c"))])
+    publish(store, stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c")))
     todo = table("a", "c", version=1)
-    store.publish([stage(store, "run2", 0, todo)], replaced(todo, store.rows()))
+    publish(store, stage(store, "run2", 0, todo))
     assert keys(store) == [("a", 1), ("b", 0), ("c", 1)]
 
 
 def test_what_a_killed_run_left_is_recovered(store):
-    store.publish([stage(store, "run1", 0, table("a"))])
+    publish(store, stage(store, "run1", 0, table("a")))
     stage(store, "run2", 0, table("b", "c"))
     stage(store, "run2", 1, table("d", error="bad"))
     assert store.recover() == 3
@@ -222,7 +235,7 @@ def test_what_a_killed_run_left_is_recovered(store):
 
 
 def test_rows_staged_twice_or_published_already_come_once(store):
-    store.publish([stage(store, "run1", 0, table("a", "b"))])
+    publish(store, stage(store, "run1", 0, table("a", "b")))
     stage(store, "run2", 0, table("b", "c"))  # b is published
     stage(store, "run2", 1, table("c", "d"))  # c is in another staged file, of another attempt
     stage(store, "run3", 0, table("d", "e"))
@@ -231,85 +244,10 @@ def test_rows_staged_twice_or_published_already_come_once(store):
 
 
 def test_a_recovered_newer_row_replaces_the_older(store):
-    store.publish([stage(store, "run1", 0, table("a", "b"))])
+    publish(store, stage(store, "run1", 0, table("a", "b")))
     stage(store, "run2", 0, table("a", version=1))
     assert store.recover() == 1
     assert keys(store) == [("a", 1), ("b", 0)]
-
-
-def test_nothing_is_lost_or_doubled_wherever_a_publication_is_cut_off(store):
-    """Kill the driver after each change of the folder in turn; the next run's recovery must set it right."""
-
-    class Cut(BaseException):
-        pass
-
-    class Fragile(type(store.storage)):
-        changes = 0
-
-        def count(self):
-            if self.changes == 0:
-                raise Cut
-            self.changes -= 1
-
-        def rename(self, *arguments):
-            self.count()
-            super().rename(*arguments)
-
-        def delete(self, *arguments):
-            self.count()
-            super().delete(*arguments)
-
-        def write(self, *arguments):
-            self.count()
-            super().write(*arguments)
-
-    expected = [("a", 1), ("b", 0), ("c", 1), ("d", 1), ("e", 1)]
-    for changes in range(20):
-        store.storage.delete("results")
-        store.publish([stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c"))])
-        staged = [
-            stage(store, "run2", 0, table("a", "d", version=1)),
-            stage(store, "run2", 1, table("c", "e", version=1)),
-        ]
-        fragile = Fragile(store.storage.root)
-        fragile.changes = changes
-        try:
-            ResultStore(fragile).publish(staged, pa.chunked_array([["a", "c"]]))
-            break
-        except Cut:
-            store.recover()
-            assert keys(store) == expected, f"cut off after {changes} changes"
-    else:
-        pytest.fail("publication never ended")
-    assert changes >= 4
-    assert keys(store) == expected
-
-
-def test_a_second_run_at_the_same_time_is_refused(store):
-    script = """
-import sys
-from helpers.pipeline.results import ResultStore
-from helpers.storage import open_storage
-with ResultStore(open_storage(sys.argv[1])).exclusive():
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-    command = [sys.executable, "-c", script, store.storage.root]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(RunError, match="another run is writing to .*another --output"), store.exclusive():
-        pytest.fail("two runs at once")
-    other.kill()
-    other.communicate()
-    with store.exclusive():
-        pass
-
-
-def test_the_lock_is_free_after_a_run_that_failed(store):
-    with pytest.raises(KeyError), store.exclusive():
-        raise KeyError
-    with store.exclusive():
-        pass
 
 
 def test_progress_counts_the_files_of_one_run(store):
@@ -325,8 +263,8 @@ def test_a_staged_files_name_tells_its_counts():
 
 
 def test_results_without_rows_can_be_read(store):
-    store.publish([])
-    assert pq.read_table(store.location).schema.equals(RESULT_SCHEMA)
+    publish(store)
+    assert read_results(store.storage.root).schema.equals(RESULT_SCHEMA)
     assert store.read().num_rows == 0 and store.read().schema.equals(RESULT_SCHEMA)
 
 
@@ -335,7 +273,7 @@ def test_reading_before_any_run_gives_no_rows(store):
 
 
 def test_spark_reads_exactly_the_contracts_schema(store, spark):
-    store.publish([stage(store, "run1", 0, table("a", "b"))])
+    publish(store, stage(store, "run1", 0, table("a", "b")))
     frame = spark.read.parquet(store.location)
     assert frame.schema.simpleString() == spark.createDataFrame([], CONTRACT).schema.simpleString()
     assert {(row.path, row.predictions[0].box) for row in frame.collect()} == {("a", None), ("b", None)}
@@ -344,27 +282,58 @@ def test_spark_reads_exactly_the_contracts_schema(store, spark):
 # ---------------------------------------------------------------- results of an earlier version
 
 
-def test_results_of_an_earlier_version_are_read_with_nulls_for_what_they_lack(store):
-    store.publish([stage(store, "run1", 0, as_before(table("a"))), stage(store, "run2", 0, table("b"))])
-    rows = store.read().sort_by("path")
-    assert rows.equals(table("a", "b"))
-    assert [row["predictions"][0]["keypoints"] for row in rows.to_pylist()] == [None, None]
+@pytest.fixture
+def earlier(store) -> ResultStore:
+    """Plain Parquet files, one of them without keypoints and embeddings."""
+    write_table(store.storage, "results/run1-000000-2-0.parquet", as_before(table("a", "b")))
+    write_table(store.storage, "results/run2-000000-1-0.parquet", table("c"))
+    return store
 
 
-def test_images_of_an_earlier_version_are_left_out_of_a_run(store):
-    store.publish([stage(store, "run1", 0, as_before(table("a", "b")))])
-    assert without(table("a", "b", "c"), settled(store.resume("net@1")))["path"].to_pylist() == ["c"]
+def test_results_of_an_earlier_version_become_a_table_in_one_commit_with_a_line_that_says_so(earlier, caplog):
+    caplog.set_level("INFO", "helpers")
+    assert earlier.resume("net@1").rows.num_rows == 3
+    assert read_results(earlier.storage.root).sort_by("path").equals(earlier.read().sort_by("path"))
+    assert [(run["version"], run["images"], run["models"]) for run in earlier.history()] == [(0, 3, "net@1")]
+    (line,) = caplog.messages
+    assert "2 Parquet files of an earlier version" in line and earlier.location in line
+    caplog.clear()
+    assert earlier.resume("net@1").version == 0 and caplog.messages == []
 
 
-def test_a_file_of_an_earlier_version_gets_the_schema_of_today_when_a_row_is_taken_out(store):
-    (file,) = store.publish([stage(store, "run1", 0, as_before(table("a", "b")))])
-    store.publish([stage(store, "run2", 0, table("a", version=1))], pa.chunked_array([["a"]]))
-    assert keys(store) == [("a", 1), ("b", 0)]
-    assert pq.read_schema(Path(store.location, Path(file).name)).equals(RESULT_SCHEMA)
+def test_results_of_an_earlier_version_are_read_before_and_after_with_nulls_for_what_they_lack(earlier):
+    for _ in range(2):
+        rows = earlier.read().sort_by("path")
+        assert rows.equals(table("a", "b", "c"))
+        assert [row["predictions"][0]["keypoints"] for row in rows.to_pylist()] == [None] * 3
+        earlier.look()
+    assert pq.read_table(earlier.location).sort_by("path").equals(rows)
+
+
+def test_images_of_an_earlier_version_are_left_out_of_a_run(earlier):
+    assert without(table("a", "b", "c", "d"), settled(earlier.resume("net@1").rows))["path"].to_pylist() == ["d"]
+
+
+def test_rows_of_an_earlier_version_are_replaced(earlier):
+    publish(earlier, stage(earlier, "run3", 0, table("a", version=1)))
+    assert keys(earlier) == [("a", 1), ("b", 0), ("c", 0)]
+
+
+def test_two_runs_may_take_over_results_of_an_earlier_version_at_once(earlier, monkeypatch):
+    create, other = Table.create, ResultStore(open_storage(earlier.storage.root))
+
+    def after_another(table: Table, *given):
+        monkeypatch.setattr(Table, "create", create)
+        other.look()
+        return create(table, *given)
+
+    monkeypatch.setattr(Table, "create", after_another)
+    assert earlier.look().rows.num_rows == other.look().rows.num_rows == 3
+    assert earlier.look().version == 0
 
 
 def test_what_a_killed_run_of_an_earlier_version_left_is_recovered(store):
-    store.publish([stage(store, "run1", 0, table("a"))])
+    publish(store, stage(store, "run1", 0, table("a")))
     stage(store, "run2", 0, as_before(table("a", "b")))
     assert store.recover() == 1
     assert store.read().sort_by("path").equals(table("a", "b"))
@@ -385,26 +354,26 @@ def test_an_image_is_done_when_it_has_a_settled_row_of_each_model(store):
         both("c", errors=(None, "permission denied")),
         both("d", errors=(None, "the file is empty")),
     ]
-    store.publish([stage(store, "run1", number, part) for number, part in enumerate(rows)])
-    todo = without(table("a", "b", "c", "d", "e"), settled(store.resume("net@1", "net@2"), 2))
+    publish(store, *(stage(store, "run1", number, part) for number, part in enumerate(rows)))
+    todo = without(table("a", "b", "c", "d", "e"), settled(store.resume("net@1", "net@2").rows, 2))
     assert todo["path"].to_pylist() == ["b", "c", "e"]
 
 
 def test_rows_of_two_models_are_no_doubles(store):
-    store.publish([stage(store, "run1", 0, both("a", "b"))])
-    assert store.resume("net@2", "net@1").num_rows == 4
+    publish(store, stage(store, "run1", 0, both("a", "b")))
+    assert store.resume("net@2", "net@1").rows.num_rows == 4
 
 
 def test_what_a_killed_run_left_replaces_all_rows_of_an_image_or_none(store):
-    store.publish([stage(store, "run1", 0, both("a", "b", errors=("permission denied", "permission denied")))])
+    publish(store, stage(store, "run1", 0, both("a", "b", errors=("permission denied", "permission denied"))))
     stage(store, "run2", 0, pa.concat_tables([both("a", errors=(None, "permission denied")), both("c")]))
-    assert store.recover("net@1", "net@2") == 4
+    assert store.recover("net@1", "net@2") == 2
     errors = Counter((row["path"], row["error"]) for row in store.read().to_pylist())
     assert errors == {("a", None): 1, ("a", "permission denied"): 1, ("b", "permission denied"): 2, ("c", None): 2}
 
 
 def test_results_may_have_fewer_models_than_a_run_but_no_other(store):
-    store.publish([stage(store, "run1", 0, table("a"))])
-    assert store.resume("net@1", "net@2").num_rows == 1
+    publish(store, stage(store, "run1", 0, table("a")))
+    assert store.resume("net@1", "net@2").rows.num_rows == 1
     with pytest.raises(RunError, match="holds results of net@1, and this run is of net@2 and net@3"):
         store.resume("net@2", "net@3")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import graphs
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from cluster import read_results
 
 from helpers import pipeline
 from helpers.cli import _parser
@@ -39,7 +39,7 @@ def results_of(task: Task) -> list[dict]:
 
 
 def rows_of(output: Path) -> list[dict]:
-    return pq.read_table(output / "results").sort_by([("path", "ascending"), ("model", "ascending")]).to_pylist()
+    return read_results(output).sort_by([("path", "ascending"), ("model", "ascending")]).to_pylist()
 
 
 def test_every_image_is_decoded_once_and_has_a_row_per_model(samples, models, tmp_path, monkeypatch):

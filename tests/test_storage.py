@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 import tracemalloc
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from helpers.config import load_config
 from helpers.errors import StorageError
-from helpers.storage import LocalStorage, Storage, lease, open_storage
+from helpers.storage import LocalStorage, Storage, lock, open_storage
 
 NAMES = [
     "plain.png",
@@ -45,10 +46,8 @@ NAMES = [
 # A process that holds something open until it is killed.
 HOLDER = """
 import json, sys
-from helpers.storage import {module}
 from helpers.config import load_config
 from helpers.storage import open_storage
-{module}.LEASE_SECONDS = 15
 with open_storage(sys.argv[1], load_config("local", **json.loads(sys.argv[2]))).{what} as file:
     {body}
     print("held", flush=True)
@@ -57,7 +56,7 @@ with open_storage(sys.argv[1], load_config("local", **json.loads(sys.argv[2]))).
 
 
 def start_holder(storage: Storage, settings: dict, what: str, body: str = "pass") -> subprocess.Popen:
-    script = HOLDER.format(what=what, body=body, module="lease" if settings else "local")
+    script = HOLDER.format(what=what, body=body)
     process = subprocess.Popen(
         [sys.executable, "-c", script, storage.root, json.dumps(settings)],
         stdin=subprocess.PIPE,
@@ -81,9 +80,6 @@ def local(tmp_path) -> LocalStorage:
 @pytest.fixture(params=["local", "adls", "s3"])
 def kind(request) -> str:
     return request.param
-
-
-with_locks = pytest.mark.parametrize("kind", ["local", "adls"], indirect=True)  # which the server or system ends
 
 
 @pytest.fixture
@@ -270,45 +266,72 @@ def test_a_storage_travels_to_another_process(storage):
     assert copy.root == storage.root and copy.read("a") == b"1"
 
 
-@pytest.fixture
-def patience(monkeypatch) -> Callable[[int], None]:
-    """Set how long a lease lasts, and a second process waits for it."""
-    return lambda seconds: monkeypatch.setattr(lease, "LEASE_SECONDS", seconds)
-
-
-@with_locks
-def test_a_lock_keeps_another_process_out_until_it_is_killed(storage, settings, patience):
-    holder = start_holder(storage, settings, "lock('below/_lock')")
-    try:
-        patience(0)
-        with pytest.raises(BlockingIOError), storage.lock("below/_lock"):
-            pytest.fail("two processes hold the lock")
-    finally:
-        kill(holder)  # SIGKILL: no clean-up runs
-    patience(15)
-    with storage.lock("below/_lock"):
-        pass
-
-
-@with_locks
-def test_a_lock_is_free_after_its_block(storage, reopen, patience):
-    with storage.lock("_lock"):
-        patience(0)
-        with pytest.raises(BlockingIOError), reopen(storage.root).lock("_lock"):
-            pytest.fail("locked twice")
-    patience(15)
-    with storage.lock("_lock"):
-        pass
-
-
-@with_locks
-def test_a_lock_below_a_file_names_the_file(storage, reopen):
-    storage.write("notes.txt", b"")
-    with pytest.raises(StorageError, match=r"notes\.txt is a file"), reopen(storage.join("notes.txt")).lock("_lock"):
-        pytest.fail("locked")
+def test_a_folder_is_pruned_only_where_nothing_is_in_it(storage):
+    storage.write("full/deep/a", b"")
+    storage.write("empty/a", b"")
+    storage.delete("empty/a")
+    for path in ("full", "full/deep", "empty", "absent"):
+        storage.prune(path)
+    assert not storage.exists("empty") and storage.exists("full/deep/a")
+    storage.delete("full/deep/a")
+    storage.prune("full/deep")
+    assert not storage.exists("full/deep")
 
 
 # ---------------------------------------------------------------- local ones
+
+
+def test_a_lock_keeps_another_process_out_until_it_is_killed(local):
+    holder = start_holder(local, {}, "lock('below/_lock')")
+    try:
+        with pytest.raises(BlockingIOError), lock(local, "below/_lock"):
+            pytest.fail("two processes hold the lock")
+    finally:
+        kill(holder)  # SIGKILL: no clean-up runs
+    with lock(local, "below/_lock"):
+        pass
+
+
+def test_a_lock_is_free_after_its_block(local):
+    with lock(local, "_lock"), pytest.raises(BlockingIOError), lock(open_storage(local.root), "_lock"):
+        pytest.fail("locked twice")
+    with lock(local, "_lock"):
+        pass
+
+
+def test_a_lock_below_a_file_names_the_file(local):
+    local.write("notes.txt", b"")
+    with (
+        pytest.raises(StorageError, match=r"notes\.txt is a file"),
+        lock(open_storage(local.join("notes.txt")), "_lock"),
+    ):
+        pytest.fail("locked")
+
+
+def test_object_storage_has_no_locks_and_says_so(adls_root, adls_settings, caplog):
+    with lock(open_storage(adls_root, load_config("local", **adls_settings)), "_lock"):
+        assert f"{adls_root}: object storage has no locks" in caplog.text
+
+
+def test_folders_that_are_pruned_while_files_are_written_in_them_cost_no_file(local):
+    """As by a run that tidies up where another one is at work."""
+    ended = threading.Event()
+
+    def prune() -> None:
+        while not ended.is_set():
+            local.prune("top/folder")
+            local.prune("top")
+
+    thread = threading.Thread(target=prune)
+    thread.start()
+    try:
+        for number in range(1000):
+            local.write("top/folder/a", str(number).encode())
+            assert local.read("top/folder/a") == str(number).encode()
+            local.delete("top/folder/a")
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_an_entry_has_length_and_modification_time_to_the_microsecond(local, tmp_path):

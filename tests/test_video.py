@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cluster import read_results
 from fuzz import CORPUS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +35,7 @@ from helpers.pipeline import RunSummary, make_task, stages
 from helpers.pipeline.frames import list_frames, with_frames
 from helpers.pipeline.listing import assign, list_images, plan
 from helpers.pipeline.reading import FRAMES_BYTES
+from helpers.pipeline.table import Table
 from helpers.storage import LocalStorage, open_storage
 
 WIDTH, HEIGHT = 96, 64
@@ -354,7 +356,7 @@ def settings(**overrides) -> Config:
 
 
 def rows_of(output: Path) -> list[dict]:
-    return pq.read_table(output / "results").sort_by("path").to_pylist()
+    return read_results(output).sort_by("path").to_pylist()
 
 
 GOOD = {"clip.avi": "motion jpeg", "deep/b #1.mp4": "mpeg-4", "h.mkv": "h264, open groups"}
@@ -461,7 +463,7 @@ def test_the_summary_and_the_pictures_count_frames_as_images(finished):
 
 def test_several_tasks_work_on_one_video_each_on_one_range(finished):
     tasks = dict.fromkeys(GOOD, 0)
-    for file in (finished.output / "results").iterdir():
+    for file in (finished.output / "results").glob("*.parquet"):
         paths = [split_path(path) for path in pq.read_table(file)["path"].to_pylist()]
         for name in GOOD:
             numbers = sorted(number for path, number in paths if path.endswith(name) and number is not None)
@@ -504,9 +506,10 @@ def test_every_kth_frame(spark, clips, bundle_uri, tmp_path):
 def test_a_half_done_video_goes_on_where_rows_are_missing(spark, finished, bundle_uri, tmp_path):
     output = tmp_path / "output"
     shutil.copytree(finished.output, output)
-    files = sorted((output / "results").iterdir())
-    removed = set(pq.read_table(files[1])["path"].to_pylist())
-    files[1].unlink()
+    file = sorted((output / "results").glob("*.parquet"))[1]
+    removed = set(pq.read_table(file)["path"].to_pylist())
+    results = Table(open_storage(str(output)), "results", stages.RESULT_SCHEMA)
+    results.commit(results.open(), {}, [file.name], {}, {})
     gone = str(finished.source / "gone.webm")  # may be there again
     summary = pipeline.run(spark, str(finished.source), bundle_uri, str(output), settings())
     assert summary.ok + summary.failed == len(removed | {gone})

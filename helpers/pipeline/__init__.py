@@ -3,7 +3,7 @@
     ingest -> preprocess -> infer -> postprocess        DataFrames, for a notebook
     run                                                 the same code, fused; results written by the tasks
 
-    driver       these five, and what a run's tasks share      on the driver
+    driver       these, their results, and what a run's tasks share      on the driver
     models       bundles, parameters, names in the results     on the driver
     listing      which files are images, and the plan          on the driver
     frames       videos to frames                              in tasks, and on the driver
@@ -13,6 +13,7 @@
                  several models                            in tasks
     task         the stages fused, results written             in tasks
     results      exactly-once results                          on the driver
+    table        the Delta table that they are in              on the driver
     records      what a run took                               on the driver
 
 Executors import modules of this package, so importing it imports nothing.
@@ -30,11 +31,15 @@ if TYPE_CHECKING:
         model_identity,
         postprocess,
         preprocess,
+        read_results,
         run,
     )
 
+DRIVER = {"RunSummary", "infer", "ingest", "make_task", "model_identity", "postprocess", "preprocess", "read_results"}
+DRIVER |= {"run"}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("RunSummary", "infer", "ingest", "make_task", "model_identity", "postprocess", "preprocess", "run"):
+    if name in DRIVER:
         return getattr(import_module("helpers.pipeline.driver"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,9 +29,10 @@ from helpers.pipeline import listing, stages
 from helpers.pipeline.models import cascade_of, model_identity, open_models, parameters_of
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_all_by_spark, read_by_spark, reading
 from helpers.pipeline.records import Stopwatch, describe, write_record
-from helpers.pipeline.results import ResultStore
-from helpers.pipeline.rows import is_among, outdated, replaced, settled, without
+from helpers.pipeline.results import ResultStore, Work
+from helpers.pipeline.rows import is_among, outdated, settled, without
 from helpers.pipeline.sample import draw_sample, read_pictures
+from helpers.pipeline.table import File
 from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_through
 from helpers.pipeline.views import Tiling
 from helpers.session import get_slots, local_slots, spark_failure, spark_schema
@@ -165,22 +166,25 @@ def run(
 
     With several models every image is decoded once, and has a row per model; it is skipped when it has all of them.
 
+    Other runs may work in the same output meanwhile: an image then has the row of one of them (`results`).
+
     Raises:
-        RunError: no image, results of another model in the output, another run at work there, or a failed job.
+        RunError: no image, results of another model in the output, or a failed job.
         BundleError: the model cannot be used.
         StorageError: a location cannot be used.
     """
     watch = Stopwatch()
     task = make_task(source, model, output, config)
+    models = tuple(model.identity for model in task.models)
     store = ResultStore(task.output)
-    with ThreadPoolExecutor(1) as pool, store.exclusive():
+    with ThreadPoolExecutor(1) as pool:
         warm_up = pool.submit(_start_workers, spark)
-        old_rows = store.resume(*(model.identity for model in task.models)) if config.resume else store.rows()
+        seen = store.resume(*models) if config.resume else store.look(with_rows=False)
         slots = get_slots(spark)
         watch.lap("open")
         listed = listing.list_images(task.source, config, skip=store.folders)
         images = expand(spark, task.source, listed, config)
-        settled_rows = settled(old_rows, len(task.models)) if config.resume else old_rows.slice(0, 0)
+        settled_rows = settled(seen.rows, len(models))
         todo = without(images, settled_rows)
         plan = listing.plan(todo, slots, config, _image_seconds(task, config))
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
@@ -194,15 +198,16 @@ def run(
             with only_warn("the run has no record"):
                 write_record(task.output, about, records)
         watch.lap("log")
-        old_paths = old_rows["path"]
-        if config.resume:
-            old_paths = pa.chunked_array(
-                [*replaced(todo, old_rows).chunks, *outdated(old_rows, images, listed.videos, listed.archives).chunks],
-                pa.string(),
-            )
-        published = store.publish([r["file"] for r in records], old_paths)
+        files = {record["file"]: File(record["file_bytes"], record["statistics"]) for record in records}
+        gone = outdated(seen.rows, images, listed.videos, listed.archives)
+        took = watch.laps["seconds"]
+        published = store.publish(Work(task.run, models, seen, todo, files, gone, not config.resume, took))
         with only_warn("what was staged could not be removed"):
-            store.unstage()
+            store.unstage(task.run)
+            if config.resume:
+                store.recover(*models)  # of tasks that have outlived their driver until now
+        with only_warn("the files that are not in the results any more could not be deleted"):
+            store.vacuum(config.results.retention_days)
         watch.lap("publish")
         pictures: list[str] = []
         with only_warn("there are no pictures"):
@@ -217,6 +222,21 @@ def run(
                 write_record(task.output, {**about, **watch.laps})
     unlisted = listed.left_out.get(listing.UNLISTED, 0)
     return _summarize(images, records, seconds, watch.laps["seconds"], store, settled_rows, unlisted)
+
+
+def read_results(spark: "SparkSession", output: str, config: Config, version: int | None = None) -> "DataFrame":
+    """The results below an output, the newest or those of an earlier version of the table; `stages.RESULT_SCHEMA`.
+
+    Raises:
+        StorageError: there is no such version, or the table is damaged.
+    """
+    storage = open_storage(output, config)
+    store, schema = ResultStore(storage), spark_schema(stages.RESULT_SCHEMA)
+    if config.spark.mode == "databricks":  # which has Delta, and reads no table's files as plain Parquet
+        options = {} if version is None else {"versionAsOf": version}
+        return spark.read.format("delta").options(**options).load(store.location)
+    paths = [storage.join(path) for path in store.files(version)]
+    return spark.read.schema(schema).parquet(*paths) if paths else spark.createDataFrame([], schema)
 
 
 def make_task(source: str, model: str | Sequence[str], output: str, config: Config) -> Task:
@@ -274,7 +294,7 @@ def _run_tasks(
 ) -> list[dict[str, Any]]:
     if not images.num_rows:
         return []
-    store.stage(task.run)
+    store.stage(task.run, not config.resume)
     try:
         if choose_reader(spark, task.source, images, config) == "spark":
             parts = read_by_spark(spark, task.source, images, config)

@@ -31,7 +31,18 @@ if TYPE_CHECKING:
 
 RUNS = "runs"
 PACKAGES = ("pyspark", "openvino", "opencv-python-headless", "numpy", "pyarrow")
-SECTIONS = ("reader", "resume", "pictures", "ingest", "partitioning", "inference", "tiling", "cascade", "postprocess")
+SECTIONS = (
+    "reader",
+    "resume",
+    "pictures",
+    "ingest",
+    "partitioning",
+    "inference",
+    "results",
+    "tiling",
+    "cascade",
+    "postprocess",
+)
 # Anything else below spark.conf may be an account's key under a name of its owner's choice.
 SHOWN_SETTINGS = ("spark.executor.", "spark.task.", "spark.cores.", "spark.speculation", "spark.dynamicAllocation.")
 PHASES = [f"{name}_seconds" for name in ("session", "open", "list", "pass", "publish", "log")] + ["seconds"]

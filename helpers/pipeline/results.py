@@ -1,26 +1,46 @@
-"""Exactly-once results in plain Parquet, on any storage.
+"""Exactly-once results in a Delta table, on any storage.
 
-    OUTPUT/results/           what readers see: whole files, one row per image and model
-    OUTPUT/_staging/RUN/      files of tasks that have ended, not yet published
+    OUTPUT/results/           the table: whole Parquet files, one row per image and model, and Delta's log
+    OUTPUT/_staging/RUN/      files of tasks that have ended, not yet in the table
     OUTPUT/runs/              what each run took (`helpers.pipeline.records`)
-    OUTPUT/_lock              held by the one run that may write
 
-A task writes its file to its run's staging folder in one step. The driver publishes by renaming the files of the tasks
-that Spark accepted, after it has taken the rows that they replace out of older files. The next run publishes what a
-killed run left staged, less what is in the results already: a row can neither be lost nor come twice. After a kill in
-the middle of publishing, a changed image has no row until that next run, which needs no Spark for it. An executor that
-outlives its driver writes to a staging folder that is gone, or that nobody will take from twice.
+A task writes its file to its run's staging folder in one step. The driver moves the files of the tasks that Spark
+accepted into the table's folder and commits them. The same commit removes the files with rows that the new ones
+replace, and adds copies without those rows. So a reader of the table sees each image once at every moment.
+
+Nothing keeps a second run out. Of two that commit, the later one fails at Delta's log. It then looks at the table
+again, keeps of its rows those that are still new, and commits these. What a killed run left staged is committed by the
+next run, less what is in the table. Nobody can know whether a run is dead or slow: so one may lose its staged files to
+another, and then finds their rows in the table. Three rules keep that safe:
+
+- A staged file is deleted only after a commit that has what was new of it.
+- A file is moved under a name that follows from its staged name, so that whoever looks for it finds it, and while its
+  run's folder has a `.keep`, any run may commit it.
+- A file that a commit has removed is added by nobody again, even if it was never in the table.
+
+A run that starts over replaces the whole table. Other runs leave its folder alone (`.alone`), because its rows may
+equal those in the table and are not known to be needed.
+
+A plain Parquet reader of the folder never misses an image. It sees the rows of a removed file too, beside those that
+replace them, until the file is deleted: after `results.retention_days`, or at the end of the run that removed it if
+that is 0. And it sees new rows a moment before the commit.
 
 Only files of these names are ever removed. A run refuses folders that hold anything else before it writes.
 """
 
-import contextlib
+import errno
 import logging
+import os
 import re
+import time
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,18 +50,19 @@ from helpers.errors import RunError, StorageError, explain, first_line, only_war
 from helpers.pipeline.records import RUNS
 from helpers.pipeline.rows import (
     ROWS_SCHEMA,
+    Statistics,
     count_values,
     is_among,
     is_in,
-    older_rows,
-    replaced,
+    is_new,
     rows_of_later_runs,
-    settled,
+    without,
 )
 from helpers.pipeline.schemas import EARLIER_RESULT_SCHEMA, RESULT_SCHEMA, conform
+from helpers.pipeline.table import LOG, NONE, Conflict, File, Table, Version
 from helpers.pipeline.task import STAGING, staged_counts, staging
 from helpers.storage import Storage
-from helpers.storage.interface import UNFINISHED
+from helpers.storage.interface import UNFINISHED, Entry
 from helpers.storage.parquet import write_table
 from helpers.storage.prefetch import map_groups
 
@@ -49,9 +70,57 @@ log = logging.getLogger(__name__)
 
 RESULTS = "results"
 PICTURES = "pictures"
+KEEP, ALONE = ".keep", ".alone"  # in a run's staging folder: whether others may take its files
 # Files of rows in our folders, and what else may lie there: in the results hidden files, which no reader takes.
 FILES = {RESULTS: re.compile(r"[^._/][^/]*\.parquet"), STAGING: re.compile(r"[\w-]+/\d{6,}-\d+-\d+\.parquet")}
-OTHERS = {RESULTS: re.compile(r"\.[^/]*"), STAGING: re.compile(rf"[\w-]+/(\.keep|{UNFINISHED.pattern})")}
+OTHERS = {
+    RESULTS: re.compile(rf"\.[^/]*|{LOG}(/.*)?"),
+    STAGING: re.compile(rf"([\w-]+/)?(\.keep|\.alone|{UNFINISHED.pattern})|\.[0-9a-f]{{32}}\.deleted(/.*)?"),
+}
+OURS = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}-[\w-]+\.parquet")  # a file that a run has brought into the results
+STARTED_OVER = "spark-vision started over"  # the table's mark of when the last run began that did
+ABANDONED = timedelta(days=1)  # nobody writes one file, or nothing of a run, for so long
+LOOKS = 20  # at files that another run is moving right now
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The table as a run found it when it decided what to do; version -1 where there was none."""
+
+    version: int
+    rows: pa.Table  # `ROWS_SCHEMA`
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run has done, to be committed at once.
+
+    `files` are those of the tasks that Spark accepted, by path, and `todo` the images they are of (`KEY`). `gone` are
+    rows of `seen` whose images are no more. A run that `starts_over` replaces the whole table.
+    """
+
+    run: str
+    models: tuple[str, ...]
+    seen: Seen
+    todo: pa.Table
+    files: dict[str, File]
+    gone: pa.Table = field(default_factory=ROWS_SCHEMA.empty_table)
+    starts_over: bool = False
+    seconds: float | None = None
+
+
+@dataclass
+class _Change:
+    """A commit in the making; paths relative to the output."""
+
+    run: str = ""  # begins the names of files that are written for it
+    adds: dict[str, File] = field(default_factory=dict)
+    removes: set[str] = field(default_factory=set)
+    moves: dict[str, str] = field(default_factory=dict)  # staged path -> path in the results
+    written: list[str] = field(default_factory=list)  # for this change alone
+    spent: list[str] = field(default_factory=list)  # staged files that are of no use after it
+    about: dict[str, Any] = field(default_factory=dict)
+    marks: dict[str, int] = field(default_factory=dict)
 
 
 class ResultStore:
@@ -59,6 +128,7 @@ class ResultStore:
 
     def __init__(self, storage: Storage):
         self.storage = storage
+        self._table = Table(storage, RESULTS, RESULT_SCHEMA)
 
     @property
     def location(self) -> str:
@@ -70,35 +140,59 @@ class ResultStore:
         """What is below the output of ours, and is no source of images."""
         return [self.storage.join(name) for name in (RESULTS, PICTURES, RUNS, STAGING)]
 
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Be the one run that writes here.
+    def check(self) -> None:
+        """Find out before Spark starts whether a run can write here.
 
         Raises:
-            RunError: another run is at work in this output.
-            StorageError: something that is not ours lies in our folders, or nothing can be written here.
+            StorageError: something that is not ours lies in our folders, nothing can be written, or the table is
+                damaged.
         """
-        for folder in FILES:
-            self._files(folder)
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(self.storage.lock("_lock"))
-            except BlockingIOError:
-                raise RunError(
-                    f"another run is writing to {self.storage.root}; wait for it, or name another --output"
-                ) from None
-            with only_warn("what killed runs have left could not be removed"):
-                self._tidy()
-            yield
+        self._list(RESULTS)
+        self._leftovers(self._table.open())
+        self.storage.write(f"{STAGING}/{KEEP}", b"")
+        self.storage.delete(f"{STAGING}/{KEEP}")
+        self.storage.prune(STAGING)
 
-    def rows(self, files: list[str] | None = None) -> pa.Table:
+    def look(self, with_rows: bool = True) -> Seen:
+        """The table as it is now; results of an earlier version, which were plain Parquet, become one.
+
+        Raises:
+            StorageError: something that is not ours lies in our folders, or a file or the table is damaged.
+        """
+        with only_warn("what killed runs have left could not be removed"):
+            self._tidy()
+        self._list(RESULTS)
+        while True:
+            version = self._take_over(self._table.open())
+            self._leftovers(version)
+            if not with_rows:
+                return Seen(version.number, ROWS_SCHEMA.empty_table())
+            try:
+                return Seen(version.number, self._rows_of(version))
+            except FileNotFoundError as error:
+                self._check_newer(version, error)
+
+    def resume(self, *models: str) -> Seen:
+        """The table with what killed runs of some models have left staged.
+
+        Raises:
+            RunError: the results are another model's, or what is staged is.
+            StorageError: as for `look`.
+        """
+        seen = self.look()
+        self._check_models(seen.rows, models)
+        return self.look() if self.recover(*models) else seen
+
+    def rows(self, files: Iterable[str] | None = None) -> pa.Table:
         """Path, length, modification time, error, model and file of every row in some files, by default all results.
 
         Raises:
+            FileNotFoundError: there is no such file.
             StorageError: a file is damaged, or not ours.
         """
-        files = self._files(RESULTS) if files is None else files
-        width = self.storage.concurrent_reads
+        if files is None:
+            return self.look().rows
+        files, width = list(files), self.storage.concurrent_reads
         groups = (files[start : start + width] for start in range(0, len(files), width))
         read = map_groups(partial(self._load, columns=ROWS_SCHEMA.names[:-1]), groups, width)
         tables = [
@@ -107,39 +201,64 @@ class ResultStore:
         ]
         return pa.concat_tables(tables or [ROWS_SCHEMA.empty_table()])
 
-    def read(self) -> pa.Table:
-        """All results in this process's memory; with millions of images, read the location with Spark instead."""
-        tables = [self._load(file) for file in self._files(RESULTS)]
-        return pa.concat_tables(tables or [RESULT_SCHEMA.empty_table()])
-
-    def resume(self, *models: str) -> pa.Table:
-        """What earlier runs of some models have left: repaired, with what killed ones left staged; returns its `rows`.
+    def files(self, number: int | None = None) -> list[str]:
+        """The files of the newest version of the table, or of an earlier one, as `rows` takes them.
 
         Raises:
-            RunError: the results are another model's, or what is staged is.
-            StorageError: a file is damaged, or not ours.
+            StorageError: there is no such version, or the table is damaged.
         """
-        rows = self.rows()
-        self._check_models(rows, models)
-        repaired = self._repair(rows)
-        return self.rows() if self.recover(*models) or repaired else rows
+        version = self._table.open(number)
+        paths = self._list(RESULTS)[0] if version is NONE else [f"{RESULTS}/{name}" for name in version.files]
+        return sorted(paths)
 
-    def stage(self, run: str) -> None:
-        """Make a run's staging folder."""
-        self.storage.write(f"{staging(run)}/.keep", b"")
+    def read(self, number: int | None = None) -> pa.Table:
+        """All results of a version in this process's memory; of millions of images, see `driver.read_results`.
 
-    def unstage(self) -> None:
-        """Remove what is staged; only the one run that writes here has anything there."""
-        self._files(STAGING)  # somebody may have put something there meanwhile
-        self.storage.delete(STAGING)
+        Raises:
+            StorageError: there is no such version, or its files have been deleted meanwhile.
+        """
+        try:
+            tables = [self._load(file) for file in self.files(number)]
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{error.filename} is gone, as files are that a run has removed more than results.retention_days ago; "
+                "name a newer version"
+            ) from None
+        return pa.concat_tables(tables or [RESULT_SCHEMA.empty_table()])
+
+    def history(self) -> list[dict[str, Any]]:
+        """The runs that have changed the table, the newest first: time, run, models, images, ok, failed and version.
+
+        Raises:
+            StorageError: the table is damaged.
+        """
+        return [
+            {
+                "time": datetime.fromtimestamp(commit["timestamp"] // 1000, UTC),
+                **{name: commit.get(name) for name in ("run", "models", "images", "ok", "failed", "seconds")},
+                "version": commit["version"],
+            }
+            for commit in self._table.history()
+            if "run" in commit
+        ]
+
+    def stage(self, run: str, starts_over: bool = False) -> None:
+        """Make a run's staging folder, or have it again where another run has removed it as empty."""
+        self.storage.write(f"{staging(run)}/{ALONE if starts_over else KEEP}", b"")
+
+    def unstage(self, run: str) -> None:
+        """Remove a run's staging folder, unless somebody has put something there meanwhile."""
+        self._list(STAGING, run)
+        self.storage.delete(staging(run))
+        self.storage.prune(STAGING)
 
     def progress(self, run: str) -> tuple[int, int]:
         """Images and failed images that a run's tasks have finished so far."""
-        counts = [staged_counts(path) for path in self._files(staging(run))]
+        counts = [staged_counts(name) for name in self._list(STAGING, run)[0]]
         return sum(images for images, _ in counts), sum(failed for _, failed in counts)
 
     def recover(self, *models: str) -> int:
-        """Publish what earlier, killed runs left staged, and return how many rows that were.
+        """Commit what other runs, killed or slow ones, have left staged, and return how many images that were.
 
         Args:
             models: what this run is of; by default one, which may be any.
@@ -148,50 +267,213 @@ class ResultStore:
             RunError: it is another model's than those given.
             StorageError: a file is damaged, or not ours.
         """
-        files, recovered = sorted(self._files(STAGING)), 0
-        rows = self.rows() if files else ROWS_SCHEMA.empty_table()
-        for path in files:
-            staged = self._load(path)
-            if models:
-                self._check_models(staged, models)
-            done = settled(rows, len(models) or 1)
-            # An image that failed for want of something is done only once it has been tried with success.
-            known = pc.if_else(pc.is_null(staged["error"]), is_among(staged, done), is_among(staged, rows))
+        images = 0
+        if any(self._leftovers(self._table.open())):
+            images = self._commit(partial(self._plan_recovery, models)).about["images"]
+        self._close()
+        if images:
+            log.info("kept the results of %d images of an earlier run that did not end", images)
+        return images
+
+    def publish(self, work: Work) -> list[str]:
+        """Commit a run's work, and return the files with it.
+
+        Raises:
+            RunError: another run has taken what this one had finished and lost it, or the results are another model's.
+            StorageError: the table cannot be written, or is damaged.
+        """
+        if not work.files and not work.gone.num_rows and not work.starts_over:
+            if self._table.open() is NONE:
+                self._table.create()  # without rows, so that readers find the columns
+            return []
+        self.stage(work.run, work.starts_over)
+        return sorted(self._commit(partial(self._plan_work, work)).adds)
+
+    def vacuum(self, days: float) -> None:
+        """Delete the files that commits have removed so many days ago."""
+        self._table.vacuum(24 * days, map(_name, self._list(RESULTS)[0]))
+
+    # ------------------------------------------------------------ commits
+
+    def _commit(self, plan: Callable[[Version, _Change], None]) -> _Change:
+        """Plan a change of the newest version and commit it; again, where another run was first."""
+        version, looks = self._table.open(), 0
+        while True:
+            change = _Change()
+            try:
+                plan(version, change)
+                if version is NONE:
+                    version = self._table.create()
+                    if version.number or version.files:
+                        raise Conflict
+                for source, target in change.moves.items():
+                    self._move(source, target)
+                if change.adds or change.removes:
+                    adds = {_name(path): file for path, file in change.adds.items()}
+                    removes = sorted(map(_name, change.removes))
+                    self._table.commit(version, adds, removes, change.about, change.marks)
+                break
+            except (Conflict, FileNotFoundError) as error:
+                newer = self._table.open()
+                for path in change.written:
+                    if _name(path) not in newer.files:  # it is, where only the answer to the commit was lost
+                        self.storage.delete(path)
+                if newer.number > version.number:
+                    log.info("another run has changed %s; looking again at what is new", self.location)
+                    version, looks = newer, 0
+                elif looks < LOOKS:  # another run is moving a file right now
+                    looks += 1
+                    time.sleep(0.05 * looks)
+                else:
+                    self._check_newer(version, error)
+        for path in change.spent:
+            self.storage.delete(path)
+        return change
+
+    def _plan_work(self, work: Work, version: Version, change: _Change) -> None:
+        """What a run's work changes in the version that the run saw, or in any if it starts over."""
+        change.run = work.run
+        if not work.starts_over and max(version.number, 0) != max(work.seen.version, 0):
+            self._plan_again(work, version, change)
+            return
+        staged, results = self._list(STAGING, work.run)[0], self._list(RESULTS)[0]
+        for path, file in work.files.items():
+            target = _target(path)
+            if path in staged:
+                change.moves[path] = target
+            elif target not in results:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.storage.join(path))
+            if _name(target) not in version.files:
+                change.adds[target] = file
+        counts = [staged_counts(path) for path in work.files]
+        images, failed = sum(images for images, _ in counts), sum(failed for _, failed in counts)
+        change.about = _about(work.run, work.models, images, failed, work.seconds)
+        if work.starts_over:
+            change.marks = {STARTED_OVER: time_of(work.run)}
+            change.removes = {f"{RESULTS}/{name}" for name in version.files} - set(map(_target, work.files))
+        else:
+            self._remove(change, work.seen.rows, _paths(work.todo, work.gone))
+
+    def _plan_again(self, work: Work, version: Version, change: _Change) -> None:
+        """What of a run's work is new still in a table that another run has changed.
+
+        A row is not, if it is in the table, or if a run that began later has worked on its image meanwhile.
+        """
+        rows = self._rows_of(version)
+        self._check_models(rows, work.models)
+        staged, results = self._list(STAGING, work.run)[0], self._list(RESULTS)[0]
+        files = {}
+        for path, file in work.files.items():
+            place = path if path in staged else _target(path)
+            if path in staged or (place in results and _name(place) not in version.files):
+                files[place] = file.size
+        own = self.rows(files)
+        others = rows.filter(pc.invert(is_among(rows, work.seen.rows)))
+        late = is_in(own["path"], rows_of_later_runs(others, work.run)["path"])
+        fresh = self._bring(change, version, own, pc.and_(is_new(own, rows, len(work.models)), pc.invert(late)), files)
+        left = without(without(work.todo, own), rows)
+        left = left.filter(pc.invert(is_in(left["path"], others["path"])))
+        if left.num_rows:
+            raise RunError(
+                f"another run has taken the results of {left.num_rows} images from {self.storage.join(STAGING)} and "
+                "lost them; run again, all others are kept"
+            )
+        change.about = _about(work.run, work.models, *_counts(fresh), work.seconds)
+        self._remove(change, rows, _paths(fresh, rows.filter(is_among(rows, work.gone))))
+
+    def _plan_recovery(self, models: tuple[str, ...], version: Version, change: _Change) -> None:
+        """What is new in files that other runs have left; those without anything new are removed."""
+        files, useless = self._leftovers(version)
+        change.removes = {path for path in useless if path.startswith(f"{RESULTS}/")}
+        change.spent = sorted(useless - change.removes)
+        files = {path: self._renew(path, size) for path, size in files.items()}
+        own = self.rows(files)
+        if models:
+            self._check_models(own, models)
+        rows = self._rows_of(version) if files else ROWS_SCHEMA.empty_table()
+        runs = list(dict.fromkeys(map(_run, files)))
+        new = is_new(own, rows, len(models) or 1)
+        for run in runs:
             # A task that outlived its driver may have ended after a later run, which saw the image as it is now.
-            late = is_in(staged["path"], rows_of_later_runs(rows, path.split("/")[-2])["path"])
-            fresh = staged.filter(pc.invert(pc.or_(known, late)))
-            # The rows of an image, one per model, stay together: they replace all that it has.
-            fresh = staged.filter(is_in(staged["path"], fresh["path"]))
-            if fresh.num_rows:
-                if fresh.num_rows < staged.num_rows:
-                    write_table(self.storage, path, fresh)
-                published = self.publish([path], replaced(fresh, rows))
-                others = rows.filter(pc.invert(is_in(rows["path"], fresh["path"])))
-                rows, recovered = pa.concat_tables([others, self.rows(published)]), recovered + fresh.num_rows
-        self.unstage()
-        if recovered:
-            log.info("kept %d results of an earlier run that did not end", recovered)
-        return recovered
+            late = is_in(own["path"], rows_of_later_runs(rows, run)["path"])
+            of_run = is_in(own["file"], pa.chunked_array([[path for path in files if _run(path) == run]]))
+            new = pc.and_(new, pc.invert(pc.and_(of_run, late)))
+        change.run = runs[0] if runs else ""
+        fresh = self._bring(change, version, own, new, files)
+        change.about = _about(", ".join(reversed(runs)), models or fresh["model"].unique().to_pylist(), *_counts(fresh))
+        self._remove(change, rows, fresh["path"])
 
-    def publish(self, staged: list[str], replacing: pa.ChunkedArray | None = None) -> list[str]:
-        """Move staged files to the results, in place of earlier rows of the given paths; return where they are."""
-        if replacing is not None and len(replacing):
-            rows = self.rows()
-            self._remove(rows, rows.filter(is_in(rows["path"], replacing)))
-        published = []
-        for path in staged:
-            run, name = path.split("/")[-2:]
-            target = f"{RESULTS}/{run}-{name}"
-            if self.storage.exists(target):  # of another attempt of the task, which finished other images
-                target = f"{RESULTS}/{run}-{uuid.uuid4().hex[:8]}-{name}"
-            self.storage.rename(path, target)
-            published.append(target)
-        if not self.storage.exists(RESULTS):
-            # Nothing was new and there are no earlier results: readers still find the schema.
-            write_table(self.storage, f"{RESULTS}/none.parquet", RESULT_SCHEMA.empty_table())
-        return published
+    def _bring(
+        self, change: _Change, version: Version, own: pa.Table, new: pa.ChunkedArray, files: dict[str, int]
+    ) -> pa.Table:
+        """Add to a change what is new in some files, and return these rows.
 
-    def _check_models(self, rows: pa.Table, models: tuple[str, ...]) -> None:
+        A file is moved where all of it is new; else its new rows are written to another one.
+
+        Args:
+            change: the commit in the making.
+            version: of the table.
+            own: rows of the files (`ROWS_SCHEMA`).
+            new: whether each is new. The rows of an image, one per model, stay together: if one is, all are.
+            files: staged ones, or some that were moved and never committed, with their sizes in bytes. Of an image
+                that is in several, the first has the rows.
+        """
+        fresh = own.filter(is_in(own["path"], own.filter(new)["path"]))
+        order = pa.table(
+            {"file": list(files), "order": range(len(files))}, pa.schema([("file", pa.string()), ("order", pa.int64())])
+        )
+        fresh = fresh.join(order, "file")
+        fresh = fresh.join(fresh.group_by("path").aggregate([("order", "min")]), "path")
+        fresh = fresh.filter(pc.equal(fresh["order"], fresh["order_min"])).select(ROWS_SCHEMA.names)
+        counts, removed, results = count_values(own["file"]), version.removed(), self._list(RESULTS)[0]
+        for path, size in files.items():
+            target, rows = _target(path), fresh.filter(pc.equal(fresh["file"], path))
+            is_taken = _name(target) in removed or (path != target and target in results)
+            if rows.num_rows == counts.get(path) and not is_taken:
+                change.adds[target] = File(size, Statistics.of(rows).to_json())
+                change.moves |= {path: target} if path != target else {}
+                continue
+            if rows.num_rows:
+                table = self._load(path)
+                self._write(change, table.filter(is_in(table["path"], rows["path"])))
+            if path != target:
+                change.spent.append(path)
+            elif _name(path) not in removed:
+                change.removes.add(path)
+        return fresh
+
+    def _remove(self, change: _Change, rows: pa.Table, paths: pa.ChunkedArray) -> None:
+        """Add to a change that the table's rows of some paths go: their files, with copies of what else is in them."""
+        counts, doomed = count_values(rows["file"]), rows.filter(is_in(rows["path"], paths))
+        for file, number in count_values(doomed["file"]).items():
+            if number < counts[file]:
+                table = self._load(file)
+                self._write(change, table.filter(pc.invert(is_in(table["path"], paths))))
+            change.removes.add(file)
+
+    def _write(self, change: _Change, rows: pa.Table) -> None:
+        path = f"{RESULTS}/{change.run}-{uuid.uuid4().hex[:8]}.parquet"
+        change.written.append(path)
+        change.adds[path] = File(write_table(self.storage, path, rows), Statistics.of(rows).to_json())
+
+    def _move(self, source: str, target: str) -> None:
+        """Move a staged file, unless another run has just done the same."""
+        try:
+            self.storage.rename(source, target)
+        except FileNotFoundError:
+            if not self.storage.exists(target):
+                raise
+
+    def _check_newer(self, version: Version, error: Exception) -> None:
+        """Raise StorageError unless a file is gone because the table has a newer version."""
+        if self._table.open().number == version.number:
+            place = getattr(error, "filename", None) or self.location
+            raise StorageError(
+                f"{place} is gone, and the results need it; restore it from a copy, or replace all results with --set "
+                "resume=false"
+            ) from None
+
+    def _check_models(self, rows: pa.Table, models: Sequence[str]) -> None:
         others = sorted(set(rows["model"].unique().to_pylist()) - set(models))
         if others:
             raise RunError(
@@ -199,61 +481,189 @@ class ResultStore:
                 "another --output, or replace them with --set resume=false"
             )
 
-    def _repair(self, rows: pa.Table) -> bool:
-        """Take out the older of two rows of a path, which a writer that had lost its lock may have left."""
-        older = older_rows(rows)
-        self._remove(rows, older)
-        if older.num_rows:
-            log.warning("%d images had two rows; the older ones were removed", older.num_rows)
-        return older.num_rows > 0
+    # ------------------------------------------------------------ files, with paths relative to the output
 
-    def _remove(self, rows: pa.Table, doomed: pa.Table) -> None:
-        """Take some of the results' rows out, one file at a time, each replaced in one step."""
-        counts = count_values(rows["file"])
-        for file, number in count_values(doomed["file"]).items():
-            if number == counts[file]:
-                self.storage.delete(file)
-            else:
-                table, paths = self._load(file), doomed.filter(pc.equal(doomed["file"], file))["path"]
-                write_table(self.storage, file, table.filter(pc.invert(is_in(table["path"], paths))))
+    def _take_over(self, version: Version) -> Version:
+        """Make a table of results of an earlier version of this project, which were plain Parquet files."""
+        entries = self._list(RESULTS)[0] if version is NONE else {}
+        if not entries:
+            return version
+        files, models, counts = {}, set(), Counter[str]()
+        for path, entry in entries.items():
+            size = self._renew(path, entry.length)
+            rows = self._load(path, ROWS_SCHEMA.names[:-1])
+            files[_name(path)] = File(size, Statistics.of(rows).to_json())
+            models |= set(rows["model"].unique().to_pylist())
+            counts.update(dict(zip(("images", "failed"), _counts(rows), strict=True)))
+        about = _about("an earlier version's", sorted(models), counts["images"], counts["failed"])
+        version = self._table.create(files, about)
+        log.info("the %d Parquet files of an earlier version in %s are a Delta table now", len(files), self.location)
+        return version
+
+    def _renew(self, path: str, size: int) -> int:
+        """Give a file of an earlier version the columns of today; takes and returns its size in bytes."""
+        if self._open(path).schema_arrow.equals(RESULT_SCHEMA):
+            return size
+        return write_table(self.storage, path, self._load(path))
+
+    def _rows_of(self, version: Version) -> pa.Table:
+        return self.rows(f"{RESULTS}/{name}" for name in sorted(version.files))
+
+    def _leftovers(self, version: Version) -> tuple[dict[str, int], set[str]]:
+        """Files that other runs have finished and nobody has committed, and the files of no use to anybody.
+
+        The former with their sizes, the run that began last first.
+
+        Raises:
+            StorageError: something that is not ours lies in our folders.
+        """
+        (staged, markers), results = self._list(STAGING), self._list(RESULTS)[0]
+        runs = {name: {path.split("/")[1] for path in markers if _name(path) == name} for name in (KEEP, ALONE)}
+        files = {path: entry.length for path, entry in staged.items() if _run(path) not in runs[ALONE]}
+        began = version.mark(STARTED_OVER)
+        useless = {path for path in files if time_of(_run(path)) < began}
+        untracked = {path for path in results if version is not NONE and _name(path) not in version.files}
+        removed = version.removed() if untracked else set()
+        for path in untracked:
+            name = _name(path)
+            run = next((run for run in runs[KEEP] | runs[ALONE] if name.startswith(f"{run}-")), None)
+            if name in removed or run in runs[ALONE]:
+                continue
+            if run and FILES[STAGING].fullmatch(_staged(path).partition("/")[2]) and time_of(run) >= began:
+                files[path] = results[path].length
+            elif run or OURS.fullmatch(name):
+                useless.add(path)
+            elif name not in self._table.open().files:  # it may have been added just now
+                raise self._strange(path)
+        last_first = sorted(sorted(files.keys() - useless), key=_run, reverse=True)
+        return {path: files[path] for path in last_first}, useless
+
+    def _close(self) -> None:
+        """Remove the folders of other runs from staging that have nothing in them, or nothing new for a day."""
+        staged, others = self._list(STAGING)
+        entries = staged | others
+        for run in {path.split("/")[1] for path in entries if entries[path].is_directory or path.count("/") > 1}:
+            folder = staging(run)
+            below = {path: entry for path, entry in entries.items() if path.startswith(f"{folder}/")}
+            if below.keys() <= {f"{folder}/{KEEP}"}:
+                self.storage.delete(f"{folder}/{KEEP}")
+                self.storage.prune(folder)
+            elif max(entry.modified for entry in below.values()) < datetime.now(UTC) - ABANDONED:
+                self.storage.delete(folder)
+        self.storage.prune(STAGING)
 
     def _load(self, path: str, columns: list[str] | None = None) -> pa.Table:
         """One file of rows, or some of its columns."""
+        file, names = self._open(path), columns or RESULT_SCHEMA.names
         try:
-            # No Python file object: Arrow's threads can outlive the interpreter with one, and abort the process.
-            content = pa.BufferReader(self.storage.read(path))
-        except OSError as error:
-            raise StorageError(explain(error, path)) from None
-        try:
-            file = pq.ParquetFile(content)
-            if any(file.schema_arrow.equals(schema) for schema in (RESULT_SCHEMA, EARLIER_RESULT_SCHEMA)):
-                names = columns or RESULT_SCHEMA.names
-                return conform(file.read(columns), pa.schema([RESULT_SCHEMA.field(name) for name in names]))
-            why = "its columns are others"
-        except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            why = first_line(error)
-        raise StorageError(f"{path} holds no results that can be read ({why}); move it away and run again")
+            return conform(file.read(columns), pa.schema([RESULT_SCHEMA.field(name) for name in names]))
+        except (OSError, pa.ArrowException) as error:
+            raise self._unreadable(path, first_line(error)) from None
 
-    def _files(self, folder: str) -> list[str]:
-        """The files of rows in one of our folders; raises StorageError where anything else is in it."""
-        if not self.storage.exists(folder):
-            return []
-        top, files = folder.partition("/")[0], []
-        for entry in self.storage.list(folder, directories=True):
-            name = entry.path.rpartition(f"/{top}/")[2]
-            if not entry.is_directory and FILES[top].fullmatch(name):
-                files.append(entry.path)
-            elif not (OTHERS[top].fullmatch(name) or (entry.is_directory and top == STAGING and "/" not in name)):
-                raise StorageError(
-                    f"{entry.path} is not of this project, and {self.storage.join(top)} is for its results alone; move "
-                    "it away, or name another --output"
-                )
-        return files
+    def _open(self, path: str) -> pq.ParquetFile:
+        """One file of rows; a staged one from where another run has moved it, if it has."""
+        try:
+            place = path if path == _target(path) or self.storage.exists(path) else _target(path)
+            # No Python file object: Arrow's threads can outlive the interpreter with one, and abort the process.
+            file = pq.ParquetFile(pa.BufferReader(self.storage.read(place)))
+        except FileNotFoundError:
+            raise
+        except pa.ArrowException as error:
+            raise self._unreadable(path, first_line(error)) from None
+        except OSError as error:
+            raise StorageError(explain(error, self.storage.join(path))) from None
+        # Those who compact the table may write types of their own, which are cast.
+        if file.schema_arrow.names not in (RESULT_SCHEMA.names, EARLIER_RESULT_SCHEMA.names):
+            raise self._unreadable(path, "its columns are others")
+        return file
+
+    def _unreadable(self, path: str, why: str) -> StorageError:
+        return StorageError(
+            f"{self.storage.join(path)} holds no results that can be read ({why}); move it away and run again"
+        )
+
+    def _strange(self, path: str) -> StorageError:
+        return StorageError(
+            f"{self.storage.join(path)} is not of this project, and {self.storage.join(path.partition('/')[0])} is for "
+            "its results alone; move it away, or name another --output"
+        )
+
+    def _list(self, folder: str, run: str = "") -> tuple[dict[str, Entry], dict[str, Entry]]:
+        """The files of rows in one of our folders, and what else may lie there.
+
+        Raises:
+            StorageError: anything else is in it.
+        """
+        start, files, others = f"{folder}/{run}" if run else folder, {}, {}
+        try:
+            entries = list(self.storage.list(start, directories=True)) if self.storage.exists(start) else []
+        except StorageError:
+            if self.storage.exists(start):
+                raise
+            entries = []  # another run has just removed it
+        for entry in entries:
+            name = entry.path[len(self.storage.join(folder)) + 1 :]
+            if not entry.is_directory and FILES[folder].fullmatch(name):
+                files[f"{folder}/{name}"] = entry
+            elif OTHERS[folder].fullmatch(name) or (entry.is_directory and folder == STAGING and "/" not in name):
+                others[f"{folder}/{name}"] = entry
+            else:
+                raise self._strange(f"{folder}/{name}".rstrip("/"))
+        return files, others
 
     def _tidy(self) -> None:
         """Remove the unfinished files of writers that were killed."""
         for folder in (RESULTS, PICTURES, RUNS):
             for entry in list(self.storage.list(folder)) if self.storage.exists(folder) else []:
                 parent, _, name = entry.path.rpartition("/")
-                if parent == self.storage.join(folder) and UNFINISHED.fullmatch(name):
+                is_old = entry.modified < datetime.now(UTC) - ABANDONED
+                if parent == self.storage.join(folder) and UNFINISHED.fullmatch(name) and is_old:
                     self.storage.delete(entry.path)
+
+
+def time_of(run: str) -> int:
+    """When a run began, from its name, as a number."""
+    return int("".join(filter(str.isdigit, run[: len("20260101T000000")])) or 0)
+
+
+def _target(path: str) -> str:
+    """Where a staged file comes to lie in the results."""
+    return f"{RESULTS}/{path.removeprefix(f'{STAGING}/').replace('/', '-')}" if path.startswith(STAGING) else path
+
+
+def _staged(path: str) -> str:
+    """Where a file of a task in the results was staged."""
+    return re.sub(rf"^{RESULTS}/(.+)-(\d+-\d+-\d+\.parquet)$", rf"{STAGING}/\1/\2", path)
+
+
+def _run(path: str) -> str:
+    """The run of a staged file, or of one that was."""
+    return _staged(path).split("/")[1]
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _paths(*tables: pa.Table) -> pa.ChunkedArray:
+    return pa.chunked_array(
+        [chunk for table in tables for chunk in table["path"].cast(pa.large_string()).chunks], pa.large_string()
+    )
+
+
+def _counts(rows: pa.Table) -> tuple[int, int]:
+    """Images and failed images of some rows."""
+    failed = rows.filter(rows["error"].is_valid())
+    return pc.count_distinct(rows["path"]).as_py(), pc.count_distinct(failed["path"]).as_py()
+
+
+def _about(run: str, models: Iterable[str], images: int, failed: int, seconds: float | None = None) -> dict[str, Any]:
+    """What a commit tells in the table's history."""
+    return {
+        "run": run,
+        "models": " and ".join(models),
+        "images": images,
+        "ok": images - failed,
+        "failed": failed,
+        "seconds": seconds,
+    }

@@ -4,7 +4,10 @@ An image is known by its path, length and modification time (`KEY`). Paths of te
 2 GiB, which is more than an Arrow array of the type `string` holds.
 """
 
+import json
 import re
+from collections import Counter
+from functools import reduce
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +18,36 @@ from helpers.images.video import split_paths
 from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES
 
 ROWS_SCHEMA = pa.schema([*KEY, ERROR, pa.field("model", pa.string()), pa.field("file", pa.string())])
+
+
+class Statistics:
+    """What Delta's log says of a file's rows: how many, the first and the last path, and nulls per column."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._paths: list[str] = []
+        self._nulls = Counter[str]()
+
+    @classmethod
+    def of(cls, rows: pa.Table) -> "Statistics":
+        """Those of one table."""
+        statistics = cls()
+        statistics.add(rows)
+        return statistics
+
+    def add(self, rows: pa.Table) -> None:
+        """Count more rows, which have at least the columns of `ROWS_SCHEMA` but for the file."""
+        if rows.num_rows:
+            bounds = pc.min_max(rows["path"]).as_py()
+            paths = [*self._paths, *bounds.values()]
+            self._paths = [min(paths), max(paths)]
+        self._rows += rows.num_rows
+        self._nulls.update({name: rows[name].null_count for name in ROWS_SCHEMA.names[:-1]})
+
+    def to_json(self) -> str:
+        """In the form of the log."""
+        first, last = ({"path": path} for path in self._paths) if self._paths else ({}, {})
+        return json.dumps({"numRecords": self._rows, "minValues": first, "maxValues": last, "nullCount": self._nulls})
 
 
 def settled(rows: pa.Table, models: int = 1) -> pa.Table:
@@ -41,13 +74,19 @@ def without(images: pa.Table, rows: pa.Table) -> pa.Table:
     return images.filter(pc.invert(is_among(images, rows)))
 
 
-def replaced(images: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
-    """Paths of the images that have a row, of an earlier length or modification time."""
-    return images.filter(is_in(images["path"], rows["path"]))["path"]
+def is_new(rows: pa.Table, others: pa.Table, models: int = 1) -> pa.ChunkedArray:
+    """Whether each row adds something to others: its image is not settled there, or has another key.
+
+    An image that failed for want of something is settled once it has been tried with success; another such failure adds
+    nothing.
+    """
+    return pc.invert(
+        pc.if_else(rows["error"].is_null(), is_among(rows, settled(others, models)), is_among(rows, others))
+    )
 
 
-def outdated(rows: pa.Table, images: pa.Table, videos: pa.Table, archives: pa.Table) -> pa.ChunkedArray:
-    """Paths of results of videos and archives that have changed: the new version may have fewer images, or none.
+def outdated(rows: pa.Table, images: pa.Table, videos: pa.Table, archives: pa.Table) -> pa.Table:
+    """The rows of videos and archives that have changed: the new version may have fewer images, or none.
 
     Args:
         rows: the results.
@@ -55,36 +94,35 @@ def outdated(rows: pa.Table, images: pa.Table, videos: pa.Table, archives: pa.Ta
         videos: the video files listed now.
         archives: the same of archives.
     """
-    frames, members = split_paths(rows["path"]), split_members(rows["path"])
-    of_videos = _outdated(rows, images, videos, *frames, KEY_NAMES)
-    of_archives = _outdated(rows, images, archives, *members, ["path", "modified"])  # the length is the member's own
-    return pa.chunked_array([*of_videos.chunks, *of_archives.chunks], pa.string())
+    kinds = [
+        (videos, split_paths, KEY_NAMES),
+        (archives, split_members, ["path", "modified"]),  # the length is the member's own
+    ]
+    wrong = [
+        _outdated(rows, images, listed, *split(rows["path"]), key) for listed, split, key in kinds if listed.num_rows
+    ]
+    return rows.filter(reduce(pc.or_, wrong)) if wrong else rows.slice(0, 0)
 
 
 def _outdated(
     rows: pa.Table, images: pa.Table, listed: pa.Table, files: pa.ChunkedArray, parts: pa.ChunkedArray, key: list[str]
 ) -> pa.ChunkedArray:
-    """`outdated` for one kind of files: `files` and `parts` are the rows' paths, split, and `key` is of the files."""
-    if not listed.num_rows:
-        return rows["path"].slice(0, 0)
+    """Whether each row is outdated, for one kind of files.
+
+    Args:
+        rows: the results.
+        images: what is listed now.
+        listed: the files of this kind that are listed now.
+        files: of each row's path, the file ...
+        parts: ... and the part of it, null where the path is the file's own.
+        key: columns by which a file is known.
+    """
     now = rows.select(KEY_NAMES).set_column(0, "path", files)
     same = is_among(now, listed, key)
     changed = pc.and_(is_in(files, listed["path"]), pc.invert(same))
     # The other way round, a file of which nothing could be read, or not all, and now can.
     mended = pc.and_(pc.and_(pc.is_null(parts), same), pc.invert(is_among(now, images)))
-    return rows.filter(pc.or_(changed, mended))["path"]
-
-
-def older_rows(rows: pa.Table) -> pa.Table:
-    """Path and file of the rows that have a newer row of their path in another file."""
-    both = pa.table({"path": _large(rows["path"]), "file": rows["file"]})
-    if pc.count_distinct(both["path"]).as_py() == rows.num_rows:
-        return both.slice(0, 0)
-    counts = both["path"].value_counts()
-    doubled = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    both = both.filter(pc.is_in(both["path"], value_set=doubled))
-    both = both.join(both.group_by("path").aggregate([("file", "max")]), "path")
-    return both.filter(pc.less(both["file"], both["file_max"]))  # names of files begin with their run's time
+    return pc.or_(changed, mended)
 
 
 def rows_of_later_runs(rows: pa.Table, run: str) -> pa.Table:

@@ -6,6 +6,8 @@ Local paths and mounts (`/data/photos`, `file:///data/photos`, `/Volumes/...` an
 `Storage` and a line in `open_storage`.
 """
 
+import contextlib
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from helpers.options import StorageOptions
 from helpers.storage.interface import Entry, Storage
 from helpers.storage.local import LocalStorage
 
-__all__ = ["Entry", "LocalStorage", "Storage", "StorageOptions", "open_storage"]
+__all__ = ["Entry", "LocalStorage", "Storage", "StorageOptions", "lock", "open_storage"]
+
+log = logging.getLogger(__name__)
 
 
 def open_storage(uri: str, config: Any = None) -> Storage:
@@ -50,3 +54,16 @@ def open_storage(uri: str, config: Any = None) -> Storage:
         f"{uri}: {scheme[1]}: locations cannot be opened; use a path, or a URI that begins with file:, dbfs:/, "
         "abfss://, s3://, gs:// or https://"
     )
+
+
+def lock(storage: Storage, path: str) -> contextlib.AbstractContextManager[None]:
+    """Hold a lock on a local folder; object storage has none, and gets a warning.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        StorageError: the file system has no locks, or cannot be written.
+    """
+    if isinstance(storage, LocalStorage):
+        return storage.lock(path)
+    log.warning("%s: object storage has no locks, so nothing keeps another process out", storage.root)
+    return contextlib.nullcontext()

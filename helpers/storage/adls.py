@@ -5,12 +5,7 @@ fraction of the SDK's processor time (`helpers.storage.objects`). All else is as
 azure-storage-file-datalake: it lists folders, and renames in one step where the account has a hierarchical namespace,
 which results need. Paths are whole URIs, as Spark shows them, names as they are (not percent-encoded). Both clients
 repeat what fails for a while; what then still fails is a `StorageError`, so that a run stops and can be resumed,
-instead of writing error rows for images that are all right.
-
-A lock is a lease, which the server ends by itself soon after its holder has died. A holder that stood still meanwhile
-may not know that: while the lock is held, each change is the last of its requests, comes right after a look at the
-lease, and is refused by the server where another process has changed the file since this one read it. Executors import
-this module.
+instead of writing error rows for images that are all right. Executors import this module.
 """
 
 import contextlib
@@ -24,13 +19,11 @@ from datetime import UTC
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from azure.core import MatchConditions
 from azure.core.exceptions import (
     AzureError,
     ClientAuthenticationError,
     HttpResponseError,
     ResourceExistsError,
-    ResourceModifiedError,
     ResourceNotFoundError,
 )
 from azure.storage.filedatalake import DataLakeFileClient, FileSystemClient
@@ -39,7 +32,6 @@ from helpers.errors import StorageError, first_line
 from helpers.options import StorageOptions
 from helpers.storage.client import forget_clients, get_client
 from helpers.storage.interface import Entry
-from helpers.storage.lease import Lease, code_of
 from helpers.storage.objects import IS_FOLDER, NO_CONTAINER, SECRET, ObjectStorage, credential_value
 
 URI = re.compile(r"abfss://([^@/?#]+)@([^@/?#]+)(/.*)?", re.DOTALL)
@@ -53,7 +45,6 @@ PAGE = 5000  # paths of a listing's page, the most there can be
 CHUNK_BYTES = 8 * 2**20  # of a file written
 WRITER = "writer"  # metadata that says which write made a file
 BEHIND_END = 416  # the status of a request for bytes that a file does not have
-TAKEN = "another run has changed it meanwhile; run again when that has ended, what is finished is kept"
 
 
 class AdlsStorage(ObjectStorage):
@@ -73,8 +64,6 @@ class AdlsStorage(ObjectStorage):
                 "location, or set storage.endpoint to the service's address"
             )
         self._container, self._host = match[1], match[2]
-        self._lease: Lease | None = None
-        self._versions: dict[str, str] = {}  # ETags of the files that were read while the lock is held
 
     def list(
         self,
@@ -128,20 +117,29 @@ class AdlsStorage(ObjectStorage):
     def rename(self, source: str, target: str) -> None:  # noqa: D102
         with self._explained(source):
             properties = self._file(self._name(source)).get_file_properties()
-            condition = self._condition(self._name(target))
-            if self._lease is not None and not condition:
-                condition = {"match_condition": MatchConditions.IfMissing}
-            self._move(self._name(source), self._name(target), properties.metadata.get(WRITER), condition)
+            self._move(self._name(source), self._name(target), properties.metadata.get(WRITER))
 
     def delete(self, path: str) -> None:  # noqa: D102
         name = self._name(path)
         with contextlib.suppress(FileNotFoundError), self._explained(path):
-            is_folder = _is_folder(self._file(name).get_file_properties())
-            self._check_lease()
-            if is_folder:
+            if _is_folder(self._file(name).get_file_properties()):
                 self._files.delete_directory(name)
             else:
-                self._file(name).delete_file(**self._condition(name))
+                self._file(name).delete_file()
+
+    def prune(self, path: str) -> None:  # noqa: D102
+        with contextlib.suppress(FileNotFoundError), self._explained(path), contextlib.suppress(ResourceExistsError):
+            self._file(self._name(path)).delete_file(recursive=False)
+
+    def delta_table(self, path: str) -> tuple[str, dict[str, str]]:
+        """As in `Storage`; with a token where the credential is an identity, so that this holds for one use.
+
+        Raises:
+            StorageError: the credential cannot be found.
+        """
+        _, options = super().delta_table(path)
+        # The library knows abfss:// of the public cloud only.
+        return f"az://{self._container}/{quote(self._name(path))}", options
 
     def exists(self, path: str) -> bool:  # noqa: D102
         name = self._name(path)
@@ -151,33 +149,6 @@ class AdlsStorage(ObjectStorage):
             # A SAS token may list a container, and never ask for its properties.
             next(iter(self._files.get_paths(recursive=False, max_results=1)), None)
         return True
-
-    @contextlib.contextmanager
-    def lock(self, path: str) -> Iterator[None]:
-        """Hold a lease on a file, renewed in the background.
-
-        A holder that was killed keeps others out for half a minute at most (`LEASE_SECONDS`), and so long this waits.
-        While the lock is held, this object changes nothing once another process has taken the lease over.
-
-        Raises:
-            BlockingIOError: another process holds it.
-            StorageError: the root is a file.
-        """
-        name = self._name(path)
-        try:
-            with self._explained(path):
-                with contextlib.suppress(ResourceExistsError):
-                    if not self._file(name).exists():  # what is leased cannot be created
-                        self._file(name).create_file(match_condition=MatchConditions.IfMissing)
-                lease = Lease(self._file(name), self._uri(name))
-        except FileNotFoundError:
-            raise StorageError(f"{self.root} is a file, and results need a folder; name another location") from None
-        with lease:
-            self._lease = lease
-            try:
-                yield
-            finally:
-                self._lease, self._versions = None, {}
 
     @property
     def _files(self) -> FileSystemClient:
@@ -193,58 +164,44 @@ class AdlsStorage(ObjectStorage):
         answer = super()._get(path, **conditions)
         if IS_FOLDER in answer.attributes:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        if self._lease is not None:
-            self._versions[self._name(path)] = answer.meta["e_tag"]
         return answer
 
     def _put(self, path: str, file: BinaryIO) -> None:
         """Write a temporary file and rename it, with calls that do no harm when they are repeated."""
         name, writer = self._name(path), uuid.uuid4().hex
         temporary = posixpath.join(posixpath.dirname(name), f".{writer}.tmp")
-        client, length = self._file(temporary), 0
+        target, length = self._file(temporary), 0
         with self._explained(path):
             try:
-                client.create_file(metadata={WRITER: writer})
+                target.create_file(metadata={WRITER: writer})
                 while chunk := file.read(CHUNK_BYTES):
-                    client.append_data(chunk, length, len(chunk))
+                    target.append_data(chunk, length, len(chunk))
                     length += len(chunk)
                 if length:
-                    client.flush_data(length)
-                self._move(temporary, name, writer, self._condition(name))
+                    target.flush_data(length)
+                self._move(temporary, name, writer)
             except BaseException:
                 with contextlib.suppress(AzureError):
-                    client.delete_file(retry_total=0)
+                    target.delete_file(retry_total=0)
                 raise
 
-    def _move(self, source: str, target: str, writer: str | None, condition: dict[str, Any]) -> None:
-        self._check_lease()
+    def _move(self, source: str, target: str, writer: str | None) -> None:
         try:
             # The SDK decodes the source's name once, which a name with a percent sign would not survive.
-            self._file(quote(source)).rename_file(f"{self._container}/{target}", **condition)
-        except (ResourceNotFoundError, ResourceExistsError, ResourceModifiedError) as error:
-            if code_of(error) == "RenameDestinationParentPathNotFound":
+            self._file(quote(source)).rename_file(f"{self._container}/{target}")
+        except (ResourceNotFoundError, ResourceExistsError) as error:
+            if _code_of(error) == "RenameDestinationParentPathNotFound":
                 self._files.create_directory(posixpath.dirname(target))
-                self._move(source, target, writer, condition)
-            # The answer to a rename that was done may be lost, and a repetition finds no source, or another target.
+                self._move(source, target, writer)
+            # The answer to a rename that was done may be lost, and a repetition finds no source.
             elif not writer or self._writer_of(target) != writer:
-                if self._lease is None:
-                    raise
-                raise StorageError(f"{self._uri(target)}: {TAKEN}") from None
-
-    def _condition(self, name: str) -> dict[str, Any]:
-        """What a change of a file that was read while the lock is held depends on: that it is the same still."""
-        version = self._versions.pop(name, None)
-        return {"etag": version, "match_condition": MatchConditions.IfNotModified} if version else {}
+                raise
 
     def _writer_of(self, name: str) -> str | None:
         try:
             return self._file(name).get_file_properties().metadata.get(WRITER)
         except ResourceNotFoundError:
             return None
-
-    def _check_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.check()
 
     @contextlib.contextmanager
     def _explained(self, path: str, of_one_file: bool = False) -> Iterator[None]:
@@ -259,17 +216,21 @@ class AdlsStorage(ObjectStorage):
         forget_clients()
 
     def _explain_sdk(self, error: AzureError, path: str) -> Exception:
-        status, code = getattr(error, "status_code", None), code_of(error)
+        status, code = getattr(error, "status_code", None), _code_of(error)
         if code in NO_CONTAINER:
             return self._missing()
         if status == 404:
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        if status == 412:
-            return StorageError(f"{path}: {TAKEN}")
         if status in (401, 403) or isinstance(error, ClientAuthenticationError):
-            return self._refused(code or first_line(error))
+            return self.refusal(code or first_line(error))
         return self._unanswered(code or first_line(error))
 
 
 def _is_folder(properties: Any) -> bool:
     return IS_FOLDER in properties.metadata
+
+
+def _code_of(error: AzureError) -> str:
+    """The service's name for an error, empty where there is none."""
+    code = getattr(error, "error_code", None)
+    return str(getattr(code, "value", code or ""))

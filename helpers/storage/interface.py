@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import BinaryIO, Protocol
 
+from helpers.errors import StorageError
+
 UNFINISHED = re.compile(r"\.[0-9a-f]{8,}\.tmp")  # the name of a file that is written, or was when its writer was killed
 
 
@@ -72,8 +74,14 @@ class Storage(Protocol):
     def join(self, *parts: str) -> str:
         """The path of something below the root, as `list` would give it."""
 
-    def lock(self, path: str) -> contextlib.AbstractContextManager[None]:
-        """Hold a lock that the operating system or server releases when this process dies.
+    def prune(self, path: str) -> None:
+        """Remove a folder that is empty; nothing happens where there is none, or where something is in it."""
 
-        Raises BlockingIOError where another process holds it.
+    def delta_table(self, path: str) -> tuple[str, dict[str, str]]:
+        """The address of a folder and the options by which the library `deltalake` reaches it.
+
+        The options may hold the credential: they are never kept, logged or pickled.
         """
+
+    def refusal(self, code: str) -> StorageError:
+        """The error to raise where the service refuses the credential of `delta_table`'s options, and says this."""

@@ -16,6 +16,8 @@ from typing import BinaryIO
 from helpers.errors import StorageError, explain
 from helpers.storage.interface import Entry
 
+MOUNTS = ("/Volumes/", "/dbfs/")  # of Databricks: a rename there may replace what another process has just written
+ESCAPES = re.compile(r"%[0-9A-Fa-f]{2}|\\")
 DELETED = re.compile(r"\.[0-9a-f]{32}\.deleted")
 NO_TIME = datetime.fromtimestamp(0, UTC)
 ODD_TIME = "its modification time is in no year from 1 to 9999: set another, for example with `touch`"
@@ -112,7 +114,7 @@ class LocalStorage:
         temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
             with self._explained(path, FileNotFoundError):
-                with temporary.open("xb") as file:
+                with _open_new(temporary) as file:
                     yield file
                     file.flush()
                     os.fsync(file.fileno())
@@ -122,8 +124,6 @@ class LocalStorage:
                 temporary.unlink(missing_ok=True)
 
     def write(self, path: str, data: bytes) -> None:  # noqa: D102
-        with self._explained(path):
-            self._path(path).parent.mkdir(parents=True, exist_ok=True)
         with self.create(path) as file:
             file.write(data)
 
@@ -150,8 +150,41 @@ class LocalStorage:
         with self._explained(path):
             return self._path(path).exists()
 
+    def prune(self, path: str) -> None:  # noqa: D102
+        try:
+            self._path(path).rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise StorageError(explain(error, self.join(path))) from None
+
+    def delta_table(self, path: str) -> tuple[str, dict[str, str]]:
+        """As in `Storage`.
+
+        On Databricks' mounts nothing keeps two runs that commit in the same moment apart.
+
+        Raises:
+            StorageError: the library decodes parts of this path, and would go elsewhere.
+        """
+        place = self.join(path)
+        if ESCAPES.search(place):
+            raise StorageError(
+                f"{place}: a table cannot lie below a folder with a backslash, or with % and two hexadecimal digits in "
+                "its name; name another location"
+            )
+        options = {"allow_unsafe_rename": "true"} if f"{place}/".startswith(MOUNTS) else {}
+        return Path(place).as_uri(), options
+
+    def refusal(self, code: str) -> StorageError:  # noqa: D102
+        return StorageError(f"{self.root}: access was refused ({code}); grant this user access")
+
     @contextlib.contextmanager
-    def lock(self, path: str) -> Iterator[None]:  # noqa: D102
+    def lock(self, path: str) -> Iterator[None]:
+        """Hold a lock that the operating system releases when this process dies.
+
+        Raises:
+            BlockingIOError: another process holds it.
+            StorageError: the root is a file, or this file system has no locks.
+        """
         import fcntl  # not on Windows, where only this method would miss it
 
         target = self._path(path)
@@ -178,6 +211,16 @@ class LocalStorage:
             raise
         except OSError as error:
             raise StorageError(explain(error, self.join(path))) from None
+
+
+def _open_new(path: Path) -> BinaryIO:
+    """A new file; folders that are missing are made, and made again where somebody removes them as empty meanwhile."""
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError):
+            return path.open("xb")
+        with contextlib.suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def _open_file(path: str, flags: int) -> int:

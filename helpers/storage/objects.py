@@ -26,12 +26,11 @@ from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies
 
 import obstore
 from obstore.exceptions import (
-    AlreadyExistsError,
     BaseError,
     InvalidPathError,
     NotSupportedError,
@@ -272,25 +271,27 @@ class ObjectStorage:
                     return True
             return not self._is_web and (not name or self._is_folder(name))
 
-    @contextlib.contextmanager
-    def lock(self, path: str) -> Iterator[None]:
-        """Create an object that nobody else can create meanwhile. No store removes it when this process is killed.
+    def prune(self, path: str) -> None:
+        """Do nothing: a folder is a part of names, and goes with the last of them."""
+
+    def delta_table(self, path: str) -> tuple[str, dict[str, str]]:
+        """As in `Storage`.
 
         Raises:
-            StorageError: it is there already.
+            StorageError: a web server holds no table, there is no such host, or the credential cannot be found.
         """
-        name = self._name(path)
-        try:
-            with self._explained(path):
-                obstore.put(self._writable(path), name, b"", mode="create")
-        except FileExistsError:
-            raise StorageError(
-                f"{self._uri(name)}: another run is writing here, or was killed; if there is none, delete this object"
-            ) from None
-        try:
-            yield
-        finally:
-            self.delete(path)
+        self._writable(path)
+        limits = {name: f"{int(limit / timedelta(milliseconds=1))}ms" for name, limit in TIMEOUTS.items()}
+        retries = {"max_retries": str(TRIES), "retry_timeout": f"{int(RETRY_TIME.total_seconds())}s"}
+        options = object_store_options(self._base, self.options)
+        return f"{self._base}/{quote(self._name(path))}", {**options, **limits, **retries}
+
+    def refusal(self, code: str) -> StorageError:  # noqa: D102
+        self._forget()
+        return StorageError(
+            f"{self.root}: the credential {self.options.credential} was refused ({code}); it is wrong, lacks a "
+            "permission or has expired: renew it and run again, what is finished is kept"
+        )
 
     @property
     def _is_web(self) -> bool:
@@ -407,8 +408,6 @@ class ObjectStorage:
             if of_one_file and not self._is_web and self._is_folder(self._name(path)):
                 return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        if isinstance(error, AlreadyExistsError):
-            return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         if isinstance(error, PreconditionError):
             return OSError(errno.ESTALE, "it has changed while it was read", path)
         if isinstance(error, InvalidPathError):
@@ -432,18 +431,11 @@ class ObjectStorage:
             return StorageError(f"{path}: the web server gives it to nobody without a login ({said}); copy it")
         # S3 gives some reasons with status 400, and to a request without a body in its answer no reason.
         if status in ("401", "403") or code in REFUSED or said == "HTTP 400":
-            return self._refused(said)
+            return self.refusal(said)
         return self._unanswered(said)
 
     def _missing(self) -> StorageError:
         return StorageError(f"{self._base}: there is no such container; check the location, or create it first")
-
-    def _refused(self, code: str) -> StorageError:
-        self._forget()
-        return StorageError(
-            f"{self.root}: the credential {self.options.credential} was refused ({code}); it is wrong, lacks a "
-            "permission or has expired: renew it and run again, what is finished is kept"
-        )
 
     def _forget(self) -> None:
         forget_stores()

@@ -12,8 +12,10 @@ def read_table(storage: Storage, path: str, columns: list[str] | None = None) ->
     return pq.read_table(pa.BufferReader(storage.read(path)), columns=columns)
 
 
-def write_table(storage: Storage, path: str, table: pa.Table) -> None:
-    """Write one file; readers see the old content or the new."""
+def write_table(storage: Storage, path: str, table: pa.Table) -> int:
+    """Write one file, and return its length in bytes; readers see the old content or the new."""
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
-    storage.write(path, buffer.getvalue().to_pybytes())
+    content = buffer.getvalue().to_pybytes()
+    storage.write(path, content)
+    return len(content)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from helpers.errors import HostError, StorageError, TrainingError
-from helpers.storage import open_storage
+from helpers.storage import lock, open_storage
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def join_group(device: Device = "cpu", threads: int = 1, run_dir: str | None = N
 
 @contextlib.contextmanager
 def lock_run(run_dir: str) -> Iterator[None]:
-    """Lock a run directory for one training; a file system without locks gives a warning.
+    """Lock a run directory for one training; object storage, and a file system without locks, give a warning.
 
     Raises:
         TrainingError: another training is at work there.
@@ -103,7 +103,7 @@ def lock_run(run_dir: str) -> Iterator[None]:
         deadline, waiting = time.monotonic() + LOCK_SECONDS, True
         while waiting:
             try:
-                stack.enter_context(open_storage(run_dir).lock("training.lock"))
+                stack.enter_context(lock(open_storage(run_dir), "training.lock"))
                 waiting = False
             except BlockingIOError:
                 if time.monotonic() >= deadline:

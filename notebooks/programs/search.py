@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 import fashion_mnist
 from helpers.errors import TrainingError
 from helpers.session import get_slots, spark_failure, spark_schema
-from helpers.storage import Storage, open_storage
+from helpers.storage import Storage, lock, open_storage
 from helpers.tracking.tensorboard import TensorBoard
 from helpers.training import ship_siblings
 
@@ -90,7 +90,7 @@ def search(
     storage = open_storage(run_dir)
     ship_siblings(spark, __file__)
     try:
-        with storage.lock("search.lock"):
+        with lock(storage, "search.lock"):
             if not resume:
                 _delete(storage)
             study = open_study(storage, rules)
