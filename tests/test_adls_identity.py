@@ -23,6 +23,8 @@ from cryptography.x509.oid import NameOID
 from dfs_facade import ACCOUNT, KEY, DfsFacade
 
 from helpers.errors import StorageError
+from helpers.pipeline.schemas import RESULT_SCHEMA
+from helpers.pipeline.table import Table
 from helpers.storage import StorageOptions, client, objects
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.credentials import resolve
@@ -153,6 +155,7 @@ def azure(dfs, tls, proxy, monkeypatch) -> Iterator[Azure]:
     monkeypatch.setenv("HTTPS_PROXY", address)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(trusted))
+    monkeypatch.setenv("SSL_CERT_FILE", "")
     monkeypatch.setenv("IDENTITY_ENDPOINT", f"http://127.0.0.1:{identity.server_address[1]}/token")
     monkeypatch.setenv("IDENTITY_HEADER", HEADER)
     client.forget_clients()
@@ -179,9 +182,13 @@ def test_the_hosts_identity_opens_a_storage_under_its_own_name(azure):
 
 
 def test_the_hosts_identity_opens_a_table_under_its_own_name(azure):
-    uri, options = AdlsStorage(f"abfss://photos@{DFS}/a folder").delta_table("results")
-    assert uri == "az://photos/a%20folder/results" and options["endpoint"] == f"https://{BLOB}"
-    assert options["bearer_token"] in azure.storage.tokens
+    storage = AdlsStorage(f"abfss://{azure.storage.make_container()}@{DFS}/a folder")
+    _, options = storage.delta_table("results")
+    assert options["token"] in azure.storage.tokens and options["endpoint"] == f"https://{BLOB}"
+    table = Table(storage, "results", RESULT_SCHEMA)
+    assert table.create().number == table.open().number == 0
+    assert storage.exists("results/_delta_log/00000000000000000000.json")
+    assert len(azure.asked) == 1
 
 
 def test_an_identity_without_access_is_told_without_its_token(azure):

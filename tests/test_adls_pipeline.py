@@ -36,8 +36,9 @@ from helpers.pipeline.results import ResultStore
 from helpers.pipeline.rows import without
 from helpers.pipeline.schemas import RESULT_SCHEMA
 from helpers.pipeline.table import Table
-from helpers.storage import StorageOptions, client, objects
+from helpers.storage import StorageOptions, client, objects, open_storage
 from helpers.storage.adls import AdlsStorage
+from helpers.storage.objects import ObjectStorage
 from studies.cluster import Cluster, wait_for
 
 PICTURES, COPIES, SIDE = 12, 5, 1000  # different images, how often each is there, pixels: a run has a middle
@@ -58,7 +59,7 @@ def comparable(rows: list[dict], root: str) -> list[dict]:
     return sorted(rows, key=lambda row: row["path"])
 
 
-def files_of(storage: AdlsStorage, folder: str) -> list[str]:
+def files_of(storage: ObjectStorage, folder: str) -> list[str]:
     """The files of a table, as Delta's own library has them."""
     uri, options = storage.delta_table(folder)
     names = pa.table(DeltaTable(uri, storage_options=options).get_add_actions())["path"].to_pylist()
@@ -410,15 +411,32 @@ def keys(store: ResultStore) -> list[tuple[str, int]]:
     return sorted((row["path"], row["modified"].microsecond) for row in rows)
 
 
-def test_a_commit_cut_off_at_any_request_is_put_right_by_the_next_run(dfs, adls_root, adls_settings, monkeypatch):
+@pytest.fixture(params=["adls", "s3"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def server(request, kind) -> DfsFacade:
+    return request.getfixturevalue("dfs") if kind == "adls" else request.getfixturevalue("s3").relay
+
+
+@pytest.fixture
+def open_results(request, kind) -> Callable[[object], ResultStore]:
+    """Open results in a folder of a name of their own, as a new process does."""
+    root = request.getfixturevalue(f"{kind}_root")
+    config = load_config("local", **request.getfixturevalue(f"{kind}_settings"))
+    return lambda name: ResultStore(open_storage(f"{root}/{name}", config))
+
+
+def test_a_commit_cut_off_at_any_request_is_put_right_by_the_next_run(server, open_results, monkeypatch):
     monkeypatch.setitem(client.RETRY, "retry_total", 0)
     monkeypatch.setattr(objects, "TRIES", 0)
     client.forget_clients()
-    options = load_config("local", **adls_settings).storage
     old = [("a", 0), ("b", 0), ("c", 0)]
     new = [("a", 1), ("b", 0), ("c", 1), ("d", 1), ("e", 1)]
     for last in range(200):
-        store = ResultStore(AdlsStorage(f"{adls_root}/{last}", options))
+        store = open_results(last)
         publish(store, stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c")))
         staged = [
             stage(store, "run2", 0, table("a", "d", version=1)),
@@ -435,7 +453,7 @@ def test_a_commit_cut_off_at_any_request_is_put_right_by_the_next_run(dfs, adls_
             return DROP_AFTERWARDS if len(requests) == last + 1 and last % 2 else DROP
 
         try:
-            with dfs.disturb(cut):
+            with server.disturb(cut):
                 store.publish(work)
                 store.unstage("run2")
             break
@@ -451,17 +469,16 @@ def test_a_commit_cut_off_at_any_request_is_put_right_by_the_next_run(dfs, adls_
 
 
 @pytest.mark.parametrize("effect", [DROP, DROP_AFTERWARDS, BUSY], ids=["dropped", "dropped afterwards", "busy"])
-def test_a_disturbance_of_any_one_request_of_a_commit_changes_nothing(
-    dfs, adls_root, adls_settings, monkeypatch, effect
-):
+def test_a_disturbance_of_any_one_request_of_a_commit_changes_nothing(server, open_results, monkeypatch, effect):
     """Each request fails once, and afterwards all is as if it had not."""
     monkeypatch.setitem(client.RETRY, "increment_base", 0)
     monkeypatch.setitem(client.RETRY, "random_jitter_range", 0)
+    for name in ("init_backoff", "max_backoff"):
+        monkeypatch.setitem(objects.BACKOFF, name, dt.timedelta(milliseconds=1 + (name == "max_backoff")))
     client.forget_clients()
-    options = load_config("local", **adls_settings).storage
     disturbed, count = -1, 0
     while disturbed < count:
-        store = ResultStore(AdlsStorage(f"{adls_root}/{disturbed}", options))
+        store = open_results(disturbed)
         publish(store, stage(store, "run1", 0, table("a", "b")))
         work = make_work(store, stage(store, "run2", 0, table("a", "c", version=1)))
         requests: list[Request] = []
@@ -470,7 +487,7 @@ def test_a_disturbance_of_any_one_request_of_a_commit_changes_nothing(
             requests.append(request)
             return effect if len(requests) - 1 == number else None
 
-        with dfs.disturb(disturb):
+        with server.disturb(disturb):
             store.publish(work)
             store.unstage("run2")
         assert keys(store) == [("a", 1), ("b", 0), ("c", 1)], f"request {disturbed} of {count}"
@@ -480,18 +497,17 @@ def test_a_disturbance_of_any_one_request_of_a_commit_changes_nothing(
     assert count >= 10
 
 
-def test_runs_that_start_together_leave_each_image_once_and_a_reader_misses_none(adls_root, adls_settings):
-    options = load_config("local", **adls_settings).storage
-    first = ResultStore(AdlsStorage(adls_root, options))
+def test_runs_that_start_together_leave_each_image_once_and_a_reader_misses_none(open_results):
+    first = open_results("out")
     publish(first, stage(first, "20260101T000000-0", 0, table("a", "b")))
     ended, seen = threading.Event(), []
 
     def read() -> None:
         while not ended.is_set():
-            seen.append([path for path, _ in keys(ResultStore(AdlsStorage(adls_root, options)))])
+            seen.append([path for path, _ in keys(open_results("out"))])
 
     def run(number: int, version: int) -> None:
-        store = ResultStore(AdlsStorage(adls_root, options))
+        store = open_results("out")
         name = f"20260102T00000{version}-0000000{number}"
         found = store.resume("net@1")
         todo = without(pa.concat_tables([table("a", version=version), table(f"new {version}")]), found.rows)

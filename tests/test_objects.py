@@ -25,13 +25,16 @@ from dfs_facade import ACCOUNT, BUSY, CUT, DROP, DROP_AFTERWARDS, KEY, Answer, R
 from object_stores import S3, Gcs
 from pyspark import cloudpickle
 from test_adls import ACTIONS, contents, fill, sas
-from test_adls_pipeline import comparable
+from test_adls_pipeline import comparable, files_of
 
 from helpers import redaction
 from helpers.config import load_config
 from helpers.errors import StorageError
 from helpers.images import boundary
 from helpers.pipeline import readers, reading
+from helpers.pipeline.results import ResultStore
+from helpers.pipeline.schemas import RESULT_SCHEMA
+from helpers.pipeline.table import Conflict, File, Table
 from helpers.storage import StorageOptions, objects, open_storage
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.objects import ObjectStorage, object_store_options
@@ -229,7 +232,7 @@ def test_a_wrong_address_is_shown_with_the_right_form_and_without_a_secret(uri):
 
 
 @pytest.mark.parametrize("effect", EFFECTS, ids=["dropped", "dropped afterwards", "busy"])
-@pytest.mark.parametrize("action", sorted(set(ACTIONS) - {"lock"}))
+@pytest.mark.parametrize("action", sorted(set(ACTIONS) - {"prune"}))
 def test_a_disturbance_of_any_one_request_changes_nothing(s3, s3_settings, hasty, action, effect):
     config = load_config("local", **s3_settings)
 
@@ -364,18 +367,6 @@ def test_the_region_is_part_of_the_signature(s3, s3_root, s3_settings):
     assert s3.relay.requests and all("/eu-north-1/s3/" in r.headers["authorization"] for r in s3.relay.requests)
 
 
-def test_a_lock_keeps_another_run_out_until_its_block_ends_or_its_object_is_deleted(storage):
-    other = open_storage(storage.root, SimpleNamespace(storage=storage.options))
-    with storage.lock("_lock"), pytest.raises(StorageError, match=r"/_lock: another run.*delete this object"):
-        other.lock("_lock").__enter__()
-    with other.lock("_lock"):
-        pass
-    other.lock("_lock").__enter__()  # of a process that is killed
-    storage.delete("_lock")
-    with storage.lock("_lock"):
-        pass
-
-
 # ---------------------------------------------------------------- credentials
 
 
@@ -456,26 +447,64 @@ def test_options_for_other_libraries_hold_address_and_credential(monkeypatch, ca
     monkeypatch.setenv("A_KEY", secret)
     options = object_store_options(uri, StorageOptions(credential="env:A_KEY"))
     address = {"account_name": ACCOUNT, "endpoint": f"https://{ACCOUNT}.blob.core.windows.net"}
-    assert options == expected | (address if uri == ABFSS else {})
+    address = {"abfss": address, "s3": {"conditional_put": "etag"}}.get(uri.partition(":")[0], {})
+    assert options == expected | address
     there = object_store_options(uri, StorageOptions("http://127.0.0.1:1/x", "env:A_KEY", "eu-west-1"))
     assert there.items() >= (expected | {"allow_http": "true"}).items()
     assert there.get("endpoint", there.get("base_url")) == "http://127.0.0.1:1/x"
     assert there.get("region") == ("eu-west-1" if uri.startswith("s3") else None)
 
 
-@pytest.mark.parametrize("place", ["adls", "adls by token", "s3"])
-def test_a_delta_table_is_written_and_read_with_these_options(request, monkeypatch, place):
-    deltalake = pytest.importorskip("deltalake")
-    kind = place.partition(" ")[0]
-    uri = f"{request.getfixturevalue(f'{kind}_root')}/results"
+@pytest.fixture(params=["adls", "adls by token", "s3"])
+def table(request, monkeypatch) -> Table:
+    """A Delta table without rows."""
+    kind = request.param.partition(" ")[0]
+    root = request.getfixturevalue(f"{kind}_root")
     options = load_config("local", **request.getfixturevalue(f"{kind}_settings")).storage
-    if place == "adls by token":
-        monkeypatch.setenv("ADLS_SAS", sas(uri.removeprefix("abfss://").partition("@")[0]))
+    if request.param == "adls by token":
+        monkeypatch.setenv("ADLS_SAS", sas(root.removeprefix("abfss://").partition("@")[0]))
         options = StorageOptions(options.endpoint, "env:ADLS_SAS")
-    named = object_store_options(uri, options)
-    for version in range(3):
-        deltalake.write_deltalake(uri, pa.table({"version": [version]}), mode="append", storage_options=named)
-    assert deltalake.DeltaTable(uri, storage_options=named).version() == 2
+    table = Table(open_storage(root, SimpleNamespace(storage=options)), "100% results", RESULT_SCHEMA)
+    table.create()
+    return table
+
+
+def test_of_two_commits_on_one_version_of_a_table_one_passes(table):
+    version = table.open()
+    table.commit(version, {"a.parquet": File(1, "{}")}, [], {}, {})
+    with pytest.raises(Conflict):
+        table.commit(version, {"b.parquet": File(1, "{}")}, [], {}, {})
+    assert table.open().files == {"a.parquet"}
+    assert table.storage.exists("100% results/_delta_log/00000000000000000001.json")
+
+
+WRONG = {
+    "busy": (BUSY, "does not answer as it should .ServerBusy.*run again"),
+    "dropped": (DROP, "does not answer as it should .HTTP error.*run again"),
+    "wrong key": (refusal(403, "SignatureDoesNotMatch"), "env:S3_KEY was refused .SignatureDoesNotMatch"),
+    "expired token": (refusal(400, "ExpiredToken"), "env:S3_KEY was refused .ExpiredToken"),
+    "no bucket": (refusal(404, "NoSuchBucket"), "there is no such container"),
+    "another region": (refusal(301, "PermanentRedirect"), r"storage\.region"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_with_the_service_is_not_taken_for_a_damaged_table(storage, s3, hasty, case):
+    effect, message = WRONG[case]
+    table = Table(storage, "results", RESULT_SCHEMA)
+    for action in (table.open, table.create):
+        with s3.relay.disturb(lambda request: effect), pytest.raises(StorageError, match=message) as error:
+            action()
+        assert "restore" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_table_whose_log_lacks_a_file_is_told_with_the_remedy(storage):
+    table = Table(storage, "results", RESULT_SCHEMA)
+    for _ in range(3):
+        table.commit(table.create(), {}, ["a.parquet"], {}, {})
+    storage.delete("results/_delta_log/00000000000000000001.json")
+    with pytest.raises(StorageError, match=r"/results: its log cannot be read; restore _delta_log"):
+        table.open()
 
 
 def test_a_planted_secret_is_in_no_error_log_or_pickle(storage, s3, hasty, caplog):
@@ -484,7 +513,7 @@ def test_a_planted_secret_is_in_no_error_log_or_pickle(storage, s3, hasty, caplo
     texts: list[str] = []
 
     def note_errors(of: ObjectStorage) -> None:
-        for action in sorted(set(ACTIONS) - {"lock"}):
+        for action in sorted(set(ACTIONS) - {"prune"}):
             try:
                 ACTIONS[action](of)
             except Exception as error:  # noqa: BLE001 - whatever it is must not show the secret
@@ -601,7 +630,7 @@ def test_nothing_is_written_to_a_web_server(web):
         lambda: storage.write("a", b""),
         lambda: storage.rename("a", "b"),
         lambda: storage.delete("a"),
-        lambda: storage.lock("a").__enter__(),
+        lambda: storage.delta_table("results"),
     ]
     for change in changes:
         with pytest.raises(StorageError, match="a web server is read only; name another location"):
@@ -661,7 +690,7 @@ def test_a_credential_goes_to_no_web_server(web, monkeypatch):
 
 
 def rows_of(storage: ObjectStorage, root: str) -> list[dict]:
-    files = [entry.path for entry in storage.list("results") if entry.path.endswith(".parquet")]
+    files = files_of(storage, "results")
     rows = pa.concat_tables([pq.read_table(io.BytesIO(storage.read(path))) for path in files]).to_pylist()
     assert len({row["path"] for row in rows}) == len(rows), "an image is twice in the results"
     return comparable(rows, root)
@@ -687,12 +716,13 @@ def test_a_run_from_s3_to_s3_equals_a_run_over_a_folder_and_resumes(s3, storage,
     counts = ("images", "ok", "failed", "skipped")
     assert [summary[name] for name in counts] == [local.summary[name] for name in counts]
     assert rows_of(out, storage.join("photos")) == comparable(local.rows(), str(samples))
-    assert not storage.exists("out/_staging") and not storage.exists("out/_lock")
+    assert not storage.exists("out/_staging")
 
     storage.write("photos/new.png", (samples / "clothes" / "sample 000.png").read_bytes())
     again = run("again")
     assert (again["ok"], again["skipped"]) == (1, summary["images"])
     assert len(rows_of(out, storage.join("photos"))) == summary["images"] + 1
+    assert [run["images"] for run in ResultStore(out).history()] == [1, summary["images"]]
 
 
 def test_an_image_of_a_web_server_is_processed(web, bundle_uri, samples, tmp_path):

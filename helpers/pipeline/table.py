@@ -9,7 +9,6 @@ mounts of Databricks (`/Volumes`, `dbfs:/`) nothing does, and there one run at a
 """
 
 import contextlib
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,17 +19,15 @@ from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
-from helpers.errors import StorageError, explain, first_line
+from helpers.errors import StorageError, first_line
 from helpers.redaction import redact
 from helpers.storage import Storage
+from helpers.storage.local import SYSTEM_ERROR
 
 APPLICATION = "spark-vision"
 LOG = "_delta_log"
 # Databricks' default, instead of the library's 100: a version is read from this many small files at most.
 CONFIGURATION = {"delta.checkpointInterval": "10"}
-SYSTEM_ERROR = re.compile(r"(?:os error|code:) (\d+)")
-REFUSED = re.compile(r"\b40[13] (?:Forbidden|Unauthorized)")
-CODE = re.compile(r"<Code>(\w+)</Code>")
 COLORS = re.compile(r"\x1b\[\d*m")
 
 
@@ -194,15 +191,11 @@ class Table:
             raise self._explain(COLORS.sub("", redact(str(error))), otherwise) from None
 
     def _explain(self, message: str, otherwise: str) -> StorageError:
-        place = self.storage.join(self.folder)
-        code = CODE.search(message)
-        if REFUSED.search(message):
-            return self.storage.refusal(code[1] if code else "no reason given")
-        if number := SYSTEM_ERROR.search(message):
-            return StorageError(explain(OSError(int(number[1]), os.strerror(int(number[1]))), place))
         lines = [line.strip(" ↳") for line in message.splitlines() if line.strip(" ↳")]
-        why = code[1] if code else ": ".join([lines[0], lines[-1]] if "Generic" in lines[0] else lines[:1])
-        return StorageError(f"{place}: {otherwise} ({first_line(why)})")
+        if error := self.storage.table_error(self.folder, ": ".join(lines)):
+            return error
+        why = ": ".join([lines[0], lines[-1]] if "Generic" in lines[0] else lines[:1])
+        return StorageError(f"{self.storage.join(self.folder)}: {otherwise} ({first_line(why)})")
 
 
 def _added(name: str, file: File) -> AddAction:

@@ -222,7 +222,7 @@ class AdlsStorage(ObjectStorage):
         if status == 404:
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         if status in (401, 403) or isinstance(error, ClientAuthenticationError):
-            return self.refusal(code or first_line(error))
+            return self._refused(code or first_line(error))
         return self._unanswered(code or first_line(error))
 
 

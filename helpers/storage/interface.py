@@ -83,5 +83,5 @@ class Storage(Protocol):
         The options may hold the credential: they are never kept, logged or pickled.
         """
 
-    def refusal(self, code: str) -> StorageError:
-        """The error to raise where the service refuses the credential of `delta_table`'s options, and says this."""
+    def table_error(self, path: str, message: str) -> StorageError | None:
+        """The error to raise where `deltalake` fails with a message that is of the storage, and not of the table."""

@@ -20,6 +20,7 @@ MOUNTS = ("/Volumes/", "/dbfs/")  # of Databricks: a rename there may replace wh
 ESCAPES = re.compile(r"%[0-9A-Fa-f]{2}|\\")
 DELETED = re.compile(r"\.[0-9a-f]{32}\.deleted")
 NO_TIME = datetime.fromtimestamp(0, UTC)
+SYSTEM_ERROR = re.compile(r"(?:os error|code:) (\d+)")  # in the words of Rust
 ODD_TIME = "its modification time is in no year from 1 to 9999: set another, for example with `touch`"
 LEADS_OUT = "the link leads out of the source and is not followed: set ingest.outside_links=true if it should be"
 UNCLEAR = re.compile(r"\\(?=x(?:5c|[89a-f][0-9a-f]))")
@@ -174,8 +175,11 @@ class LocalStorage:
         options = {"allow_unsafe_rename": "true"} if f"{place}/".startswith(MOUNTS) else {}
         return Path(place).as_uri(), options
 
-    def refusal(self, code: str) -> StorageError:  # noqa: D102
-        return StorageError(f"{self.root}: access was refused ({code}); grant this user access")
+    def table_error(self, path: str, message: str) -> StorageError | None:  # noqa: D102
+        if match := SYSTEM_ERROR.search(message):
+            number = int(match[1])
+            return StorageError(explain(OSError(number, os.strerror(number)), self.join(path)))
+        return None
 
     @contextlib.contextmanager
     def lock(self, path: str) -> Iterator[None]:

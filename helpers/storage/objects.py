@@ -281,17 +281,22 @@ class ObjectStorage:
             StorageError: a web server holds no table, there is no such host, or the credential cannot be found.
         """
         self._writable(path)
-        limits = {name: f"{int(limit / timedelta(milliseconds=1))}ms" for name, limit in TIMEOUTS.items()}
-        retries = {"max_retries": str(TRIES), "retry_timeout": f"{int(RETRY_TIME.total_seconds())}s"}
-        options = object_store_options(self._base, self.options)
-        return f"{self._base}/{quote(self._name(path))}", {**options, **limits, **retries}
+        if (file := _authorities()) and not os.environ.get(CERTIFICATES[-1]):
+            os.environ[CERTIFICATES[-1]] = str(file)  # the library knows no other setting
+        retries = {"max_retries": TRIES, "retry_timeout": RETRY_TIME}
+        retries |= {f"backoff_config.{name}": value for name, value in BACKOFF.items()}
+        limits = {
+            name: f"{value // timedelta(milliseconds=1)}ms" if isinstance(value, timedelta) else str(value)
+            for name, value in {**TIMEOUTS, **retries}.items()
+        }
+        return f"{self._base}/{quote(self._name(path))}", {**object_store_options(self._base, self.options), **limits}
 
-    def refusal(self, code: str) -> StorageError:  # noqa: D102
-        self._forget()
-        return StorageError(
-            f"{self.root}: the credential {self.options.credential} was refused ({code}); it is wrong, lacks a "
-            "permission or has expired: renew it and run again, what is finished is kept"
-        )
+    def table_error(self, path: str, message: str) -> StorageError | None:  # noqa: D102
+        if "Error performing" not in message:
+            return None
+        kind = FileNotFoundError if "status code: 404" in message else OSError
+        error = self._explain(kind(message), self.join(path), False)
+        return error if isinstance(error, StorageError) else None  # a file of the log is missing
 
     @property
     def _is_web(self) -> bool:
@@ -431,11 +436,18 @@ class ObjectStorage:
             return StorageError(f"{path}: the web server gives it to nobody without a login ({said}); copy it")
         # S3 gives some reasons with status 400, and to a request without a body in its answer no reason.
         if status in ("401", "403") or code in REFUSED or said == "HTTP 400":
-            return self.refusal(said)
+            return self._refused(said)
         return self._unanswered(said)
 
     def _missing(self) -> StorageError:
         return StorageError(f"{self._base}: there is no such container; check the location, or create it first")
+
+    def _refused(self, code: str) -> StorageError:
+        self._forget()
+        return StorageError(
+            f"{self.root}: the credential {self.options.credential} was refused ({code}); it is wrong, lacks a "
+            "permission or has expired: renew it and run again, what is finished is kept"
+        )
 
     def _forget(self) -> None:
         forget_stores()
@@ -489,8 +501,10 @@ def _open(base: str, options: StorageOptions, value: int) -> Any:
     config: Any = _address(base, options)
     if address := config.get("endpoint") or config.get("base_url") or (scheme.startswith("http") and base):
         check_host(address)
+    authorities = _authorities()
+    trusted = {"root_certificate": authorities.read_bytes()} if authorities else {}
     settings: Any = {
-        "client_options": {**TIMEOUTS, **_certificates(), "allow_http": "allow_http" in config},
+        "client_options": {**TIMEOUTS, **trusted, "allow_http": "allow_http" in config},
         "retry_config": {"max_retries": TRIES, "retry_timeout": RETRY_TIME, "backoff": BACKOFF},
     }
     reference = options.credential
@@ -521,7 +535,7 @@ def _address(uri: str, options: StorageOptions) -> dict[str, str]:
         endpoint = endpoint or f"https://{host}"
         names = {"account_name": host.partition(".")[0], "endpoint": endpoint.replace(".dfs.", ".blob.", 1)}
     elif scheme == "s3":
-        names = {"region": options.region, "endpoint": endpoint}
+        names = {"region": options.region, "endpoint": endpoint, "conditional_put": "etag"}
     elif scheme == "gs":
         names = {"base_url": endpoint}
     else:
@@ -559,10 +573,10 @@ def _gcs_credential(reference: str) -> dict[str, str]:
     return {"service_account_key": key}
 
 
-def _certificates() -> dict[str, bytes]:
-    """Authorities to trust beside the system's, such as a company's own."""
-    files = [Path(os.environ.get(name) or ".") for name in CERTIFICATES]
-    return next(({"root_certificate": file.read_bytes()} for file in files if file.is_file()), {})
+def _authorities() -> Path | None:
+    """The certificates of authorities to trust beside the system's, such as a company's own."""
+    files = (Path(os.environ.get(name) or ".") for name in CERTIFICATES)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _without_markers(entries: Iterator[Entry]) -> Iterator[Entry]:
@@ -586,6 +600,6 @@ def _odd_path(error: Exception) -> str:
 
 def _said(text: str) -> str:
     """What an error is about, without the address, which the message before it has."""
-    if "InvalidCertificate" in text:
+    if "InvalidCertificate" in text or "invalid peer certificate" in text:
         return f"its certificate is not trusted: {CERTIFICATES[0]} may name a file with the authority's"
     return first_line(text).rpartition(" - ")[2]
