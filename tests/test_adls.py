@@ -286,12 +286,15 @@ def test_a_file_that_its_access_rights_forbid_is_an_error_row_and_a_refused_cred
     with dfs.disturb(lambda request: forbidden if request.is_read else None):
         with pytest.raises(PermissionError):
             storage.read("a.png")
-        assert reading._read(storage, ("a.png", None, 100)) == (None, boundary.READ_ERRORS[errno.EACCES])
+        assert reading._read(storage, reading.File("a.png", None, 100, None)) == (
+            None,
+            boundary.READ_ERRORS[errno.EACCES],
+        )
     with dfs.disturb(lambda request: forbidden), pytest.raises(StorageError, match="refused"):
         list(storage.list())
     refused = Refusal(403, "AuthenticationFailed").answer
     with dfs.disturb(lambda request: refused), pytest.raises(StorageError, match="refused.*run again"):
-        reading._read(storage, ("a.png", None, 100))
+        reading._read(storage, reading.File("a.png", None, 100, None))
 
 
 def test_a_sas_token_that_has_expired_is_told_and_a_new_one_taken(by_sas, dfs, monkeypatch):

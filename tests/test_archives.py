@@ -846,7 +846,7 @@ def test_of_an_archive_in_adls_no_more_is_fetched_than_is_wanted(dfs, adls_setti
     fetched: list[str | None] = []
 
     def note(request: Request) -> None:
-        fetched.append(request.headers.get("x-ms-range"))
+        fetched.append(request.headers.get("range"))
 
     with dfs.disturb(note):
         found = list(find_members(open_ranges(storage, "a", len(content))))

@@ -349,7 +349,10 @@ def test_a_file_that_may_not_be_read_is_an_error_row_and_a_refused_listing_is_no
     storage.write("a.png", b"1")
     denied = refusal(403, "AccessDenied")
     with s3.relay.disturb(lambda request: denied):
-        assert reading._read(storage, ("a.png", None, 100)) == (None, boundary.READ_ERRORS[errno.EACCES])
+        assert reading._read(storage, reading.File("a.png", None, 100, None)) == (
+            None,
+            boundary.READ_ERRORS[errno.EACCES],
+        )
         with pytest.raises(StorageError, match="refused .AccessDenied"):
             list(storage.list())
 

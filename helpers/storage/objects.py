@@ -64,6 +64,7 @@ STATUS = re.compile(r"status code: (\d+)[^:]*")
 REFUSED = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthenticationFailed"}
 OF_ONE_FILE = {"AccessDenied", "AuthorizationPermissionMismatch"}
 NO_CONTAINER = {"NoSuchBucket", "ContainerNotFound", "FilesystemNotFound"}
+BEHIND_END = re.compile(r"status code: 416|Wanted range starting at")
 NO_IDENTITY = re.compile(r"/latest/api/token|/computeMetadata/")  # where AWS and GCP say who a machine is
 OTHER_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
 
@@ -331,12 +332,12 @@ class ObjectStorage:
         return obstore.get(self._store, self._key(self._name(path)), options=cast(Any, conditions))
 
     def _fetch(self, path: str, start: int, end: int, version: str | None) -> Any:
-        """A range of a file, as long as it is of this version; raises EOFError for one of an empty file."""
+        """A range of a file, as long as it is of this version; raises EOFError for one that begins where it ends."""
         with self._explained(path, of_one_file=True):
             try:
                 return self._get(path, range=(start, end), **({"if_match": version} if version else {}))
             except BaseError as error:
-                if "status code: 416" in str(error):
+                if BEHIND_END.search(str(error)):
                     raise EOFError from None
                 raise
 
