@@ -15,9 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from cluster import start_run
+from cluster import read_rows, start_run
 from dfs_facade import Refusal, Request
 from test_video import pictures, write_clip
 
@@ -676,8 +675,7 @@ def test_an_archive_that_changes_after_it_was_listed_is_errors(listed, tmp_path)
 
 def comparable(output: Path, root: Path | str) -> dict[str, dict]:
     """Rows of the results by name, with the paths that the images have unpacked."""
-    rows = pq.read_table(output / "results").to_pylist()
-    assert len({row["path"] for row in rows}) == len(rows)
+    rows = read_rows(output)
     names = [
         row["path"].removeprefix(f"{root}/").replace(".tar#member=", "/").replace(".zip#member=", "/") for row in rows
     ]
@@ -775,8 +773,7 @@ def test_the_source_may_be_an_archive(spark, places, bundle_uri, tmp_path, name)
     source = places[0] / name
     summary = pipeline.run(spark, str(source), bundle_uri, str(tmp_path / "out"), settings())
     assert counts(summary) == (CLASSES + 1, CLASSES, 1, 0)
-    paths = pq.read_table(tmp_path / "out" / "results")["path"].to_pylist()
-    assert all(path.startswith(f"{source}#member=") for path in paths)
+    assert all(row["path"].startswith(f"{source}#member=") for row in read_rows(tmp_path / "out"))
 
 
 def test_the_reader_spark_leaves_members_to_the_tasks(spark, places, bundle_uri, tmp_path):
@@ -807,10 +804,7 @@ def test_a_folder_of_archives_that_lie_is_error_rows(spark, bundle_uri, tmp_path
     for name, (make, _, _) in HOSTILE.items():
         (source / name).write_bytes(make())
     summary = pipeline.run(spark, str(source), bundle_uri, str(tmp_path / "out"), settings())
-    errors = {
-        row["path"].removeprefix(f"{source}/"): row["error"]
-        for row in pq.read_table(tmp_path / "out" / "results").to_pylist()
-    }
+    errors = {row["path"].removeprefix(f"{source}/"): row["error"] for row in read_rows(tmp_path / "out")}
     expected = {"good.png"} | {name for name, (_, _, why) in HOSTILE.items() if why}
     expected |= {f"{kind}#member={name}" for kind, (_, members, _) in HOSTILE.items() for name in members}
     assert set(errors) == expected and len(errors) == summary.images

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
-import pyarrow.parquet as pq
 from azure.storage.blob import ContainerClient
+from cluster import read_results
 from dfs_facade import ACCOUNT, KEY
 from measure import measure
 
@@ -153,7 +153,7 @@ def seconds(processes: list[psutil.Process]) -> float:
 
 
 def check(output: Path, count: int) -> None:
-    assert pq.read_table(output / "results").num_rows == count
+    assert read_results(output).num_rows == count
 
 
 def report(rows: pd.DataFrame, latency: float) -> None:

@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
+from cluster import read_results
 from measure import measure
 
 from studies.workloads import make_bundle, make_photographs
@@ -78,7 +80,10 @@ def naive(work: Path, name: str, images: Path) -> dict:
     """Way (ii): `binaryFile` and `predict_batch_udf`; its outputs are checked here."""
     row = run(name, "usual idiom", HERE / "naive.py", work, images, work / "naive")
     found = {Path(r["path"]).name: np.argmax(r["logits"]) for r in pq.read_table(work / "naive").to_pylist()}
-    expected = {path: predictions[0]["class_id"] for path, predictions in predicted(work / f"limit-{name}.parquet")}
+    expected = {
+        path: predictions[0]["class_id"]
+        for path, predictions in predicted(pq.read_table(work / f"limit-{name}.parquet"))
+    }
     assert found == expected, f"the usual idiom differs on {sum(found[p] != expected[p] for p in expected)} images"
     return row
 
@@ -102,8 +107,8 @@ def run(name: str, way: str, program: Path | list, work: Path, images: Path, out
 
 def check_equal(work: Path, name: str) -> None:
     """The fused run's predictions are the limit's: same best class, scores within the tolerance."""
-    expected = dict(predicted(work / f"limit-{name}.parquet"))
-    found = dict(predicted(work / f"fused-{name}" / "results"))
+    expected = dict(predicted(pq.read_table(work / f"limit-{name}.parquet")))
+    found = dict(predicted(read_results(work / f"fused-{name}")))
     assert expected.keys() == found.keys()
     for path, predictions in expected.items():
         for a, b in zip(predictions, found[path], strict=True):
@@ -111,8 +116,8 @@ def check_equal(work: Path, name: str) -> None:
         assert predictions[0]["class_id"] == found[path][0]["class_id"], path
 
 
-def predicted(location: Path) -> list[tuple[str, list[dict]]]:
-    return [(Path(row["path"]).name, row["predictions"]) for row in pq.read_table(location).to_pylist()]
+def predicted(rows: pa.Table) -> list[tuple[str, list[dict]]]:
+    return [(Path(row["path"]).name, row["predictions"]) for row in rows.to_pylist()]
 
 
 def report(rows: pd.DataFrame, fewer: int) -> None:
