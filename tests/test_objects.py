@@ -34,7 +34,7 @@ from helpers.images import boundary
 from helpers.pipeline import readers, reading
 from helpers.pipeline.results import ResultStore
 from helpers.pipeline.schemas import RESULT_SCHEMA
-from helpers.pipeline.table import Conflict, File, Table
+from helpers.pipeline.table import NONE, Conflict, File, Table
 from helpers.storage import StorageOptions, objects, open_storage
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.objects import ObjectStorage, object_store_options
@@ -584,6 +584,18 @@ def test_gcs_lists_reads_and_deletes(bucket):
     storage.delete("album.jpg")
     storage.delete("never there")
     assert not storage.exists("album.jpg") and storage.exists("a.png")
+
+
+def test_a_table_in_gcs_is_read(bucket, tmp_path):
+    """The server takes no object, so that its log comes from a folder."""
+    storage, bring = bucket
+    table = Table(storage, "100% results", RESULT_SCHEMA)
+    assert table.open() is NONE
+    local = Table(open_storage(str(tmp_path)), "results", RESULT_SCHEMA)
+    local.create({"a.parquet": File(1, "{}")})
+    name = "_delta_log/00000000000000000000.json"
+    bring(f"100% results/{name}", local.storage.read(f"results/{name}"))
+    assert table.open().files == {"a.parquet"}
 
 
 # ---------------------------------------------------------------- web servers
