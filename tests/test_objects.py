@@ -266,10 +266,11 @@ def test_an_answer_that_breaks_off_is_read_again(storage, s3, hasty):
 @pytest.mark.parametrize("effect", [DROP, BUSY], ids=["dropped", "busy"])
 def test_what_does_not_get_better_is_one_clear_error_after_so_many_tries(storage, s3, hasty, effect):
     storage.write("a", b"12")
-    for action in ("read", "list", "write", "rename", "delete", "exists"):
+    actions = [ACTIONS[name] for name in ("read", "list", "write", "rename", "delete", "exists")]
+    for action in (*actions, lambda storage: Table(storage, "results", RESULT_SCHEMA).open()):
         s3.relay.requests.clear()
         with s3.relay.disturb(lambda request: effect), pytest.raises(StorageError) as error:
-            ACTIONS[action](storage)
+            action(storage)
         message = str(error.value)
         assert storage.root in message and "run again" in message and "\n" not in message
         assert len(s3.relay.requests) == 1 + objects.TRIES
