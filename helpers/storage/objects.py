@@ -2,8 +2,9 @@
 
 Paths are whole URIs. Names in S3 and GCS stand as they are, those of a web server percent-encoded, as they were given.
 An object appears whole or not at all, but these stores do not rename in one step: `rename` copies and then deletes.
-Folders are parts of names, so there is no empty one. A web server lists nothing and takes nothing: a location is one
-file, or a folder whose files are read by their names, as those of a bundle are.
+Results bear that: a commit of their table is one object, which can be created once. Folders are parts of names, so
+there is no empty one. A web server lists nothing and takes nothing: a location is one file, or a folder whose files are
+read by their names, as those of a bundle are.
 
 obstore takes no name with a control character, an empty part or a part of dots alone (`a//b`, `./a`). Where a listing
 is tolerant, a folder that holds one is an entry with an error, and all others are listed.
