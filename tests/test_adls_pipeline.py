@@ -1,5 +1,6 @@
 """The whole pipeline with images, model and results in ADLS Gen2: as over a folder, whatever goes wrong meanwhile."""
 
+import contextlib
 import datetime as dt
 import io
 import os
@@ -85,9 +86,9 @@ class Place:
         )
 
     def files(self, folder: str) -> list[str]:
-        if not self.storage.exists(folder):
-            return []
-        return [entry.path for entry in self.storage.list(folder) if entry.path.endswith(".parquet")]
+        with contextlib.suppress(StorageError):  # there is no such folder, or not any more
+            return [entry.path for entry in self.storage.list(folder) if entry.path.endswith(".parquet")]
+        return []
 
     def wait_until_staged(self, run: Run, files: int) -> None:
         def look() -> bool:

@@ -10,6 +10,7 @@ How it was checked that each test fails without its protection: in a copy of the
     results.py: what is missing of a run's work is not looked for       nobody has any more
     results.py: `_remove` removes nothing, or copies nothing            death at any step, reader at any step
     results.py: what was moved and not committed is left                death at any step
+    results.py: a staged file is deleted before the commit              keeping a part
     results.py: `_leftovers` sees nothing staged                        staged at a death, history
     results.py: `_leftovers` does not care whose files are its own      files of a run that starts over
     results.py: what is older than a start over is kept                 staged before a run started over
@@ -382,6 +383,22 @@ def test_a_death_at_any_step_of_starting_over_loses_and_doubles_nothing(tmp_path
         drive(LocalStorage(str(root)), "run3", SECOND, tasks=1)
         assert results_of(root) in ({**old, **SECOND}, SECOND), f"died at step {step}"
     assert step >= 4 and results_of(root) == SECOND
+
+
+def test_a_death_at_any_step_of_keeping_a_part_of_what_was_staged_loses_nothing(tmp_path):
+    drive(LocalStorage(str(tmp_path / "start")), "run1", {"a": 0, "b": 0}, tasks=1)
+    dead = ResultStore(LocalStorage(str(tmp_path / "start")))
+    stage(dead, "20260102T000000-0123abcd", 0, table_of({"b": 0, "c": 0}))
+    for step in range(100):
+        root = tmp_path / f"died{step}"
+        shutil.copytree(tmp_path / "start", root)
+        try:
+            open_store(Mortal(str(root), step)).recover("net@1")
+            break
+        except Death:
+            open_store(LocalStorage(str(root))).recover("net@1")
+            assert results_of(root) == {"a": 0, "b": 0, "c": 0}, f"died at step {step}"
+    assert step >= 4 and results_of(root) == {"a": 0, "b": 0, "c": 0}
 
 
 def test_what_was_staged_at_a_death_is_kept_and_not_done_again(tmp_path):
