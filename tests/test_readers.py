@@ -88,7 +88,7 @@ def trap(photos) -> Path:
         (photos / name).parent.mkdir(exist_ok=True)
         (photos / name).write_bytes(good)
     (photos / os.fsdecode(b"bytes\xff.bmp")).write_bytes(good)
-    for name in ("backup.tar", "scan.tiff", "notes"):
+    for name in ("backup.iso", "scan.tiff", "notes"):
         with (photos / name).open("wb") as file:
             file.truncate(3 * 2**30)
     for number in (1, 2):
