@@ -319,7 +319,6 @@ class ResultStore:
                     if _name(path) not in newer.files:  # it is, where only the answer to the commit was lost
                         self.storage.delete(path)
                 if newer.number > version.number:
-                    log.info("another run has changed %s; looking again at what is new", self.location)
                     version, looks = newer, 0
                 elif looks < LOOKS:  # another run is moving a file right now
                     looks += 1
@@ -359,6 +358,7 @@ class ResultStore:
 
         A row is not, if it is in the table, or if a run that began later has worked on its image meanwhile.
         """
+        log.info("another run has changed %s; looking again at what is new", self.location)
         rows = self._rows_of(version)
         self._check_models(rows, work.models)
         staged, results = self._list(STAGING, work.run)[0], self._list(RESULTS)[0]
