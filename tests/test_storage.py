@@ -318,7 +318,7 @@ def test_folders_that_are_pruned_while_files_are_written_in_them_cost_no_file(lo
     ended = threading.Event()
 
     def prune() -> None:
-        while not ended.is_set():
+        while not ended.wait(0.0002):  # without a pause no process would ever have its turn
             local.prune("top/folder")
             local.prune("top")
 
