@@ -30,7 +30,6 @@ from helpers.pipeline import stages
 from helpers.pipeline.frames import list_members
 from helpers.pipeline.listing import LIKE_MEMBERS, list_images
 from helpers.storage import LocalStorage, open_storage
-from helpers.storage.ranges import open_ranges
 
 ZipInfo = zipfile.ZipInfo
 SUFFIXES = (".png", ".jpg")
@@ -162,8 +161,19 @@ def test_a_members_path_splits_the_same_in_python_and_arrow():
     assert split_member(paths[3]) == ("d#member=x/s.tar", "b.png") and split_member(paths[2]) == ("a.png", None)
 
 
+class CountingFile(io.FileIO):
+    """Counts the bytes that are read."""
+
+    bytes = 0
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = super().readinto(buffer)
+        self.bytes += count
+        return count
+
+
 class Counting(LocalStorage):
-    """Counts the bytes that are read, as of a distant storage."""
+    """Counts the bytes of ranges that are read."""
 
     bytes = 0
 
@@ -176,24 +186,12 @@ class Counting(LocalStorage):
 @pytest.mark.parametrize("pack", [tar, lambda members: zipped(members, zipfile.ZIP_STORED)], ids=["tar", "zip"])
 def test_of_a_large_archive_little_is_read_to_list_it(tmp_path, pack):
     (tmp_path / "a").write_bytes(pack({f"{number}.png": os.urandom(500_000) for number in range(20)}))
-    storage, length = Counting(str(tmp_path)), (tmp_path / "a").stat().st_size
-    members = list(find_members(open_ranges(storage, "a", length)))
-    assert len(members) == 20 and storage.bytes < length / 20
-    storage.bytes = 0
+    with CountingFile(tmp_path / "a") as file:
+        members = list(find_members(io.BufferedReader(file)))
+    assert len(members) == 20 and file.bytes < (tmp_path / "a").stat().st_size / 20
+    storage = Counting(str(tmp_path))
     content = read_member(lambda *part: storage.read_range("a", *part), *members[7][1:4])
     assert len(content) == 500_000 and storage.bytes < 502_000
-
-
-def test_a_file_opened_by_ranges_reads_like_a_file(tmp_path):
-    content = os.urandom(100_000)
-    (tmp_path / "a").write_bytes(content)
-    file, plain = open_ranges(Counting(str(tmp_path)), "a", len(content)), io.BytesIO(content)
-    for offset, whence in [(0, 0), (50_000, 0), (-10, 1), (30_000, 1), (-7, 2), (0, 2), (200_000, 0), (3, 0)]:
-        assert file.seek(offset, whence) == plain.seek(offset, whence) == file.tell()
-        assert file.read(9_000) == plain.read(9_000)
-    assert file.read() == plain.read()
-    with pytest.raises(ValueError):
-        file.seek(-1)
 
 
 # ---------------------------------------------------------------- archives that lie
@@ -566,13 +564,13 @@ def test_a_damaged_archive_is_a_row_beside_those_of_its_members(tmp_path):
 
 def test_an_archive_that_goes_before_it_is_looked_at_is_a_row(tmp_path, monkeypatch):
     write(tmp_path, a_tar=tar(GOOD), b_tar=tar(GOOD))
-    read = LocalStorage.read_range
+    opened = LocalStorage.open
 
-    def remove(storage, path, *part):
+    def remove(storage, path):
         (tmp_path / "a.tar").unlink(missing_ok=True)
-        return read(storage, path, *part)
+        return opened(storage, path)
 
-    monkeypatch.setattr(LocalStorage, "read_range", remove)
+    monkeypatch.setattr(LocalStorage, "open", remove)
     errors = by_name(rows_of_members(tmp_path), "error")
     assert errors.pop("a.tar").startswith("the file is gone") and errors == {"b.tar#member=good.png": None}
 
@@ -843,7 +841,8 @@ def test_of_an_archive_in_adls_no_more_is_fetched_than_is_wanted(dfs, adls_setti
         fetched.append(request.headers.get("range"))
 
     with dfs.disturb(note):
-        found = list(find_members(open_ranges(storage, "a", len(content))))
+        with storage.open("a") as file:
+            found = list(find_members(file))
         listing = len(fetched)
         assert read_member(lambda *part: storage.read_range("a", *part), *found[2][1:4]) == members["2.png"]
     assert [member.name for member in found] == list(members) and listing <= 6

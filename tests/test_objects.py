@@ -106,6 +106,31 @@ def test_a_jump_in_a_file_fetches_little(storage, fetched, monkeypatch):
     assert len(fetched()) <= 6 and sum(fetched()) < 500_000
 
 
+def test_small_jumps_forwards_fetch_as_reading_on_does(storage, fetched, monkeypatch):
+    monkeypatch.setattr(objects, "FIRST_BYTES", 1000)
+    monkeypatch.setattr(objects, "MOST_BYTES", 16_000)
+    content = os.urandom(100_000)
+    storage.write("a", content)
+    with storage.open("a") as file:
+        for position in range(0, len(content), 900):
+            assert file.seek(position) == position and file.read(10) == content[position : position + 10]
+    assert len(fetched()) <= 12
+
+
+def test_a_file_that_is_opened_reads_as_one_on_a_disk(storage, monkeypatch):
+    monkeypatch.setattr(objects, "FIRST_BYTES", 1000)
+    content = os.urandom(100_000)
+    storage.write("a", content)
+    with storage.open("a") as file:
+        plain = io.BytesIO(content)
+        for offset, whence in [(0, 0), (50_000, 0), (-10, 1), (30_000, 1), (-7, 2), (0, 2), (200_000, 0), (3, 0)]:
+            assert file.seek(offset, whence) == plain.seek(offset, whence) == file.tell()
+            assert file.read(9_000) == plain.read(9_000)
+        assert file.read() == plain.read()
+        with pytest.raises(OSError, match="Invalid argument"):
+            file.seek(-1)
+
+
 def test_a_file_that_changes_while_it_is_read_is_an_error_of_its_own(storage):
     content = os.urandom(objects.FIRST_BYTES * 2)
     storage.write("a", content)

@@ -141,7 +141,7 @@ def read_member(read: Callable[[int, int], bytes], length: int, offset: int, pac
     Raises:
         UnreadableImageError: something else is there.
     """
-    content = _read_exactly(read, offset, length) if packed is None else _unpack(read, length, offset, packed)
+    content = _read(read, offset, length) if packed is None else _unpack(read, length, offset, packed)
     if len(content) != length:
         raise UnreadableImageError(f"{MEMBER_DAMAGED}; it does not have the length that the archive says")
     return content
@@ -247,7 +247,7 @@ def _unpack(read: Callable[[int, int], bytes], length: int, offset: int, packed:
     start = LOCAL_HEADER.size + sum(varying)
     content = content[start : start + packed]
     if len(content) < packed:
-        content = _read_exactly(read, offset + start, packed)
+        content = _read(read, offset + start, packed)
     if method == zipfile.ZIP_DEFLATED:
         try:
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, length + 1)
@@ -258,8 +258,8 @@ def _unpack(read: Callable[[int, int], bytes], length: int, offset: int, packed:
     return content
 
 
-def _read_exactly(read: Callable[[int, int], bytes], offset: int, length: int) -> bytes:
-    return read(offset, length) if length else b""
+def _read(read: Callable[[int, int], bytes], offset: int, length: int) -> bytes:
+    return read(offset, length) if length else b""  # an empty range is none to a storage
 
 
 def _to_text(name: str) -> str:

@@ -19,7 +19,6 @@ from helpers.images.video import Frames, find_frames, frame_paths, frame_pixels
 from helpers.memory import bounded
 from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES, PLACE, RANGE, Batches, conform
 from helpers.storage import Storage
-from helpers.storage.ranges import open_ranges
 
 log = logging.getLogger(__name__)
 
@@ -148,8 +147,8 @@ def _members(
 ) -> pa.Table:
     tables: list[pa.Table] = []
     rows: list[dict[str, Any]] = []
-    with bounded(memory_megabytes) as left:
-        members = find_members(open_ranges(storage, archive["path"], archive["length"]), left)
+    with bounded(memory_megabytes) as left, storage.open(archive["path"]) as file:
+        members = find_members(file, left)
         while True:
             member, archive_error = attempt(next, members, None)
             if member is None:

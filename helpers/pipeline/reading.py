@@ -20,7 +20,6 @@ from helpers.memory import bounded
 from helpers.pipeline.schemas import IMAGE_SCHEMA, PLACE, Batches, extend
 from helpers.storage import Storage
 from helpers.storage.prefetch import map_groups
-from helpers.storage.ranges import open_ranges
 
 FRAME_ERROR = "the frame cannot be decoded: the video is damaged here, or cut short"
 GONE = "the member is gone: its archive has changed since it was listed"
@@ -119,7 +118,8 @@ def _files(images: pa.RecordBatch, storage: Storage, max_bytes: int, growth: int
 
 def _look_up(files: list[File], storage: Storage) -> list[File]:
     """The same with the members among them, where no row says which range they have: each archive is listed once."""
-    archives = {file.path: split_member(file.path)[0] for file in files if split_member(file.path)[1] is not None}
+    split = {file.path: split_member(file.path) for file in files}
+    archives = {path: archive for path, (archive, member) in split.items() if member is not None}
     members: dict[str, Member | None] = dict.fromkeys(archives)
     errors = {archive: attempt(_note_members, members, storage, archive)[1] for archive in set(archives.values())}
     for number, file in enumerate(files):
@@ -132,13 +132,11 @@ def _look_up(files: list[File], storage: Storage) -> list[File]:
 
 def _note_members(members: dict[str, Member | None], storage: Storage, archive: str) -> None:
     """Note the members of one archive that are wanted, by their paths."""
-    if not storage.exists(archive):
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), archive)
-    length = next(iter(storage.list(archive))).length
-    for member in find_members(open_ranges(storage, archive, length)):
-        path = f"{archive}{MARK}{member.name}"
-        if path in members:
-            members[path] = member
+    with storage.open(archive) as file:
+        for member in find_members(file):
+            path = f"{archive}{MARK}{member.name}"
+            if path in members:
+                members[path] = member
 
 
 def _read(storage: Storage, file: File) -> Read:

@@ -22,7 +22,6 @@ from urllib.parse import quote
 from azure.core.exceptions import (
     AzureError,
     ClientAuthenticationError,
-    HttpResponseError,
     ResourceExistsError,
     ResourceNotFoundError,
 )
@@ -44,7 +43,6 @@ AZURE = re.compile(
 PAGE = 5000  # paths of a listing's page, the most there can be
 CHUNK_BYTES = 8 * 2**20  # of a file written
 WRITER = "writer"  # metadata that says which write made a file
-BEHIND_END = 416  # the status of a request for bytes that a file does not have
 
 
 class AdlsStorage(ObjectStorage):
@@ -101,18 +99,6 @@ class AdlsStorage(ObjectStorage):
             if limit is not None and download.size > limit:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
             return download.readall()
-
-    def read_range(self, path: str, start: int, length: int) -> bytes:  # noqa: D102
-        name = self._name(path)
-        if name.isprintable():
-            return super().read_range(path, start, length)
-        with self._explained(path):
-            try:
-                return self._file(name).download_file(start, length).readall()
-            except HttpResponseError as error:
-                if error.status_code == BEHIND_END:
-                    return b""
-                raise
 
     def rename(self, source: str, target: str) -> None:  # noqa: D102
         with self._explained(source):

@@ -486,7 +486,8 @@ class _Ranges(io.RawIOBase):
             return 0
         end = self._start + len(self._block)
         if not self._start <= self._position < end:
-            self._ahead = min(2 * self._ahead, MOST_BYTES) if self._position == end else FIRST_BYTES
+            is_near = 0 <= self._position - end <= len(self._block)  # from header to header of a tar file, for example
+            self._ahead = min(2 * self._ahead, MOST_BYTES) if is_near else FIRST_BYTES
             stop = min(self._size, self._position + max(len(buffer), self._ahead))
             self._block = memoryview(b"")  # two are never held at once
             self._block, self._start = memoryview(self._fetch(self._position, stop)), self._position
