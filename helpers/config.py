@@ -85,6 +85,17 @@ class IngestSettings(_Section):
     max_pixels: Large
 
 
+class SourceSettings(_Section):
+    """The columns of a source that is a table."""
+
+    path: str | None
+    content: str | None
+    key: str | None
+    modified: str | None
+    root: str | None
+    keep: tuple[str, ...]
+
+
 class VideoSettings(_Section):
     """Which files are videos, and which of their frames are images."""
 
@@ -148,6 +159,7 @@ class Config(_Section):
     resume: bool
     pictures: Annotated[int, Field(ge=0, le=10_000)]
     max_failed_share: Fraction
+    source: SourceSettings
     ingest: IngestSettings
     video: VideoSettings
     partitioning: PartitionSettings

@@ -12,18 +12,18 @@ import time
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
 from helpers.bundle.manifest import load_bundle
 from helpers.bundle.runtime import batch_size
 from helpers.config import Config
-from helpers.errors import RunError, StorageError, only_warn
+from helpers.errors import RunError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, stages
 from helpers.pipeline.models import cascade_of, model_identity, open_models, parameters_of
@@ -32,11 +32,13 @@ from helpers.pipeline.records import Stopwatch, describe, write_record
 from helpers.pipeline.results import ResultStore, Work
 from helpers.pipeline.rows import is_among, outdated, settled, without
 from helpers.pipeline.sample import draw_sample, read_pictures
+from helpers.pipeline.schemas import KEY_NAMES
+from helpers.pipeline.sources import TableSource, is_table, open_files, open_table
 from helpers.pipeline.table import File
 from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_through
 from helpers.pipeline.views import Tiling
 from helpers.session import get_slots, local_slots, spark_failure, spark_schema
-from helpers.storage import open_storage
+from helpers.storage import Storage, open_storage
 from helpers.tracking.progress import Progress
 from helpers.tracking.tensorboard import log_run
 
@@ -168,30 +170,61 @@ def run(
 
     Other runs may work in the same output meanwhile: an image then has the row of one of them (`results`).
 
+    A source may be a table too, of Spark's catalog or at a location (`sources`).
+
     Raises:
         RunError: no image, results of another model in the output, or a failed job.
         BundleError: the model cannot be used.
         StorageError: a location cannot be used.
+        ConfigError: a table lacks a column, or the settings do not go together.
     """
     watch = Stopwatch()
     task = make_task(source, model, output, config)
+    rows = open_table(spark, source, config) if is_table(source, config) else None
+    return _run(spark, task, rows, config, watch, session_seconds)
+
+
+def run_frame(frame: "DataFrame", model: str | Sequence[str], output: str, config: Config) -> RunSummary:
+    """The same for the rows of a DataFrame; `source.path` or `source.content` says which column has the images.
+
+    The rows are asked for twice, or more often where a task is repeated, and must be the same each time. Takes and
+    raises what `run` does.
+    """
+    watch = Stopwatch()
+    return _run(frame.sparkSession, make_task(None, model, output, config), frame, config, watch, None)
+
+
+def _run(
+    spark: "SparkSession",
+    task: Task,
+    frame: "DataFrame | None",
+    config: Config,
+    watch: Stopwatch,
+    session_seconds: float | None,
+) -> RunSummary:
+    rows = None if frame is None else TableSource.of(frame, task.source, config)
+    key = rows.key if rows else KEY_NAMES
+    if rows:
+        task = replace(task, kept=rows.kept)
     models = tuple(model.identity for model in task.models)
-    store = ResultStore(task.output)
+    store = ResultStore(task.output, task.kept)
     with ThreadPoolExecutor(1) as pool:
         warm_up = pool.submit(_start_workers, spark)
         seen = store.resume(*models) if config.resume else store.look(with_rows=False)
         slots = get_slots(spark)
         watch.lap("open")
-        listed = listing.list_images(task.source, config, skip=store.folders)
+        listed = rows.list(config) if rows else listing.list_images(cast(Storage, task.source), config, store.folders)
         images = expand(spark, task.source, listed, config)
         settled_rows = settled(seen.rows, len(models))
-        todo = without(images, settled_rows)
+        todo = without(images, settled_rows, key)
         plan = listing.plan(todo, slots, config, _image_seconds(task, config))
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
         watch.lap("list")
         warm_up.exception()  # if it failed, so will the run, and say why
         watch.lap("open")
-        records = _run_tasks(spark, task, listing.assign(todo, plan), plan, store, config)
+        records = _run_tasks(spark, task, rows, listing.assign(todo, plan), plan, store, config)
+        if key != KEY_NAMES:  # the table does not say how long its images are
+            todo = store.rows([record["file"] for record in records])
         seconds = watch.lap("pass")
         about = describe(task, spark, config, slots, watch, records, session_seconds)
         if records:
@@ -221,45 +254,45 @@ def run(
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(task.output, {**about, **watch.laps})
     unlisted = listed.left_out.get(listing.UNLISTED, 0)
-    return _summarize(images, records, seconds, watch.laps["seconds"], store, settled_rows, unlisted)
+    return _summarize(images, records, seconds, watch.laps["seconds"], store, settled_rows, unlisted, key)
 
 
 def read_results(spark: "SparkSession", output: str, config: Config, version: int | None = None) -> "DataFrame":
-    """The results below an output, the newest or those of an earlier version of the table; `stages.RESULT_SCHEMA`.
+    """The results below an output, the newest or those of an earlier version of the table.
+
+    The columns are those of `stages.RESULT_SCHEMA`, and then those that the runs have kept of their sources.
 
     Raises:
         StorageError: there is no such version, or the table is damaged.
     """
     storage = open_storage(output, config)
-    store, schema = ResultStore(storage), spark_schema(stages.RESULT_SCHEMA)
+    store = ResultStore(storage)
     if config.spark.mode == "databricks":  # which has Delta, and reads no table's files as plain Parquet
         options = {} if version is None else {"versionAsOf": version}
         return spark.read.format("delta").options(**options).load(store.location)
-    paths = [storage.join(path) for path in store.files(version)]
+    schema, paths = spark_schema(store.schema(version)), [storage.join(path) for path in store.files(version)]
     return spark.read.schema(schema).parquet(*paths) if paths else spark.createDataFrame([], schema)
 
 
-def make_task(source: str, model: str | Sequence[str], output: str, config: Config) -> Task:
+def make_task(source: str | None, model: str | Sequence[str], output: str, config: Config) -> Task:
     """Everything the tasks of a run share; `Task.results` also runs in one process, without Spark.
 
     Args:
-        source: where the images lie.
+        source: where the images lie; None where a DataFrame has them.
         model: a bundle's location, or several.
         output: where results go.
         config: settings.
 
     Raises:
-        ConfigError: a model is named twice.
+        ConfigError: a model is named twice, or the settings of a source that is a table do not go together.
         BundleError: a model cannot be used.
         StorageError: a location cannot be used.
     """
     models = open_models([model] if isinstance(model, str) else model, config)
-    images = open_storage(source, config)
-    if not images.exists(""):
-        raise StorageError(f"{images.root}: no such folder; check the --source location")
+    files = open_files(source, config)
     run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
     return Task(
-        source=images,
+        source=files,
         output=open_storage(output, config),
         run=run_id,
         models=models,
@@ -290,16 +323,19 @@ def _start_workers(spark: "SparkSession") -> None:
 
 
 def _run_tasks(
-    spark: "SparkSession", task: Task, images: pa.Table, plan: PartitionPlan, store: ResultStore, config: Config
+    spark: "SparkSession",
+    task: Task,
+    source: TableSource | None,
+    images: pa.Table,
+    plan: PartitionPlan,
+    store: ResultStore,
+    config: Config,
 ) -> list[dict[str, Any]]:
     if not images.num_rows:
         return []
     store.stage(task.run, not config.resume)
     try:
-        if choose_reader(spark, task.source, images, config) == "spark":
-            parts = read_by_spark(spark, task.source, images, config)
-        else:
-            parts = iter([planned_paths(spark, images, plan)])
+        parts = _inputs(spark, task, source, images, plan, config)
         rows: list[Row] = []
         with Progress(images.num_rows, partial(store.progress, task.run)):
             for part in parts:
@@ -312,7 +348,8 @@ def _run_tasks(
         # What Spark's reader has passed over gets its rows here: read after all, or with the error that this gives.
         left = without(images, store.rows([record["file"] for record in records]))
         log.info("the driver reads %d images that Spark has passed over", left.num_rows)
-        records += [record for batch in task(left.to_batches()) for record in batch.to_pylist()]
+        batches = source.with_kept(spark.createDataFrame(left)).toArrow().to_batches() if source else left.to_batches()
+        records += [record for batch in task(batches) for record in batch.to_pylist()]
     peak = max((record["peak_megabytes"] for record in records), default=0)
     if peak > config.inference.memory_megabytes:
         log.warning("a task took %.0f MB, more than inference.memory_megabytes: set it higher", peak)
@@ -320,6 +357,27 @@ def _run_tasks(
     if processed != images.num_rows:
         raise RunError(f"{images.num_rows} images went in and {processed} came out; nothing was published")
     return records
+
+
+def _inputs(
+    spark: "SparkSession",
+    task: Task,
+    source: TableSource | None,
+    images: pa.Table,
+    plan: PartitionPlan,
+    config: Config,
+) -> Iterator["DataFrame"]:
+    """What the tasks take (`Task.results`), as DataFrames to be used one after the other."""
+    if source and source.columns.content:
+        yield source.contents(images)
+    elif choose_reader(spark, task.source, images, config) == "spark":
+        for part in read_by_spark(spark, task.source, images, config):
+            yield source.with_kept(part) if source else part
+    elif source:
+        paths = source.with_kept(spark.createDataFrame(images))
+        yield paths.repartitionById(max(1, plan.partitions), "partition")
+    else:
+        yield planned_paths(spark, images, plan)
 
 
 def _summarize(
@@ -330,11 +388,12 @@ def _summarize(
     store: ResultStore,
     settled_rows: pa.Table,
     unlisted: int,
+    key: list[str],
 ) -> RunSummary:
     processed = sum(record["images"] for record in records)
     failed = sum(record["failed"] for record in records)
     damaged = settled_rows.filter(settled_rows["error"].is_valid())
-    damaged = damaged.filter(is_among(damaged, images))
+    damaged = damaged.filter(is_among(damaged, images, key))
     errors = dict(zip(damaged["path"].to_pylist(), damaged["error"].to_pylist(), strict=True))  # one per image
     return RunSummary(
         images=images.num_rows,

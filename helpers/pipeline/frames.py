@@ -1,5 +1,6 @@
 """Before stage 1: the frames of videos and the members of archives take their places among the images.
 
+list_files      in tasks: a table's URIs to files, with their lengths and times
 list_frames     in tasks: a video to its frames, without decoding it
 with_frames     on the driver: every k-th of them a row, as an image has one
 list_members    in tasks: an archive to the images in it, a row each
@@ -7,6 +8,7 @@ list_members    in tasks: an archive to the images in it, a row each
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from helpers.images.archive import MARK, find_members
 from helpers.images.boundary import attempt, too_long
 from helpers.images.video import Frames, find_frames, frame_paths, frame_pixels
 from helpers.memory import bounded
-from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES, PLACE, RANGE, Batches, conform
-from helpers.storage import Storage
+from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES, LISTED_SCHEMA, PLACE, RANGE, Batches, conform
+from helpers.storage.interface import Files
+from helpers.storage.local import NO_TIME
+from helpers.storage.prefetch import map_groups
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +39,36 @@ FRAMES_SCHEMA = pa.schema(
 ROWS_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, *RANGE, pa.field("bytes", pa.int64())])
 MEMBERS_SCHEMA = pa.schema([*KEY, ERROR, *RANGE, pa.field("bytes", pa.int64())])
 ROWS_PER_BATCH = 8192
+LOOKED_UP = 256  # files, while the batch before is passed on
+NO_PATH = "the row has no path"
+
+
+def list_files(batches: Batches, storage: Files) -> Iterator[pa.RecordBatch]:
+    """Look up the files that a table names.
+
+    Args:
+        batches: with a column `path`.
+        storage: where they lie.
+
+    Yields:
+        `LISTED_SCHEMA`, a row per path; `error` is set where there is no file that can be used.
+    """
+    for batch in batches:
+        paths = batch["path"].to_pylist()
+        groups = [paths[start : start + LOOKED_UP] for start in range(0, len(paths), LOOKED_UP)]
+        for found in map_groups(partial(_look_up, storage), groups, storage.concurrent_reads):
+            yield pa.RecordBatch.from_pylist(found, schema=LISTED_SCHEMA)
+
+
+def _look_up(storage: Files, path: str | None) -> dict[str, Any]:
+    entry, error = (None, NO_PATH) if path is None else attempt(storage.stat, path)
+    if entry is None:
+        return {"path": path, "length": 0, "modified": NO_TIME, "error": error}
+    return {"path": path, "length": entry.length, "modified": entry.modified, "error": entry.error}
 
 
 def list_frames(
-    batches: Batches, storage: Storage, every: int, max_pixels: int, memory_megabytes: int | None = None
+    batches: Batches, storage: Files, every: int, max_pixels: int, memory_megabytes: int | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Find the frames of videos.
 
@@ -68,7 +98,7 @@ def list_frames(
             yield pa.RecordBatch.from_pylist([row], schema=FRAMES_SCHEMA)
 
 
-def _find(storage: Storage, path: str, max_pixels: int | None) -> Frames:
+def _find(storage: Files, path: str, max_pixels: int | None) -> Frames:
     with storage.open(path) as file:
         return find_frames(file, max_pixels)
 
@@ -107,7 +137,7 @@ def _rows(video: pa.RecordBatch, every: int) -> pa.Table:
 
 def list_members(
     batches: Batches,
-    storage: Storage,
+    storage: Files,
     suffixes: tuple[str, ...],
     refused: tuple[str, ...],
     max_bytes: int,
@@ -139,7 +169,7 @@ def list_members(
 
 def _members(
     archive: dict[str, Any],
-    storage: Storage,
+    storage: Files,
     suffixes: tuple[str, ...],
     refused: tuple[str, ...],
     max_bytes: int,

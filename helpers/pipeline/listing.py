@@ -15,12 +15,11 @@ from helpers.images.archive import MARK
 from helpers.images.boundary import too_long
 from helpers.images.video import split_paths
 from helpers.partitioning import PartitionPlan, plan_partitions
-from helpers.pipeline.schemas import ASSIGNED_SCHEMA, ERROR, KEY, conform
+from helpers.pipeline.schemas import ASSIGNED_SCHEMA, LISTED_SCHEMA, conform
 from helpers.storage import Storage
 
 log = logging.getLogger(__name__)
 
-LISTED_SCHEMA = pa.schema([*KEY, ERROR])
 ROWS_PER_CHUNK = 65_536
 UNLISTED = "folders that cannot be listed"
 LIKE_MEMBERS = f"with {MARK} in the path, which is for members of archives"

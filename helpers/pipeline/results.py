@@ -124,11 +124,15 @@ class _Change:
 
 
 class ResultStore:
-    """The results below one output location."""
+    """The results below one output location.
 
-    def __init__(self, storage: Storage):
+    `kept` are the user's columns that a run adds to them; None for those who only look, whatever there is.
+    """
+
+    def __init__(self, storage: Storage, kept: pa.Schema | None = None):
         self.storage = storage
-        self._table = Table(storage, RESULTS, RESULT_SCHEMA)
+        self._schema = pa.schema([*RESULT_SCHEMA, *(kept or [])])
+        self._table = Table(storage, RESULTS, self._schema, may_have_more=kept is None)
 
     @property
     def location(self) -> str:
@@ -224,7 +228,15 @@ class ResultStore:
                 f"{error.filename} is gone, as files are that a run has removed more than results.retention_days ago; "
                 "name a newer version"
             ) from None
-        return pa.concat_tables(tables or [RESULT_SCHEMA.empty_table()])
+        return pa.concat_tables(tables or [self.schema(number).empty_table()])
+
+    def schema(self, number: int | None = None) -> pa.Schema:
+        """The columns of a version: `RESULT_SCHEMA`, and what else its runs have kept of their sources.
+
+        Raises:
+            StorageError: there is no such version, or the table is damaged.
+        """
+        return self._table.open(number).schema or self._schema
 
     def history(self) -> list[dict[str, Any]]:
         """The runs that have changed the table, the newest first: time, run, models, images, ok, failed and version.
@@ -502,7 +514,7 @@ class ResultStore:
 
     def _renew(self, path: str, size: int) -> int:
         """Give a file of an earlier version the columns of today; takes and returns its size in bytes."""
-        if self._open(path).schema_arrow.equals(RESULT_SCHEMA):
+        if self._open(path).schema_arrow.equals(self._schema):
             return size
         return write_table(self.storage, path, self._load(path))
 
@@ -554,9 +566,10 @@ class ResultStore:
 
     def _load(self, path: str, columns: list[str] | None = None) -> pa.Table:
         """One file of rows, or some of its columns."""
-        file, names = self._open(path), columns or RESULT_SCHEMA.names
+        file = self._open(path)
+        schema = pa.schema([*self._schema, *list(file.schema_arrow)[len(self._schema) :]])
         try:
-            return conform(file.read(columns), pa.schema([RESULT_SCHEMA.field(name) for name in names]))
+            return conform(file.read(columns), pa.schema([schema.field(name) for name in columns or schema.names]))
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(path, first_line(error)) from None
 
@@ -573,7 +586,10 @@ class ResultStore:
         except OSError as error:
             raise StorageError(explain(error, self.storage.join(path))) from None
         # Those who compact the table may write types of their own, which are cast.
-        if file.schema_arrow.names not in (RESULT_SCHEMA.names, EARLIER_RESULT_SCHEMA.names):
+        names, ours = file.schema_arrow.names, self._schema.names
+        if self._table.may_have_more:
+            names = names[: len(ours)]
+        if names not in (ours, EARLIER_RESULT_SCHEMA.names):
             raise self._unreadable(path, "its columns are others")
         return file
 

@@ -69,9 +69,9 @@ def settled(rows: pa.Table, models: int = 1) -> pa.Table:
     return rows.filter(is_among(rows.set_column(0, "path", _large(rows["path"])), complete))
 
 
-def without(images: pa.Table, rows: pa.Table) -> pa.Table:
-    """The images whose path, length and modification time are not among the rows."""
-    return images.filter(pc.invert(is_among(images, rows)))
+def without(images: pa.Table, rows: pa.Table, key: list[str] = KEY_NAMES) -> pa.Table:
+    """The images whose path, length and modification time, or another key, are not among the rows."""
+    return images.filter(pc.invert(is_among(images, rows, key)))
 
 
 def is_new(rows: pa.Table, others: pa.Table, models: int = 1) -> pa.ChunkedArray:

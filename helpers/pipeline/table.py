@@ -56,6 +56,11 @@ class Version(NamedTuple):
         names = self.table.vacuum(retention_hours=0, dry_run=True, enforce_retention_duration=False)
         return {name.rpartition("/")[2] for name in names}
 
+    @property
+    def schema(self) -> pa.Schema | None:
+        """Its columns; None before there is a table."""
+        return pa.schema(self.table.schema().to_arrow()) if self.table else None
+
     def mark(self, name: str) -> int:
         """The last value that a commit has given to a mark; -1 where none has."""
         value = self.table.transaction_version(name) if self.table else None
@@ -66,10 +71,10 @@ NONE = Version(-1, frozenset(), None)
 
 
 class Table:
-    """The table in a folder of a storage; rows have the columns of a schema."""
+    """The table in a folder of a storage; rows have the columns of a schema, or begin with them."""
 
-    def __init__(self, storage: Storage, folder: str, schema: pa.Schema):
-        self.storage, self.folder, self.schema = storage, folder, schema
+    def __init__(self, storage: Storage, folder: str, schema: pa.Schema, may_have_more: bool = False):
+        self.storage, self.folder, self.schema, self.may_have_more = storage, folder, schema, may_have_more
 
     def open(self, number: int | None = None) -> Version:
         """A version of the table, by default the newest; `NONE` where there is no table.
@@ -176,7 +181,8 @@ class Table:
 
     def _check(self, table: DeltaTable) -> None:
         columns = pa.schema(table.schema().to_arrow())
-        if not columns.equals(self.schema):
+        first = pa.schema(list(columns)[: len(self.schema)]) if self.may_have_more else columns
+        if not first.equals(self.schema):
             raise StorageError(
                 f"{self.storage.join(self.folder)} is a table of other columns ({', '.join(columns.names)}); name "
                 "another --output, or move it away"

@@ -109,6 +109,10 @@ class LocalStorage:
             file.seek(start)
             return file.read(length)
 
+    def stat(self, path: str) -> Entry:  # noqa: D102
+        status = os.stat(self._path(path))
+        return _entry(self.join(path), stat.S_ISDIR(status.st_mode), status)
+
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:  # noqa: D102
         target = self._path(path)
