@@ -127,8 +127,9 @@ class InferenceSettings(_Section):
 
 
 class ResultSettings(_Section):
-    """How long files stay that the results' table has removed."""
+    """Where tasks leave what a table of the catalog takes, and how long files stay that the results have removed."""
 
+    staging: str | None
     retention_days: Annotated[float, Field(ge=0, le=36_500)]
 
 

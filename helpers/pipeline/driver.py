@@ -26,6 +26,7 @@ from helpers.config import Config
 from helpers.errors import RunError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, stages
+from helpers.pipeline.catalog import CatalogStore, open_output, open_results
 from helpers.pipeline.models import cascade_of, model_identity, open_models, parameters_of
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_all_by_spark, read_by_spark, reading
 from helpers.pipeline.records import Stopwatch, describe, write_record
@@ -181,7 +182,7 @@ def run(
     watch = Stopwatch()
     task = make_task(source, model, output, config)
     rows = open_table(spark, source, config) if is_table(source, config) else None
-    return _run(spark, task, rows, config, watch, session_seconds)
+    return _run(spark, task, rows, output, config, watch, session_seconds)
 
 
 def run_frame(frame: "DataFrame", model: str | Sequence[str], output: str, config: Config) -> RunSummary:
@@ -191,13 +192,14 @@ def run_frame(frame: "DataFrame", model: str | Sequence[str], output: str, confi
     raises what `run` does.
     """
     watch = Stopwatch()
-    return _run(frame.sparkSession, make_task(None, model, output, config), frame, config, watch, None)
+    return _run(frame.sparkSession, make_task(None, model, output, config), frame, output, config, watch, None)
 
 
 def _run(
     spark: "SparkSession",
     task: Task,
     frame: "DataFrame | None",
+    output: str,
     config: Config,
     watch: Stopwatch,
     session_seconds: float | None,
@@ -207,7 +209,7 @@ def _run(
     if rows:
         task = replace(task, kept=rows.kept)
     models = tuple(model.identity for model in task.models)
-    store = ResultStore(task.output, task.kept)
+    store = open_results(spark, output, config, task.kept)
     with ThreadPoolExecutor(1) as pool:
         warm_up = pool.submit(_start_workers, spark)
         seen = store.resume(*models) if config.resume else store.look(with_rows=False)
@@ -235,6 +237,11 @@ def _run(
         gone = outdated(seen.rows, images, listed.videos, listed.archives)
         took = watch.laps["seconds"]
         published = store.publish(Work(task.run, models, seen, todo, files, gone, not config.resume, took))
+        watch.lap("publish")
+        pictures: list[str] = []
+        with only_warn("there are no pictures"):
+            pictures = draw_sample(task.output, published, task.source, config)
+        watch.lap("log")
         with only_warn("what was staged could not be removed"):
             store.unstage(task.run)
             if config.resume:
@@ -242,9 +249,6 @@ def _run(
         with only_warn("the files that are not in the results any more could not be deleted"):
             store.vacuum(config.results.retention_days)
         watch.lap("publish")
-        pictures: list[str] = []
-        with only_warn("there are no pictures"):
-            pictures = draw_sample(task.output, published, task.source, config)
         if records:
             with only_warn("the run has no dashboard", "set paths.runs to a place that can be written"):
                 place = open_storage(f"{config.paths.runs}/pipeline/{task.run}", config)
@@ -265,12 +269,13 @@ def read_results(spark: "SparkSession", output: str, config: Config, version: in
     Raises:
         StorageError: there is no such version, or the table is damaged.
     """
-    storage = open_storage(output, config)
-    store = ResultStore(storage)
+    store = open_results(spark, output, config)
+    if isinstance(store, CatalogStore):
+        return store.frame(version)
     if config.spark.mode == "databricks":  # which has Delta, and reads no table's files as plain Parquet
         options = {} if version is None else {"versionAsOf": version}
         return spark.read.format("delta").options(**options).load(store.location)
-    schema, paths = spark_schema(store.schema(version)), [storage.join(path) for path in store.files(version)]
+    schema, paths = spark_schema(store.schema(version)), [store.storage.join(path) for path in store.files(version)]
     return spark.read.schema(schema).parquet(*paths) if paths else spark.createDataFrame([], schema)
 
 
@@ -293,7 +298,7 @@ def make_task(source: str | None, model: str | Sequence[str], output: str, confi
     run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
     return Task(
         source=files,
-        output=open_storage(output, config),
+        output=open_output(output, config),
         run=run_id,
         models=models,
         max_bytes=config.max_image_bytes,

@@ -30,10 +30,11 @@ from helpers.bundle.runtime import batch_size, loading_seconds
 from helpers.images.video import split_paths
 from helpers.pipeline import stages, views
 from helpers.pipeline.rows import Statistics, count_values
-from helpers.pipeline.schemas import KEPT, RESULT_SCHEMA, TIMESTAMP, Batches
+from helpers.pipeline.schemas import KEPT, RESULT_SCHEMA, TIMESTAMP, Batches, conform
 from helpers.pipeline.views import Cascade, Tiling, Views
 from helpers.storage import Storage
 from helpers.storage.interface import Files
+from helpers.storage.parquet import read_table
 
 STAGING = "_staging"
 ROW_GROUP_BYTES = 8 * 2**20
@@ -395,6 +396,15 @@ def staged_counts(path: str) -> tuple[int, int]:
     """Images and failed images of a task's file, from its name; the driver sees progress in them."""
     _, images, failed = path.rpartition("/")[2].removesuffix(".parquet").split("-")
     return int(images), int(failed)
+
+
+def read_staged(batches: Batches, storage: Storage, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Read files of tasks again: a column `path` in, their rows out with the file in the last column of the schema."""
+    for batch in batches:
+        for path in batch["path"].to_pylist():
+            rows = read_table(storage, path)
+            rows = rows.append_column(schema.names[-1], pa.array([path] * rows.num_rows, pa.string()))
+            yield from conform(rows, schema).to_batches()
 
 
 def _row_groups(batches: Batches) -> Iterator[pa.Table]:
