@@ -34,7 +34,7 @@ from helpers.pipeline.results import ResultStore, Work
 from helpers.pipeline.rows import is_among, outdated, settled, without
 from helpers.pipeline.sample import draw_sample, read_pictures
 from helpers.pipeline.schemas import KEY_NAMES
-from helpers.pipeline.sources import TableSource, is_table, open_files, open_table
+from helpers.pipeline.sources import TableSource, is_table, open_files, open_table, text_columns
 from helpers.pipeline.table import File
 from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_through
 from helpers.pipeline.views import Tiling
@@ -216,7 +216,7 @@ def _run(
         slots = get_slots(spark)
         watch.lap("open")
         listed = rows.list(config) if rows else listing.list_images(cast(Storage, task.source), config, store.folders)
-        images = expand(spark, task.source, listed, config)
+        images = expand(spark, task.source, listed, config, () if rows else task.kept.names)
         settled_rows = settled(seen.rows, len(models))
         todo = without(images, settled_rows, key)
         plan = listing.plan(todo, slots, config, _image_seconds(task, config))
@@ -311,6 +311,7 @@ def make_task(source: str | None, model: str | Sequence[str], output: str, confi
         device=config.inference.device,
         tiling=Tiling(config.tiling.factor, config.tiling.overlap) if config.tiling.factor else None,
         cascade=cascade_of(models, config),
+        kept=pa.schema([]) if source is None or is_table(source, config) else text_columns(config),
     )
 
 

@@ -9,7 +9,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
@@ -174,8 +174,12 @@ def reading(storage: Files, config: Config) -> Callable[[Batches], Iterator[pa.R
     )
 
 
-def expand(spark: "SparkSession", storage: Files, listed: Listing, config: Config) -> pa.Table:
+def expand(
+    spark: "SparkSession", storage: Files, listed: Listing, config: Config, beside: Sequence[str] = ()
+) -> pa.Table:
     """The images of a listing, the wanted frames of its videos and the members of its archives; tasks find these.
+
+    `beside` are the suffixes of texts to be carried with the members of archives.
 
     Returns:
         `frames.ROWS_SCHEMA`; the listing's own images where there is no video and no archive.
@@ -200,6 +204,7 @@ def expand(spark: "SparkSession", storage: Files, listed: Listing, config: Confi
         refused=tuple(suffix.lower() for suffix in config.ingest.archives + config.video.suffixes),
         max_bytes=config.max_image_bytes,
         memory_megabytes=memory_megabytes,
+        beside=beside,
     )
     try:
         videos = _find(spark, listed.videos, find_frames, FRAMES_SCHEMA, config)

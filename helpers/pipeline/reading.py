@@ -5,7 +5,7 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import partial
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ from helpers.images.boundary import attempt
 from helpers.images.decoding import Image
 from helpers.images.video import find_frames, frame_pixels, read_frames, split_paths
 from helpers.memory import bounded
-from helpers.pipeline.schemas import IMAGE_SCHEMA, PLACE, Batches, extend
+from helpers.pipeline.schemas import BESIDE, IMAGE_SCHEMA, KEPT, PLACE, Batches, extend
 from helpers.storage.interface import Files
 from helpers.storage.prefetch import map_groups
 
@@ -86,6 +86,39 @@ def read_images(
         if is_frame.true_count:
             pixel_limit = frame_pixels(max_pixels, memory_megabytes)
             yield from _read_frames(batch.filter(is_frame), storage, max_images, pixel_limit, memory_megabytes)
+
+
+def read_beside(batches: Batches, storage: Files, kept: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Add the column `KEPT` where an archive may have the texts for it beside the images; else it is there already.
+
+    A text that cannot be read is null, and the image's predictions are none the worse.
+
+    Args:
+        batches: `ASSIGNED_SCHEMA`, or any with `KEPT`.
+        storage: where the archives lie.
+        kept: the columns for the results.
+    """
+    for batch in batches:
+        if KEPT in batch.schema.names:
+            yield batch
+            continue
+        rows = batch[BESIDE.name].to_pylist() if BESIDE.name in batch.schema.names else [None] * batch.num_rows
+        texts = [
+            (split_member(path)[0], place)
+            for path, places in zip(batch["path"].to_pylist(), rows, strict=True)
+            for place in places or [None] * len(kept)
+        ]
+        (found,) = map_groups(partial(_read_text, storage), [texts], storage.concurrent_reads)
+        columns = [pa.array(found[number :: len(kept)], field.type) for number, field in enumerate(kept)]
+        yield batch.append_column(KEPT, pa.StructArray.from_arrays(columns, fields=list(kept)))
+
+
+def _read_text(storage: Files, text: tuple[str, dict[str, Any] | None]) -> str | None:
+    archive, place = text
+    if place is None:
+        return None
+    content, _ = attempt(read_member, partial(storage.read_range, archive), *place.values())
+    return None if content is None else content.decode("utf-8", "replace")
 
 
 def _runs(lengths: list[int], max_images: int, batch_bytes: int) -> Iterator[slice]:

@@ -81,6 +81,16 @@ def open_files(source: str | None, config: Config) -> Files:
     return UriStorage(root, config.storage)
 
 
+def text_columns(config: Config) -> pa.Schema:
+    """The kept columns of a source that is no table: texts beside the members of archives, named by their suffix.
+
+    Raises:
+        ConfigError: results have a column of this name.
+    """
+    _check_free(config.source.keep)
+    return pa.schema([pa.field(name, pa.string()) for name in config.source.keep])
+
+
 def open_table(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
     """The rows of a table of Spark's catalog, or at a location.
 
@@ -305,15 +315,10 @@ def _kept_schema(rows: "DataFrame", names: Sequence[str]) -> pa.Schema:
     """
     from pyspark.sql.pandas.types import to_arrow_schema
 
-    taken = {name.lower() for name in RESULT_SCHEMA.names}
     for name in names:
         if name not in rows.columns:
             raise _no_column(rows, "source.keep", name)
-        if name.lower() in taken:
-            raise ConfigError(
-                f"source.keep: the results have a column {name} of their own, or twice; rename it in the source"
-            )
-        taken.add(name.lower())
+    _check_free(names)
     schema = pa.schema([])
     for name in names:
         field = rows.select(_column(rows, name)).schema.toNullable()
@@ -327,6 +332,16 @@ def _kept_schema(rows: "DataFrame", names: Sequence[str]) -> pa.Schema:
             ) from None
         schema = schema.append(arrow.field(0))
     return schema
+
+
+def _check_free(names: Sequence[str]) -> None:
+    taken = {name.lower() for name in RESULT_SCHEMA.names}
+    for name in names:
+        if name.lower() in taken:
+            raise ConfigError(
+                f"source.keep: the results have a column {name} of their own, or twice; rename it in the source"
+            )
+        taken.add(name.lower())
 
 
 def _with_names(paths: pa.ChunkedArray) -> pa.ChunkedArray:

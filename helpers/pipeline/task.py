@@ -29,6 +29,7 @@ from helpers.bundle.manifest import Bundle
 from helpers.bundle.runtime import batch_size, loading_seconds
 from helpers.images.video import split_paths
 from helpers.pipeline import stages, views
+from helpers.pipeline.reading import read_beside
 from helpers.pipeline.rows import Statistics, count_values
 from helpers.pipeline.schemas import KEPT, RESULT_SCHEMA, TIMESTAMP, Batches, conform
 from helpers.pipeline.views import Cascade, Tiling, Views
@@ -145,13 +146,15 @@ class Task:
     ) -> Iterator[pa.RecordBatch]:
         """The fused stages: `ASSIGNED_SCHEMA` in, or `IMAGE_SCHEMA` if Spark has read; works without Spark too.
 
-        Where columns of the source are kept, the input has them in a further one, `schemas.KEPT`.
+        Where columns of the source are kept, the input has them in a further one, `schemas.KEPT`, or says where they
+        are (`schemas.BESIDE`).
         """
         chain = Chain(self, clock or Clock(), memory_megabytes)
         if not self.kept:
             return chain.results(batches)
         kept = KeptColumns(self.kept, len(self.models))
-        return kept.append(chain.results(kept.remember(batches)))
+        inputs = kept.remember(read_beside(batches, self.source, self.kept))
+        return kept.append(chain.results(inputs))
 
 
 class KeptColumns:
