@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cluster import read_results
+from cluster import read_results, start_run
 from deltalake import DeltaTable, write_deltalake
 
 from helpers import pipeline
@@ -25,6 +25,7 @@ from helpers.options import StorageOptions
 from helpers.pipeline.records import read_runs
 from helpers.pipeline.sources import open_files
 from helpers.pipeline.task import KeptColumns
+from helpers.storage import open_storage
 from helpers.storage.uris import UriStorage
 
 NAMES = [f"{number}.png" for number in range(8)]
@@ -172,16 +173,15 @@ def test_images_that_spark_reads_have_their_kept_columns_too(spark, model, folde
     )
 
 
-def test_one_table_names_files_of_several_storages(spark, model, folder, tmp_path, s3, s3_settings, s3_root):
-    from helpers.storage import open_storage
-
-    bucket = open_storage(s3_root, settings(**s3_settings))
-    bucket.write("far.png", png(True))
+def test_one_table_names_files_of_several_storages(model, folder, tmp_path, s3, s3_settings, s3_root):
+    """In a process of its own: workers have the key from the environment in which Spark was started."""
+    open_storage(s3_root, settings(**s3_settings)).write("far.png", png(True))
     local = str(folder / "images/2.png")
-    frame = spark.createDataFrame(pa.table({"uri": [f"{s3_root}/far.png", local, f"{s3_root}/none.png"]}))
-    config = settings(**{"source.path": "uri"}, **s3_settings)
-    summary = pipeline.run_frame(frame, model, str(tmp_path / "out"), config)
-    assert (summary.ok, summary.failed) == (2, 1)
+    write_names(folder, [f"{s3_root}/far.png", local, f"{s3_root}/none.png"])
+    reached = [f"{name}={value}" for name, value in s3_settings.items()]
+    given = ("spark.master=local[1]", "postprocess.top_k=1", "source.path=uri", f"paths.runs={tmp_path / 'runs'}")
+    finished = start_run(folder, model, tmp_path / "out", tmp_path / "log", *given, *reached).finish()
+    assert (finished.summary["ok"], finished.summary["failed"]) == (2, 1), finished.errors
     rows = rows_of(tmp_path / "out")
     assert labels(rows) == {f"{s3_root}/far.png": True, local: False, f"{s3_root}/none.png": None}
     assert "the file is gone" in rows[f"{s3_root}/none.png"]["error"]

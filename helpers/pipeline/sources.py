@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 TABLE = "table:"
 FILE = re.compile(r"/[^/]*\.parquet$")
+FILE_NAME = "_file_name"  # a column of ours beside the user's
 # Of a Delta table: what must be known to read its files, and which of it plain Parquet files have too.
 READ_AS_FILES = {"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"}
 NO_KEY = "the row has no key"
@@ -264,6 +265,8 @@ def _checked(rows: "DataFrame") -> "DataFrame":
 
 def _read_delta(spark: "SparkSession", storage: Storage) -> "DataFrame":
     """The newest version of a Delta table, whose files Spark reads as Parquet: it may lack Delta itself."""
+    from pyspark.sql import functions as F
+
     table = Table(storage, "", pa.schema([]), may_have_more=True).open().table
     assert table is not None
     protocol = table.protocol()
@@ -275,11 +278,22 @@ def _read_delta(spark: "SparkSession", storage: Storage) -> "DataFrame":
             f"{storage.root} is a Delta table with {more[0]}, which only a Spark with Delta reads; give it a name "
             "there, and --source table:NAME"
         )
-    schema = spark_schema(pa.schema(table.schema().to_arrow()))
-    paths = [storage.join(unquote(path)) for path in pa.table(table.get_add_actions())["path"].to_pylist()]
+    schema, partitions = pa.schema(table.schema().to_arrow()), table.metadata().partition_columns
+    files = pa.table(table.get_add_actions())
+    paths = [unquote(path) for path in files["path"].to_pylist()]
     if not paths:
-        return spark.createDataFrame([], schema)
-    return spark.read.schema(schema).option("basePath", storage.root).parquet(*paths)
+        return spark.createDataFrame([], spark_schema(schema))
+    in_files = spark_schema(pa.schema([field for field in schema if field.name not in partitions]))
+    # The log says what is the same in all of a file. The names of folders say it too, each library's in its own way.
+    reader = spark.read.schema(in_files).option("recursiveFileLookup", "true")
+    rows = reader.parquet(*map(storage.join, paths))
+    if not partitions:
+        return rows
+    values = [pc.struct_field(files["partition"], name).cast(schema.field(name).type) for name in partitions]
+    names = pa.array([path.rpartition("/")[2] for path in paths])
+    said = spark.createDataFrame(pa.table([names, *values], names=[FILE_NAME, *partitions]))
+    rows = rows.withColumn(FILE_NAME, F.col("_metadata.file_name")).join(F.broadcast(said), FILE_NAME)
+    return rows.select(*(F.col(f"`{name}`") for name in schema.names))
 
 
 def _column(rows: "DataFrame", name: str) -> "Column":
