@@ -128,6 +128,15 @@ def list_slices(
     yield last
 
 
+def check_any(images: int, listed: Listing, storage: Storage, config: Config) -> None:
+    """Raise RunError where archives are all that is listed, and there is no image in them."""
+    if not images:
+        raise RunError(
+            f"{listed} below {storage.root}, and none of the archives has an image: those are members that end in "
+            f"{', '.join(config.ingest.suffixes)}"
+        )
+
+
 def plan(images: pa.Table, slots: int, config: Config, image_seconds: float | None = None) -> PartitionPlan:
     """Plan the partitions of a listing, as the `partitioning` section says.
 
@@ -197,11 +206,17 @@ def _chunks(
             kind = next(kind for kind, ends in kinds.items() if name.endswith(ends))
             error = entry.error or (too_long(entry.length, config.max_image_bytes) if kind == "image" else None)
             rows.append((entry.path, entry.length, entry.modified, error, kind))
-            if len(rows) == most or zlib.crc32(entry.path.encode()) % CHUNK_FILES == 0:
+            if len(rows) == most or _ends_chunk(entry.path):
                 yield _chunk(rows)
                 rows = []
     if rows:
         yield _chunk(rows)
+
+
+def _ends_chunk(path: str) -> bool:
+    """True for one path in `CHUNK_FILES`."""
+    # The product mixes the sum's bits, of which names that differ in some digits only would set few.
+    return zlib.crc32(path.encode()) * 2_654_435_761 % 2**32 < 2**32 // CHUNK_FILES
 
 
 def _chunk(rows: list[tuple]) -> tuple[str, pa.Table]:
@@ -215,9 +230,9 @@ def _chunk(rows: list[tuple]) -> tuple[str, pa.Table]:
 def _slice(chunks: list[tuple[str, pa.Table]], left_out: Counter[str], known: list[str], is_last: bool) -> Listing:
     """A slice of some chunks."""
     files = pa.concat_tables([files for _, files in chunks]) if chunks else None
-    parts = [_of_kind(files, kind) for kind in ("image", "video", "archive")]
+    images, videos, archives = (_of_kind(files, kind) for kind in ("image", "video", "archive"))
     paths = tuple(Chunk(digest, files["path"].chunk(0)) for digest, files in chunks)
-    listed = Listing(parts[0], dict(+left_out), *parts[1:], paths, tuple(known), is_last)
+    listed = Listing(images, dict(+left_out), videos, archives, paths, tuple(known), is_last)
     log.info("%s", listed)
     return listed
 
