@@ -106,6 +106,7 @@ class VideoSettings(_Section):
 class PartitionSettings(_Section):
     """How images are divided into tasks."""
 
+    slice_images: Positive
     partitions: Positive | None
     target_bytes: Large
     target_images: Positive

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from helpers.config import Config
 from helpers.errors import ConfigError, RunError, only_warn
 from helpers.pipeline.results import ResultStore, Seen, Work, time_of
-from helpers.pipeline.rows import ROWS_SCHEMA, is_in, is_new
+from helpers.pipeline.rows import ROWS_SCHEMA, is_in, is_new, path_range
 from helpers.pipeline.schemas import conform
 from helpers.pipeline.sources import TABLE
 from helpers.pipeline.table import NONE
@@ -111,7 +111,7 @@ class CatalogStore(ResultStore):
                 f"({', '.join(columns.names)}); name another --output, or change source.keep"
             )
 
-    def resume(self, *models: str) -> Seen:
+    def resume(self, *models: str) -> None:
         """Prepare for a run of some models, and merge what killed runs of them have left staged.
 
         Raises:
@@ -120,15 +120,18 @@ class CatalogStore(ResultStore):
         self.prepare()
         self._check_models(self._spark.table(self._name).select("model").distinct().toArrow(), models)
         self.recover(*models)
-        return self.look()
 
-    def look(self, with_rows: bool = True) -> Seen:
-        """The keys of the table as it is now."""
-        if not with_rows:
-            self.prepare()
-            return Seen(0, ROWS_SCHEMA.empty_table())
+    def look(self, within: tuple[str, str] | None = None) -> Seen:
+        """The keys of the table as it is now; those of which the path is between two, if these are given."""
+        from pyspark.sql import functions as F
+
         rows = self._spark.table(self._name).select(ROWS_SCHEMA.names[:-1])
-        return Seen(0, conform(rows.toArrow(), ROWS_SCHEMA))
+        if within:
+            rows = rows.where(F.col("path").between(*within))
+        return Seen(rows=conform(rows.toArrow(), ROWS_SCHEMA))
+
+    def note(self, listed: str, commit: tuple[int, str]) -> None:
+        """Do nothing: the table tells nothing of a listing, and the next run compares with its rows."""
 
     def progress(self, run: str) -> tuple[int, int]:
         """Images and failed images that a run's tasks have finished and nobody has merged."""
@@ -177,7 +180,7 @@ class CatalogStore(ResultStore):
         if not own.num_rows:
             return 0
         self._check_models(own, models)
-        new = own.filter(is_new(own, self.look().rows, len(models)))
+        new = own.filter(is_new(own, self.look(path_range(own)).rows, len(models)))
         left, picked = new, list[pa.Table]()
         for file in files:
             of_file = left.filter(pc.equal(left["file"], file))

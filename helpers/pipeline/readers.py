@@ -185,7 +185,7 @@ def expand(
         `frames.ROWS_SCHEMA`; the listing's own images where there is no video and no archive.
 
     Raises:
-        RunError: the tasks failed, or there is no image.
+        RunError: the tasks failed.
     """
     if not listed.videos.num_rows and not listed.archives.num_rows:
         return listed.images
@@ -220,11 +220,6 @@ def expand(
         listed.archives.num_rows,
         members.num_rows,
     )
-    if not images.num_rows:
-        raise RunError(
-            f"{listed} below {storage.root}, and none of the archives has an image: those are members that end in "
-            f"{', '.join(config.ingest.suffixes)}"
-        )
     return images
 
 

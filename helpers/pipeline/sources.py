@@ -15,8 +15,8 @@ The kept columns (`source.keep`) never come to the driver.
 
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -152,8 +152,11 @@ class TableSource:
         """The columns of the results by which an image that has not changed is known."""
         return ["path", "modified"] if self.columns.content else KEY_NAMES
 
-    def list(self, config: Config) -> Listing:
+    def list(self, config: Config) -> Iterator[Listing]:
         """The images of the table, videos and archives apart; tasks look for the files.
+
+        Yields:
+            Slices in the order of paths; one where the rows hold bytes, because Spark reads all of the table for each.
 
         Raises:
             RunError: two rows name the same image, there is no row, or Spark cannot read the table.
@@ -178,7 +181,11 @@ class TableSource:
         paths = _with_names(table["path"])
         _check_unique(paths)
         table = table.set_column(table.schema.get_field_index("path"), "path", paths)
-        return _divide(table.select(LISTED_SCHEMA.names).cast(LISTED_SCHEMA), config, bool(self.columns.content))
+        files = table.select(LISTED_SCHEMA.names).cast(LISTED_SCHEMA).sort_by("path")
+        step = files.num_rows if self.columns.content else config.partitioning.slice_images
+        for start in range(0, files.num_rows, step):
+            part, is_last = files.slice(start, step), start + step >= files.num_rows
+            yield replace(_divide(part, config, bool(self.columns.content)), is_last=is_last)
 
     def contents(self, images: pa.Table) -> "DataFrame":
         """`stages.IMAGE_SCHEMA` and the kept columns of some of the listed images, as Spark reads the table."""

@@ -60,7 +60,11 @@ class Storage(Files, Protocol):
         tolerant: bool = False,
         outside_links: bool = True,
     ) -> Iterator[Entry]:
-        """Every file below the prefix, nested folders included but for those to skip, in no particular order.
+        """Every file below the prefix, nested folders included but for those to skip.
+
+        The order is the same each time, as long as no file comes or goes: that of the paths' UTF-8 bytes, in which
+        `a-1` comes before `a/1`, and this before `a0`. There are two exceptions. On a local disk, what lies in folders
+        behind links comes last. ADLS has an order of its own, which may take one folder after the other.
 
         Where `tolerant`, what is wrong below the prefix is an entry with an `error`, and not a StorageError. Without
         `outside_links`, so is a link that leads out of the location.
