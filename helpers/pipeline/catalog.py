@@ -118,7 +118,8 @@ class CatalogStore(ResultStore):
             RunError: as for `prepare`; or the results are another model's, or what is staged is.
         """
         self.prepare()
-        self._check_models(self._spark.table(self._name).select("model").distinct().toArrow(), models)
+        present = self._spark.table(self._name).select("model").distinct().toArrow()
+        self._check_models(present["model"].to_pylist(), models)
         self.recover(*models)
 
     def look(self, within: tuple[str, str] | None = None) -> Seen:
@@ -179,7 +180,7 @@ class CatalogStore(ResultStore):
         own = self.rows(files)
         if not own.num_rows:
             return 0
-        self._check_models(own, models)
+        self._check_models(own["model"].unique().to_pylist(), models)
         new = own.filter(is_new(own, self.look(path_range(own)).rows, len(models)))
         left, picked = new, list[pa.Table]()
         for file in files:
