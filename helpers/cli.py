@@ -158,10 +158,12 @@ def history(options: argparse.Namespace, config: Config) -> int:
     """The runs that have changed the results of an output."""
     import pandas as pd
 
-    from helpers.pipeline.results import ResultStore
-    from helpers.storage import open_storage
+    from helpers.pipeline.catalog import open_results
+    from helpers.pipeline.sources import TABLE
+    from helpers.session import get_spark
 
-    store = ResultStore(open_storage(options.output, config))
+    spark = get_spark(config) if options.output.startswith(TABLE) else None
+    store = open_results(spark, options.output, config)
     runs = store.history()
     if not runs:
         raise RunError(f"no run has results in {store.location}; name the --output of one")

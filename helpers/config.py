@@ -89,6 +89,17 @@ class IngestSettings(_Section):
     max_pixels: Large
 
 
+class SourceSettings(_Section):
+    """The columns of a source that is a table."""
+
+    path: str | None
+    content: str | None
+    key: str | None
+    modified: str | None
+    root: str | None
+    keep: tuple[str, ...]
+
+
 class VideoSettings(_Section):
     """Which files are videos, and which of their frames are images."""
 
@@ -99,6 +110,7 @@ class VideoSettings(_Section):
 class PartitionSettings(_Section):
     """How images are divided into tasks."""
 
+    slice_images: Positive
     partitions: Positive | None
     target_bytes: Large
     target_images: Positive
@@ -120,8 +132,9 @@ class InferenceSettings(_Section):
 
 
 class ResultSettings(_Section):
-    """How long files stay that the results' table has removed."""
+    """Where tasks leave what a table of the catalog takes, and how long files stay that the results have removed."""
 
+    staging: str | None
     retention_days: Annotated[float, Field(ge=0, le=36_500)]
 
 
@@ -152,6 +165,7 @@ class Config(_Section):
     resume: bool
     pictures: Annotated[int, Field(ge=0, le=10_000)]
     max_failed_share: Fraction
+    source: SourceSettings
     ingest: IngestSettings
     video: VideoSettings
     partitioning: PartitionSettings

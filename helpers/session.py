@@ -129,7 +129,7 @@ def spark_schema(schema: "pa.Schema") -> "StructType":
     """The Spark schema of an Arrow schema."""
     from pyspark.sql.pandas.types import from_arrow_schema
 
-    return from_arrow_schema(schema)
+    return from_arrow_schema(schema, prefer_timestamp_ntz=True)  # else a time without a zone would be one of UTC
 
 
 def spark_failure(error: Exception) -> str:

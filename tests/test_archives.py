@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
-from cluster import read_rows, start_run
+from cluster import read_results, read_rows, start_run
 from dfs_facade import Refusal, Request
 from test_video import pictures, write_clip
 
@@ -859,3 +859,56 @@ def test_a_range_of_a_file_in_adls_ends_where_the_file_ends(dfs, adls_settings, 
         assert storage.read_range("a", 10, 10) == b""
     with pytest.raises(FileNotFoundError):
         storage.read_range("none", 0, 10)
+
+
+# ---------------------------------------------------------------- texts beside the members, as in WebDataset
+
+
+def samples_tar() -> bytes:
+    return tar(
+        {
+            "a/1.cls": b"7",
+            "a/1.png": picture(1),
+            "a/1.json": '{"name": "grün"}'.encode(),
+            "a/2.left.png": picture(2),
+            "a/2.right.png": picture(3),
+            "a/2.json": b"{}",
+            "b/1.png": picture(4),
+            "b/1.json": bytes(2**20 + 1),
+            "b/2.png": picture(5),
+            "b/2.cls": b"\xff8",
+        }
+    )
+
+
+TEXTS = {
+    "a/1.png": ("7", '{"name": "grün"}'),
+    "a/2.left.png": (None, "{}"),
+    "a/2.right.png": (None, "{}"),
+    "b/1.png": (None, None),  # too long
+    "b/2.png": ("\ufffd8", None),
+}
+
+
+@pytest.mark.parametrize("form", ["tar", "zip"])
+def test_texts_beside_a_member_are_columns_of_its_row(spark, bundle_uri, tmp_path, form):
+    (tmp_path / "in").mkdir()
+    content = samples_tar()
+    if form == "zip":
+        with tarfile.open(fileobj=io.BytesIO(content)) as file:
+            members = {info.name: file.extractfile(info).read() for info in file}  # type: ignore[union-attr]
+        with zipfile.ZipFile(tmp_path / "in/shard.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+    else:
+        (tmp_path / "in/shard.tar").write_bytes(content)
+    (tmp_path / "in/plain.png").write_bytes(picture())
+    config = settings(**{"source.keep": ["cls", "json"]})
+    summary = pipeline.run(spark, str(tmp_path / "in"), bundle_uri, str(tmp_path / "out"), config)
+    assert (summary.images, summary.ok) == (6, 6)
+    rows = {row["path"]: (row["cls"], row["json"]) for row in read_results(tmp_path / "out").to_pylist()}
+    shard = f"{tmp_path}/in/shard.{form}"
+    assert rows == {f"{shard}#member={name}": texts for name, texts in TEXTS.items()} | {
+        f"{tmp_path}/in/plain.png": (None, None)
+    }
+    assert pipeline.run(spark, str(tmp_path / "in"), bundle_uri, str(tmp_path / "out"), config).skipped == 6

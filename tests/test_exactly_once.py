@@ -45,8 +45,8 @@ from helpers import pipeline
 from helpers.config import load_config
 from helpers.errors import RunError, StorageError
 from helpers.pipeline.listing import assign, list_images, plan
-from helpers.pipeline.results import ResultStore, Work
-from helpers.pipeline.rows import Statistics, without
+from helpers.pipeline.results import ResultStore, Seen, Work
+from helpers.pipeline.rows import Statistics, path_range, without
 from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.stages import RESULT_SCHEMA
 from helpers.pipeline.table import Conflict, File, Table
@@ -316,7 +316,11 @@ def drive(
 ) -> None:
     """What `pipeline.run` does with its store, with tasks that end at once."""
     store, listed = open_store(storage), table_of(images)
-    seen = store.resume("net@1") if resume else store.look(with_rows=False)
+    if resume:
+        store.resume("net@1")
+    else:
+        store.prepare()
+    seen = store.look(path_range(listed)) if resume else Seen()
     todo = without(listed, seen.rows)
     store.stage(run, not resume)
     parts = [todo.take(pa.array(range(task, todo.num_rows, tasks), pa.int64())) for task in range(tasks)]

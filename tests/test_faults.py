@@ -225,7 +225,7 @@ def test_a_full_disk_is_one_clear_error_and_a_run_with_space_completes(disk, pla
     output = disk / "output"
     (output / "results").mkdir(parents=True)
     pq.write_table(read_results(undisturbed.output).slice(0, 30), output / "results" / "earlier.parquet")
-    ResultStore(open_storage(str(output))).look()
+    ResultStore(open_storage(str(output))).prepare()
     before = read_rows(output)
     taken = fill(disk, leave=ROOM_BYTES)
 

@@ -468,7 +468,7 @@ def test_an_image_that_could_not_be_read_is_worked_on_again(spark, photos, bundl
     place, status = sorted(photos.iterdir())[0], sorted(photos.iterdir())[0].stat()
     listed = list_images(open_storage(str(photos)), settings())
     with monkeypatch.context() as context:
-        context.setattr(pipeline.listing, "list_images", lambda *_, **__: listed)
+        context.setattr(pipeline.listing, "list_slices", lambda *_, **__: iter([listed]))
         place.rename(hidden)
         summary = pipeline.run(spark, str(photos), bundle_uri, str(tmp_path / "out"), settings())
     assert (summary.failed, dict(summary.reasons())) == (

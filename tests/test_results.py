@@ -61,6 +61,8 @@ def stage(store: ResultStore, run: str, partition: int, rows: pa.Table) -> str:
 
 def make_work(store: ResultStore, *staged: str, seen: Seen | None = None, starts_over: bool = False) -> Work:
     """What the run has to commit that has staged some files."""
+    if seen is None:
+        store.prepare()
     rows = store.rows(staged)
     files = {
         path: File(next(iter(store.storage.list(path))).length, Statistics.of(store.rows([path])).to_json())
@@ -200,11 +202,11 @@ def test_what_writers_that_were_killed_left_is_removed_and_nothing_else(store):
     others += [f"runs/below/.{uuid.uuid4().hex}.tmp", f".{uuid.uuid4().hex}.tmp"]
     for path in (*left, *others):
         store.storage.write(path, b"half")
-    store.look()  # another run may be writing them right now
+    store.prepare()  # another run may be writing them right now
     assert all(map(store.storage.exists, left))
     for path in (*left, *others):
         os.utime(store.storage.join(path), (0, 0))
-    store.look()
+    store.prepare()
     assert [path for path in left if store.storage.exists(path)] == []
     assert [path for path in others if not store.storage.exists(path)] == []
 
@@ -292,13 +294,15 @@ def earlier(store) -> ResultStore:
 
 def test_results_of_an_earlier_version_become_a_table_in_one_commit_with_a_line_that_says_so(earlier, caplog):
     caplog.set_level("INFO", "helpers")
-    assert earlier.resume("net@1").rows.num_rows == 3
+    earlier.resume("net@1")
+    assert earlier.look().rows.num_rows == 3
     assert read_results(earlier.storage.root).sort_by("path").equals(earlier.read().sort_by("path"))
     assert [(run["version"], run["images"], run["models"]) for run in earlier.history()] == [(0, 3, "net@1")]
     (line,) = caplog.messages
     assert "2 Parquet files of an earlier version" in line and earlier.location in line
     caplog.clear()
-    assert earlier.resume("net@1").version == 0 and caplog.messages == []
+    earlier.resume("net@1")
+    assert earlier.look().version == 0 and caplog.messages == []
 
 
 def test_results_of_an_earlier_version_are_read_before_and_after_with_nulls_for_what_they_lack(earlier):
@@ -306,12 +310,13 @@ def test_results_of_an_earlier_version_are_read_before_and_after_with_nulls_for_
         rows = earlier.read().sort_by("path")
         assert rows.equals(table("a", "b", "c"))
         assert [row["predictions"][0]["keypoints"] for row in rows.to_pylist()] == [None] * 3
-        earlier.look()
+        earlier.prepare()
     assert pq.read_table(earlier.location).sort_by("path").equals(rows)
 
 
 def test_images_of_an_earlier_version_are_left_out_of_a_run(earlier):
-    assert without(table("a", "b", "c", "d"), settled(earlier.resume("net@1").rows))["path"].to_pylist() == ["d"]
+    earlier.resume("net@1")
+    assert without(table("a", "b", "c", "d"), settled(earlier.look().rows))["path"].to_pylist() == ["d"]
 
 
 def test_rows_of_an_earlier_version_are_replaced(earlier):
@@ -324,10 +329,11 @@ def test_two_runs_may_take_over_results_of_an_earlier_version_at_once(earlier, m
 
     def after_another(table: Table, *given):
         monkeypatch.setattr(Table, "create", create)
-        other.look()
+        other.prepare()
         return create(table, *given)
 
     monkeypatch.setattr(Table, "create", after_another)
+    earlier.prepare()
     assert earlier.look().rows.num_rows == other.look().rows.num_rows == 3
     assert earlier.look().version == 0
 
@@ -355,13 +361,14 @@ def test_an_image_is_done_when_it_has_a_settled_row_of_each_model(store):
         both("d", errors=(None, "the file is empty")),
     ]
     publish(store, *(stage(store, "run1", number, part) for number, part in enumerate(rows)))
-    todo = without(table("a", "b", "c", "d", "e"), settled(store.resume("net@1", "net@2").rows, 2))
+    todo = without(table("a", "b", "c", "d", "e"), settled(store.look().rows, 2))
     assert todo["path"].to_pylist() == ["b", "c", "e"]
 
 
 def test_rows_of_two_models_are_no_doubles(store):
     publish(store, stage(store, "run1", 0, both("a", "b")))
-    assert store.resume("net@2", "net@1").rows.num_rows == 4
+    store.resume("net@2", "net@1")
+    assert store.look().rows.num_rows == 4
 
 
 def test_what_a_killed_run_left_replaces_all_rows_of_an_image_or_none(store):
@@ -374,6 +381,7 @@ def test_what_a_killed_run_left_replaces_all_rows_of_an_image_or_none(store):
 
 def test_results_may_have_fewer_models_than_a_run_but_no_other(store):
     publish(store, stage(store, "run1", 0, table("a")))
-    assert store.resume("net@1", "net@2").rows.num_rows == 1
+    store.resume("net@1", "net@2")
+    assert store.look().rows.num_rows == 1
     with pytest.raises(RunError, match="holds results of net@1, and this run is of net@2 and net@3"):
         store.resume("net@2", "net@3")

@@ -169,6 +169,19 @@ def test_directories_are_listed_only_when_asked_for(storage):
     }
 
 
+SORTED = ["a!/1", "a-1", "a-b/1", "a.png", "a/1", "a/b/1", "a/c", "a0", "b", "grün", "日本/1", "🙂"]
+
+
+def test_files_are_listed_in_the_order_of_their_paths(storage, kind):
+    assert sorted(SORTED, key=str.encode) == SORTED
+    for name in reversed(SORTED):
+        storage.write(name, b"")
+    listed = [entry.path.removeprefix(f"{storage.root}/") for entry in storage.list()]
+    assert sorted(listed, key=str.encode) == SORTED
+    if kind != "adls":
+        assert listed == SORTED
+
+
 def test_a_single_file_is_a_location_too(storage, reopen):
     storage.write("a.png", b"123")
     (entry,) = reopen(storage.join("a.png")).list()
@@ -390,6 +403,16 @@ def test_an_unknown_scheme_is_named_with_what_works(uri):
     with pytest.raises(StorageError) as error:
         open_storage(uri)
     assert uri in str(error.value) and "file:" in str(error.value) and "s3://" in str(error.value)
+
+
+def test_a_folder_of_more_names_than_are_sorted_at_once_is_sorted_on_the_disk(local, monkeypatch):
+    monkeypatch.setattr("helpers.storage.local.SORTED_AT_ONCE", 3)
+    monkeypatch.setattr("helpers.storage.local.READ_AT_ONCE", 2)
+    names = sorted(f"{number:x}" for number in range(1, 60, 5))
+    for name in reversed(names):
+        local.write(name, b"")
+    listed = [entry.path for entry in local.list()]
+    assert listed == [local.join(name) for name in names] and len(listed) == 12
 
 
 def test_deleting_a_link_keeps_what_it_leads_to(local, tmp_path):

@@ -91,6 +91,13 @@ def split_members(paths: pa.Array | pa.ChunkedArray) -> tuple[Any, Any]:
     return pc.coalesce(files, paths), names
 
 
+def split_sample(name: str) -> tuple[str, str]:
+    """The sample that a member belongs to and what it is of it, as WebDataset has it: `cats/1` and `seg.png`."""
+    folder, slash, file = name.rpartition("/")
+    sample, _, kind = file.partition(".")
+    return f"{folder}{slash}{sample}", kind
+
+
 def find_members(file: BinaryIO, max_memory: int | None = None) -> Iterator[Member]:
     """List the files in an archive, in its own order; of two with one name the last counts, as for those who unpack it.
 

@@ -5,6 +5,7 @@
 
     driver       these, their results, and what a run's tasks share      on the driver
     models       bundles, parameters, names in the results     on the driver
+    sources      tables as sources                             on the driver
     listing      which files are images, and the plan          on the driver
     frames       videos to frames                              in tasks, and on the driver
     readers      who reads the files                           on the driver
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
         preprocess,
         read_results,
         run,
+        run_frame,
     )
 
 DRIVER = {"RunSummary", "infer", "ingest", "make_task", "model_identity", "postprocess", "preprocess", "read_results"}
-DRIVER |= {"run"}
+DRIVER |= {"run", "run_frame"}
 
 
 def __getattr__(name: str) -> Any:

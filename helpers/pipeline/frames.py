@@ -1,24 +1,28 @@
 """Before stage 1: the frames of videos and the members of archives take their places among the images.
 
+list_files      in tasks: a table's URIs to files, with their lengths and times
 list_frames     in tasks: a video to its frames, without decoding it
 with_frames     on the driver: every k-th of them a row, as an image has one
 list_members    in tasks: an archive to the images in it, a row each
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from helpers.images.archive import MARK, find_members
+from helpers.images.archive import MARK, Member, find_members, split_member, split_sample
 from helpers.images.boundary import attempt, too_long
 from helpers.images.video import Frames, find_frames, frame_paths, frame_pixels
 from helpers.memory import bounded
-from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES, PLACE, RANGE, Batches, conform
-from helpers.storage import Storage
+from helpers.pipeline.schemas import BESIDE, ERROR, KEY, KEY_NAMES, LISTED_SCHEMA, PLACE, RANGE, Batches, conform
+from helpers.storage.interface import Files
+from helpers.storage.local import NO_TIME
+from helpers.storage.prefetch import map_groups
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +36,41 @@ FRAMES_SCHEMA = pa.schema(
     ]
 )
 # A frame has its share of the file's bytes, for the plan.
-ROWS_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, *RANGE, pa.field("bytes", pa.int64())])
-MEMBERS_SCHEMA = pa.schema([*KEY, ERROR, *RANGE, pa.field("bytes", pa.int64())])
+ROWS_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, *RANGE, BESIDE, pa.field("bytes", pa.int64())])
+MEMBERS_SCHEMA = pa.schema([*KEY, ERROR, *RANGE, BESIDE, pa.field("bytes", pa.int64())])
 ROWS_PER_BATCH = 8192
+MAX_TEXT = 2**20  # bytes of a text beside an image; a longer one is left out
+PLACE_OF_TEXT = ("length", "offset", "packed")
+LOOKED_UP = 256  # files, while the batch before is passed on
+NO_PATH = "the row has no path"
+
+
+def list_files(batches: Batches, storage: Files) -> Iterator[pa.RecordBatch]:
+    """Look up the files that a table names.
+
+    Args:
+        batches: with a column `path`.
+        storage: where they lie.
+
+    Yields:
+        `LISTED_SCHEMA`, a row per path; `error` is set where there is no file that can be used.
+    """
+    for batch in batches:
+        paths = batch["path"].to_pylist()
+        groups = [paths[start : start + LOOKED_UP] for start in range(0, len(paths), LOOKED_UP)]
+        for found in map_groups(partial(_look_up, storage), groups, storage.concurrent_reads):
+            yield pa.RecordBatch.from_pylist(found, schema=LISTED_SCHEMA)
+
+
+def _look_up(storage: Files, path: str | None) -> dict[str, Any]:
+    entry, error = (None, NO_PATH) if path is None else attempt(storage.stat, path)
+    if entry is None:
+        return {"path": path, "length": 0, "modified": NO_TIME, "error": error}
+    return {"path": path, "length": entry.length, "modified": entry.modified, "error": entry.error}
 
 
 def list_frames(
-    batches: Batches, storage: Storage, every: int, max_pixels: int, memory_megabytes: int | None = None
+    batches: Batches, storage: Files, every: int, max_pixels: int, memory_megabytes: int | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Find the frames of videos.
 
@@ -68,7 +100,7 @@ def list_frames(
             yield pa.RecordBatch.from_pylist([row], schema=FRAMES_SCHEMA)
 
 
-def _find(storage: Storage, path: str, max_pixels: int | None) -> Frames:
+def _find(storage: Files, path: str, max_pixels: int | None) -> Frames:
     with storage.open(path) as file:
         return find_frames(file, max_pixels)
 
@@ -107,11 +139,12 @@ def _rows(video: pa.RecordBatch, every: int) -> pa.Table:
 
 def list_members(
     batches: Batches,
-    storage: Storage,
+    storage: Files,
     suffixes: tuple[str, ...],
     refused: tuple[str, ...],
     max_bytes: int,
     memory_megabytes: int | None = None,
+    beside: Sequence[str] = (),
 ) -> Iterator[pa.RecordBatch]:
     """Find the images in archives.
 
@@ -122,6 +155,7 @@ def list_members(
         refused: suffixes of members that are an error, because what is in them would be images outside an archive.
         max_bytes: of an image; a longer one is an error.
         memory_megabytes: what this process may take; an archive whose list takes more is an error.
+        beside: suffixes of texts that are carried with the image of the same sample.
 
     Yields:
         `MEMBERS_SCHEMA`, a row per image, and one for an archive that cannot be read, or not to its end.
@@ -130,7 +164,7 @@ def list_members(
         for archive in batch.select([*KEY_NAMES, "error"]).to_pylist():
             members = None
             if archive["error"] is None:
-                arguments = archive, storage, suffixes, refused, max_bytes, memory_megabytes
+                arguments = archive, storage, suffixes, refused, max_bytes, memory_megabytes, beside
                 members, archive["error"] = attempt(_members, *arguments)
             if members is None:
                 members = _member_table([{**archive, "bytes": archive["length"]}])
@@ -139,13 +173,15 @@ def list_members(
 
 def _members(
     archive: dict[str, Any],
-    storage: Storage,
+    storage: Files,
     suffixes: tuple[str, ...],
     refused: tuple[str, ...],
     max_bytes: int,
     memory_megabytes: int | None,
+    beside: Sequence[str],
 ) -> pa.Table:
     tables: list[pa.Table] = []
+    texts: dict[tuple[str, str], Member] = {}  # by sample and suffix
     rows: list[dict[str, Any]] = []
     with bounded(memory_megabytes) as left, storage.open(archive["path"]) as file:
         members = find_members(file, left)
@@ -153,6 +189,9 @@ def _members(
             member, archive_error = attempt(next, members, None)
             if member is None:
                 break
+            sample, kind = split_sample(member.name)
+            if kind in beside and member.error is None and member.length <= MAX_TEXT:
+                texts[sample, kind] = member
             name = member.name.lower()
             if _is_hidden(name) or not name.endswith(suffixes + refused):
                 continue
@@ -164,10 +203,22 @@ def _members(
             if len(rows) == ROWS_PER_BATCH:
                 tables.append(_member_table(rows))
                 rows = []
-        images = _last_of_each_path(pa.concat_tables([*tables, _member_table(rows)]))
+        images = _with_texts(_last_of_each_path(pa.concat_tables([*tables, _member_table(rows)])), texts, beside)
     if archive_error is None:
         return images
     return pa.concat_tables([images, _member_table([{**archive, "error": archive_error, "bytes": archive["length"]}])])
+
+
+def _with_texts(images: pa.Table, texts: dict[tuple[str, str], Member], kinds: Sequence[str]) -> pa.Table:
+    """The images of an archive with the places of the texts beside each."""
+    if not kinds:
+        return images
+    places = []
+    for path in images["path"].to_pylist():
+        sample, _ = split_sample(split_member(path)[1] or "")
+        found = [texts.get((sample, kind)) for kind in kinds]
+        places.append([text and {name: getattr(text, name) for name in PLACE_OF_TEXT} for text in found])
+    return images.set_column(images.schema.get_field_index(BESIDE.name), BESIDE, pa.array(places, BESIDE.type))
 
 
 def _member_table(rows: list[dict[str, Any]]) -> pa.Table:

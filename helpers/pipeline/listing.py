@@ -1,9 +1,15 @@
-"""Stage 1 on the driver: list images, videos and archives and plan the tasks. Paths travel, bytes stay put."""
+"""Stage 1 on the driver: list images, videos and archives and plan the tasks. Paths travel, bytes stay put.
 
+A listing comes in slices, so that the driver's memory does not depend on how many files there are.
+"""
+
+import hashlib
 import logging
+import zlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,29 +21,46 @@ from helpers.images.archive import MARK
 from helpers.images.boundary import too_long
 from helpers.images.video import split_paths
 from helpers.partitioning import PartitionPlan, plan_partitions
-from helpers.pipeline.schemas import ASSIGNED_SCHEMA, ERROR, KEY, conform
+from helpers.pipeline.schemas import ASSIGNED_SCHEMA, LISTED_SCHEMA, conform
 from helpers.storage import Storage
+from helpers.storage.interface import Files
 
 log = logging.getLogger(__name__)
 
-LISTED_SCHEMA = pa.schema([*KEY, ERROR])
-ROWS_PER_CHUNK = 65_536
+CHUNK_FILES, MAX_CHUNK_FILES = 2**14, 2**16  # of a chunk: the mean, and the most
+CONTAINER_IMAGES = 1000  # for how many images a video or an archive stands, whose own number is not known yet
 UNLISTED = "folders that cannot be listed"
 LIKE_MEMBERS = f"with {MARK} in the path, which is for members of archives"
 WARNINGS = 10  # of such folders, at most
+
+
+class Chunk(NamedTuple):
+    """Files that follow one another in a listing; the digest is of their paths, lengths, times and errors.
+
+    Where one chunk ends and the next begins depends on the paths there alone: a new file changes one chunk, and not all
+    that come after it.
+    """
+
+    digest: str
+    paths: pa.Array
 
 
 @dataclass(frozen=True)
 class Listing:
     """Images, videos and archives below a location (`LISTED_SCHEMA`), and how many files were left out, by reason.
 
-    `error` is set where the listing has found out that a file cannot be used.
+    `error` is set where the listing has found out that a file cannot be used. A slice has the chunks that its files
+    were in, and the digests of those that are left out because the caller knows them; it counts what was left out up to
+    its end, earlier slices included.
     """
 
     images: pa.Table
     left_out: dict[str, int]
     videos: pa.Table = field(default_factory=LISTED_SCHEMA.empty_table)
     archives: pa.Table = field(default_factory=LISTED_SCHEMA.empty_table)
+    chunks: tuple[Chunk, ...] = ()
+    known: tuple[str, ...] = ()
+    is_last: bool = True
 
     def __str__(self) -> str:
         left = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
@@ -47,7 +70,17 @@ class Listing:
 
 
 def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) -> Listing:
-    """List the files with the suffix of an image, a video or an archive, nested folders included.
+    """All of `list_slices` in this process's memory; takes and raises what that does."""
+    slices = list(list_slices(storage, config, skip))
+    tables = (pa.concat_tables([getattr(part, kind) for part in slices]) for kind in ("images", "videos", "archives"))
+    images, videos, archives = tables
+    return Listing(images, slices[-1].left_out, videos, archives)
+
+
+def list_slices(
+    storage: Storage, config: Config, skip: Collection[str] = (), known: Container[str] = frozenset()
+) -> Iterator[Listing]:
+    """List the files with the suffix of an image, a video or an archive, nested folders included, a slice at a time.
 
     Hidden files and other suffixes are left out and counted. A folder with an image's suffix is listed too: it becomes
     an error row instead of passing unseen. A folder that cannot be listed is told and counted, as `UNLISTED`. A file
@@ -56,51 +89,52 @@ def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) ->
     Args:
         storage: where to look.
         config: its `ingest` and `video` sections name the suffixes, which links are followed, and how long an image
-            may be.
+            may be; `partitioning.slice_images` is the size of a slice, for which `CONTAINER_IMAGES` are counted for a
+            video or an archive.
         skip: folders to leave out, such as a run's own below its source.
+        known: digests of chunks to leave out.
+
+    Yields:
+        Slices in the storage's order, of whole chunks. Only the last one may be empty.
 
     Raises:
         RunError: there is no image, no video and no archive.
         StorageError: the location cannot be listed.
     """
-    suffixes = tuple(suffix.lower() for suffix in config.ingest.suffixes)
-    video_suffixes = tuple(suffix.lower() for suffix in config.video.suffixes)
-    archive_suffixes = tuple(suffix.lower() for suffix in config.ingest.archives)
+    most = config.partitioning.slice_images
     left_out: Counter[str] = Counter()
-    chunks: list[pa.RecordBatch] = []
-    rows, videos, archives = list[tuple](), list[tuple](), list[tuple]()
-    entries = storage.list(directories=True, skip=skip, tolerant=True, outside_links=config.ingest.outside_links)
-    for entry in entries:
-        unlisted = entry.is_directory and entry.error is not None
-        if not unlisted and not entry.path.lower().endswith(suffixes + video_suffixes + archive_suffixes):
-            kind = "not followed or unreadable" if entry.error else "with another suffix"
-            left_out[kind] += not entry.is_directory
-        elif any(part.startswith(".") for part in entry.path.removeprefix(storage.root).split("/")):
-            left_out["hidden"] += 1
-        elif unlisted:
-            left_out[UNLISTED] += 1
-            if left_out[UNLISTED] <= WARNINGS:
-                log.warning("%s: %s; its images are missing", entry.path, entry.error)
-        elif MARK in entry.path:
-            left_out[LIKE_MEMBERS] += 1
-        elif not entry.path.lower().endswith(suffixes):
-            files = videos if entry.path.lower().endswith(video_suffixes) else archives
-            files.append((entry.path, entry.length, entry.modified, entry.error))
-        else:
-            error = entry.error or too_long(entry.length, config.max_image_bytes)
-            rows.append((entry.path, entry.length, entry.modified, error))
-            if len(rows) == ROWS_PER_CHUNK:
-                chunks.append(_chunk(rows))
-                rows = []
-    images = pa.Table.from_batches([*chunks, _chunk(rows)])
-    listed = Listing(images, +left_out, *(pa.Table.from_batches([_chunk(files)]) for files in (videos, archives)))
-    log.info("%s", listed)
-    if not (images.num_rows or videos or archives):
+    waiting: list[tuple[str, pa.Table]] = []
+    digests: list[str] = []
+    size = total = 0
+    for digest, files in _chunks(storage, config, skip, left_out):
+        total += files.num_rows
+        if digest in known:
+            digests.append(digest)
+            continue
+        images = files.num_rows + (CONTAINER_IMAGES - 1) * pc.sum(pc.not_equal(files["kind"], "image")).as_py()
+        if waiting and size + images > most:
+            yield _slice(waiting, left_out, digests, is_last=False)
+            waiting, digests, size = [], [], 0
+        waiting.append((digest, files))
+        size += images
+    last = _slice(waiting, left_out, digests, is_last=True)
+    if not total:
+        suffixes = (", ".join(names) for names in _suffixes(config).values())
         raise RunError(
-            f"{listed} below {storage.root}; images are files that end in {', '.join(suffixes)}, "
-            f"videos in {', '.join(video_suffixes)}, archives in {', '.join(archive_suffixes) or 'nothing'}"
+            "{} below {}; images are files that end in {}, videos in {}, archives in {}".format(
+                last, storage.root, *(names or "nothing" for names in suffixes)
+            )
         )
-    return listed
+    yield last
+
+
+def check_any(images: int, listed: Listing, storage: Files, config: Config) -> None:
+    """Raise RunError where archives are all that is listed, and there is no image in them."""
+    if not images:
+        raise RunError(
+            f"{listed} below {storage.root}, and none of the archives has an image: those are members that end in "
+            f"{', '.join(config.ingest.suffixes)}"
+        )
 
 
 def plan(images: pa.Table, slots: int, config: Config, image_seconds: float | None = None) -> PartitionPlan:
@@ -133,7 +167,79 @@ def assign(images: pa.Table, plan: PartitionPlan) -> pa.Table:
     )
 
 
-def _chunk(rows: list[tuple]) -> pa.RecordBatch:
-    columns = zip(*rows, strict=True) if rows else [()] * len(LISTED_SCHEMA)
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, LISTED_SCHEMA, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=LISTED_SCHEMA)
+def _suffixes(config: Config) -> dict[str, tuple[str, ...]]:
+    settings = {"image": config.ingest.suffixes, "video": config.video.suffixes, "archive": config.ingest.archives}
+    return {kind: tuple(suffix.lower() for suffix in suffixes) for kind, suffixes in settings.items()}
+
+
+def _chunks(
+    storage: Storage, config: Config, skip: Collection[str], left_out: Counter[str]
+) -> Iterator[tuple[str, pa.Table]]:
+    """The files to work on, a chunk at a time with its digest: `LISTED_SCHEMA` and their `kind`.
+
+    Args:
+        storage: where to look.
+        config: as for `list_slices`.
+        skip: folders to leave out.
+        left_out: counts what is.
+    """
+    kinds = _suffixes(config)
+    suffixes = sum(kinds.values(), ())
+    most = min(MAX_CHUNK_FILES, config.partitioning.slice_images)
+    rows = list[tuple]()
+    entries = storage.list(directories=True, skip=skip, tolerant=True, outside_links=config.ingest.outside_links)
+    for entry in entries:
+        unlisted = entry.is_directory and entry.error is not None
+        name = entry.path.lower()
+        if not unlisted and not name.endswith(suffixes):
+            kind = "not followed or unreadable" if entry.error else "with another suffix"
+            left_out[kind] += not entry.is_directory
+        elif any(part.startswith(".") for part in entry.path.removeprefix(storage.root).split("/")):
+            left_out["hidden"] += 1
+        elif unlisted:
+            left_out[UNLISTED] += 1
+            if left_out[UNLISTED] <= WARNINGS:
+                log.warning("%s: %s; its images are missing", entry.path, entry.error)
+        elif MARK in entry.path:
+            left_out[LIKE_MEMBERS] += 1
+        else:
+            kind = next(kind for kind, ends in kinds.items() if name.endswith(ends))
+            error = entry.error or (too_long(entry.length, config.max_image_bytes) if kind == "image" else None)
+            rows.append((entry.path, entry.length, entry.modified, error, kind))
+            if len(rows) == most or _ends_chunk(entry.path):
+                yield _chunk(rows)
+                rows = []
+    if rows:
+        yield _chunk(rows)
+
+
+def _ends_chunk(path: str) -> bool:
+    """True for one path in `CHUNK_FILES`."""
+    # The product mixes the sum's bits, of which names that differ in some digits only would set few.
+    return zlib.crc32(path.encode()) * 2_654_435_761 % 2**32 < 2**32 // CHUNK_FILES
+
+
+def _chunk(rows: list[tuple]) -> tuple[str, pa.Table]:
+    schema = LISTED_SCHEMA.append(pa.field("kind", pa.string()))
+    arrays = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), schema, strict=True)]
+    batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+    digest = hashlib.blake2b(memoryview(batch.serialize()), digest_size=12)
+    return digest.hexdigest(), pa.Table.from_batches([batch])
+
+
+def _slice(chunks: list[tuple[str, pa.Table]], left_out: Counter[str], known: list[str], is_last: bool) -> Listing:
+    """A slice of some chunks."""
+    files = pa.concat_tables([files for _, files in chunks]) if chunks else None
+    images, videos, archives = (_of_kind(files, kind) for kind in ("image", "video", "archive"))
+    paths = tuple(Chunk(digest, files["path"].chunk(0)) for digest, files in chunks)
+    listed = Listing(images, dict(+left_out), videos, archives, paths, tuple(known), is_last)
+    log.info("%s", listed)
+    return listed
+
+
+def _of_kind(files: pa.Table | None, kind: str) -> pa.Table:
+    if files is None:
+        return LISTED_SCHEMA.empty_table()
+    is_kind = pc.equal(files["kind"], kind)
+    files = files.drop_columns("kind")
+    return files if pc.all(is_kind).as_py() else files.filter(is_kind)

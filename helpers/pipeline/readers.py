@@ -9,7 +9,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from helpers.pipeline.listing import Listing, assign
 from helpers.pipeline.listing import plan as make_plan
 from helpers.pipeline.schemas import KEY_NAMES, Batches, conform
 from helpers.session import get_slots, local_slots, set_where_allowed, spark_failure, spark_schema
-from helpers.storage import Storage
+from helpers.storage.interface import Files
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -41,7 +41,7 @@ PATTERN = r"([\\{}\[\]*?])"  # what is not literal in a path of Spark's
 TRIED = 8  # images that a task tries to read, to choose the reader
 
 
-def choose_reader(spark: "SparkSession", storage: Storage, images: pa.Table, config: Config) -> str:
+def choose_reader(spark: "SparkSession", storage: Files, images: pa.Table, config: Config) -> str:
     """Return `files` or `spark` as the `reader` setting says; `auto` tries in a task, and the log says why."""
     if config.reader != "auto":
         reader, why = config.reader, "it is set"
@@ -64,7 +64,7 @@ def planned_paths(spark: "SparkSession", images: pa.Table, plan: PartitionPlan) 
     return spark.createDataFrame(images).repartitionById(max(1, plan.partitions), "partition")
 
 
-def read_by_spark(spark: "SparkSession", storage: Storage, rows: pa.Table, config: Config) -> Iterator["DataFrame"]:
+def read_by_spark(spark: "SparkSession", storage: Files, rows: pa.Table, config: Config) -> Iterator["DataFrame"]:
     """The images with their bytes, read by Spark in partitions of about `partitioning.target_bytes`.
 
     Spark is given the listed paths and sees nothing else of the location. It looks for each before a job begins, which
@@ -91,7 +91,7 @@ def read_by_spark(spark: "SparkSession", storage: Storage, rows: pa.Table, confi
         yield tasks.mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
 
 
-def read_all_by_spark(spark: "SparkSession", storage: Storage, rows: pa.Table, config: Config) -> "DataFrame":
+def read_all_by_spark(spark: "SparkSession", storage: Files, rows: pa.Table, config: Config) -> "DataFrame":
     """All of `read_by_spark` as one DataFrame; what Spark passes over is an error row."""
     from pyspark.sql import functions as F
 
@@ -118,7 +118,7 @@ def _kinds(rows: pa.Table) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.Chunked
     return is_part, is_good, pc.and_(is_good, pc.or_(hidden_or_bytes, pc.and_(colon, pattern)))
 
 
-def _read_files(spark: "SparkSession", storage: Storage, files: pa.Table) -> "DataFrame":
+def _read_files(spark: "SparkSession", storage: Files, files: pa.Table) -> "DataFrame":
     from pyspark.sql import functions as F
 
     # A file may have grown since it was listed; this is pushed down, and what is longer is not opened.
@@ -129,7 +129,7 @@ def _read_files(spark: "SparkSession", storage: Storage, files: pa.Table) -> "Da
     return content.join(F.broadcast(listed), "path").select(stages.IMAGE_SCHEMA.names)
 
 
-def _load(spark: "SparkSession", storage: Storage, paths: list[str]) -> "DataFrame":
+def _load(spark: "SparkSession", storage: Files, paths: list[str]) -> "DataFrame":
     """Spark's own DataFrame of some files, less those that have gone since they were listed."""
     from pyspark.errors import AnalysisException
 
@@ -161,7 +161,7 @@ def _unread(images: pa.Table) -> pa.Table:
     return pa.table(columns, schema=stages.IMAGE_SCHEMA)
 
 
-def reading(storage: Storage, config: Config) -> Callable[[Batches], Iterator[pa.RecordBatch]]:
+def reading(storage: Files, config: Config) -> Callable[[Batches], Iterator[pa.RecordBatch]]:
     """Stage 1 as the tasks run it."""
     return partial(
         stages.read_images,
@@ -174,14 +174,18 @@ def reading(storage: Storage, config: Config) -> Callable[[Batches], Iterator[pa
     )
 
 
-def expand(spark: "SparkSession", storage: Storage, listed: Listing, config: Config) -> pa.Table:
+def expand(
+    spark: "SparkSession", storage: Files, listed: Listing, config: Config, beside: Sequence[str] = ()
+) -> pa.Table:
     """The images of a listing, the wanted frames of its videos and the members of its archives; tasks find these.
+
+    `beside` are the suffixes of texts to be carried with the members of archives.
 
     Returns:
         `frames.ROWS_SCHEMA`; the listing's own images where there is no video and no archive.
 
     Raises:
-        RunError: the tasks failed, or there is no image.
+        RunError: the tasks failed.
     """
     if not listed.videos.num_rows and not listed.archives.num_rows:
         return listed.images
@@ -200,6 +204,7 @@ def expand(spark: "SparkSession", storage: Storage, listed: Listing, config: Con
         refused=tuple(suffix.lower() for suffix in config.ingest.archives + config.video.suffixes),
         max_bytes=config.max_image_bytes,
         memory_megabytes=memory_megabytes,
+        beside=beside,
     )
     try:
         videos = _find(spark, listed.videos, find_frames, FRAMES_SCHEMA, config)
@@ -215,11 +220,6 @@ def expand(spark: "SparkSession", storage: Storage, listed: Listing, config: Con
         listed.archives.num_rows,
         members.num_rows,
     )
-    if not images.num_rows:
-        raise RunError(
-            f"{listed} below {storage.root}, and none of the archives has an image: those are members that end in "
-            f"{', '.join(config.ingest.suffixes)}"
-        )
     return images
 
 
@@ -239,7 +239,7 @@ def _literal(path: str) -> str:
     return re.sub(PATTERN, r"\\\1", path)
 
 
-def _tasks_can_read(spark: "SparkSession", storage: Storage, rows: pa.Table, config: Config) -> bool:
+def _tasks_can_read(spark: "SparkSession", storage: Files, rows: pa.Table, config: Config) -> bool:
     images = rows.filter(pc.and_(pc.greater(rows["length"], 0), pc.is_null(rows["error"])))
     if not images.num_rows:
         return True

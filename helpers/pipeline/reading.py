@@ -5,7 +5,7 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import partial
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -17,8 +17,8 @@ from helpers.images.boundary import attempt
 from helpers.images.decoding import Image
 from helpers.images.video import find_frames, frame_pixels, read_frames, split_paths
 from helpers.memory import bounded
-from helpers.pipeline.schemas import IMAGE_SCHEMA, PLACE, Batches, extend
-from helpers.storage import Storage
+from helpers.pipeline.schemas import BESIDE, IMAGE_SCHEMA, KEPT, PLACE, Batches, extend
+from helpers.storage.interface import Files
 from helpers.storage.prefetch import map_groups
 
 FRAME_ERROR = "the frame cannot be decoded: the video is damaged here, or cut short"
@@ -48,7 +48,7 @@ class File(NamedTuple):
 
 def read_images(
     batches: Batches,
-    storage: Storage,
+    storage: Files,
     max_images: int,
     batch_bytes: int,
     max_bytes: int = ARROW_BYTES,
@@ -88,6 +88,39 @@ def read_images(
             yield from _read_frames(batch.filter(is_frame), storage, max_images, pixel_limit, memory_megabytes)
 
 
+def read_beside(batches: Batches, storage: Files, kept: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Add the column `KEPT` where an archive may have the texts for it beside the images; else it is there already.
+
+    A text that cannot be read is null, and the image's predictions are none the worse.
+
+    Args:
+        batches: `ASSIGNED_SCHEMA`, or any with `KEPT`.
+        storage: where the archives lie.
+        kept: the columns for the results.
+    """
+    for batch in batches:
+        if KEPT in batch.schema.names:
+            yield batch
+            continue
+        rows = batch[BESIDE.name].to_pylist() if BESIDE.name in batch.schema.names else [None] * batch.num_rows
+        texts = [
+            (split_member(path)[0], place)
+            for path, places in zip(batch["path"].to_pylist(), rows, strict=True)
+            for place in places or [None] * len(kept)
+        ]
+        (found,) = map_groups(partial(_read_text, storage), [texts], storage.concurrent_reads)
+        columns = [pa.array(found[number :: len(kept)], field.type) for number, field in enumerate(kept)]
+        yield batch.append_column(KEPT, pa.StructArray.from_arrays(columns, fields=list(kept)))
+
+
+def _read_text(storage: Files, text: tuple[str, dict[str, Any] | None]) -> str | None:
+    archive, place = text
+    if place is None:
+        return None
+    content, _ = attempt(read_member, partial(storage.read_range, archive), *place.values())
+    return None if content is None else content.decode("utf-8", "replace")
+
+
 def _runs(lengths: list[int], max_images: int, batch_bytes: int) -> Iterator[slice]:
     """Neighbors that make one batch, with so many images and bytes at most; one image may have more."""
     start, total = 0, 0
@@ -100,7 +133,7 @@ def _runs(lengths: list[int], max_images: int, batch_bytes: int) -> Iterator[sli
         yield slice(start, len(lengths))
 
 
-def _files(images: pa.RecordBatch, storage: Storage, max_bytes: int, growth: int) -> list[File]:
+def _files(images: pa.RecordBatch, storage: Files, max_bytes: int, growth: int) -> list[File]:
     """What to read for each image, with the error that the listing has found.
 
     The listing decides how much is read at once. A file that is much longer by now waits for the next run, which lists
@@ -116,7 +149,7 @@ def _files(images: pa.RecordBatch, storage: Storage, max_bytes: int, growth: int
     return _look_up([File(*row, None) for row in zip(paths, errors, limits, strict=True)], storage)
 
 
-def _look_up(files: list[File], storage: Storage) -> list[File]:
+def _look_up(files: list[File], storage: Files) -> list[File]:
     """The same with the members among them, where no row says which range they have: each archive is listed once."""
     split = {file.path: split_member(file.path) for file in files}
     archives = {path: archive for path, (archive, member) in split.items() if member is not None}
@@ -130,7 +163,7 @@ def _look_up(files: list[File], storage: Storage) -> list[File]:
     return files
 
 
-def _note_members(members: dict[str, Member | None], storage: Storage, archive: str) -> None:
+def _note_members(members: dict[str, Member | None], storage: Files, archive: str) -> None:
     """Note the members of one archive that are wanted, by their paths."""
     with storage.open(archive) as file:
         for member in find_members(file):
@@ -139,7 +172,7 @@ def _note_members(members: dict[str, Member | None], storage: Storage, archive: 
                 members[path] = member
 
 
-def _read(storage: Storage, file: File) -> Read:
+def _read(storage: Files, file: File) -> Read:
     if file.error:
         return None, file.error
     if file.member is None:
@@ -147,7 +180,7 @@ def _read(storage: Storage, file: File) -> Read:
     return attempt(_read_member, storage, file.path, file.member, file.limit)
 
 
-def _read_member(storage: Storage, path: str, member: Member, limit: int) -> bytes:
+def _read_member(storage: Files, path: str, member: Member, limit: int) -> bytes:
     if member.length > limit:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
     read = partial(storage.read_range, split_member(path)[0])
@@ -169,7 +202,7 @@ def _batch(part: pa.RecordBatch, read: list[Read]) -> pa.RecordBatch:
 
 def _read_frames(
     batch: pa.RecordBatch,
-    storage: Storage,
+    storage: Files,
     max_images: int,
     max_pixels: int | None,
     memory_megabytes: int | None,
@@ -214,7 +247,7 @@ def _to_file(image: Image) -> bytes:
 
 
 def _images(
-    part: pa.RecordBatch, storage: Storage, path: str, numbers: np.ndarray, max_pixels: int | None
+    part: pa.RecordBatch, storage: Files, path: str, numbers: np.ndarray, max_pixels: int | None
 ) -> Generator[Image | str | None]:
     with storage.open(path) as file:
         pts, seek = _places(part, file, numbers, max_pixels)

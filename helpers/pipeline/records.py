@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 RUNS = "runs"
 PACKAGES = ("pyspark", "openvino", "opencv-python-headless", "numpy", "pyarrow")
 SECTIONS = (
+    "source",
     "reader",
     "resume",
     "pictures",

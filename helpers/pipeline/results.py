@@ -28,6 +28,7 @@ that is 0. And it sees new rows a moment before the commit.
 Only files of these names are ever removed. A run refuses folders that hold anything else before it writes.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -40,7 +41,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -55,6 +56,7 @@ from helpers.pipeline.rows import (
     is_among,
     is_in,
     is_new,
+    path_range,
     rows_of_later_runs,
     without,
 )
@@ -68,6 +70,7 @@ from helpers.storage.prefetch import map_groups
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 RESULTS = "results"
 PICTURES = "pictures"
 KEEP, ALONE = ".keep", ".alone"  # in a run's staging folder: whether others may take its files
@@ -85,10 +88,15 @@ LOOKS = 20  # at files that another run is moving right now
 
 @dataclass(frozen=True)
 class Seen:
-    """The table as a run found it when it decided what to do; version -1 where there was none."""
+    """The table as a run found it when it decided what to do; version -1 where there was none.
 
-    version: int
-    rows: pa.Table  # `ROWS_SCHEMA`
+    `change` is the newest commit that has changed it, and `listed` what that one tells of a listing (`known`).
+    """
+
+    version: int = -1
+    rows: pa.Table = field(default_factory=ROWS_SCHEMA.empty_table)  # those in the range that was asked for
+    change: int = -1
+    listed: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,8 @@ class Work:
     """What a run has done, to be committed at once.
 
     `files` are those of the tasks that Spark accepted, by path, and `todo` the images they are of (`KEY`). `gone` are
-    rows of `seen` whose images are no more. A run that `starts_over` replaces the whole table.
+    rows of `seen` whose images are no more. A run that `starts_over` replaces the whole table, whatever it has seen.
+    `listed` is told by the commit, unless another run has changed the table since `seen`.
     """
 
     run: str
@@ -107,6 +116,7 @@ class Work:
     gone: pa.Table = field(default_factory=ROWS_SCHEMA.empty_table)
     starts_over: bool = False
     seconds: float | None = None
+    listed: str = ""
 
 
 @dataclass
@@ -124,11 +134,15 @@ class _Change:
 
 
 class ResultStore:
-    """The results below one output location."""
+    """The results below one output location.
 
-    def __init__(self, storage: Storage):
+    `kept` are the user's columns that a run adds to them; None for those who only look, whatever there is.
+    """
+
+    def __init__(self, storage: Storage, kept: pa.Schema | None = None):
         self.storage = storage
-        self._table = Table(storage, RESULTS, RESULT_SCHEMA)
+        self._schema = pa.schema([*RESULT_SCHEMA, *(kept or [])])
+        self._table = Table(storage, RESULTS, self._schema, may_have_more=kept is None)
 
     @property
     def location(self) -> str:
@@ -153,8 +167,8 @@ class ResultStore:
         self.storage.delete(f"{STAGING}/{KEEP}")
         self.storage.prune(STAGING)
 
-    def look(self, with_rows: bool = True) -> Seen:
-        """The table as it is now; results of an earlier version, which were plain Parquet, become one.
+    def prepare(self) -> None:
+        """Tidy up, and make a table of the results of an earlier version, which were plain Parquet.
 
         Raises:
             StorageError: something that is not ours lies in our folders, or a file or the table is damaged.
@@ -162,29 +176,40 @@ class ResultStore:
         with only_warn("what killed runs have left could not be removed"):
             self._tidy()
         self._list(RESULTS)
-        while True:
-            version = self._take_over(self._table.open())
-            self._leftovers(version)
-            if not with_rows:
-                return Seen(version.number, ROWS_SCHEMA.empty_table())
-            try:
-                return Seen(version.number, self._rows_of(version))
-            except FileNotFoundError as error:
-                self._check_newer(version, error)
+        self._leftovers(self._take_over(self._table.open()))
 
-    def resume(self, *models: str) -> Seen:
-        """The table with what killed runs of some models have left staged.
+    def resume(self, *models: str) -> None:
+        """Prepare for a run of some models, and bring in what killed runs of them have left staged.
 
         Raises:
             RunError: the results are another model's, or what is staged is.
-            StorageError: as for `look`.
+            StorageError: as for `prepare`.
         """
-        seen = self.look()
-        self._check_models(seen.rows, models)
-        return self.look() if self.recover(*models) else seen
+        self.prepare()
+        self._check_models(self._newest(self._models_of), models)
+        self.recover(*models)
 
-    def rows(self, files: Iterable[str] | None = None) -> pa.Table:
+    def look(self, within: tuple[str, str] | None = None) -> Seen:
+        """The table as it is now, with its rows; with those of which the path is between two, if these are given.
+
+        Only files that may hold such rows are read.
+
+        Raises:
+            StorageError: a file or the table is damaged.
+        """
+
+        def see(version: Version) -> Seen:
+            change, about = self._table.last_change(version)
+            return Seen(version.number, self._rows_of(version, within), change, about.get("listed", ""))
+
+        return self._newest(see)
+
+    def rows(self, files: Iterable[str] | None = None, within: tuple[str, str] | None = None) -> pa.Table:
         """Path, length, modification time, error, model and file of every row in some files, by default all results.
+
+        Args:
+            files: paths.
+            within: the first and the last path of an image that is wanted.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -195,10 +220,12 @@ class ResultStore:
         files, width = list(files), self.storage.concurrent_reads
         groups = (files[start : start + width] for start in range(0, len(files), width))
         read = map_groups(partial(self._load, columns=ROWS_SCHEMA.names[:-1]), groups, width)
-        tables = [
-            table.append_column("file", pa.array([file] * table.num_rows, pa.string()))
-            for file, table in zip(files, chain.from_iterable(read), strict=True)
-        ]
+        tables = []
+        for file, table in zip(files, chain.from_iterable(read), strict=True):
+            if within is not None:
+                first, last = (pc.greater_equal(table["path"], within[0]), pc.less_equal(table["path"], within[1]))
+                table = table.filter(pc.and_(first, last))
+            tables.append(table.append_column("file", pa.array([file] * table.num_rows, pa.string())))
         return pa.concat_tables(tables or [ROWS_SCHEMA.empty_table()])
 
     def files(self, number: int | None = None) -> list[str]:
@@ -224,7 +251,15 @@ class ResultStore:
                 f"{error.filename} is gone, as files are that a run has removed more than results.retention_days ago; "
                 "name a newer version"
             ) from None
-        return pa.concat_tables(tables or [RESULT_SCHEMA.empty_table()])
+        return pa.concat_tables(tables or [self.schema(number).empty_table()])
+
+    def schema(self, number: int | None = None) -> pa.Schema:
+        """The columns of a version: `RESULT_SCHEMA`, and what else its runs have kept of their sources.
+
+        Raises:
+            StorageError: there is no such version, or the table is damaged.
+        """
+        return self._table.open(number).schema or self._schema
 
     def history(self) -> list[dict[str, Any]]:
         """The runs that have changed the table, the newest first: time, run, models, images, ok, failed and version.
@@ -289,6 +324,14 @@ class ResultStore:
         self.stage(work.run, work.starts_over)
         return sorted(self._commit(partial(self._plan_work, work)).adds)
 
+    def note(self, listed: str, commit: tuple[int, str]) -> None:
+        """Commit what a run has listed and nothing else, where the newest change is a commit (`Seen`) still."""
+        version = self._table.open()
+        change, about = self._table.last_change(version)
+        if version is not NONE and (change, about.get("listed", "")) == commit:
+            with contextlib.suppress(Conflict):
+                self._table.commit(version, {}, [], {"listed": listed}, {})
+
     def vacuum(self, days: float) -> None:
         """Delete the files that commits have removed so many days ago."""
         self._table.vacuum(24 * days, map(_name, self._list(RESULTS)[0]))
@@ -347,11 +390,12 @@ class ResultStore:
         counts = [staged_counts(path) for path in work.files]
         images, failed = sum(images for images, _ in counts), sum(failed for _, failed in counts)
         change.about = _about(work.run, work.models, images, failed, work.seconds)
+        change.about |= {"listed": work.listed} if work.listed else {}
         if work.starts_over:
             change.marks = {STARTED_OVER: time_of(work.run)}
             change.removes = {f"{RESULTS}/{name}" for name in version.files} - set(map(_target, work.files))
         else:
-            self._remove(change, work.seen.rows, _paths(work.todo, work.gone))
+            self._remove(change, version, work.seen.rows, _paths(work.todo, work.gone))
 
     def _plan_again(self, work: Work, version: Version, change: _Change) -> None:
         """What of a run's work is new still in a table that another run has changed.
@@ -359,8 +403,6 @@ class ResultStore:
         A row is not, if it is in the table, or if a run that began later has worked on its image meanwhile.
         """
         log.info("another run has changed %s; looking again at what is new", self.location)
-        rows = self._rows_of(version)
-        self._check_models(rows, work.models)
         staged, results = self._list(STAGING, work.run)[0], self._list(RESULTS)[0]
         files = {}
         for path, file in work.files.items():
@@ -368,6 +410,8 @@ class ResultStore:
             if path in staged or (place in results and _name(place) not in version.files):
                 files[place] = file.size
         own = self.rows(files)
+        rows = self._rows_of(version, path_range(own, work.todo, work.gone))
+        self._check_models(rows["model"].unique().to_pylist(), work.models)
         others = rows.filter(pc.invert(is_among(rows, work.seen.rows)))
         late = is_in(own["path"], rows_of_later_runs(others, work.run)["path"])
         fresh = self._bring(change, version, own, pc.and_(is_new(own, rows, len(work.models)), pc.invert(late)), files)
@@ -379,7 +423,7 @@ class ResultStore:
                 "lost them; run again, all others are kept"
             )
         change.about = _about(work.run, work.models, *_counts(fresh), work.seconds)
-        self._remove(change, rows, _paths(fresh, rows.filter(is_among(rows, work.gone))))
+        self._remove(change, version, rows, _paths(fresh, rows.filter(is_among(rows, work.gone))))
 
     def _plan_recovery(self, models: tuple[str, ...], version: Version, change: _Change) -> None:
         """What is new in files that other runs have left; those without anything new are removed."""
@@ -389,8 +433,8 @@ class ResultStore:
         files = {path: self._renew(path, size) for path, size in files.items()}
         own = self.rows(files)
         if models:
-            self._check_models(own, models)
-        rows = self._rows_of(version) if files else ROWS_SCHEMA.empty_table()
+            self._check_models(own["model"].unique().to_pylist(), models)
+        rows = self._rows_of(version, path_range(own)) if own.num_rows else ROWS_SCHEMA.empty_table()
         runs = list(dict.fromkeys(map(_run, files)))
         new = is_new(own, rows, len(models) or 1)
         for run in runs:
@@ -401,7 +445,7 @@ class ResultStore:
         change.run = runs[0] if runs else ""
         fresh = self._bring(change, version, own, new, files)
         change.about = _about(", ".join(reversed(runs)), models or fresh["model"].unique().to_pylist(), *_counts(fresh))
-        self._remove(change, rows, fresh["path"])
+        self._remove(change, version, rows, fresh["path"])
 
     def _bring(
         self, change: _Change, version: Version, own: pa.Table, new: pa.ChunkedArray, files: dict[str, int]
@@ -442,13 +486,22 @@ class ResultStore:
                 change.removes.add(path)
         return fresh
 
-    def _remove(self, change: _Change, rows: pa.Table, paths: pa.ChunkedArray) -> None:
-        """Add to a change that the table's rows of some paths go: their files, with copies of what else is in them."""
-        counts, doomed = count_values(rows["file"]), rows.filter(is_in(rows["path"], paths))
+    def _remove(self, change: _Change, version: Version, rows: pa.Table, paths: pa.ChunkedArray) -> None:
+        """Add to a change that the table's rows of some paths go: their files, with copies of what else is in them.
+
+        Args:
+            change: the commit in the making.
+            version: of the table.
+            rows: of the table, those of these paths at least.
+            paths: of images.
+        """
+        doomed = rows.filter(is_in(rows["path"], paths))
         for file, number in count_values(doomed["file"]).items():
-            if number < counts[file]:
+            if number != version.files[_name(file)].rows:
                 table = self._load(file)
-                self._write(change, table.filter(pc.invert(is_in(table["path"], paths))))
+                rest = table.filter(pc.invert(is_in(table["path"], paths)))
+                if rest.num_rows:
+                    self._write(change, rest)
             change.removes.add(file)
 
     def _write(self, change: _Change, rows: pa.Table) -> None:
@@ -464,6 +517,21 @@ class ResultStore:
             if not self.storage.exists(target):
                 raise
 
+    def _newest(self, read: Callable[[Version], T]) -> T:
+        """What is read of the newest version, whose files another run may delete meanwhile."""
+        while True:
+            version = self._table.open()
+            try:
+                return read(version)
+            except FileNotFoundError as error:
+                self._check_newer(version, error)
+
+    def _models_of(self, version: Version) -> set[str]:
+        """The models of a version's rows, as far as the log and files of which it says nothing tell."""
+        told = {model for span in version.files.values() for model in span.models or ()}
+        untold = sorted(f"{RESULTS}/{name}" for name, span in version.files.items() if span.models is None)
+        return told.union(self.rows(untold)["model"].unique().to_pylist())
+
     def _check_newer(self, version: Version, error: Exception) -> None:
         """Raise StorageError unless a file is gone because the table has a newer version."""
         if self._table.open().number == version.number:
@@ -473,8 +541,8 @@ class ResultStore:
                 "resume=false"
             ) from None
 
-    def _check_models(self, rows: pa.Table, models: Sequence[str]) -> None:
-        others = sorted(set(rows["model"].unique().to_pylist()) - set(models))
+    def _check_models(self, present: Iterable[str], models: Sequence[str]) -> None:
+        others = sorted(set(present) - set(models))
         if others:
             raise RunError(
                 f"{self.storage.root} holds results of {others[0]}, and this run is of {' and '.join(models)}; name "
@@ -502,12 +570,14 @@ class ResultStore:
 
     def _renew(self, path: str, size: int) -> int:
         """Give a file of an earlier version the columns of today; takes and returns its size in bytes."""
-        if self._open(path).schema_arrow.equals(RESULT_SCHEMA):
+        if self._open(path).schema_arrow.equals(self._schema):
             return size
         return write_table(self.storage, path, self._load(path))
 
-    def _rows_of(self, version: Version) -> pa.Table:
-        return self.rows(f"{RESULTS}/{name}" for name in sorted(version.files))
+    def _rows_of(self, version: Version, within: tuple[str, str] | None) -> pa.Table:
+        """The rows of a version, or those in a range of paths."""
+        names = sorted(name for name, span in version.files.items() if within is None or span.may_hold(*within))
+        return self.rows((f"{RESULTS}/{name}" for name in names), within)
 
     def _leftovers(self, version: Version) -> tuple[dict[str, int], set[str]]:
         """Files that other runs have finished and nobody has committed, and the files of no use to anybody.
@@ -554,9 +624,10 @@ class ResultStore:
 
     def _load(self, path: str, columns: list[str] | None = None) -> pa.Table:
         """One file of rows, or some of its columns."""
-        file, names = self._open(path), columns or RESULT_SCHEMA.names
+        file = self._open(path)
+        schema = pa.schema([*self._schema, *list(file.schema_arrow)[len(self._schema) :]])
         try:
-            return conform(file.read(columns), pa.schema([RESULT_SCHEMA.field(name) for name in names]))
+            return conform(file.read(columns), pa.schema([schema.field(name) for name in columns or schema.names]))
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(path, first_line(error)) from None
 
@@ -573,7 +644,10 @@ class ResultStore:
         except OSError as error:
             raise StorageError(explain(error, self.storage.join(path))) from None
         # Those who compact the table may write types of their own, which are cast.
-        if file.schema_arrow.names not in (RESULT_SCHEMA.names, EARLIER_RESULT_SCHEMA.names):
+        names, ours = file.schema_arrow.names, self._schema.names
+        if self._table.may_have_more:
+            names = names[: len(ours)]
+        if names not in (ours, EARLIER_RESULT_SCHEMA.names):
             raise self._unreadable(path, "its columns are others")
         return file
 

@@ -21,11 +21,11 @@ ROWS_SCHEMA = pa.schema([*KEY, ERROR, pa.field("model", pa.string()), pa.field("
 
 
 class Statistics:
-    """What Delta's log says of a file's rows: how many, the first and the last path, and nulls per column."""
+    """What Delta's log says of a file's rows: how many, the first and the last path and model, and nulls per column."""
 
     def __init__(self) -> None:
         self._rows = 0
-        self._paths: list[str] = []
+        self._bounds: dict[str, tuple[str, str]] = {}
         self._nulls = Counter[str]()
 
     @classmethod
@@ -37,16 +37,15 @@ class Statistics:
 
     def add(self, rows: pa.Table) -> None:
         """Count more rows, which have at least the columns of `ROWS_SCHEMA` but for the file."""
-        if rows.num_rows:
-            bounds = pc.min_max(rows["path"]).as_py()
-            paths = [*self._paths, *bounds.values()]
-            self._paths = [min(paths), max(paths)]
+        for name in ("path", "model") if rows.num_rows else ():
+            values = [*self._bounds.get(name, ()), *pc.min_max(rows[name]).as_py().values()]
+            self._bounds[name] = min(values), max(values)
         self._rows += rows.num_rows
         self._nulls.update({name: rows[name].null_count for name in ROWS_SCHEMA.names[:-1]})
 
     def to_json(self) -> str:
         """In the form of the log."""
-        first, last = ({"path": path} for path in self._paths) if self._paths else ({}, {})
+        first, last = ({name: bounds[end] for name, bounds in self._bounds.items()} for end in (0, 1))
         return json.dumps({"numRecords": self._rows, "minValues": first, "maxValues": last, "nullCount": self._nulls})
 
 
@@ -59,8 +58,7 @@ def settled(rows: pa.Table, models: int = 1) -> pa.Table:
         rows: the results.
         models: of the run; an image without a settled row of each is worked on again, and all its rows are replaced.
     """
-    lasting = pc.match_substring_regex(rows["error"], f"^({'|'.join(map(re.escape, LASTING))})")
-    rows = rows.filter(pc.or_kleene(pc.is_null(rows["error"]), lasting))
+    rows = rows.filter(pc.or_kleene(pc.is_null(rows["error"]), is_lasting(rows["error"])))
     if models == 1:
         return rows
     images = pa.table([_large(rows["path"]), *(rows[name] for name in KEY_NAMES[1:])], names=KEY_NAMES)
@@ -69,9 +67,28 @@ def settled(rows: pa.Table, models: int = 1) -> pa.Table:
     return rows.filter(is_among(rows.set_column(0, "path", _large(rows["path"])), complete))
 
 
-def without(images: pa.Table, rows: pa.Table) -> pa.Table:
-    """The images whose path, length and modification time are not among the rows."""
-    return images.filter(pc.invert(is_among(images, rows)))
+def is_lasting(errors: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whether each error is one of the image itself; null where there is none."""
+    return pc.match_substring_regex(errors, f"^({'|'.join(map(re.escape, LASTING))})")
+
+
+def path_range(images: pa.Table, *files: pa.Table) -> tuple[str, str] | None:
+    """The first and the last path that images may have, and what is in files of videos and archives; None of none."""
+    tables = [table["path"] for table in (images, *files) if table.num_rows]
+    bounds = [bound for paths in tables for bound in pc.min_max(paths).as_py().values()]
+    # `FILE#frame=N` and `FILE#member=NAME` come after FILE, and before anything that begins with `FILE$`.
+    bounds += [f"{pc.max(table['path']).as_py()}$" for table in files if table.num_rows]
+    return (min(bounds), max(bounds)) if bounds else None
+
+
+def file_paths(paths: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The paths of the files that images are in: their own, or that of a video or an archive."""
+    return split_members(split_paths(paths)[0])[0]
+
+
+def without(images: pa.Table, rows: pa.Table, key: list[str] = KEY_NAMES) -> pa.Table:
+    """The images whose path, length and modification time, or another key, are not among the rows."""
+    return images.filter(pc.invert(is_among(images, rows, key)))
 
 
 def is_new(rows: pa.Table, others: pa.Table, models: int = 1) -> pa.ChunkedArray:

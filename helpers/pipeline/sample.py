@@ -21,6 +21,7 @@ from helpers.pipeline.results import PICTURES
 from helpers.pipeline.rows import is_in
 from helpers.pipeline.stages import read_images
 from helpers.storage import Storage
+from helpers.storage.interface import Files
 from helpers.storage.parquet import read_table
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ BYTES_PER_PIXEL = 32  # of a picture while it is drawn: decoded, enlarged, maske
 SHOWN = 100  # pictures on a dashboard, at most
 
 
-def draw_sample(output: Storage, files: list[str], source: Storage, config: Config) -> list[str]:
+def draw_sample(output: Storage, files: list[str], source: Files, config: Config) -> list[str]:
     """Annotate a sample of a run's images and write the PNG files; return their names.
 
     An image that has changed since it was worked on, or cannot be drawn, costs its picture and a warning.
@@ -79,7 +80,7 @@ def _first_rows(table: pa.Table, count: int) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _can_be_drawn(row: dict[str, Any], source: Storage, max_pixels: int) -> bool:
+def _can_be_drawn(row: dict[str, Any], source: Files, max_pixels: int) -> bool:
     """Whether an image is small enough and its file still is the one that was worked on; the log says why not."""
     file, member = split_member(split_path(row["path"])[0])
     why = "its file has changed meanwhile, is gone or cannot be read"
@@ -87,9 +88,9 @@ def _can_be_drawn(row: dict[str, Any], source: Storage, max_pixels: int) -> bool
         why = f"it has {row['width']} x {row['height']} pixels, more than inference.memory_megabytes is enough for"
     else:
         with contextlib.suppress(StorageError, OSError):
-            entry = next(iter(source.list(file)), None)
-            length = row["length"] if member is None else entry and entry.length
-            if entry and (entry.path, entry.length, entry.modified) == (file, length, row["modified"]):
+            entry = source.stat(file)
+            length = row["length"] if member is None else entry.length
+            if (entry.length, entry.modified) == (length, row["modified"]):
                 return True
     log.warning("no picture of %s: %s", row["path"], why)
     return False

@@ -20,10 +20,15 @@ ERROR = pa.field("error", pa.string())
 PLACE = [pa.field("pts", pa.int64()), pa.field("seek", pa.int64())]
 # Where a member is in its archive (`helpers.images.archive.Member`): null for all else.
 RANGE = [pa.field("offset", pa.int64()), pa.field("packed", pa.int64())]
+# Where the texts are that lie beside a member, one for each kept column; null where there is none.
+BESIDE = pa.field("beside", pa.list_(pa.struct([pa.field("length", pa.int64()), *RANGE])))
 
-ASSIGNED_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, *RANGE, pa.field("partition", pa.int32())])
+LISTED_SCHEMA = pa.schema([*KEY, ERROR])
+ASSIGNED_SCHEMA = pa.schema([*KEY, ERROR, *PLACE, *RANGE, BESIDE, pa.field("partition", pa.int32())])
 IMAGE_SCHEMA = pa.schema([*KEY, ERROR, pa.field("content", pa.binary())])
 TENSOR_SCHEMA = pa.schema([*KEY, *SIZE, ERROR, pa.field("tensor", pa.binary())])
+
+KEPT = "kept"  # a column of structures: of the user's columns that go from the source to the results
 
 BOX = pa.struct([pa.field(name, pa.float32()) for name in ("x1", "y1", "x2", "y2")])
 MASK = pa.struct([pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.string())])

@@ -9,6 +9,7 @@ mounts of Databricks (`/Volumes`, `dbfs:/`) nothing does, and there one run at a
 """
 
 import contextlib
+import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ APPLICATION = "spark-vision"
 LOG = "_delta_log"
 # Databricks' default, instead of the library's 100: a version is read from this many small files at most.
 CONFIGURATION = {"delta.checkpointInterval": "10"}
+COMMIT = b'{"commitInfo"'  # begins the line of the log on a commit itself
 COLORS = re.compile(r"\x1b\[\d*m")
 
 
@@ -42,11 +44,23 @@ class File(NamedTuple):
     statistics: str
 
 
+class Span(NamedTuple):
+    """What the log says of the rows of a file; None where it says nothing."""
+
+    rows: int | None = None
+    paths: tuple[str, str] | None = None  # the first and the last, or before and after these
+    models: tuple[str, str] | None = None
+
+    def may_hold(self, first: str, last: str) -> bool:
+        """Whether a path between two may be among the rows."""
+        return self.paths is None or (self.paths[0] <= last and first <= self.paths[1])
+
+
 class Version(NamedTuple):
     """One version of the table."""
 
     number: int
-    files: frozenset[str]  # their names; all lie in the table's folder
+    files: Mapping[str, Span]  # by name; all lie in the table's folder
     table: DeltaTable | None  # None before there is a table, at version -1
 
     def removed(self) -> set[str]:
@@ -56,20 +70,25 @@ class Version(NamedTuple):
         names = self.table.vacuum(retention_hours=0, dry_run=True, enforce_retention_duration=False)
         return {name.rpartition("/")[2] for name in names}
 
+    @property
+    def schema(self) -> pa.Schema | None:
+        """Its columns; None before there is a table."""
+        return pa.schema(self.table.schema().to_arrow()) if self.table else None
+
     def mark(self, name: str) -> int:
         """The last value that a commit has given to a mark; -1 where none has."""
         value = self.table.transaction_version(name) if self.table else None
         return -1 if value is None else value
 
 
-NONE = Version(-1, frozenset(), None)
+NONE = Version(-1, {}, None)
 
 
 class Table:
-    """The table in a folder of a storage; rows have the columns of a schema."""
+    """The table in a folder of a storage; rows have the columns of a schema, or begin with them."""
 
-    def __init__(self, storage: Storage, folder: str, schema: pa.Schema):
-        self.storage, self.folder, self.schema = storage, folder, schema
+    def __init__(self, storage: Storage, folder: str, schema: pa.Schema, may_have_more: bool = False):
+        self.storage, self.folder, self.schema, self.may_have_more = storage, folder, schema, may_have_more
 
     def open(self, number: int | None = None) -> Version:
         """A version of the table, by default the newest; `NONE` where there is no table.
@@ -86,8 +105,7 @@ class Table:
                     raise
                 return NONE
             self._check(table)
-            names = pa.table(table.get_add_actions())["path"].to_pylist()
-            return Version(table.version(), frozenset(names), table)
+            return Version(table.version(), _spans(pa.table(table.get_add_actions(flatten=True))), table)
 
     def create(self, files: Mapping[str, File] | None = None, about: Mapping[str, Any] | None = None) -> Version:
         """Make the table, of files that lie there, unless another process has just made it; return its newest version.
@@ -174,9 +192,29 @@ class Table:
         with self._explained("its log cannot be read"):
             return table.history() if table else []
 
+    def last_change(self, version: Version) -> tuple[int, dict[str, Any]]:
+        """The number of the newest commit up to a version that was no clean-up, and what it tells of itself.
+
+        It is looked up in the log itself, because the library's history of a version that is not the newest any more
+        has other numbers. (-1, {}) where the log does not go back so far.
+        """
+        with self._explained("its log cannot be read"):
+            for number in range(version.number, -1, -1):
+                try:
+                    lines = self.storage.read(f"{self.folder}/{LOG}/{number:020}.json").splitlines()
+                except FileNotFoundError:
+                    break
+                about: dict[str, Any] = next(
+                    (json.loads(line)["commitInfo"] for line in lines if line.startswith(COMMIT)), {}
+                )
+                if not str(about.get("operation")).startswith("VACUUM"):
+                    return number, about
+        return -1, {}
+
     def _check(self, table: DeltaTable) -> None:
         columns = pa.schema(table.schema().to_arrow())
-        if not columns.equals(self.schema):
+        first = pa.schema(list(columns)[: len(self.schema)]) if self.may_have_more else columns
+        if not first.equals(self.schema):
             raise StorageError(
                 f"{self.storage.join(self.folder)} is a table of other columns ({', '.join(columns.names)}); name "
                 "another --output, or move it away"
@@ -196,6 +234,20 @@ class Table:
             return error
         why = ": ".join([lines[0], lines[-1]] if "Generic" in lines[0] else lines[:1])
         return StorageError(f"{self.storage.join(self.folder)}: {otherwise} ({first_line(why)})")
+
+
+def _spans(adds: pa.Table) -> dict[str, Span]:
+    """Of each file that is in the table."""
+
+    def values(name: str) -> list[Any]:
+        return adds[name].to_pylist() if name in adds.column_names else [None] * adds.num_rows
+
+    def bounds(name: str) -> list[tuple[str, str] | None]:
+        both = zip(values(f"min.{name}"), values(f"max.{name}"), strict=True)
+        return [None if None in (first, last) else (first, last) for first, last in both]
+
+    spans = map(Span, values("num_records"), bounds("path"), bounds("model"))
+    return dict(zip(values("path"), spans, strict=True))
 
 
 def _added(name: str, file: File) -> AddAction:

@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -28,10 +29,13 @@ from helpers.bundle.manifest import Bundle
 from helpers.bundle.runtime import batch_size, loading_seconds
 from helpers.images.video import split_paths
 from helpers.pipeline import stages, views
+from helpers.pipeline.reading import read_beside
 from helpers.pipeline.rows import Statistics, count_values
-from helpers.pipeline.schemas import TIMESTAMP, Batches
+from helpers.pipeline.schemas import KEPT, RESULT_SCHEMA, TIMESTAMP, Batches, conform
 from helpers.pipeline.views import Cascade, Tiling, Views
 from helpers.storage import Storage
+from helpers.storage.interface import Files
+from helpers.storage.parquet import read_table
 
 STAGING = "_staging"
 ROW_GROUP_BYTES = 8 * 2**20
@@ -78,7 +82,7 @@ class RunModel:
 class Task:
     """What a run's tasks share: plain values and references only, because it is pickled into each."""
 
-    source: Storage
+    source: Files
     output: Storage
     run: str
     models: tuple[RunModel, ...]
@@ -92,7 +96,13 @@ class Task:
     device: str
     tiling: Tiling | None = None
     cascade: Cascade | None = None
+    kept: pa.Schema = pa.schema([])  # the user's columns of the source that the results have too
     first_partition: int = 0  # a run may have several jobs, whose partitions Spark counts from 0 each
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the results."""
+        return pa.schema([*RESULT_SCHEMA, *self.kept])
 
     @property
     def flops(self) -> int:
@@ -134,8 +144,60 @@ class Task:
     def results(
         self, batches: Batches, clock: "Clock | None" = None, memory_megabytes: int | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """The fused stages: `ASSIGNED_SCHEMA` in, or `IMAGE_SCHEMA` if Spark has read; works without Spark too."""
-        return Chain(self, clock or Clock(), memory_megabytes).results(batches)
+        """The fused stages: `ASSIGNED_SCHEMA` in, or `IMAGE_SCHEMA` if Spark has read; works without Spark too.
+
+        Where columns of the source are kept, the input has them in a further one, `schemas.KEPT`, or says where they
+        are (`schemas.BESIDE`).
+        """
+        chain = Chain(self, clock or Clock(), memory_megabytes)
+        if not self.kept:
+            return chain.results(batches)
+        kept = KeptColumns(self.kept, len(self.models))
+        inputs = kept.remember(read_beside(batches, self.source, self.kept))
+        return kept.append(chain.results(inputs))
+
+
+class KeptColumns:
+    """The user's columns of the images that are on their way through a task's stages, which know nothing of them."""
+
+    def __init__(self, schema: pa.Schema, models: int):
+        self._type, self._models = pa.struct(list(schema)), models
+        self._rows: dict[str, tuple[pa.Array, int]] = {}  # by path: the values of its batch, and which are its own
+        self._left = Counter[str]()  # results that are to come
+
+    def remember(self, batches: Batches) -> Iterator[pa.RecordBatch]:
+        """Take the kept columns off the stages' input."""
+        for batch in batches:
+            values = batch[KEPT].cast(self._type)
+            for row, path in enumerate(batch["path"].to_pylist()):
+                self._rows[path] = values, row
+                self._left[path] = self._models
+            yield batch.drop_columns([KEPT])
+
+    def append(self, results: Batches) -> Iterator[pa.RecordBatch]:
+        """Put them behind the columns of the results."""
+        for batch in results:
+            values = self._take(batch["path"].to_pylist())
+            schema = pa.schema([*batch.schema, *self._type])
+            yield pa.RecordBatch.from_arrays([*batch.columns, *values.flatten()], schema=schema)
+
+    def _take(self, paths: list[str]) -> pa.Array:
+        rows: dict[int, list[int]] = {}  # of each batch's values, which are wanted here
+        values: dict[int, pa.Array] = {}
+        order: list[tuple[int, int]] = []
+        for path in paths:
+            array, row = self._rows[path]
+            values[id(array)] = array
+            wanted = rows.setdefault(id(array), [])
+            order.append((id(array), len(wanted)))
+            wanted.append(row)
+            self._left[path] -= 1
+            if not self._left[path]:
+                del self._left[path], self._rows[path]
+        starts = dict(zip(rows, accumulate(map(len, rows.values()), initial=0), strict=False))
+        parts = [values[number].take(pa.array(wanted)) for number, wanted in rows.items()]
+        together = pa.concat_arrays(parts or [pa.array([], self._type)])
+        return together.take(pa.array([starts[number] + place for number, place in order], pa.int64()))
 
 
 @dataclass(frozen=True)
@@ -290,7 +352,7 @@ def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
     statistics = Statistics()
     # On disk only where a partition's results are large; the storage then gets the file whole.
     with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
-        with pq.ParquetWriter(spool, stages.RESULT_SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(spool, task.schema, compression="zstd") as writer:
             for table in _row_groups(batches):
                 writer.write_table(table)
                 statistics.add(table)
@@ -337,6 +399,15 @@ def staged_counts(path: str) -> tuple[int, int]:
     """Images and failed images of a task's file, from its name; the driver sees progress in them."""
     _, images, failed = path.rpartition("/")[2].removesuffix(".parquet").split("-")
     return int(images), int(failed)
+
+
+def read_staged(batches: Batches, storage: Storage, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Read files of tasks again: a column `path` in, their rows out with the file in the last column of the schema."""
+    for batch in batches:
+        for path in batch["path"].to_pylist():
+            rows = read_table(storage, path)
+            rows = rows.append_column(schema.names[-1], pa.array([path] * rows.num_rows, pa.string()))
+            yield from conform(rows, schema).to_batches()
 
 
 def _row_groups(batches: Batches) -> Iterator[pa.Table]:

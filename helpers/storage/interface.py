@@ -27,25 +27,11 @@ class Entry:
     error: str | None = None
 
 
-class Storage(Protocol):
-    """What the pipeline needs of a location. Paths are as `list` gives them, or relative to the root."""
+class Files(Protocol):
+    """What the pipeline needs to read images. Paths are as `list` gives them, or relative to the root."""
 
     root: str
     concurrent_reads: int  # how many are worth having under way at once; 1 where reading does not mean waiting
-
-    def list(
-        self,
-        prefix: str = "",
-        directories: bool = False,
-        skip: Collection[str] = (),
-        tolerant: bool = False,
-        outside_links: bool = True,
-    ) -> Iterator[Entry]:
-        """Every file below the prefix, nested folders included but for those to skip, in no particular order.
-
-        Where `tolerant`, what is wrong below the prefix is an entry with an `error`, and not a StorageError. Without
-        `outside_links`, so is a link that leads out of the location.
-        """
 
     def read(self, path: str, limit: int | None = None) -> bytes:
         """The whole content of one file; raises OSError, with EFBIG where it is longer than so many bytes."""
@@ -55,6 +41,34 @@ class Storage(Protocol):
 
     def read_range(self, path: str, start: int, length: int) -> bytes:
         """So many bytes of one file from a position on, fewer where it ends; raises OSError."""
+
+    def stat(self, path: str) -> Entry:
+        """Length and time of one file; raises OSError where there is none."""
+
+    def exists(self, path: str) -> bool:
+        """Whether a file or folder is there."""
+
+
+class Storage(Files, Protocol):
+    """What it needs of a location, to list it and to write there too."""
+
+    def list(
+        self,
+        prefix: str = "",
+        directories: bool = False,
+        skip: Collection[str] = (),
+        tolerant: bool = False,
+        outside_links: bool = True,
+    ) -> Iterator[Entry]:
+        """Every file below the prefix, nested folders included but for those to skip.
+
+        The order is the same each time, as long as no file comes or goes: that of the paths' UTF-8 bytes, in which
+        `a-1` comes before `a/1`, and this before `a0`. There are two exceptions. On a local disk, what lies in folders
+        behind links comes last. ADLS has an order of its own, which may take one folder after the other.
+
+        Where `tolerant`, what is wrong below the prefix is an entry with an `error`, and not a StorageError. Without
+        `outside_links`, so is a link that leads out of the location.
+        """
 
     def create(self, path: str) -> contextlib.AbstractContextManager[BinaryIO]:
         """A file to write to, which appears under its name, whole, when the block ends without an exception."""
@@ -67,9 +81,6 @@ class Storage(Protocol):
 
     def delete(self, path: str) -> None:
         """Remove a file or a folder with all in it; nothing happens where there is none."""
-
-    def exists(self, path: str) -> bool:
-        """Whether a file or folder is there."""
 
     def join(self, *parts: str) -> str:
         """The path of something below the root, as `list` would give it."""

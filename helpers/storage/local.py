@@ -2,16 +2,19 @@
 
 import contextlib
 import errno
+import heapq
 import os
+import pickle
 import re
 import shutil
 import stat
+import tempfile
 import uuid
 from collections import deque
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from helpers.errors import StorageError, explain
 from helpers.storage.interface import Entry
@@ -19,6 +22,7 @@ from helpers.storage.interface import Entry
 MOUNTS = ("/Volumes/", "/dbfs/")  # of Databricks: a rename there may replace what another process has just written
 ESCAPES = re.compile(r"%[0-9A-Fa-f]{2}|\\")
 DELETED = re.compile(r"\.[0-9a-f]{32}\.deleted")
+SORTED_AT_ONCE, READ_AT_ONCE = 200_000, 1000  # names of a folder, in memory and of what is sorted on the disk
 NO_TIME = datetime.fromtimestamp(0, UTC)
 SYSTEM_ERROR = re.compile(r"(?:os error|code:) (\d+)")  # in the words of Rust
 ODD_TIME = "its modification time is in no year from 1 to 9999: set another, for example with `touch`"
@@ -50,7 +54,11 @@ class LocalStorage:
         tolerant: bool = False,
         outside_links: bool = True,
     ) -> Iterator[Entry]:
-        """List with one directory open at a time, following links but entering no directory twice.
+        """List in the order of the paths' UTF-8 bytes, folders right before what is in them, one open at a time.
+
+        Links are followed, but no directory is entered twice: what folders lie behind links comes last, so that what
+        has a path of its own is found there. The names of one folder are in memory at once, up to `SORTED_AT_ONCE`;
+        those of a larger one are sorted on the disk.
 
         Raises:
             StorageError: there is no such folder, or it cannot be listed; a folder below it neither, unless `tolerant`.
@@ -66,20 +74,30 @@ class LocalStorage:
         # Real paths tell folders apart: on some mounts all inodes are 0.
         real_paths = {os.path.realpath(folder) for folder in left_out}
         identities = {_identity(folder) for folder in left_out} - {None}  # the same folder may be mounted twice
-        pending = deque([(str(start), os.path.realpath(start))])
-        while pending:
-            folder, real = pending.pop()
+        waiting = deque([(str(start), os.path.realpath(start))])  # folders behind links
+        below: list[tuple[str, Iterator[_Item]]] = []  # the folders from there down to the one listed: what is left
+        while waiting or below:
+            if below:
+                item = next(below[-1][1], None)
+                if item is None:
+                    below.pop()
+                    continue
+                entry, target = _look(item, below[-1][0], within)
+                if entry is not None and (directories or not entry.is_directory):
+                    yield entry
+                if target is None:
+                    continue
+                if item.is_link:
+                    waiting.append((item.path, target))
+                    continue
+                folder, real = item.path, target
+            else:
+                folder, real = waiting.popleft()
             if real in real_paths or (identities and _identity(folder) in identities):
                 continue
             real_paths.add(real)
             try:
-                with os.scandir(folder) as items:
-                    for item in items:
-                        entry, target = _look(item, real, within)
-                        if target is not None:  # links last: what has a path of its own is found below that
-                            (pending.appendleft if item.is_symlink() else pending.append)((item.path, target))
-                        if entry is not None and (directories or not entry.is_directory):
-                            yield entry
+                below.append((real, _in_order(folder)))
             except FileNotFoundError:  # gone since its parent was listed
                 continue
             except OSError as error:
@@ -108,6 +126,10 @@ class LocalStorage:
         with self.open(path) as file:
             file.seek(start)
             return file.read(length)
+
+    def stat(self, path: str) -> Entry:  # noqa: D102
+        status = os.stat(self._path(path))
+        return _entry(self.join(path), stat.S_ISDIR(status.st_mode), status)
 
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:  # noqa: D102
@@ -254,7 +276,46 @@ def _identity(folder: str | Path) -> tuple[int, int] | None:
     return (status.st_dev, status.st_ino) if status.st_ino else None
 
 
-def _look(item: os.DirEntry[str], folder: str, within: str | None) -> tuple[Entry | None, str | None]:
+class _Item(NamedTuple):
+    """What is in a folder; sorts as its path does among those of files."""
+
+    key: str
+    path: str
+    is_link: bool
+    is_folder: bool
+
+
+def _in_order(folder: str) -> Iterator[_Item]:
+    """What is in a folder, sorted; raises OSError at once where it cannot be listed."""
+    items: list[_Item] = []
+    sorted_parts: list[Iterator[_Item]] = []
+    with os.scandir(folder) as found:
+        for item in found:
+            is_folder = _is_directory(item)
+            items.append(_Item(_to_text(item.name) + "/" * is_folder, item.path, item.is_symlink(), is_folder))
+            if len(items) == SORTED_AT_ONCE:
+                sorted_parts.append(_on_disk(sorted(items)))
+                items.clear()
+    return heapq.merge(*sorted_parts, sorted(items))
+
+
+def _on_disk(items: list[_Item]) -> Iterator[_Item]:
+    """The same items, read back as they are taken from a file without a name."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the iterator
+    for start in range(0, len(items), READ_AT_ONCE):
+        pickle.dump(items[start : start + READ_AT_ONCE], file)
+    end = file.tell()
+    file.seek(0)
+
+    def read() -> Iterator[_Item]:
+        with file:
+            while file.tell() < end:
+                yield from pickle.load(file)
+
+    return read()
+
+
+def _look(item: _Item, folder: str, within: str | None) -> tuple[Entry | None, str | None]:
     """The entry of what is in a folder, None if it has gone, and its real path if it is a folder to list.
 
     Args:
@@ -263,13 +324,12 @@ def _look(item: os.DirEntry[str], folder: str, within: str | None) -> tuple[Entr
         within: a real path; links that lead out of it are not followed.
     """
     try:
-        real = f"{folder.rstrip('/')}/{item.name}"
-        if item.is_symlink() and not _is_endless(item.path):
+        real = f"{folder.rstrip('/')}/{item.path.rpartition('/')[2]}"
+        if item.is_link and not _is_endless(item.path):
             real = os.path.realpath(item.path)
             if within is not None and not f"{real}/".startswith(f"{within.rstrip('/')}/"):
                 return _entry(item.path, False, os.lstat(item.path), LEADS_OUT), None
-        is_directory = _is_directory(item)
-        return _entry(item.path, is_directory), real if is_directory else None
+        return _entry(item.path, item.is_folder), real if item.is_folder else None
     except FileNotFoundError:
         return None, None
     except Exception as error:  # whatever is wrong with one entry costs no other

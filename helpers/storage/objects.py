@@ -231,6 +231,13 @@ class ObjectStorage:
             except EOFError:
                 return b""
 
+    def stat(self, path: str) -> Entry:
+        """What `list` says of one file; raises as `read` does."""
+        name = self._name(path)
+        with self._explained(path, of_one_file=True):
+            meta = obstore.head(self._store, self._key(name))
+        return Entry(self._uri(name), meta["size"], meta["last_modified"])
+
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:
         """A file to write to, which appears whole when the block ends.

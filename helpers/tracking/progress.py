@@ -28,10 +28,13 @@ class Progress:
     Args:
         total: images in all.
         count: returns images and failed images so far.
+        done: how many there were before the block.
+        is_whole: whether the total is; else it is what is known so far, and may grow in a later block.
     """
 
-    def __init__(self, total: int, count: Callable[[], tuple[int, int]]):
-        self._total, self._count = total, count
+    def __init__(self, total: int, count: Callable[[], tuple[int, int]], done: int = 0, is_whole: bool = True):
+        self._total, self._count, self._done = total, count, done
+        self._so_far = "" if is_whole else " listed so far"
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="progress")
         self._start = time.monotonic()
@@ -50,8 +53,9 @@ class Progress:
 
     def _show_until_ended(self) -> None:
         show = sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
-        logged, images, failed = self._start, 0, 0
-        with tqdm(total=self._total, unit=" images", smoothing=0, disable=not show, file=sys.stderr) as bar:
+        logged, images, failed = self._start, self._done, 0
+        unit = f" images{self._so_far}"
+        with tqdm(total=self._total, initial=images, unit=unit, smoothing=0, disable=not show, file=sys.stderr) as bar:
             while True:
                 ended = self._ended.wait(POLL_SECONDS)
                 with contextlib.suppress(StorageError):  # of no matter here: the run itself tells what stops it
@@ -65,6 +69,7 @@ class Progress:
                     return
 
     def _log(self, images: int, failed: int) -> None:
-        rate = images / (time.monotonic() - self._start)
+        rate = (images - self._done) / (time.monotonic() - self._start)
         left = f"{(self._total - images) / rate:.0f} s left" if rate else "nothing finished yet"
-        log.info("%d of %d images, %d failed, %.1f images/s, %s", images, self._total, failed, rate, left)
+        known = f"{self._total} images{self._so_far}"
+        log.info("%d of %s, %d failed, %.1f images/s, %s", images, known, failed, rate, left)

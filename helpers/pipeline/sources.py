@@ -1,0 +1,402 @@
+"""Sources that are tables: Spark has the rows, and each names an image or holds its bytes. On the driver.
+
+    table:NAME                 a table or view of Spark's catalog
+    a location                 a Delta table, or Parquet files
+    `pipeline.run_frame`       a DataFrame, which must give the same rows each time
+
+With `source.path` a row names a file, and tasks look up its length and time; from there on all is as if these files had
+been listed. With `source.content` a row holds the bytes, which go from Spark's reader to the task that decodes them:
+they are divided into tasks as the table is. Such an image is known by its key, and by `source.modified` where that is
+set. So a changed image that has neither is not seen.
+
+A path or a key stands for one image, so two rows with the same one stop the run. A row without one is an error row.
+The kept columns (`source.keep`) never come to the driver.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import Schema
+
+from helpers.config import Config, SourceSettings
+from helpers.errors import ConfigError, RunError, StorageError, first_line
+from helpers.images.archive import MARK as MEMBER_MARK
+from helpers.images.boundary import too_long
+from helpers.images.video import MARK as FRAME_MARK
+from helpers.pipeline.frames import list_files
+from helpers.pipeline.listing import Listing
+from helpers.pipeline.schemas import KEPT, KEY_NAMES, LISTED_SCHEMA, RESULT_SCHEMA
+from helpers.pipeline.table import LOG, Table
+from helpers.session import get_slots, spark_failure, spark_schema
+from helpers.storage import Storage, open_storage
+from helpers.storage.interface import Files
+from helpers.storage.local import NO_TIME
+from helpers.storage.uris import UriStorage
+
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame, SparkSession
+
+TABLE = "table:"
+FILE = re.compile(r"/[^/]*\.parquet$")
+FILE_NAME = "_file_name"  # a column of ours beside the user's
+# Of a Delta table: what must be known to read its files, and which of it plain Parquet files have too.
+READ_AS_FILES = {"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"}
+NO_KEY = "the row has no key"
+NO_CONTENT = "the row has no bytes"
+NAMELESS = "#null="  # begins the paths of rows that have none
+LOOKING_TASKS = 4  # per slot, that look up the files of a table
+
+
+def is_table(source: str, config: Config) -> bool:
+    """Whether a source is a table, by its name or by the settings."""
+    return source.startswith(TABLE) or bool(config.source.path or config.source.content)
+
+
+def open_files(source: str | None, config: Config) -> Files:
+    """What reads the files of a source, without Spark; mistakes in the settings are told.
+
+    Args:
+        source: where it is; None for a DataFrame.
+        config: its `source` section says whether it is a table.
+
+    Raises:
+        ConfigError: settings that do not go together.
+        StorageError: there is no such location.
+    """
+    if source is not None and not is_table(source, config):
+        if odd := [name for name in ("key", "modified", "root") if getattr(config.source, name)]:
+            raise ConfigError(f"source.{odd[0]} is for tables: name the column of URIs, source.path, or source.content")
+        return _existing(source, config)
+    _check_settings(config.source)
+    root = open_storage(config.source.root, config).root if config.source.root else ""
+    if source is not None and not source.startswith(TABLE):
+        root = root or FILE.sub("", _existing(source, config).root)
+    return UriStorage(root, config.storage)
+
+
+def text_columns(config: Config) -> pa.Schema:
+    """The kept columns of a source that is no table: texts beside the members of archives, named by their suffix.
+
+    Raises:
+        ConfigError: results have a column of this name.
+    """
+    _check_free(config.source.keep)
+    return pa.schema([pa.field(name, pa.string()) for name in config.source.keep])
+
+
+def open_table(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
+    """The rows of a table of Spark's catalog, or at a location.
+
+    Raises:
+        RunError: there is no such table, or Spark cannot read it.
+        StorageError: the location cannot be used.
+    """
+    try:
+        if source.startswith(TABLE):
+            return _checked(spark.table(source.removeprefix(TABLE)))
+        storage = open_storage(source, config)
+        is_delta = storage.exists(LOG)
+        if config.spark.mode == "databricks":
+            return _checked(spark.read.format("delta" if is_delta else "parquet").load(source))
+        return _read_delta(spark, storage) if is_delta else _checked(spark.read.parquet(storage.root))
+    except (RunError, StorageError):
+        raise
+    except Exception as error:
+        raise RunError(f"{source} cannot be read as a table: {spark_failure(error)}") from None
+
+
+@dataclass
+class TableSource:
+    """The rows of a table as a source of images.
+
+    Attributes:
+        rows: the user's.
+        columns: which of them are what.
+        files: reads the files that rows name.
+        kept: the columns for the results, as these have them.
+        max_bytes: of an image.
+        nameless: how many rows have no path or key; `list` finds out.
+    """
+
+    rows: "DataFrame"
+    columns: SourceSettings
+    files: Files
+    kept: pa.Schema
+    max_bytes: int
+    nameless: int = 0
+
+    @classmethod
+    def of(cls, rows: "DataFrame", files: Files, config: Config) -> "TableSource":
+        """Look at a table.
+
+        Raises:
+            ConfigError: it lacks a column, has one of another type than it should, or results cannot have one.
+        """
+        columns = config.source
+        types = {"path": "string", "content": "binary", "key": "", "modified": "timestamp"}
+        for setting, expected in types.items():
+            if name := getattr(columns, setting):
+                _check_column(rows, f"source.{setting}", name, expected)
+        return cls(rows, columns, files, _kept_schema(rows, columns.keep), config.max_image_bytes)
+
+    @property
+    def key(self) -> list[str]:
+        """The columns of the results by which an image that has not changed is known."""
+        return ["path", "modified"] if self.columns.content else KEY_NAMES
+
+    def list(self, config: Config) -> Iterator[Listing]:
+        """The images of the table, videos and archives apart; tasks look for the files.
+
+        Yields:
+            Slices in the order of paths; one where the rows hold bytes, because Spark reads all of the table for each.
+
+        Raises:
+            RunError: two rows name the same image, there is no row, or Spark cannot read the table.
+        """
+        names = self.rows.select(self._name.alias("path"), self._modified.alias("modified"))
+        try:
+            if self.columns.content:
+                table = names.toArrow()
+            else:
+                tasks = LOOKING_TASKS * get_slots(self.rows.sparkSession)
+                look_up = partial(list_files, storage=self.files)
+                table = names.repartition(tasks).mapInArrow(look_up, spark_schema(LISTED_SCHEMA)).toArrow()
+        except Exception as error:
+            raise RunError(f"the source cannot be read: {spark_failure(error)}") from error
+        if not table.num_rows:
+            raise RunError("the source is a table without rows; name another --source")
+        is_nameless, self.nameless = table["path"].is_null(), table["path"].null_count
+        if self.columns.content:
+            errors = pc.if_else(is_nameless, NO_KEY, pa.scalar(None, pa.string()))
+            table = table.append_column("length", pa.array([0] * table.num_rows, pa.int64()))
+            table = table.append_column("error", errors)
+        paths = _with_names(table["path"])
+        _check_unique(paths)
+        table = table.set_column(table.schema.get_field_index("path"), "path", paths)
+        files = table.select(LISTED_SCHEMA.names).cast(LISTED_SCHEMA).sort_by("path")
+        step = files.num_rows if self.columns.content else config.partitioning.slice_images
+        for start in range(0, files.num_rows, step):
+            part, is_last = files.slice(start, step), start + step >= files.num_rows
+            yield replace(_divide(part, config, bool(self.columns.content)), is_last=is_last)
+
+    def contents(self, images: pa.Table) -> "DataFrame":
+        """`stages.IMAGE_SCHEMA` and the kept columns of some of the listed images, as Spark reads the table."""
+        from pyspark.sql import functions as F
+
+        content = _column(self.rows, self.columns.content or "")
+        length = F.coalesce(F.octet_length(content), F.lit(0)).cast("long")
+        too_long = (
+            f"the image has more than the {self.max_bytes} bytes that ingest.max_bytes and inference.memory_megabytes "
+            "allow"
+        )
+        error = F.when(self._name.isNull(), NO_KEY).when(content.isNull(), NO_CONTENT)
+        error = error.when(length > self.max_bytes, too_long)
+        columns = {"length": length, "modified": self._modified, "error": error}
+        columns["content"] = F.when(error.isNull(), content)
+        rows = self._named(**columns)
+        wanted = self.rows.sparkSession.createDataFrame(images.select(["path"]))
+        # The small side are the keys: they go to every task, and the images stay where they are read.
+        return rows.join(F.broadcast(wanted), "path", "left_semi")
+
+    def with_kept(self, images: "DataFrame") -> "DataFrame":
+        """Rows of images, of their frames or members, with the columns that are kept of the user's rows."""
+        from pyspark.sql import functions as F
+
+        if not self.kept:
+            return images
+        file = F.regexp_replace("path", rf"(?s){FRAME_MARK}[0-9]+\z", "")
+        images = images.withColumn("file", F.regexp_replace(file, rf"(?s){MEMBER_MARK}.*", ""))
+        return images.join(self._named().withColumnRenamed("path", "file"), "file", "left").drop("file")
+
+    def _named(self, **columns: "Column") -> "DataFrame":
+        """The kept columns of all rows, and others, with the image's path; those without one get the listing's."""
+        from pyspark.sql import Window
+        from pyspark.sql import functions as F
+
+        if self.kept:
+            columns[KEPT] = F.struct(*(_column(self.rows, name).alias(name) for name in self.kept.names))
+        rows = self.rows.select(self._name.alias("path"), *(value.alias(name) for name, value in columns.items()))
+        if not self.nameless:
+            return rows
+        number = F.row_number().over(Window.orderBy(F.lit(0)))  # in one task: there should be few
+        nameless = rows.where(F.col("path").isNull()).withColumn("path", F.concat(F.lit(NAMELESS), number))
+        return rows.where(F.col("path").isNotNull()).unionByName(nameless)
+
+    @property
+    def _name(self) -> "Column":
+        name = self.columns.key or self.columns.path or ""
+        return _column(self.rows, name).cast("string")
+
+    @property
+    def _modified(self) -> "Column":
+        from pyspark.sql import functions as F
+
+        never = F.lit(NO_TIME)
+        name = self.columns.modified
+        return F.coalesce(_column(self.rows, name).cast("timestamp"), never) if name else never
+
+
+def _check_settings(columns: SourceSettings) -> None:
+    if not (columns.path or columns.content):
+        raise ConfigError(
+            "the source is a table: name the column of the images' URIs with --set source.path=COLUMN, or that of "
+            "their bytes with source.content"
+        )
+    if columns.content and not (columns.key or columns.path):
+        raise ConfigError("source.content needs a column that tells the images apart: name it with source.key")
+    if not columns.content and (columns.key or columns.modified):
+        name = "key" if columns.key else "modified"
+        raise ConfigError(f"source.{name} is for source.content: a file is known by its path, length and time")
+
+
+def _existing(source: str, config: Config) -> Storage:
+    storage = open_storage(source, config)
+    if not storage.exists(""):
+        raise StorageError(f"{storage.root}: no such folder; check the --source location")
+    return storage
+
+
+def _checked(rows: "DataFrame") -> "DataFrame":
+    """The same, looked for by Spark now, over Connect too."""
+    assert rows.columns is not None
+    return rows
+
+
+def _read_delta(spark: "SparkSession", storage: Storage) -> "DataFrame":
+    """The newest version of a Delta table, whose files Spark reads as Parquet: it may lack Delta itself."""
+    from pyspark.sql import functions as F
+
+    table = Table(storage, "", pa.schema([]), may_have_more=True).open().table
+    assert table is not None
+    protocol = table.protocol()
+    features = set(protocol.reader_features or [])
+    if protocol.min_reader_version == 2:
+        features.add("columnMapping")
+    if more := sorted(features - READ_AS_FILES):
+        raise RunError(
+            f"{storage.root} is a Delta table with {more[0]}, which only a Spark with Delta reads; give it a name "
+            "there, and --source table:NAME"
+        )
+    schema, partitions = pa.schema(table.schema().to_arrow()), table.metadata().partition_columns
+    files = pa.table(table.get_add_actions())
+    paths = [unquote(path) for path in files["path"].to_pylist()]
+    if not paths:
+        return spark.createDataFrame([], spark_schema(schema))
+    in_files = spark_schema(pa.schema([field for field in schema if field.name not in partitions]))
+    # The log says what is the same in all of a file. The names of folders say it too, each library's in its own way.
+    reader = spark.read.schema(in_files).option("recursiveFileLookup", "true")
+    rows = reader.parquet(*map(storage.join, paths))
+    if not partitions:
+        return rows
+    values = [pc.struct_field(files["partition"], name).cast(schema.field(name).type) for name in partitions]
+    names = pa.array([path.rpartition("/")[2] for path in paths])
+    said = spark.createDataFrame(pa.table([names, *values], names=[FILE_NAME, *partitions]))
+    rows = rows.withColumn(FILE_NAME, F.col("_metadata.file_name")).join(F.broadcast(said), FILE_NAME)
+    return rows.select(*(F.col(f"`{name}`") for name in schema.names))
+
+
+def _column(rows: "DataFrame", name: str) -> "Column":
+    """A column by its name, or a field of one, as `image.bytes` is."""
+    from pyspark.sql import functions as F
+
+    return F.col(f"`{name.replace('`', '``')}`" if name in rows.columns else name)
+
+
+def _check_column(rows: "DataFrame", setting: str, name: str, expected: str) -> None:
+    """Raise ConfigError unless a table has a column of the type that is expected, if any is."""
+    from pyspark.errors import PySparkException
+
+    try:
+        kind = rows.select(_column(rows, name)).schema[0].dataType.simpleString()
+    except PySparkException:
+        raise _no_column(rows, setting, name) from None
+    if expected not in (kind, "", kind.removesuffix("_ntz")):
+        raise ConfigError(f"{setting}: the column {name} has the type {kind}, and should have {expected}")
+
+
+def _no_column(rows: "DataFrame", setting: str, name: str) -> ConfigError:
+    near = difflib.get_close_matches(name, rows.columns, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(rows.columns)}"
+    return ConfigError(f"{setting}: the source has no column {name}; {hint}")
+
+
+def _kept_schema(rows: "DataFrame", names: Sequence[str]) -> pa.Schema:
+    """The Arrow schema of the columns to keep.
+
+    Raises:
+        ConfigError: there is no such column, results have one of this name, or a table cannot have its type.
+    """
+    from pyspark.sql.pandas.types import to_arrow_schema
+
+    for name in names:
+        if name not in rows.columns:
+            raise _no_column(rows, "source.keep", name)
+    _check_free(names)
+    schema = pa.schema([])
+    for name in names:
+        field = rows.select(_column(rows, name)).schema.toNullable()
+        try:
+            arrow = to_arrow_schema(field)
+            Schema.from_arrow(arrow)
+        except Exception as error:
+            raise ConfigError(
+                f"source.keep: results cannot have the type of the column {name}, {field[0].dataType.simpleString()} "
+                f"({first_line(error)}); cast it in the source"
+            ) from None
+        schema = schema.append(arrow.field(0))
+    return schema
+
+
+def _check_free(names: Sequence[str]) -> None:
+    taken = {name.lower() for name in RESULT_SCHEMA.names}
+    for name in names:
+        if name.lower() in taken:
+            raise ConfigError(
+                f"source.keep: the results have a column {name} of their own, or twice; rename it in the source"
+            )
+        taken.add(name.lower())
+
+
+def _with_names(paths: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Paths with names in the place of nulls."""
+    nulls = paths.is_null().to_numpy()
+    if not nulls.any():
+        return paths
+    names = pa.array(np.char.add(NAMELESS, np.cumsum(nulls).astype(str)), pa.string())
+    return pc.coalesce(paths, pa.chunked_array([names]))
+
+
+def _check_unique(paths: pa.ChunkedArray) -> None:
+    if pc.count_distinct(paths).as_py() < len(paths):
+        counts = pc.value_counts(paths)
+        more = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1))
+        example = more[0].as_py()
+        raise RunError(
+            f"{len(more)} images are named by several rows of the source, such as {example['values']} by "
+            f"{example['counts']}: one image has one row of results; leave one row of each, or name another source.key"
+        )
+
+
+def _divide(files: pa.Table, config: Config, are_images: bool) -> Listing:
+    """A listing of files; those that do not end as videos or archives do are images, whatever they are called."""
+    if are_images:
+        return Listing(files, {})
+    names = pc.utf8_lower(files["path"])
+    is_video, is_archive = (_ends(names, suffixes) for suffixes in (config.video.suffixes, config.ingest.archives))
+    errors = [too_long(length, config.max_image_bytes) for length in files["length"].to_pylist()]
+    images = files.set_column(3, "error", pc.coalesce(files["error"], pa.array(errors, pa.string())))
+    is_image = pc.invert(pc.or_(is_video, is_archive))
+    return Listing(images.filter(is_image), {}, files.filter(is_video), files.filter(is_archive))
+
+
+def _ends(names: pa.ChunkedArray, suffixes: Sequence[str]) -> pa.ChunkedArray:
+    tests = [pc.ends_with(names, suffix.lower()) for suffix in suffixes]
+    return reduce(pc.or_, tests, pa.chunked_array([pa.array(np.zeros(len(names), bool))]))

@@ -1,0 +1,78 @@
+"""Spark with Delta Lake in a process of its own, because a process has one JVM and this one's has no Delta."""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.config import Config, load_config
+from helpers.session import get_spark
+
+POM = """<project>
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>tests</groupId><artifactId>delta</artifactId><version>1</version>
+  <dependencies><dependency>
+    <groupId>io.delta</groupId><artifactId>delta-spark_4.1_2.13</artifactId><version>4.1.0</version>
+  </dependency></dependencies>
+</project>
+"""
+JARS = ("delta-spark", "delta-storage", "unitycatalog-client")  # Spark has the others
+
+_spark_conf: dict[str, str] = {}
+
+
+@contextmanager
+def delta_process(folder: Path) -> Iterator[Callable[..., Any]]:
+    """A function that runs another one there, where `settings` and `session` are Spark's with Delta."""
+    conf = {
+        "spark.jars": ",".join(map(str, _jars(folder))),
+        "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+        "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+        "spark.sql.warehouse.dir": str(folder / "warehouse"),
+        "spark.databricks.delta.snapshotPartitions": "2",
+        "spark.sql.shuffle.partitions": "2",
+    }
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _configure, (conf,)) as pool:
+        yield lambda function, *arguments, **named: pool.submit(function, *arguments, **named).result()
+        pool.submit(_stop).result()
+
+
+def settings(**overrides: Any) -> Config:
+    """Those of the process with Delta."""
+    values = {"spark.master": "local[2]", "pictures": 0, "postprocess.top_k": 1, "spark.conf": _spark_conf}
+    return load_config("local", **{**values, **overrides})
+
+
+def session():
+    return get_spark(settings())
+
+
+def _configure(conf: dict[str, str]) -> None:
+    _spark_conf.update(conf)
+
+
+def _stop() -> None:
+    session().stop()
+
+
+def _jars(folder: Path) -> list[Path]:
+    """Delta Lake's jars, which Maven knows how to get through any proxy or mirror of this machine."""
+    if not shutil.which("mvn"):
+        why = "Delta Lake's jars come by Maven, and there is no mvn here"
+        if not os.environ.get("CI"):
+            pytest.skip(why)
+        raise AssertionError(why)
+    (folder / "pom.xml").write_text(POM)
+    command = ["mvn", "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=jars"]
+    answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    jars = [jar for jar in (folder / "jars").iterdir() if jar.name.startswith(JARS)]
+    assert len(jars) == len(JARS), jars
+    return jars

@@ -1,0 +1,307 @@
+"""Results in a table of Spark's catalog: the real Delta Lake, with the session's catalog in Unity Catalog's place."""
+
+import contextlib
+import io
+import os
+import re
+import tarfile
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import graphs
+import pytest
+from delta_spark import delta_process, session, settings
+from deltalake import DeltaTable
+from test_sources import NAMES, contents, is_bright, png
+
+from helpers import pipeline
+from helpers.cli import main
+from helpers.errors import ConfigError, RunError, StorageError
+from helpers.pipeline.catalog import CatalogStore, open_output, open_results
+from helpers.pipeline.records import read_runs
+from helpers.pipeline.results import ResultStore
+
+
+@pytest.fixture(scope="module")
+def delta(tmp_path_factory):
+    with delta_process(tmp_path_factory.mktemp("delta")) as run_there:
+        yield run_there
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return graphs.brightness(tmp_path_factory.mktemp("brightness")).storage.root
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in NAMES:
+        (folder / name).write_bytes(png(is_bright(name)))
+    return folder
+
+
+@pytest.fixture
+def name(request) -> str:
+    """A table of the test's own."""
+    return "table:" + re.sub(r"\W+", "_", request.node.name)[-60:]
+
+
+# ---------------------------------------------------------------- what runs in the process with Delta
+
+
+def run(source: Path, model: str, output: str, staging: Path, **overrides) -> pipeline.RunSummary:
+    config = settings(**{"results.staging": str(staging), **overrides})
+    return pipeline.run(session(), str(source), model, output, config)
+
+
+def rows_of(output: str, version: int | None = None) -> list[tuple]:
+    """File name, label and error of every row."""
+    rows = pipeline.read_results(session(), output, settings(), version).toArrow().to_pylist()
+    label = [row["predictions"][0]["label"] if row["predictions"] else None for row in rows]
+    return sorted((Path(row["path"]).name, of, row["error"]) for row, of in zip(rows, label, strict=True))
+
+
+def versions(output: str) -> list[str]:
+    """What has changed the table, the first first."""
+    rows = session().sql(f"DESCRIBE HISTORY {output.removeprefix('table:')}").toArrow().to_pylist()
+    return [row["operation"] for row in rows][::-1]
+
+
+def location(output: str) -> str:
+    detail = session().sql(f"DESCRIBE DETAIL {output.removeprefix('table:')}").toArrow().to_pylist()
+    return detail[0]["location"]
+
+
+def run_frame(model: str, output: str, staging: Path) -> pipeline.RunSummary:
+    config = settings(**{"results.staging": str(staging), "source.content": "bytes", "source.key": "id"})
+    config = config.model_copy(update={"source": config.source.model_copy(update={"keep": ("number",)})})
+    return pipeline.run_frame(session().createDataFrame(contents()), model, output, config)
+
+
+class Killed(BaseException):
+    """The end of a run."""
+
+
+def run_killed(when: str, *arguments) -> None:
+    """A run whose driver dies before or after it has merged its results."""
+    publish = CatalogStore.publish
+
+    def die(store, work):
+        if when == "after":
+            publish(store, work)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CatalogStore, "publish", die)
+        patch.setattr(ResultStore, "unstage", die)
+        with pytest.raises(Killed):
+            run(*arguments)
+
+
+def run_at_once(sources: list[Path], *arguments) -> list[pipeline.RunSummary | Exception]:
+    """Runs that merge in the same moment."""
+    barrier, merge, results = threading.Barrier(len(sources)), CatalogStore._merge, []
+
+    def wait(*given, **named):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            barrier.wait(60)
+        merge(*given, **named)
+
+    def start(source: Path):
+        try:
+            results.append(run(source, *arguments))
+        except Exception as error:
+            results.append(error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CatalogStore, "_merge", wait)
+        threads = [threading.Thread(target=start, args=(source,)) for source in sources]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return results
+
+
+def command(*arguments: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(list(arguments))
+    return code, out.getvalue(), err.getvalue()
+
+
+def make_table(output: str, columns: str, using: str) -> None:
+    session().sql(f"CREATE TABLE {output.removeprefix('table:')} ({columns}) USING {using}")
+
+
+# ---------------------------------------------------------------- a run
+
+
+LABELS = [(name, "bright" if is_bright(name) else "dark", None) for name in NAMES]
+
+
+def test_a_run_makes_a_table_and_the_next_one_changes_what_is_new(delta, model, photos, tmp_path, name):
+    staging = tmp_path / "staging"
+    first = delta(run, photos, model, name, staging, pictures=3)
+    assert (first.images, first.ok, first.failed, first.results) == (8, 8, 0, name)
+    assert delta(rows_of, name) == LABELS
+    assert delta(versions, name) == ["CREATE TABLE", "MERGE"]
+    assert DeltaTable(delta(location, name)).to_pyarrow_table().num_rows == 8
+
+    # Beside the table: no copy of its rows, and all else that a run leaves.
+    assert {path.name for path in staging.iterdir()} == {"pictures", "runs"}
+    assert len(list((staging / "pictures").iterdir())) == 3
+    assert read_runs(str(staging))["images"].tolist() == [8]
+
+    nothing = delta(run, photos, model, name, staging)
+    assert (nothing.skipped, nothing.partitions, len(delta(versions, name))) == (8, 0, 2)
+
+    (photos / "0.png").write_bytes(png(True) + b" ")
+    (photos / "8.png").write_bytes(b"no image")
+    again = delta(run, photos, model, name, staging)
+    assert (again.ok, again.failed, again.skipped) == (1, 1, 7)
+    rows = delta(rows_of, name)
+    assert [row[:2] for row in rows] == [("0.png", "bright"), *(row[:2] for row in LABELS[1:]), ("8.png", None)]
+    assert "not an image" in rows[-1][2] and delta(versions, name)[2:] == ["MERGE"]
+    assert delta(rows_of, name, 1) == LABELS
+
+    code, out, _ = delta(command, "history", name)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert [(line[-5:-2], line[-1]) for line in lines[1:]] == [(["2", "1", "1"], "2"), (["8", "8", "0"], "1")]
+
+
+def test_the_table_has_the_kept_columns_of_a_dataframe(delta, model, tmp_path, name):
+    name = name.replace("table:", "table:spark_catalog.default.")
+    assert delta(run_frame, model, name, tmp_path).ok == 8
+    rows = DeltaTable(delta(location, name)).to_pyarrow_table().to_pylist()
+    assert {row["path"]: row["number"] for row in rows} == {n: number for number, n in enumerate(NAMES)}
+    assert delta(run_frame, model, name, tmp_path).skipped == 8
+
+
+def test_rows_of_members_that_are_gone_go_in_the_same_commit(delta, model, photos, tmp_path, name):
+    def pack(names: list[str]) -> None:
+        with tarfile.open(photos / "a.tar", "w") as archive:
+            for member in names:
+                archive.add(photos / "1.png", member)
+
+    pack(["x.png", "y.png"])
+    assert delta(run, photos, model, name, tmp_path / "staging").ok == 10
+    pack(["y.png", "z.png", "zz.png"])
+    assert delta(run, photos, model, name, tmp_path / "staging").ok == 3
+    members = [path for path, *_ in delta(rows_of, name) if "member" in path]
+    assert members == [f"a.tar#member={member}.png" for member in ("y", "z", "zz")]
+    assert delta(versions, name) == ["CREATE TABLE", "MERGE", "MERGE"]
+
+
+# ---------------------------------------------------------------- runs that die, start over, or meet
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_killed_run_has_finished_is_kept_and_nothing_is_doubled(delta, model, photos, tmp_path, name, when):
+    staging = tmp_path / "staging"
+    delta(run_killed, when, photos, model, name, staging)
+    assert len(delta(rows_of, name)) == (8 if when == "after" else 0)
+    assert len(list(staging.glob("_staging/*/*.parquet"))) > 0
+    (photos / "9.png").write_bytes(png(True))
+    again = delta(run, photos, model, name, staging)
+    assert (again.ok, again.skipped) == (1, 8)
+    assert delta(rows_of, name) == [*LABELS, ("9.png", "bright", None)]
+    # The rows that are there already are merged no second time.
+    assert delta(versions, name) == ["CREATE TABLE", "MERGE", "MERGE"]
+
+
+def test_an_old_result_that_a_slow_run_leaves_replaces_no_newer_one(delta, model, photos, tmp_path, name):
+    staging = tmp_path / "staging"
+    delta(run_killed, "before", photos, model, name, staging)
+    late = tmp_path / "late"
+    (staging / "_staging").rename(late)  # a task that has not ended yet
+    (photos / "0.png").write_bytes(png(True) + b" ")
+    delta(run, photos, model, name, staging)
+    late.rename(staging / "_staging")
+    again = delta(run, photos, model, name, staging)
+    assert (again.ok, again.skipped) == (0, 8)
+    assert delta(rows_of, name) == [("0.png", "bright", None), *LABELS[1:]]
+
+
+def test_what_a_killed_run_has_left_is_deleted_a_day_later(delta, model, photos, tmp_path, name):
+    staging = tmp_path / "staging"
+    delta(run_killed, "before", photos, model, name, staging)
+    delta(run, photos, model, name, staging)
+    files = list(staging.glob("_staging/*/*"))
+    assert files
+    yesterday = (datetime.now(UTC) - timedelta(days=1.1)).timestamp()
+    for file in files:
+        os.utime(file, (yesterday, yesterday))
+    delta(run, photos, model, name, staging)
+    assert not list(staging.glob("_staging/*/*"))
+
+
+def test_a_run_that_starts_over_replaces_the_whole_table_in_one_commit(delta, model, photos, tmp_path, name):
+    staging = tmp_path / "staging"
+    delta(run, photos, model, name, staging)
+    (photos / "8.png").write_bytes(png(True))
+    delta(run_killed, "before", photos, model, name, staging)
+    for gone in ("0.png", "1.png", "8.png"):
+        (photos / gone).unlink()
+    over = delta(run, photos, model, name, staging, resume=False)
+    assert (over.ok, over.skipped) == (6, 0)
+    assert delta(rows_of, name) == LABELS[2:]
+    assert delta(versions, name) == ["CREATE TABLE", "MERGE", "MERGE"]
+    assert delta(run, photos, model, name, staging).skipped == 6
+    assert delta(rows_of, name) == LABELS[2:]  # what the killed run had staged does not come back
+
+
+def test_of_two_runs_that_merge_at_once_each_image_has_one_row(delta, model, photos, tmp_path, name):
+    summaries = delta(run_at_once, [photos] * 2, model, name, tmp_path / "staging")
+    assert [summary.ok for summary in summaries] == [8, 8]
+    assert delta(rows_of, name) == LABELS
+
+
+# ---------------------------------------------------------------- what is wrong with a table
+
+
+def test_results_of_another_model_are_refused(delta, model, bundle_uri, photos, tmp_path, name):
+    delta(run, photos, model, name, tmp_path / "staging")
+    with pytest.raises(RunError, match="holds results of brightness@.*another --output"):
+        delta(run, photos, bundle_uri, name, tmp_path / "staging")
+
+
+def test_a_table_of_other_columns_is_one_clear_error(delta, model, photos, tmp_path, name):
+    delta(make_table, name, "path string, thesis string", "delta")
+    with pytest.raises(RunError, match=r"is a table of other columns \(path, thesis\).*another --output"):
+        delta(run, photos, model, name, tmp_path / "staging")
+
+
+def test_a_spark_without_delta_is_one_clear_error_before_the_work(spark, model, photos, tmp_path):
+    with pytest.raises(RunError, match="Spark cannot use the table table:results: .*it needs Delta Lake"):
+        run_here(spark, photos, model, tmp_path)
+    assert not list(tmp_path.glob("staging/_staging/*/*.parquet"))
+
+
+def run_here(spark, photos: Path, model: str, tmp_path: Path) -> pipeline.RunSummary:
+    config = settings(**{"results.staging": str(tmp_path / "staging")})
+    return pipeline.run(spark, str(photos), model, "table:results", config)
+
+
+@pytest.mark.parametrize("name", ["", "a.b.c.d", "a b", "a;drop table b", "`{rows}`", "a..b"])
+def test_a_name_that_is_none_is_one_clear_error(name):
+    with pytest.raises(ConfigError, match="names no table: write table:NAME"):
+        open_output(f"table:{name}", settings())
+
+
+def test_staging_is_below_the_results_unless_it_is_set(tmp_path):
+    assert open_output("table:main.a.`b c`", settings(**{"paths.results": "/x"})).root == "/x/main.a.b c"
+    assert open_output("table:a", settings(**{"results.staging": "/y"})).root == "/y"
+    assert isinstance(open_results(None, str(tmp_path), settings()), ResultStore)
+
+
+def test_a_staged_file_that_is_damaged_is_one_clear_error(delta, model, photos, tmp_path, name):
+    staging = tmp_path / "staging"
+    delta(run_killed, "before", photos, model, name, staging)
+    next(staging.glob("_staging/*/*.parquet")).write_bytes(b"PAR1")
+    with pytest.raises(StorageError, match="holds no results that can be read"):
+        delta(run, photos, model, name, staging)
