@@ -18,8 +18,10 @@ another, and then finds their rows in the table. Three rules keep that safe:
   run's folder has a `.keep`, any run may commit it.
 - A file that a commit has removed is added by nobody again, even if it was never in the table.
 
-A run that starts over replaces the whole table. Other runs leave its folder alone (`.alone`), because its rows may
-equal those in the table and are not known to be needed.
+A run commits each slice of its images, and reads of the table the files that can hold paths of that slice. A run that
+starts over replaces the whole table, in one commit at its end: with one per slice, readers would miss the images of the
+slices to come. Other runs leave its folder alone (`.alone`), because its rows may equal those in the table and are not
+known to be needed.
 
 A plain Parquet reader of the folder never misses an image. It sees the rows of a removed file too, beside those that
 replace them, until the file is deleted: after `results.retention_days`, or at the end of the run that removed it if
