@@ -184,7 +184,7 @@ class ResultStore:
             StorageError: as for `prepare`.
         """
         self.prepare()
-        self._check_models(self._newest(self._models_of), models)
+        self._newest(partial(self._check_version, models))
         self.recover(*models)
 
     def look(self, within: tuple[str, str] | None = None) -> Seen:
@@ -516,11 +516,15 @@ class ResultStore:
             except FileNotFoundError as error:
                 self._check_newer(version, error)
 
-    def _models_of(self, version: Version) -> set[str]:
-        """The models of a version's rows, as far as the log and files of which it says nothing tell."""
-        told = {model for span in version.files.values() for model in span.models or ()}
-        untold = sorted(f"{RESULTS}/{name}" for name, span in version.files.items() if span.models is None)
-        return told.union(self.rows(untold)["model"].unique().to_pylist())
+    def _check_version(self, models: Sequence[str], version: Version) -> None:
+        """Raise RunError if a version has rows of other models; by the log, and by files of which that says too little.
+
+        Those who compact a table shorten long texts in the log. What lies between a file's first and last model is
+        checked when its rows are looked at.
+        """
+        for name, span in sorted(version.files.items()):
+            if span.models is None or not set(span.models) <= set(models):
+                self._check_models(self.rows([f"{RESULTS}/{name}"])["model"].unique().to_pylist(), models)
 
     def _check_newer(self, version: Version, error: Exception) -> None:
         """Raise StorageError unless a file is gone because the table has a newer version."""
