@@ -63,10 +63,21 @@ def decode(mask: Mask) -> np.ndarray:
         ValueError: the runs are not those of an image of the mask's size.
     """
     height, width = mask["size"]
+    runs = _runs(mask)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def area(mask: Mask) -> int:
+    """How many pixels an encoded mask has inside; raises ValueError as `decode` does."""
+    return sum(_runs(mask)[1::2])
+
+
+def _runs(mask: Mask) -> list[int]:
+    height, width = mask["size"]
     runs = mask["counts"] if isinstance(mask["counts"], list) else _run_lengths(mask["counts"])
     if sum(runs) != height * width or min(runs, default=0) < 0:
         raise ValueError(f"its runs come to {sum(runs)} pixels and the image has {height * width}")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    return runs
 
 
 def _run_lengths(text: str) -> list[int]:

@@ -29,6 +29,7 @@ from helpers.pipeline import listing, stages
 from helpers.pipeline.models import cascade_of, model_identity, open_models, parameters_of
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_all_by_spark, read_by_spark, reading
 from helpers.pipeline.records import Stopwatch, describe, write_record
+from helpers.pipeline.report import make_report
 from helpers.pipeline.results import ResultStore, Work
 from helpers.pipeline.rows import is_among, outdated, settled, without
 from helpers.pipeline.sample import draw_sample, read_pictures
@@ -220,6 +221,10 @@ def run(
         if records:
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(task.output, {**about, **watch.laps})
+            if config.report:
+                with only_warn("the run has no page"):
+                    make_report(task.output, config, sources=[task.source])
+            watch.lap("log")
     unlisted = listed.left_out.get(listing.UNLISTED, 0)
     return _summarize(images, records, seconds, watch.laps["seconds"], store, settled_rows, unlisted)
 
