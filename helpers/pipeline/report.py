@@ -47,6 +47,7 @@ PREDICTIONS_SHOWN = 100  # of an image, the most probable
 
 THUMBNAIL_BYTES = 5_500_000  # of all JPEG files; in the page a third more
 PREDICTION_BYTES = 1_500_000  # of all masks in the page, about
+LONGEST_MASK = 20_000  # bytes of an encoded one; it takes a microsecond to read two or three
 BYTES_PER_PIXEL = 0.2  # of a JPEG file, about
 LONGEST = 224, 960  # pixels of a thumbnail's longer side, at least and at most
 QUALITIES = 82, 60, 40  # of JPEG, the first whose file is short enough
@@ -157,12 +158,12 @@ def _thumbnail(image: Row, row: Row, side: int, limit: int) -> str:
     if image["error"] is not None:
         raise UnreadableImageError(image["error"])
     size = row["width"], row["height"]
-    scale = min(1.0, side / max(size))
-    width, height = (max(1, round(length * scale)) for length in size)
-    spec = InputSpec(height, width, "bgr", (), (), scaled_decoding=1.0, antialias=scale < 1)
+    (width, height), target = (_fitted(size, pixels) for pixels in (2 * side, side))
+    spec = InputSpec(height, width, "bgr", (), (), scaled_decoding=1.0)
     pixels, original = load(image["content"], spec, max_pixels=size[0] * size[1])
     if original != size:
         raise UnreadableImageError(f"it does not have the {size[0]} x {size[1]} pixels of its row any more")
+    pixels = cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
     for quality in QUALITIES:
         encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
         if len(encoded) <= limit:
@@ -170,16 +171,23 @@ def _thumbnail(image: Row, row: Row, side: int, limit: int) -> str:
     raise UnreadableImageError("its thumbnail would be too long for this page")
 
 
+def _fitted(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Width and height, made so small that the longer one is no more than that."""
+    scale = min(1.0, longest / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 def _shown(row: Row, classes: dict[str, int], limit: int) -> Row:
     """A row as the page shows it; its masks take no more bytes than the limit, about."""
     found = sorted(row["predictions"] or [], key=lambda prediction: -_finite(prediction["score"]))
-    best, masks_left_out = found[:PREDICTIONS_SHOWN], 0
-    masks = [prediction["mask"] for prediction in best]
-    if _length(masks) > limit:
-        masks = [mask and _smaller(mask) for mask in masks]
-    while _length(masks) > limit:  # those of the least probable go first
-        masks[max(number for number, mask in enumerate(masks) if mask)] = None
-        masks_left_out += 1
+    best, masks, length = found[:PREDICTIONS_SHOWN], [], 0
+    for prediction in best:  # the most probable has its mask first
+        mask = _fitting(prediction["mask"], limit - length)
+        masks.append(mask)
+        length += len(mask["counts"]) if mask else 0
+    masks_left_out = sum(
+        mask is None and prediction["mask"] is not None for mask, prediction in zip(masks, best, strict=True)
+    )
     return {
         "width": row["width"],
         "height": row["height"],
@@ -203,21 +211,13 @@ def _finite(value: float | None, digits: int = 6) -> float:
     return round(value, digits) if value is not None and math.isfinite(value) else 0.0
 
 
-def _length(masks: list[rle.Mask | None]) -> int:
-    return sum(len(mask["counts"]) for mask in masks if mask)
-
-
-def _smaller(mask: rle.Mask) -> rle.Mask | None:
-    """A mask at about the size of a thumbnail; None where it is damaged."""
-    height, width = mask["size"]
-    scale = LONGEST[0] / max(height, width)
-    if scale >= 1:
-        return mask
-    pixels = attempt(rle.decode, mask)[0]
-    if pixels is None:
+def _fitting(mask: rle.Mask | None, limit: int) -> rle.Mask | None:
+    """A mask in no more bytes than the limit, at the size of a thumbnail if need be, or None."""
+    if mask is None or len(mask["counts"]) > LONGEST_MASK:
         return None
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return rle.encode(cv2.resize(pixels.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST))
+    if len(mask["counts"]) > limit:
+        mask = attempt(rle.reduce, mask, LONGEST[0])[0]
+    return mask if mask and len(mask["counts"]) <= limit else None
 
 
 # ------------------------------------------------------------ what the page is told

@@ -451,8 +451,8 @@
       height: { step: isPair ? 12 : 20 },
       mark: { type: "bar", cornerRadiusEnd: 3, tooltip: { content: "encoding" }, cursor: "pointer" },
       encoding: {
-        y: { field: "class", type: "nominal", sort: { field: "rank" }, title: null },
-        x: { field: "count", type: "quantitative", title: null, axis: { format: "~s", tickCount: 5, orient: "top" } },
+        y: { field: "class", type: "nominal", sort: { field: "rank" }, axis: { title: null } },
+        x: { field: "count", type: "quantitative", title: "predictions", axis: { title: null, format: "~s", tickCount: 5, orient: "top" } },
         ...(isPair ? { yOffset: { field: "side", sort: null } } : {}), ...side, opacity,
       },
     }, classRows(state), [["class", (row) => row.class], ["side", (row) => row.side], ["predictions", (row) => whole.format(row.count), "number"]]);
@@ -572,8 +572,13 @@
   reset();
   update();
   drawSpeed();
-  element("filters").addEventListener("input", changed);
-  for (const id of ["left", "right"]) control[id].addEventListener("input", lowestScore);
+  for (const [id, place] of Object.entries(control)) {
+    // A field that is left has changed nothing more: a card that is clicked then must stay the same.
+    place.addEventListener(place.tagName === "SELECT" ? "change" : "input", () => {
+      if (id === "left" || id === "right") lowestScore();
+      changed();
+    });
+  }
   element("filters").addEventListener("submit", (event) => event.preventDefault());
   element("filters").addEventListener("reset", (event) => {
     event.preventDefault();
