@@ -278,8 +278,9 @@ def _data(survey: Survey, outputs: list[Storage], runs: pd.DataFrame, items: lis
 def _names(survey: Survey, outputs: list[Storage]) -> list[str]:
     """What the page calls the sides: their models, with the outputs where these alone tell them apart."""
     models = [side.model for side in survey.sides]
-    if len(set(models)) == len(models):
-        return models
+    for names in ([model.partition("@")[0] for model in models], models):
+        if len(set(names)) == len(names):
+            return names
     tails = [storage.root.rstrip("/").rpartition("/")[2] for storage in outputs]
     tails = [redact(tail) for tail in tails] if len(set(tails)) == len(tails) else ["this", "other"]
     return [f"{tails[side.store]}: {side.model}" for side in survey.sides]

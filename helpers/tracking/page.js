@@ -192,7 +192,7 @@
     context.drawImage(image, 0, 0, canvas.width, canvas.height);
     context.imageSmoothingEnabled = true;
     const [across, down] = [canvas.width / row.width, canvas.height / row.height];
-    const size = Math.max(11, Math.round(Math.max(canvas.width, canvas.height) / 34));
+    const size = Math.max(11, Math.round(Math.max(canvas.width, canvas.height) / (longest === DETAIL ? 45 : 22)));
     const ordered = [...predictions].reverse(); // the most probable on top
     for (const [index, , , mask] of ordered) {
       if (mask) context.drawImage(paintMask(mask, index), 0, 0, canvas.width, canvas.height);
@@ -403,7 +403,7 @@
     }
     // The interpreter: the library would make programs of expressions otherwise, which the page's policy forbids.
     const embedded = await window.vegaEmbed(place, { ...spec, data: { values: rows }, width: "container" },
-      { actions: false, renderer: "svg", ast: true, logLevel: 1, config: chartConfig() });
+      { actions: false, renderer: "svg", ast: true, config: chartConfig() });
     mounted[id]?.finalize();
     mounted[id] = embedded;
     return embedded.view;
@@ -447,15 +447,16 @@
     const isPair = state.right >= 0 && state.right !== state.left;
     const opacity = { condition: { test: { field: "chosen", equal: true }, value: 1 }, value: 0.25 };
     const side = isPair ? { color: { field: "side", sort: null } } : {};
+    const rows = classRows(state);
     const byClass = await mount("class-chart", {
-      height: { step: isPair ? 12 : 20 },
+      height: new Set(rows.map((row) => row.index)).size * (isPair ? 26 : 20),
       mark: { type: "bar", cornerRadiusEnd: 3, tooltip: { content: "encoding" }, cursor: "pointer" },
       encoding: {
         y: { field: "class", type: "nominal", sort: { field: "rank" }, axis: { title: null } },
-        x: { field: "count", type: "quantitative", title: "predictions", axis: { title: null, format: "~s", tickCount: 5, orient: "top" } },
+        x: { field: "count", type: "quantitative", title: "predictions", axis: { title: null, format: ",d", tickCount: 4, orient: "top" } },
         ...(isPair ? { yOffset: { field: "side", sort: null } } : {}), ...side, opacity,
       },
-    }, classRows(state), [["class", (row) => row.class], ["side", (row) => row.side], ["predictions", (row) => whole.format(row.count), "number"]]);
+    }, rows, [["class", (row) => row.class], ["side", (row) => row.side], ["predictions", (row) => whole.format(row.count), "number"]]);
     byClass?.addEventListener("click", (_, item) => {
       if (item?.datum?.index === undefined) return;
       control.class.value = control.class.value === String(item.datum.index) ? "" : String(item.datum.index);
@@ -467,7 +468,7 @@
       mark: { type: "bar", tooltip: { content: "encoding" }, ...(isPair ? { opacity: 0.6 } : {}) },
       encoding: {
         x: { field: "from", type: "quantitative", bin: { binned: true, step: 1 / bands }, title: "score", scale: { domain: [0, 1] }, axis: { values: [0, 0.2, 0.4, 0.6, 0.8, 1], format: ".1f" } },
-        x2: { field: "to" }, y: { field: "count", type: "quantitative", stack: false, title: "predictions", axis: { format: "~s", tickCount: 5 } },
+        x2: { field: "to" }, y: { field: "count", type: "quantitative", stack: false, title: "predictions", axis: { format: ",d", tickCount: 5 } },
         ...side, ...(isPair ? {} : { opacity }),
       },
     }, scoreRows(state), [["from", (row) => row.from.toFixed(2)], ["side", (row) => row.side], ["predictions", (row) => whole.format(row.count), "number"]]);
@@ -492,14 +493,14 @@
   function drawSpeed() {
     if (data.stages.length) {
       mount("stage-chart", {
-        height: { step: 26 }, mark: { type: "bar", cornerRadiusEnd: 3, tooltip: { content: "encoding" } },
+        height: 26 * data.stages.length, mark: { type: "bar", cornerRadiusEnd: 3, tooltip: { content: "encoding" } },
         encoding: { y: { field: "stage", type: "nominal", sort: null, title: null }, x: { field: "seconds", type: "quantitative", title: "seconds" } },
       }, data.stages, [["stage", (row) => row.stage], ["seconds", (row) => number(row.seconds, 2), "number"]]);
     }
     if (data.tasks.rows.length) {
       const workers = new Set(data.tasks.rows.map((row) => row.worker)).size;
       mount("task-chart", {
-        height: { step: Math.max(6, Math.min(26, 400 / workers)) },
+        height: workers * Math.max(6, Math.min(26, 400 / workers)),
         mark: { type: "bar", tooltip: { content: "data" }, stroke: getComputedStyle(document.documentElement).getPropertyValue("--surface"), strokeWidth: 1 },
         encoding: {
           y: { field: "worker", type: "nominal", title: null, axis: workers > 40 ? null : {} },
