@@ -10,7 +10,7 @@ BIN := .venv/bin
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
 EXECUTED := $(NOTEBOOKS:notebooks/%=out/notebooks/%)
 STUDIES := $(filter out/notebooks/02% out/notebooks/08% out/notebooks/09% out/notebooks/10%,$(EXECUTED))
-SOURCES := $(wildcard helpers/*.py helpers/*/*.py conf/* conf/cards/*) $(wildcard notebooks/programs/*.py notebooks/programs/*/*.py notebooks/studies/*.py)
+SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/tracking/page.* conf/* conf/cards/*) $(wildcard notebooks/programs/*.py notebooks/programs/*/*.py notebooks/studies/*.py)
 CLASSES := .venv/spark-classes.jsa
 AZURITE := .venv/node/node_modules/azurite
 DATA := out/data/FashionMNIST/.ready
@@ -18,7 +18,7 @@ FIRST_LOOK := out/data/first_look/.ready
 # apt-get as root or through sudo without a password; empty if neither works
 APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo apt-get || { sudo -n true 2>/dev/null && echo sudo apt-get; }; })
 
-.PHONY: setup run studies test fuzz lint notebooks clean java azurite pack badges
+.PHONY: setup run studies test fuzz lint notebooks clean java azurite chromium pack badges
 .DELETE_ON_ERROR:
 
 setup: .venv/.ready java $(CLASSES) $(DATA) $(FIRST_LOOK)
@@ -47,6 +47,12 @@ azurite: .venv/.ready
 	  || { echo "== Azurite =="; command -v npm >/dev/null || { [ -n "$(APT)" ] && $(APT) update -qq && $(APT) install -y -qq npm; } \
 	       && npm install --prefix .venv/node --no-audit --no-fund --loglevel=error azurite@3.35.0; } \
 	  || echo "Azurite cannot be installed here (it needs npm): the tests of ADLS are skipped, in CI they fail"
+
+# It looks at the page of results, as a reader does.
+chromium:
+	@{ command -v chromium && command -v chromedriver; } >/dev/null \
+	  || { [ -n "$(APT)" ] && echo "== Chromium ==" && $(APT) update -qq && $(APT) install -y -qq chromium chromium-driver; } \
+	  || echo "Chromium cannot be installed here: the tests of the page are skipped, in CI they fail"
 
 $(DATA): | .venv/.ready
 	@echo "== Fashion-MNIST =="
@@ -78,7 +84,7 @@ out/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | setup
 	@case $* in 00*) [ -f $(FIRST_LOOK) ] || { echo "left out"; exit 0; };; esac; \
 	  $(BIN)/papermill $< $@ --cwd notebooks --log-output --no-progress-bar
 
-test: setup azurite
+test: setup azurite chromium
 	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 20 \
 	  --nbval --nbval-sanitize-with conf/nbval.cfg notebooks tests
 

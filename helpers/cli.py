@@ -1,4 +1,4 @@
-"""The command line: `run`, `export`, `plan`, `history` and `doctor`, thin over functions that notebooks call.
+"""The command line, thin over functions that notebooks call.
 
 Standard output is for the answer (the last line is the JSON summary of a run); everything else goes to standard error.
 Exit codes: 0 done; 1 done, but too many images failed, a folder could not be listed, or the host lacks something; 2 a
@@ -171,6 +171,29 @@ def history(options: argparse.Namespace, config: Config) -> int:
     return 0
 
 
+def report(options: argparse.Namespace, config: Config) -> int:
+    """The page of an output's results."""
+    from helpers.pipeline.report import make_report
+    from helpers.storage import open_storage
+
+    if not config.report:
+        raise ConfigError("report is 0, so the page would have no image; set it to a number of images")
+    against = open_storage(options.against, config) if options.against else None
+    print(json.dumps({"report": make_report(open_storage(options.output, config), config, against)}))
+    return 0
+
+
+def results(options: argparse.Namespace, config: Config) -> int:
+    """An output's results in the format of another tool."""
+    from helpers.pipeline.exports import Selection, export_results
+    from helpers.storage import open_storage
+
+    selection = Selection(tuple(filter(None, (options.classes or "").split(","))), options.min_score, options.model)
+    output = open_storage(options.output, config)
+    print(json.dumps(export_results(output, options.format, options.to, selection, config)))
+    return 0
+
+
 def doctor(options: argparse.Namespace, config: Config) -> int:
     """What this host has, and the remedy for what it lacks."""
     from helpers.doctor import examine
@@ -257,6 +280,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("output", metavar="OUTPUT", help="--output of the runs")
     command.set_defaults(command=history)
+
+    command = commands.add_parser("report", parents=[shared], help="the page of results, OUTPUT/report/index.html")
+    command.add_argument("output", metavar="OUTPUT", help="--output of the runs")
+    command.add_argument(
+        "--against", metavar="OTHER", help="another output, to see what one finds and the other does not"
+    )
+    command.set_defaults(command=report)
+
+    command = commands.add_parser("results", parents=[shared], help="results in the format of another tool")
+    command.add_argument("output", metavar="OUTPUT", help="--output of the runs")
+    command.add_argument("--format", required=True, choices=("coco", "csv", "fiftyone", "labelme", "yolo"))
+    command.add_argument("--to", required=True, metavar="URI", help="a folder; of csv the file")
+    command.add_argument("--classes", metavar="NAME[,NAME...]", help="of these classes only, by label or number")
+    command.add_argument(
+        "--min-score", type=float, default=0.0, metavar="S", help="of predictions at least so probable"
+    )
+    command.add_argument("--model", metavar="NAME", help="of this model only, by its name or how that begins")
+    command.set_defaults(command=results)
 
     command = commands.add_parser("doctor", parents=[shared], help="what this host has and lacks")
     command.set_defaults(command=doctor)

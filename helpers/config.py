@@ -164,6 +164,7 @@ class Config(_Section):
     reader: Literal["auto", "files", "spark"]
     resume: bool
     pictures: Annotated[int, Field(ge=0, le=10_000)]
+    report: Annotated[int, Field(ge=0, le=1000)]
     max_failed_share: Fraction
     source: SourceSettings
     ingest: IngestSettings

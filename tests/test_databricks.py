@@ -152,7 +152,7 @@ def test_packages_have_the_versions_of_the_requirements():
     dependencies = jobs["stages_serverless"]["environments"][0]["spec"]["dependencies"]
     assert set(libraries) < set(dependencies)
     # What the runtime has is not replaced.
-    needed = {*executor_packages(), "deltalake"} - {"numpy", "pyarrow"}
+    needed = {*executor_packages(), "deltalake", "vl-convert-python"} - {"numpy", "pyarrow"}
     assert needed == {library.partition("==")[0] for library in libraries}
     assert set(dependencies) <= {pin for _, pin in _pins()}
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco
 
-from helpers.images.rle import decode, encode, encode_runs
+from helpers.images.rle import area, decode, encode, encode_runs, reduce
 
 MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=40))
 
@@ -29,6 +29,25 @@ def test_run_lengths_are_encoded_as_their_mask_is(mask):
 
 def test_no_mask_has_no_runs():
     assert encode_runs([], 640, 480) == []
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 20), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_the_area_and_a_reduction_are_those_of_the_pixels(height, width, block, share, seed):
+    blocks = np.random.default_rng(seed).random((-(-height // block), -(-width // block))) < share
+    mask = np.kron(blocks, np.ones((block, block), bool))[:height, :width]
+    encoded = encode(mask)
+    assert area(encoded) == mask.sum()
+    assert reduce(encoded, max(height, width)) == encoded
+    rows, columns = reduce(encoded, 30)["size"]
+    expected = mask[
+        np.ix_(*(((np.arange(n) + 0.5) * m / n).astype(int) for n, m in ((rows, height), (columns, width))))
+    ]
+    assert max(rows, columns) <= 30 and np.array_equal(decode(reduce(encoded, 30)), expected)
+
+
+def test_a_number_that_is_too_long_for_a_run_is_refused():
+    with pytest.raises(ValueError, match="too long"):
+        decode({"size": [4, 4], "counts": "o" * 13 + "0"})
 
 
 @given(

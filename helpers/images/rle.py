@@ -15,6 +15,7 @@ Mask = dict[str, Any]
 
 CHARACTER = 48  # the first of the 64 that the encoding uses
 MORE, SIGN = 32, 16  # bits of a character: another follows; the number is negative
+LONGEST = 12  # characters of a number, so that it has no more than 63 bits
 
 
 def encode(mask: np.ndarray) -> Mask:
@@ -63,26 +64,54 @@ def decode(mask: Mask) -> np.ndarray:
         ValueError: the runs are not those of an image of the mask's size.
     """
     height, width = mask["size"]
-    runs = mask["counts"] if isinstance(mask["counts"], list) else _run_lengths(mask["counts"])
-    if sum(runs) != height * width or min(runs, default=0) < 0:
-        raise ValueError(f"its runs come to {sum(runs)} pixels and the image has {height * width}")
+    runs = _runs(mask)
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
-def _run_lengths(text: str) -> list[int]:
+def reduce(mask: Mask, side: int) -> Mask:
+    """A mask at a smaller size, its longer side so many pixels; the work does not grow with the image.
+
+    Raises ValueError as `decode` does.
+    """
+    height, width = mask["size"]
+    scale = min(1.0, side / max(height, width))
+    rows, columns = (max(1, round(length * scale)) for length in (height, width))
+    row, column = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in ((rows, height), (columns, width)))
+    pixels = column[:, None] * height + row
+    return encode(np.searchsorted(np.cumsum(_runs(mask)), pixels, side="right").T % 2 == 1)
+
+
+def area(mask: Mask) -> int:
+    """How many pixels an encoded mask has inside; raises ValueError as `decode` does."""
+    return int(_runs(mask)[1::2].sum())
+
+
+def _runs(mask: Mask) -> np.ndarray:
+    """Lengths of the runs, int64 `[N]`."""
+    height, width = mask["size"]
+    runs = np.array(mask["counts"], np.int64) if isinstance(mask["counts"], list) else _run_lengths(mask["counts"])
+    if runs.sum() != height * width or (runs < 0).any():
+        raise ValueError(f"its runs come to {runs.sum()} pixels and the image has {height * width}")
+    return runs
+
+
+def _run_lengths(text: str) -> np.ndarray:
     """A number is written in groups of five bits, the lowest first; from the fourth on, as a difference.
 
     The difference is to the run before the last.
     """
-    runs: list[int] = []
-    value, shift = 0, 0
-    for character in text.encode("ascii"):
-        bits = character - CHARACTER
-        value, shift = value | (bits & (MORE - 1)) << shift, shift + 5
-        if not bits & MORE:
-            value -= (1 << shift) if bits & SIGN else 0
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value, shift = 0, 0
+    bits = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - CHARACTER
+    ends = np.flatnonzero(bits & MORE == 0)
+    if not len(ends):
+        return ends
+    starts, bits = np.concatenate([[0], ends[:-1] + 1]), bits[: ends[-1] + 1]
+    if (ends - starts).max() >= LONGEST:
+        raise ValueError("a number in its counts is too long")
+    places = np.arange(len(bits)) - np.repeat(starts, ends - starts + 1)
+    runs = np.add.reduceat((bits & (MORE - 1)) << 5 * places, starts)
+    runs -= np.where(bits[ends] & SIGN, 1 << 5 * (ends - starts + 1), 0)
+    for first in (1, 2):
+        runs[first::2] = np.cumsum(runs[first::2])
     return runs
 
 

@@ -33,6 +33,7 @@ from helpers.pipeline.listing import Listing
 from helpers.pipeline.models import cascade_of, model_identity, open_models, parameters_of
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_all_by_spark, read_by_spark, reading
 from helpers.pipeline.records import Stopwatch, describe, write_record
+from helpers.pipeline.report import make_report
 from helpers.pipeline.results import Seen, Work
 from helpers.pipeline.rows import is_among, outdated, path_range, settled, without
 from helpers.pipeline.sample import draw_sample, read_pictures
@@ -423,6 +424,10 @@ class _Run:
             watch.lap("log")
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(self.task.output, {**about, **watch.laps})
+            if config.report and not isinstance(store, CatalogStore):
+                with only_warn("the run has no page"):
+                    make_report(self.task.output, config, sources=[self.task.source] if self.task.source else [])
+            watch.lap("log")
         return self._summarize()
 
     def _warm_up(self) -> "Future[None]":

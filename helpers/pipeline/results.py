@@ -75,6 +75,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 RESULTS = "results"
 PICTURES = "pictures"
+REPORT = "report"
 KEEP, ALONE = ".keep", ".alone"  # in a run's staging folder: whether others may take its files
 # Files of rows in our folders, and what else may lie there: in the results hidden files, which no reader takes.
 FILES = {RESULTS: re.compile(r"[^._/][^/]*\.parquet"), STAGING: re.compile(r"[\w-]+/\d{6,}-\d+-\d+\.parquet")}
@@ -154,7 +155,7 @@ class ResultStore:
     @property
     def folders(self) -> list[str]:
         """What is below the output of ours, and is no source of images."""
-        return [self.storage.join(name) for name in (RESULTS, PICTURES, RUNS, STAGING)]
+        return [self.storage.join(name) for name in (RESULTS, PICTURES, REPORT, RUNS, STAGING)]
 
     def check(self) -> None:
         """Find out before Spark starts whether a run can write here.
@@ -693,7 +694,7 @@ class ResultStore:
 
     def _tidy(self) -> None:
         """Remove the unfinished files of writers that were killed."""
-        for folder in (RESULTS, PICTURES, RUNS):
+        for folder in (RESULTS, PICTURES, REPORT, RUNS):
             for entry in list(self.storage.list(folder)) if self.storage.exists(folder) else []:
                 parent, _, name = entry.path.rpartition("/")
                 is_old = entry.modified < datetime.now(UTC) - ABANDONED

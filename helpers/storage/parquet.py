@@ -7,9 +7,9 @@ from helpers.storage.interface import Storage
 
 
 def read_table(storage: Storage, path: str, columns: list[str] | None = None) -> pa.Table:
-    """Read one file."""
+    """Read one file, or some of its columns; of a nested one a part too, as `predictions.list.element.score`."""
     # Not from a Python file object: Arrow's threads can outlive the interpreter with one, and abort the process.
-    return pq.read_table(pa.BufferReader(storage.read(path)), columns=columns)
+    return pq.ParquetFile(pa.BufferReader(storage.read(path))).read(columns)
 
 
 def write_table(storage: Storage, path: str, table: pa.Table) -> int:

@@ -1,0 +1,357 @@
+"""The page of results, `OUTPUT/report/index.html`: what runs did, and a sample of the images with their predictions.
+
+All rows are counted (`helpers.pipeline.survey`). Only those of the sample are read whole, and only its images at all.
+"""
+
+import base64
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from helpers.config import Config
+from helpers.errors import DataError, RunError, StorageError, first_line
+from helpers.images import rle
+from helpers.images.archive import split_member
+from helpers.images.boundary import UnreadableImageError, attempt
+from helpers.images.decoding import load
+from helpers.images.drawing import DRAWN_SCORE
+from helpers.images.spec import InputSpec
+from helpers.images.video import split_path
+from helpers.pipeline.reading import read_images
+from helpers.pipeline.records import read_runs
+from helpers.pipeline.results import REPORT, ResultStore
+from helpers.pipeline.schemas import KEY_NAMES
+from helpers.pipeline.survey import BANDS, Survey
+from helpers.pipeline.task import STAGES
+from helpers.redaction import redact
+from helpers.storage import Storage, open_storage
+from helpers.storage.parquet import read_table
+from helpers.tracking.page import render
+
+PAGE = f"{REPORT}/index.html"
+COLUMNS = [*KEY_NAMES, "width", "height", "error", "predictions", "model"]
+ERRORS_SHOWN = RUNS_SHOWN = 30
+TASKS_SHOWN = 2000
+PREDICTIONS_SHOWN = 100  # of an image, the most probable
+
+THUMBNAIL_BYTES = 5_500_000  # of all JPEG files; in the page a third more
+PREDICTION_BYTES = 1_500_000  # of all masks in the page, about
+LONGEST_MASK = 20_000  # bytes of an encoded one; it takes a microsecond to read two or three
+BYTES_PER_PIXEL = 0.2  # of a JPEG file, about
+LONGEST = 224, 960  # pixels of a thumbnail's longer side, at least and at most
+QUALITIES = 82, 60, 40  # of JPEG, the first whose file is short enough
+
+RUN_COLUMNS = [
+    ["started", ""],
+    ["images", "number"],
+    ["failed", "number"],
+    ["images per second", "number"],
+    ["seconds", "number"],
+    ["slots", "number"],
+    ["retries", "number"],
+    ["source", ""],
+    ["model", ""],
+]
+
+Row = dict[str, Any]
+Thumbnail = tuple[str | None, str | None]  # a `data:` URI, or why there is none
+
+
+def make_report(
+    output: Storage, config: Config, against: Storage | None = None, sources: Iterable[Storage] = ()
+) -> str:
+    """Write the page of an output, and return its location.
+
+    Args:
+        output: of runs.
+        config: settings; `report` says of how many images the sample is.
+        against: another output, whose results are shown beside these where both have an image.
+        sources: where the images lie, besides the places that the records of runs name.
+
+    Raises:
+        RunError: there are no results.
+        StorageError: a location cannot be used.
+    """
+    outputs = [output] if against is None else [output, against]
+    survey = Survey([ResultStore(storage) for storage in outputs])
+    for number, storage in enumerate(outputs):
+        if not any(side.store == number for side in survey.sides):
+            raise RunError(f"no run has results in {storage.root}; name the --output of one")
+    runs = [_runs(storage, config) for storage in outputs]
+    places = [*sources, *_sources(pd.concat(runs), config)]
+    sample = _sample(survey, outputs, config, places)
+    page = render(_data(survey, outputs, runs[0], sample, against is not None))
+    output.write(PAGE, page)
+    return output.join(PAGE)
+
+
+# ------------------------------------------------------------ the sample
+
+
+def _sample(survey: Survey, outputs: list[Storage], config: Config, sources: list[Storage]) -> list[Row]:
+    """The images of the sample: path, thumbnail or why there is none, and of each side a row or None."""
+    chosen = survey.choose(config.report)
+    stores = [side.store for side in survey.sides]
+    rows: dict[str, dict[int, Row]] = {}
+    for (side, file), part in chosen.groupby(["side", "file"]):
+        table = read_table(outputs[stores[side]], survey.files[stores[side]][file], COLUMNS)
+        for row in table.take(np.sort(part["row"].to_numpy())).to_pylist():
+            rows.setdefault(row["path"], {})[side] = row
+    share = max(1, len(rows))
+    good = [next((row for row in of_sides.values() if row["error"] is None), None) for of_sides in rows.values()]
+    thumbnails = _thumbnails([row for row in good if row], config, sources, THUMBNAIL_BYTES // share)
+    items = []
+    for path, of_sides in rows.items():
+        thumbnail, missing = thumbnails.get(path, (None, None))
+        limit = PREDICTION_BYTES // share // len(of_sides)
+        shown = {side: _shown(row, survey.classes, limit) for side, row in of_sides.items()}
+        sides = [shown.get(side) for side in range(len(survey.sides))]
+        items.append({"path": redact(path), "thumbnail": thumbnail, "missing": missing, "rows": sides})
+    return items
+
+
+def _thumbnails(rows: list[Row], config: Config, sources: list[Storage], limit: int) -> dict[str, Thumbnail]:
+    """The thumbnail of each image by its path; files are read as many at once as there are processors."""
+    side = round(min(max(math.sqrt(limit / BYTES_PER_PIXEL * 4 / 3), LONGEST[0]), LONGEST[1]))
+    files: dict[str, list[Row]] = {}
+    for row in rows:
+        files.setdefault(split_member(split_path(row["path"])[0])[0], []).append(row)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        make = partial(_thumbnails_of_file, config=config, sources=sources, side=side, limit=limit)
+        parts = pool.map(make, files, files.values())
+        return {path: thumbnail for part in parts for path, thumbnail in part.items()}
+
+
+def _thumbnails_of_file(
+    file: str, rows: list[Row], config: Config, sources: list[Storage], side: int, limit: int
+) -> dict[str, Thumbnail]:
+    """Thumbnails of one image, or of those in one video or archive."""
+    source = next((source for source in sources if file == source.root or file.startswith(f"{source.root}/")), None)
+    if source is None:
+        return {row["path"]: (None, "no recorded run says where this image lies") for row in rows}
+    by_path, thumbnails = {row["path"]: row for row in rows}, dict[str, Thumbnail]()
+    keys = pa.Table.from_pylist([{name: row[name] for name in KEY_NAMES} for row in rows]).to_batches()
+    limits = config.max_image_bytes, config.ingest.max_pixels
+    missing = "it was not read"
+    try:
+        for batch in read_images(keys, source, 1, 1, *limits):
+            (image,) = batch.to_pylist()
+            thumbnails[image["path"]] = attempt(_thumbnail, image, by_path[image["path"]], side, limit)
+    except Exception as error:  # such as a refused credential: the page is worth having without pictures
+        missing = first_line(error)
+    return dict.fromkeys(by_path, (None, missing)) | thumbnails
+
+
+def _thumbnail(image: Row, row: Row, side: int, limit: int) -> str:
+    """A JPEG file of an image (`IMAGE_SCHEMA`) as a `data:` URI."""
+    if image["error"] is not None:
+        raise UnreadableImageError(image["error"])
+    size = row["width"], row["height"]
+    (width, height), target = (_fitted(size, pixels) for pixels in (2 * side, side))
+    spec = InputSpec(height, width, "bgr", (), (), scaled_decoding=1.0)
+    pixels, original = load(image["content"], spec, max_pixels=size[0] * size[1])
+    if original != size:
+        raise UnreadableImageError(f"it does not have the {size[0]} x {size[1]} pixels of its row any more")
+    pixels = cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
+    for quality in QUALITIES:
+        encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+        if len(encoded) <= limit:
+            return f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
+    raise UnreadableImageError("its thumbnail would be too long for this page")
+
+
+def _fitted(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Width and height, made so small that the longer one is no more than that."""
+    scale = min(1.0, longest / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _shown(row: Row, classes: dict[str, int], limit: int) -> Row:
+    """A row as the page shows it; its masks take no more bytes than the limit, about."""
+    found = sorted(row["predictions"] or [], key=lambda prediction: -_finite(prediction["score"]))
+    best, masks, length = found[:PREDICTIONS_SHOWN], [], 0
+    for prediction in best:  # the most probable has its mask first
+        mask = _fitting(prediction["mask"], limit - length)
+        masks.append(mask)
+        length += len(mask["counts"]) if mask else 0
+    masks_left_out = sum(
+        mask is None and prediction["mask"] is not None for mask, prediction in zip(masks, best, strict=True)
+    )
+    return {
+        "width": row["width"],
+        "height": row["height"],
+        "error": row["error"] and redact(row["error"]),
+        "left_out": len(found) - len(best) + masks_left_out,
+        "predictions": [
+            [
+                classes[prediction["label"] or f"class {prediction['class_id']}"],
+                _finite(prediction["score"], 4),
+                prediction["box"] and [_finite(prediction["box"][name], 1) for name in ("x1", "y1", "x2", "y2")],
+                mask,
+                prediction["keypoints"]
+                and [_finite(point[name], 2) for point in prediction["keypoints"] for name in ("x", "y", "score")],
+            ]
+            for prediction, mask in zip(best, masks, strict=True)
+        ],
+    }
+
+
+def _finite(value: float | None, digits: int = 6) -> float:
+    return round(value, digits) if value is not None and math.isfinite(value) else 0.0
+
+
+def _fitting(mask: rle.Mask | None, limit: int) -> rle.Mask | None:
+    """A mask in no more bytes than the limit, at the size of a thumbnail if need be, or None."""
+    if mask is None or len(mask["counts"]) > LONGEST_MASK:
+        return None
+    if len(mask["counts"]) > limit:
+        mask = attempt(rle.reduce, mask, LONGEST[0])[0]
+    return mask if mask and len(mask["counts"]) <= limit else None
+
+
+# ------------------------------------------------------------ what the page is told
+
+
+def _data(survey: Survey, outputs: list[Storage], runs: pd.DataFrame, items: list[Row], compares: bool) -> Row:
+    """What `page.js` reads."""
+    names, first = _names(survey, outputs), survey.sides[0]
+    newest = runs.iloc[-1] if len(runs) else None
+    images = first.images
+    tiles: list[list[Any]] = [["images", images], ["failed", first.errors.total(), "bad" if first.errors else ""]]
+    for side, name in zip(survey.sides, names, strict=True):
+        tiles.append([f"predictions{f' of {name}' if len(names) > 1 else ''}", side.predictions])
+    if len(names) > 1:
+        common, differing = survey.differing()
+        tiles += [["images in both", common], ["of these with other classes", differing]]
+    if newest is not None:
+        tiles += [["images per second", newest["images"] / newest["pass_seconds"]], ["seconds", newest["seconds"]]]
+    tasks = pd.DataFrame() if newest is None else _tasks(outputs[0], newest)
+    errors = [
+        {"side": number, "reason": redact(reason), "count": count, "examples": list(map(redact, side.examples[reason]))}
+        for number, side in enumerate(survey.sides)
+        for reason, count in side.errors.most_common(ERRORS_SHOWN)
+    ]
+    return {
+        "title": redact(outputs[0].root.rstrip("/").rpartition("/")[2] or outputs[0].root),
+        "subtitle": " against ".join(redact(storage.root) for storage in outputs),
+        "footer": f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; charts by Vega-Lite (BSD 3-Clause)",
+        "counted": f"All {images:,} images. Every prediction with a box counts, and of a classification the best.",
+        "shown_score": DRAWN_SCORE,
+        "bands": BANDS,
+        "classes": list(survey.classes),
+        "pair": list(survey.pair) if compares else None,
+        "tiles": tiles,
+        "sides": [
+            {
+                "name": name,
+                "boxed": side.is_boxed,
+                "counts": [[number, counts.tolist()] for number, counts in side.counts.items()],
+            }
+            for side, name in zip(survey.sides, names, strict=True)
+        ],
+        "sample": {
+            "total": images,
+            "text": f"A sample of {len(items):,}, chosen by class, score and error. The arrow keys turn the pages.",
+            "items": items,
+        },
+        "errors": errors,
+        "run_text": "" if newest is None else f"The newest run, {newest['run']}, of {newest['model']}.",
+        "stages": [{"stage": name, "seconds": float(tasks[f"{name}_seconds"].sum())} for name in STAGES if len(tasks)],
+        "tasks": {"text": _task_text(tasks), "rows": _task_rows(tasks)},
+        "run_columns": RUN_COLUMNS,
+        "runs": [_run_cells(run) for _, run in runs[::-1][:RUNS_SHOWN].iterrows()],
+        "settings": [] if newest is None else _settings(newest),
+    }
+
+
+def _names(survey: Survey, outputs: list[Storage]) -> list[str]:
+    """What the page calls the sides: their models, with the outputs where these alone tell them apart."""
+    models = [side.model for side in survey.sides]
+    for names in ([model.partition("@")[0] for model in models], models):
+        if len(set(names)) == len(names):
+            return names
+    tails = [storage.root.rstrip("/").rpartition("/")[2] for storage in outputs]
+    tails = [redact(tail) for tail in tails] if len(set(tails)) == len(tails) else ["this", "other"]
+    return [f"{tails[side.store]}: {side.model}" for side in survey.sides]
+
+
+def _runs(output: Storage, config: Config) -> pd.DataFrame:
+    """The recorded runs of an output, the oldest first; an output may have none, of a version without records."""
+    try:
+        return read_runs(output.root, config)
+    except DataError:
+        return pd.DataFrame()
+
+
+def _sources(runs: pd.DataFrame, config: Config) -> list[Storage]:
+    """Where the runs' images lie, the innermost first; what is no location, such as a table, is left out."""
+    places = []
+    for uri in runs["source"].unique() if len(runs) else ():
+        with contextlib.suppress(StorageError):
+            places.append(open_storage(uri, config))
+    return sorted(places, key=lambda place: -len(place.root))
+
+
+def _tasks(output: Storage, run: pd.Series) -> pd.DataFrame:
+    """The records of a run's tasks, with `begin` and `end` in seconds since its pass began."""
+    tasks = read_table(output, run["file"].removesuffix(".json") + ".parquet").to_pandas()
+    began = run["pass_ended"] - pd.Timedelta(seconds=run["pass_seconds"])
+    begin = (tasks["started"] - began).dt.total_seconds()
+    return tasks.assign(begin=begin, end=begin + tasks["seconds"]).sort_values("begin", ignore_index=True)
+
+
+def _task_text(tasks: pd.DataFrame) -> str:
+    if not len(tasks):
+        return ""
+    part = f", {TASKS_SHOWN:,} of them shown" if len(tasks) > TASKS_SHOWN else ""
+    return f"{len(tasks):,} tasks{part}; those with failed images in red"
+
+
+def _task_rows(tasks: pd.DataFrame) -> list[Row]:
+    return [
+        {
+            "worker": f"{task.host} {task.process}",
+            "begin": round(task.begin, 3),
+            "end": round(task.end, 3),
+            "images": task.images,
+            "failed": task.failed > 0,
+        }
+        for task in tasks.iloc[:: -(-len(tasks) // TASKS_SHOWN) or 1].itertuples()
+    ]
+
+
+def _run_cells(run: pd.Series) -> list[Any]:
+    """A row of the table of runs, as `RUN_COLUMNS` says."""
+    seconds, passed = run["seconds"], run["pass_seconds"]
+    return [
+        f"{run['started']:%Y-%m-%d %H:%M}",
+        run["images"],
+        run["failed"],
+        run["images"] / passed if passed else None,
+        None if pd.isna(seconds) else seconds,
+        run["slots"],
+        run["retries"],
+        redact(run["source"]),
+        run["model"],
+    ]
+
+
+def _settings(run: pd.Series) -> list[list[str]]:
+    """Names and values of a run's settings, and its versions, without secrets."""
+    sections = {**run["config"], "versions": run["versions"]}
+    flat = {name: value for name, value in sections.items() if not isinstance(value, dict)}
+    for section, values in sections.items():
+        if isinstance(values, dict):
+            flat |= {f"{section}.{name}": value for name, value in values.items()}
+    return [[name, redact(json.dumps(value))] for name, value in flat.items()]

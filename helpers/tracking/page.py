@@ -1,0 +1,84 @@
+"""A page as one file that needs nothing else: data, style, program and the library of its charts are in it.
+
+The data hold names of files, labels and messages of errors, which anybody may have written. So nothing of them is ever
+part of the page's markup: they are JSON, in which no character can end it, and the page's program makes text of them.
+Its Content-Security-Policy runs no other program, and lets nothing be asked of any server.
+"""
+
+import base64
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).with_name("page.html")
+CHARTS = "6.4"  # the version of Vega-Lite
+NOTICE = """/* Vega, Vega-Lite, Vega-Embed: Copyright 2015-2026 University of Washington Interactive Data Lab and
+contributors, BSD 3-Clause License; with D3, Copyright 2010-2026 Mike Bostock, ISC License; the licenses in full are in
+the packages of these names. */
+"""
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; script-src "
+)
+
+
+def render(data: dict[str, Any]) -> bytes:
+    """The page, `page.html`, with its data.
+
+    Args:
+        data: what the page's program (`page.js`) reads: texts, finite numbers, lists and mappings of them.
+    """
+    program = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
+    scripts = [_in_html(text) for text in (_charts(), program)]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    parts = {
+        "policy": POLICY + " ".join(f"'sha256-{digest}'" for digest in digests),
+        "style": TEMPLATE.with_suffix(".css").read_text(encoding="utf-8"),
+        "charts": scripts[0],
+        "program": scripts[1],
+        "data": _json_in_html(data),
+    }
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template).encode()
+
+
+def _json_in_html(data: dict[str, Any]) -> str:
+    """JSON without any character that means something in HTML, and in ASCII alone."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
+
+
+def _in_html(script: str) -> str:
+    """A program as it may stand in HTML: nothing in its texts ends it or begins a comment."""
+    return script.replace("</script", r"<\/script").replace("<!--", r"<\!--")
+
+
+@cache
+def _charts() -> str:
+    """Vega-Lite and all it needs as one script; empty where the package that has it is missing.
+
+    Making it takes two seconds and 150 MB, so it is kept where the packages are.
+    """
+    try:
+        import vl_convert
+    except ModuleNotFoundError:
+        log.warning("the page has tables instead of charts: install vl-convert-python (requirements.txt)")
+        return ""
+    kept = Path(sys.prefix, f"vega-lite-{CHARTS}-{version('vl-convert-python')}.js")
+    with contextlib.suppress(OSError):
+        return kept.read_text(encoding="utf-8")
+    script = NOTICE + vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", CHARTS)
+    with contextlib.suppress(OSError):  # the packages are another user's: the next process makes it again
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(script, encoding="utf-8")
+        unfinished.replace(kept)
+    return script
