@@ -137,6 +137,17 @@ class CascadeSettings(_Section):
     max_crops: Positive
 
 
+class TrackingSettings(_Section):
+    """Who is told of a run, beside TensorBoard."""
+
+    mlflow: str
+
+    @field_validator("mlflow", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # as YAML reads it
+
+
 class Config(_Section):
     """Every setting of a run; `conf/base.yaml` documents each."""
 
@@ -155,6 +166,7 @@ class Config(_Section):
     results: ResultSettings
     tiling: TilingSettings
     cascade: CascadeSettings
+    tracking: TrackingSettings
     postprocess: dict[str, Value | dict[str, Value]]
 
     @property

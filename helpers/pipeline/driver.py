@@ -37,8 +37,10 @@ from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_
 from helpers.pipeline.views import Tiling
 from helpers.session import get_slots, local_slots, spark_failure, spark_schema
 from helpers.storage import open_storage
+from helpers.tracking.mlflow import MLflow, server
 from helpers.tracking.progress import Progress
-from helpers.tracking.tensorboard import log_run
+from helpers.tracking.tensorboard import TensorBoard
+from helpers.tracking.writers import log_run
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row, SparkSession
@@ -177,6 +179,7 @@ def run(
     task = make_task(source, model, output, config)
     models = tuple(model.identity for model in task.models)
     store = ResultStore(task.output)
+    tracked = MLflow(config.tracking.mlflow, task.run) if server(config.tracking.mlflow) else None
     with ThreadPoolExecutor(1) as pool:
         warm_up = pool.submit(_start_workers, spark)
         seen = store.resume(*models) if config.resume else store.look(with_rows=False)
@@ -214,8 +217,10 @@ def run(
             pictures = draw_sample(task.output, published, task.source, config)
         if records:
             with only_warn("the run has no dashboard", "set paths.runs to a place that can be written"):
-                place = open_storage(f"{config.paths.runs}/pipeline/{task.run}", config)
-                log_run(place, {**about, **watch.laps}, records, STAGES, read_pictures(task.output, pictures))
+                board = TensorBoard(open_storage(f"{config.paths.runs}/pipeline/{task.run}", config), live=False)
+                log_run(board, {**about, **watch.laps}, records, STAGES, read_pictures(task.output, pictures))
+            if tracked:
+                log_run(tracked, {**about, **watch.laps}, records, STAGES, read_pictures(task.output, pictures))
         watch.lap("log")
         if records:
             with only_warn("the record of the run lacks its last seconds"):
