@@ -54,13 +54,15 @@ def run(options: argparse.Namespace, config: Config) -> int:
     from helpers import pipeline
     from helpers.pipeline.results import ResultStore
     from helpers.session import get_spark
+    from helpers.tracking import registry
 
     # Mistakes are told before Spark starts.
-    task = pipeline.make_task(options.source, options.model, options.output, config)
+    models = [registry.pin(uri, config) for uri in options.model]  # an alias may move meanwhile
+    task = pipeline.make_task(options.source, models, options.output, config)
     ResultStore(task.output).check()
     spark = get_spark(config)
     started = time.time() - psutil.Process().create_time()
-    summary = pipeline.run(spark, options.source, options.model, options.output, config, started)
+    summary = pipeline.run(spark, options.source, models, options.output, config, started)
     too_many = summary.failed_of_all > config.max_failed_share * summary.images
     if too_many:
         print(
@@ -83,10 +85,16 @@ def run(options: argparse.Namespace, config: Config) -> int:
 def export(options: argparse.Namespace, config: Config) -> int:
     """A model of any kind to a model bundle."""
     from helpers.export import checks, conversion
+    from helpers.export.registration import log_export, register
     from helpers.storage import open_storage
+    from helpers.tracking.mlflow import connect, server
 
     if bool(options.file) == bool(options.architecture):
         raise ConfigError("name a model's file with --file, or a network with --architecture")
+    if options.alias and not options.register:
+        raise ConfigError("--alias is of a registered model: name that with --register")
+    if options.register:
+        connect(config.tracking.mlflow)  # a mistake is told before the work
     if options.file and options.checkpoint:
         raise ConfigError("--checkpoint is of networks: a model's file has its weights")
     folder = options.images or options.calibration
@@ -116,7 +124,14 @@ def export(options: argparse.Namespace, config: Config) -> int:
         pictures=pictures,
         onnx=converted.onnx if options.keep_onnx else None,
     )
-    print(json.dumps({"bundle": target.root, "model": bundle.manifest.model}))
+    answer = {"bundle": target.root, "model": bundle.manifest.model}
+    if server(config.tracking.mlflow):
+        run = log_export(bundle, target.read(conversion.PREVIEW), config)
+        if options.register:
+            version = register(bundle, run, options.register, options.alias, config)
+            answer["registered"] = f"models:/{options.register}/{version}"
+        run.close()
+    print(json.dumps(answer))
     return 0
 
 
@@ -196,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("run", parents=[shared], help="the four stages over every image below a location")
     command.add_argument("--source", required=True, metavar="URI", help="folder or container of images and videos")
     command.add_argument(
-        "--model", required=True, action="append", metavar="URI", help="model bundle; may repeat, images are read once"
+        "--model", required=True, action="append", metavar="URI", help="bundle, or models:/NAME@ALIAS; may repeat"
     )
     command.add_argument(
         "--output", required=True, metavar="URI", help="where results go, as a Delta table in results/"
@@ -224,6 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--opset", type=int, default=18, help="of the ONNX graph in between, from 11; default 18")
     command.add_argument("--onnx", type=Path, metavar="FILE", help="leave the ONNX graph there too")
     command.add_argument("--keep-onnx", action="store_true", help="keep the ONNX graph in the bundle, for CUDA")
+    command.add_argument("--register", metavar="NAME", help="register it on the server of tracking.mlflow")
+    command.add_argument("--alias", metavar="ALIAS", help="of the registered version, such as champion")
     command.set_defaults(command=export)
 
     command = commands.add_parser("plan", parents=[shared], help="what a run would take on other machines")

@@ -9,23 +9,32 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
+import mlflow
 import numpy as np
 import optuna
+import pandas as pd
 import pytest
+import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from mlflow_server import free_port, start_mlflow
 from optuna.distributions import FloatDistribution
 from pyspark import cloudpickle
+from pyspark.sql import functions
 from trainings import PROGRAMS, places
 
+from fashion_mnist import FashionCNN
+from helpers import pipeline
 from helpers.bundle.manifest import load_bundle
 from helpers.config import load_config
-from helpers.errors import ConfigError
+from helpers.errors import BundleError, ConfigError
+from helpers.pipeline.results import ResultStore
 from helpers.storage import open_storage
+from helpers.tracking import registry
 from helpers.tracking.mlflow import MLflow, open_writers, server, track
 from helpers.tracking.tensorboard import read_scalars
 from helpers.training import train_on_spark
@@ -257,3 +266,193 @@ connect("http://127.0.0.1:1")
 def test_a_folder_gives_its_run_the_name(uri, experiment, tmp_path):
     track(uri, f"{tmp_path / 'mine'}/", goes_on=False).identify()
     assert [run.info.run_name for run in runs(uri, experiment)] == ["mine"]
+
+
+def settings_of(uri: str, place: Path, **others: Any) -> dict[str, Any]:
+    return {"tracking.mlflow": uri, "paths.models": str(place), "paths.runs": str(place / "tb"), **others}
+
+
+def assignments(settings: dict[str, Any]) -> list[str]:
+    return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+
+
+def export_and_register(uri: str, checkpoint: Path, place: Path, *options: Any) -> dict[str, Any]:
+    command = ["export", "--architecture", "fashion_cnn", "--checkpoint", checkpoint, "--output", place / "bundle"]
+    answer = helpers(*command, *options, *assignments(settings_of(uri, place)))
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
+
+
+@pytest.fixture(scope="module")
+def versions(uri, checkpoint, tmp_path_factory) -> list[str]:
+    """Two versions of the model `fashion`, of networks with other weights; the first is the champion."""
+    other = tmp_path_factory.mktemp("other") / "other.pt"
+    torch.manual_seed(1)
+    torch.save(FashionCNN().state_dict(), other)
+    places = [tmp_path_factory.mktemp("registered") for _ in range(2)]
+    first = export_and_register(uri, checkpoint, places[0], "--register", "fashion", "--alias", "champion")
+    second = export_and_register(uri, other, places[1], "--register", "fashion")
+    assert [first["registered"], second["registered"]] == ["models:/fashion/1", "models:/fashion/2"]
+    return [first["model"].partition("@")[2], second["model"].partition("@")[2]]
+
+
+def test_an_export_is_a_run_with_its_preview(uri, experiment, checkpoint, tmp_path):
+    answer = export_and_register(uri, checkpoint, tmp_path)
+    (run,) = runs(uri, experiment)
+    manifest = load_bundle(open_storage(answer["bundle"])).manifest
+    assert set(answer) == {"bundle", "model"}
+    assert run.data.params["digest"] == manifest.digest and run.data.params["checkpoint.sha256"]
+    assert files(uri, run) == ["preview.png"] and run.info.status == "FINISHED"
+
+
+def test_the_model_has_what_it_needs_and_no_torch(uri, versions, tmp_path):
+    source = MlflowClient(uri).get_model_version_download_uri("fashion", "1")
+    folder = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(tmp_path), tracking_uri=uri))
+    needs = (folder / "requirements.txt").read_text()
+    assert "openvino==" in needs and "torch" not in needs and "pyspark" not in needs
+    (wheel,) = (folder / "code").iterdir()
+    assert f"code/{wheel.name}" in needs.splitlines()
+    script = """
+import sys
+sys.modules.update({name: None for name in ("torch", "pyspark", "deltalake", "pydantic", "yaml", "tensorboard")})
+sys.path[:0] = [sys.argv[1]]
+from helpers.pipeline import pyfunc
+assert pyfunc.__file__.startswith(sys.argv[1])
+print(len(pyfunc._load_pyfunc(sys.argv[2]).bundle.manifest.labels))
+"""
+    command = [sys.executable, "-P", "-c", script, str(wheel), str(folder / "data" / "bundle")]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env={"PATH": "/bin"})
+    assert answer.stdout.split() == ["10"]
+
+
+def predictions_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By the file's name, with scores in 32 bits."""
+    return {
+        Path(row["path"]).name: (
+            row["error"],
+            row["width"],
+            [(p["label"], p["score"]) for p in row["predictions"] or []],
+        )
+        for row in rows
+    }
+
+
+def test_a_run_by_alias_says_which_version_it_was_and_follows_the_alias(spark, uri, versions, samples, tmp_path):
+    """Registered, moved to another alias, run by alias, rolled back."""
+    client, models = MlflowClient(uri), []
+    config = load_config("local", **settings_of(uri, tmp_path, **{"spark.master": "local[2]"}))
+    for step, version in enumerate(("1", "2", "1")):
+        client.set_registered_model_alias("fashion", "champion", version)
+        output = str(tmp_path / f"out{step}")
+        assert pipeline.run(spark, str(samples), "models:/fashion@champion", output, config).ok == 60
+        rows = ResultStore(open_storage(output)).read()
+        (model,) = rows["model"].unique().to_pylist()
+        models.append((model, predictions_of(rows.to_pylist())))
+    (first, one), (second, two), (third, again) = models
+    assert first.startswith("fashion/1@") and second.startswith("fashion/2@") and len(first.partition("@")[2]) == 12
+    assert first == third and one == again and one != two
+
+
+def test_a_bundle_is_copied_once(uri, versions, tmp_path, monkeypatch):
+    config = load_config("local", **settings_of(uri, tmp_path))
+    bundle = registry.fetch("models:/fashion/1", config)
+    assert bundle.manifest.digest == versions[0] and bundle.registered == "fashion/1"
+    assert bundle.storage.root == str(tmp_path / "registered" / f"fashion-1-{versions[0]}")
+    monkeypatch.setattr(registry, "_download", None)
+    assert registry.fetch("models:/fashion/1", config).storage.root == bundle.storage.root
+
+
+def test_a_copy_that_is_another_bundle_than_was_registered_is_refused(uri, versions, tmp_path):
+    client = MlflowClient(uri)
+    client.set_model_version_tag("fashion", "2", registry.DIGEST, "0123456789ab")
+    try:
+        with pytest.raises(BundleError, match=f"holds the bundle {versions[1]}, and was registered as 0123456789ab"):
+            registry.fetch("models:/fashion/2", load_config("local", **settings_of(uri, tmp_path)))
+    finally:
+        client.set_model_version_tag("fashion", "2", registry.DIGEST, versions[1])
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        ("models:/fashion", "write models:/NAME@ALIAS or models:/NAME/VERSION"),
+        ("models:/fashion@nobody", "models:/fashion@nobody cannot be looked up .*alias nobody.*export --register"),
+        ("models:/fashion/77", "models:/fashion/77 cannot be looked up .*not found"),
+        ("models:/strange/1", "models:/strange/1 is no bundle: register one"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_clear_error(uri, versions, tmp_path, model, words):
+    if "strange" in model:
+        client = MlflowClient(uri)
+        client.create_registered_model("strange")
+        run = MLflow(uri, "strange").identify()
+        client.create_model_version("strange", f"runs:/{run}/model", run)
+    with pytest.raises(BundleError, match=words):
+        registry.fetch(model, load_config("local", **settings_of(uri, tmp_path)))
+
+
+def test_a_registered_model_without_a_server_says_what_to_set(samples, checkpoint, tmp_path):
+    for command in (
+        ["run", "--source", samples, "--model", "models:/fashion@champion", "--output", tmp_path],
+        [
+            "export",
+            "--architecture",
+            "fashion_cnn",
+            "--checkpoint",
+            checkpoint,
+            "--output",
+            tmp_path,
+            "--register",
+            "x",
+        ],
+    ):
+        answer = helpers(*command)
+        assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1
+        assert "set tracking.mlflow" in answer.stderr
+    down = helpers(*command, "--set", f"tracking.mlflow=http://user:{PASSWORD}@127.0.0.1:{free_port()}")
+    assert down.returncode == 2 and "x cannot be registered" in down.stderr and PASSWORD not in down.stderr
+
+
+def test_pyfunc_predicts_what_the_pipeline_predicts(spark, uri, versions, samples, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    config = load_config("local", **settings_of(uri, tmp_path, **{"spark.master": "local[2]"}))
+    pipeline.run(spark, str(samples), "models:/fashion/1", str(tmp_path / "out"), config)
+    expected = ResultStore(open_storage(str(tmp_path / "out"))).read().to_pylist()
+    model = mlflow.pyfunc.load_model("models:/fashion/1")
+    paths = [row["path"] for row in expected]
+    by_path = model.predict(pd.DataFrame({"path": paths}))
+    by_content = model.predict(pd.DataFrame({"content": [Path(path).read_bytes() for path in paths]}))
+    assert len(expected) == 64 and sum(row["error"] is not None for row in expected) == 4
+    for predicted in (by_path, by_content):
+        rows = predicted.assign(path=paths).to_dict("records")
+        assert predictions_of(rows) == predictions_of(expected)
+
+
+def test_spark_udf_predicts_what_the_pipeline_predicts(spark, uri, versions, samples, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    config = load_config("local", **settings_of(uri, tmp_path, **{"spark.master": "local[2]"}))
+    pipeline.run(spark, str(samples), "models:/fashion/1", str(tmp_path / "out"), config)
+    expected = ResultStore(open_storage(str(tmp_path / "out"))).read().to_pylist()
+    predict = mlflow.pyfunc.spark_udf(spark, "models:/fashion/1", env_manager="local")
+    table = spark.createDataFrame([(row["path"],) for row in expected], "path string").repartition(2)
+    rows = table.select("path", predict(functions.struct("path")).alias("p")).select("path", "p.*").collect()
+    assert predictions_of([row.asDict(recursive=True) for row in rows]) == predictions_of(expected)
+
+
+def test_a_workspace_has_its_models_in_unity_catalog(monkeypatch):
+    """No workspace can be here: only that the right registry is asked for the right names."""
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "18.0")
+    asked = []
+
+    class Client:
+        def __init__(self, *uris: str):
+            asked.append(uris)
+
+        def get_model_version_by_alias(self, *names: str) -> SimpleNamespace:
+            asked.append(names)
+            return SimpleNamespace(version=3, tags={registry.DIGEST: "0123456789ab"})
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient", Client)
+    assert registry.pin("models:/main.vision.fashion@champion", load_config("local")) == "models:/main.vision.fashion/3"
+    assert asked == [("databricks", "databricks-uc"), ("main.vision.fashion", "champion")]

@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from helpers.bundle.manifest import load_bundle
 from helpers.bundle.runtime import batch_size
 from helpers.config import Config
 from helpers.errors import RunError, StorageError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, stages
-from helpers.pipeline.models import cascade_of, model_identity, open_models, parameters_of
+from helpers.pipeline.models import cascade_of, model_identity, open_bundle, open_models, parameters_of
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_all_by_spark, read_by_spark, reading
 from helpers.pipeline.records import Stopwatch, describe, write_record
 from helpers.pipeline.results import ResultStore, Work
@@ -110,7 +109,7 @@ def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
 
 def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
     """Stage 2: decoded and resized as the bundle's manifest says; a DataFrame of `stages.TENSOR_SCHEMA`."""
-    bundle = load_bundle(open_storage(model, config))
+    bundle = open_bundle(model, config)
     stage = partial(
         stages.preprocess,
         spec=bundle.manifest.input,
@@ -123,7 +122,7 @@ def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
 
 def infer(tensors: "DataFrame", model: str, config: Config) -> "DataFrame":
     """Stage 3: OpenVINO on every executor; a DataFrame of `stages.output_schema(manifest)`."""
-    bundle = load_bundle(open_storage(model, config))
+    bundle = open_bundle(model, config)
     stage = partial(
         stages.infer,
         bundle=bundle,
@@ -137,7 +136,7 @@ def infer(tensors: "DataFrame", model: str, config: Config) -> "DataFrame":
 
 def postprocess(outputs: "DataFrame", model: str, config: Config) -> "DataFrame":
     """Stage 4: predictions; a DataFrame of `stages.RESULT_SCHEMA`."""
-    bundle = load_bundle(open_storage(model, config))
+    bundle = open_bundle(model, config)
     (parameters,) = parameters_of([bundle], config)
     stage = partial(
         stages.postprocess,

@@ -34,6 +34,7 @@ VARIABLES = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where a command's answer stands
     "MLFLOW_PRINT_MODEL_URLS_ON_CREATION": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 DATABRICKS = "databricks"  # the workspace's own server; its registry of models is Unity Catalog's:
 UNITY_CATALOG = "databricks-uc"
@@ -116,7 +117,7 @@ class MLflow(Writer):
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, place.name)
                 file.write_bytes(png)
-                self._client.log_artifact(self.run_id, str(file), str(place.parent))
+                self._client.log_artifact(self.run_id, str(file), str(place.parent) if place.parent.name else None)
 
         self._send(upload)
 
