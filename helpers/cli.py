@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,17 +33,19 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for handler in logging.root.handlers:
         handler.addFilter(Redacting())
+        if options.log_format == "json":
+            handler.setFormatter(_JsonFormatter())
     logging.getLogger("helpers").setLevel(logging.INFO)
     try:
         config = load_config(options.profile, **parse_assignments(options.set))
         return options.command(options, config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
     except OSError as error:
         # All but temporary files is explained where it is read or written, and their error has no name in it.
-        print(f"error: {explain(error, redact(str(error.filename or 'temporary files (TMPDIR)')))}", file=sys.stderr)
+        _tell(f"error: {explain(error, redact(str(error.filename or 'temporary files (TMPDIR)')))}")
     except Exception:
-        print(redact(traceback.format_exc()), file=sys.stderr)
+        _tell(redact(traceback.format_exc()))
         return 1
     return 2
 
@@ -65,18 +68,16 @@ def run(options: argparse.Namespace, config: Config) -> int:
     summary = pipeline.run(spark, options.source, models, options.output, config, started)
     too_many = summary.failed_of_all > config.max_failed_share * summary.images
     if too_many:
-        print(
+        _tell(
             f"error: {summary.failed_of_all} of {summary.images} images failed, more than the share "
-            f"max_failed_share={config.max_failed_share} allows:",
-            file=sys.stderr,
+            f"max_failed_share={config.max_failed_share} allows:"
         )
     for reason, count in summary.reasons():
-        print(f"  {count} images: {reason}", file=sys.stderr)
+        _tell(f"  {count} images: {reason}")
     if summary.unlisted:
-        print(
+        _tell(
             f"error: {summary.unlisted} folders could not be listed, so that images may be missing: the warnings above "
-            "say which and why; mend them and run again, what is done is kept",
-            file=sys.stderr,
+            "say which and why; mend them and run again, what is done is kept"
         )
     print(summary.to_json())
     return 1 if too_many or summary.unlisted else 0
@@ -192,6 +193,23 @@ def doctor(options: argparse.Namespace, config: Config) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line: when, how bad, who says it, and what."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        message = "\n".join(filter(None, (record.getMessage(), record.exc_text)))
+        return json.dumps({"time": when, "level": record.levelname, "logger": record.name, "message": message})
+
+
+def _tell(text: str) -> None:
+    """Say something to the user on standard error, in the form of the log where that is JSON."""
+    if any(isinstance(handler.formatter, _JsonFormatter) for handler in logging.root.handlers):
+        log.error(text.removeprefix("error:").strip())
+    else:
+        print(text, file=sys.stderr)
+
+
 class _Parser(argparse.ArgumentParser):
     """Names options that it does not know without what follows them, which may be a secret."""
 
@@ -205,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     shared = _Parser(add_help=False)
     shared.add_argument("--profile", help="a file in conf/ without its suffix; by default that of the host found")
     shared.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of conf/")
+    shared.add_argument("--log-format", choices=("text", "json"), default="text", help="of standard error")
     parser = _Parser(prog="python -m helpers", description="Vision models over images on Spark.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

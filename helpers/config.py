@@ -141,6 +141,9 @@ class TrackingSettings(_Section):
     """Who is told of a run, beside TensorBoard."""
 
     mlflow: str
+    hook: str | None
+    prometheus: Annotated[str, Field(pattern=r"\.prom$")] | None
+    drift: Fraction
 
     @field_validator("mlflow", mode="before")
     @classmethod

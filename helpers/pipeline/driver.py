@@ -25,9 +25,10 @@ from helpers.config import Config
 from helpers.errors import RunError, StorageError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, stages
+from helpers.pipeline.drift import Distributions
 from helpers.pipeline.models import cascade_of, model_identity, open_bundle, open_models, parameters_of
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_all_by_spark, read_by_spark, reading
-from helpers.pipeline.records import Stopwatch, describe, write_record
+from helpers.pipeline.records import PHASES, Stopwatch, describe, write_record
 from helpers.pipeline.results import ResultStore, Work
 from helpers.pipeline.rows import is_among, outdated, settled, without
 from helpers.pipeline.sample import draw_sample, read_pictures
@@ -39,6 +40,7 @@ from helpers.storage import open_storage
 from helpers.tracking.mlflow import MLflow, server
 from helpers.tracking.progress import Progress
 from helpers.tracking.tensorboard import TensorBoard
+from helpers.tracking.watching import call_hook, write_prometheus
 from helpers.tracking.writers import log_run
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REASONS_SHOWN = 5
+DISTRIBUTION = "distribution"  # of the predictions, in the table's history
 
 _started: "weakref.WeakSet[SparkSession]" = weakref.WeakSet()  # sessions whose workers have imported all they need
 
@@ -203,7 +206,9 @@ def run(
         files = {record["file"]: File(record["file_bytes"], record["statistics"]) for record in records}
         gone = outdated(seen.rows, images, listed.videos, listed.archives)
         took = watch.laps["seconds"]
-        published = store.publish(Work(task.run, models, seen, todo, files, gone, not config.resume, took))
+        distributions, distances = _compare(store, records, config)
+        told = {DISTRIBUTION: distributions.to_json()}
+        published = store.publish(Work(task.run, models, seen, todo, files, gone, not config.resume, took, told))
         with only_warn("what was staged could not be removed"):
             store.unstage(task.run)
             if config.resume:
@@ -214,6 +219,7 @@ def run(
         pictures: list[str] = []
         with only_warn("there are no pictures"):
             pictures = draw_sample(task.output, published, task.source, config)
+        about["drift"] = distances
         if records:
             with only_warn("the run has no dashboard", "set paths.runs to a place that can be written"):
                 board = TensorBoard(open_storage(f"{config.paths.runs}/pipeline/{task.run}", config), live=False)
@@ -225,7 +231,9 @@ def run(
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(task.output, {**about, **watch.laps})
     unlisted = listed.left_out.get(listing.UNLISTED, 0)
-    return _summarize(images, records, seconds, watch.laps["seconds"], store, settled_rows, unlisted)
+    summary = _summarize(images, records, seconds, watch.laps["seconds"], store, settled_rows, unlisted)
+    _report(summary, {**about, **watch.laps}, config)
+    return summary
 
 
 def read_results(spark: "SparkSession", output: str, config: Config, version: int | None = None) -> "DataFrame":
@@ -324,6 +332,44 @@ def _run_tasks(
     if processed != images.num_rows:
         raise RunError(f"{images.num_rows} images went in and {processed} came out; nothing was published")
     return records
+
+
+def _compare(
+    store: ResultStore, records: list[dict[str, Any]], config: Config
+) -> tuple[Distributions, dict[str, dict[str, float]]]:
+    """How a run's predictions are distributed, and how far that is from those of earlier runs of the same models."""
+    distributions, distances = Distributions().merge(record["distribution"] for record in records), {}
+    with only_warn("the run's predictions were not compared with earlier ones"):
+        distances = distributions.distances(Distributions().merge(store.told(DISTRIBUTION)))
+        for model, parts in distances.items():
+            for part, distance in parts.items():
+                if distance > config.tracking.drift:
+                    log.warning(
+                        "the %s that %s finds are distributed otherwise than in earlier runs: their Jensen-Shannon "
+                        "distance is %.2f, more than tracking.drift=%g; look at the images",
+                        part, model, distance, config.tracking.drift,
+                    )  # fmt: skip
+    return distributions, distances
+
+
+def _report(summary: RunSummary, about: dict[str, Any], config: Config) -> None:
+    """Tell those who watch scheduled runs."""
+    settings, text = config.tracking, summary.to_json()
+    if settings.hook:
+        with only_warn("the end-of-run hook failed", "tracking.hook is it"):
+            call_hook(settings.hook, text)
+    if settings.prometheus:
+        with only_warn("the file for Prometheus could not be written", "tracking.prometheus is its place"):
+            shares = {
+                f"drift_{part}": max((parts[part] for parts in about["drift"].values()), default=0.0)
+                for part in ("classes", "scores")
+            }
+            stages = {f"stage_{name}_seconds": sum(r[f"{name}_seconds"] for r in summary.records) for name in STAGES}
+            counts = {name: value for name, value in json.loads(text).items() if name != "results"}
+            phases = {name: about[name] for name in PHASES if about[name] is not None}
+            ended = {"ended_timestamp_seconds": time.time()}
+            numbers = {**phases, **stages, **shares, **counts, **ended}
+            write_prometheus(settings.prometheus, numbers, {"results": summary.results, "model": about["model"]})
 
 
 def _summarize(

@@ -113,6 +113,8 @@ def log_run(
         writer.log_scalars(values, step, _end(record))
     phases = {f"run/{name}": value for name, value in run.items() if name.endswith("seconds") and value is not None}
     writer.log_scalars(phases, len(records) + 1, max(map(_end, records), default=None))
+    for model, distances in enumerate(run.get("drift", {}).values()):
+        writer.log_scalars({f"drift/{part}_{model}": value for part, value in distances.items()}, len(records) + 1)
     writer.log_text("run/record.json", json.dumps(run, indent=2))
     for step, (name, png) in enumerate(pictures):
         writer.log_picture(f"pictures/{name}", png, step)
