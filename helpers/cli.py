@@ -86,7 +86,7 @@ def run(options: argparse.Namespace, config: Config) -> int:
 def export(options: argparse.Namespace, config: Config) -> int:
     """A model of any kind to a model bundle."""
     from helpers.export import checks, conversion
-    from helpers.export.registration import log_export, register
+    from helpers.export.registration import publish
     from helpers.storage import open_storage
     from helpers.tracking.mlflow import connect, server
 
@@ -127,11 +127,8 @@ def export(options: argparse.Namespace, config: Config) -> int:
     )
     answer = {"bundle": target.root, "model": bundle.manifest.model}
     if server(config.tracking.mlflow):
-        run = log_export(bundle, target.read(conversion.PREVIEW), config)
-        if options.register:
-            version = register(bundle, run, options.register, options.alias, config)
-            answer["registered"] = f"models:/{options.register}/{version}"
-        run.close()
+        version = publish(bundle, config, options.register, options.alias)
+        answer |= {"registered": f"models:/{options.register}/{version}"} if version else {}
     print(json.dumps(answer))
     return 0
 

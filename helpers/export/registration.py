@@ -15,6 +15,7 @@ import pyarrow as pa
 from helpers.bundle.manifest import MANIFEST, Bundle
 from helpers.config import PROJECT, Config
 from helpers.errors import BundleError, HostError, first_line
+from helpers.export.conversion import PREVIEW
 from helpers.pipeline.pyfunc import CONTENT, OUTPUT_SCHEMA, PATH
 from helpers.tracking.mlflow import MLflow, connect
 from helpers.tracking.registry import DIGEST, LOADER
@@ -29,54 +30,57 @@ WAIT_SECONDS = 60  # for the server to have a version's files
 MODEL = "model"  # the folder among the run's artifacts
 
 
-def log_export(bundle: Bundle, preview: bytes, config: Config) -> MLflow:
-    """Write an export as a run: what the bundle is, what quantization has cost it, and its preview."""
-    manifest = bundle.manifest
-    run = MLflow(config.tracking.mlflow, f"export-{manifest.name}")
-    facts = ("name", "architecture", "task", "decoder", "precision", "arithmetic", "flops", "digest", "checkpoint")
-    run.log_settings({name: getattr(manifest, name) for name in facts} | {"bundle": bundle.storage.root})
-    losses = {name: value for name, value in manifest.quantization.items() if isinstance(value, int | float)}
-    run.log_scalars({f"quantization/{name}": value for name, value in losses.items()}, 0)
-    run.log_picture("preview.png", preview)
-    return run
-
-
-def register(bundle: Bundle, run: MLflow, name: str, alias: str | None, config: Config) -> str:
-    """Register a bundle as the next version of a model, and return that version.
+def publish(bundle: Bundle, config: Config, name: str | None = None, alias: str | None = None) -> str:
+    """Write an export as a run: what the bundle is, what quantization has cost it, and its preview; and register it.
 
     Args:
-        bundle: what to register.
-        run: of its export.
-        name: of the model; `CATALOG.SCHEMA.NAME` in Unity Catalog.
-        alias: to give to this version, and to take from another.
+        bundle: what was exported.
         config: says where the server is.
+        name: of the model whose next version this is; `CATALOG.SCHEMA.NAME` in Unity Catalog. Without one, the bundle
+            is not registered, and a server that fails is a warning.
+        alias: to give to this version, and to take from another.
+
+    Returns:
+        The version; empty without a name.
 
     Raises:
         ConfigError: there is no server.
         BundleError: the server refuses the model, or does not answer.
         HostError: the package's wheel cannot be made.
     """
+    manifest = bundle.manifest
+    run = MLflow(config.tracking.mlflow, f"export-{manifest.name}")
+    facts = ("name", "architecture", "task", "decoder", "precision", "arithmetic", "flops", "digest", "checkpoint")
+    run.log_settings({name: getattr(manifest, name) for name in facts} | {"bundle": bundle.storage.root})
+    losses = {name: value for name, value in manifest.quantization.items() if isinstance(value, int | float)}
+    run.log_scalars({f"quantization/{name}": value for name, value in losses.items()}, 0)
+    if bundle.storage.exists(PREVIEW):
+        run.log_picture(PREVIEW, bundle.storage.read(PREVIEW))
+    version = _register(bundle, run.identify(), name, alias, config) if name else ""
+    run.close()
+    return version
+
+
+def _register(bundle: Bundle, run: str, name: str, alias: str | None, config: Config) -> str:
+    """Register a bundle as the next version of a model, from the artifacts of a run, and return that version."""
     client = connect(config.tracking.mlflow)
     from mlflow.exceptions import MlflowException
 
+    if not run:
+        raise BundleError(f"{name} cannot be registered: the server has no run of the export, as said above")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, MODEL)
         _save(bundle, folder, Path(temporary))
-        run_id = run.identify()
-        if not run_id:
-            raise BundleError(f"{name} cannot be registered: the server has no run of the export, as said above")
         try:
-            client.log_artifacts(run_id, str(folder), MODEL)
+            client.log_artifacts(run, str(folder), MODEL)
             _ensure_model(client, name)
-            source, tags = f"runs:/{run_id}/{MODEL}", {DIGEST: bundle.manifest.digest}
-            version = str(
-                client.create_model_version(name, source, run_id, tags, await_creation_for=WAIT_SECONDS).version
-            )
+            source, tags = f"runs:/{run}/{MODEL}", {DIGEST: bundle.manifest.digest}
+            made = client.create_model_version(name, source, run, tags, await_creation_for=WAIT_SECONDS)
             if alias:
-                client.set_registered_model_alias(name, alias, version)
+                client.set_registered_model_alias(name, alias, made.version)
         except (MlflowException, OSError) as error:
             raise BundleError(f"{name} cannot be registered: {first_line(error)}; look at the server") from None
-    return version
+    return str(made.version)
 
 
 def signature() -> "ModelSignature":

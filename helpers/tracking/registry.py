@@ -74,7 +74,7 @@ def _find(uri: str, config: Config) -> tuple[str, str, str]:
             f"{uri} cannot be looked up ({first_line(error)}); look at the server, or register a model there with "
             "`python -m helpers export --register NAME --alias ALIAS`"
         ) from None
-    if DIGEST not in found.tags:
+    if not re.fullmatch("[0-9a-f]{12}", found.tags.get(DIGEST, "")):  # it becomes a folder's name
         raise BundleError(f"{uri} is no bundle: register one with `python -m helpers export --register {name}`")
     return name, str(found.version), found.tags[DIGEST]
 
