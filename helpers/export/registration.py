@@ -23,7 +23,6 @@ from helpers.tracking.registry import DIGEST, LOADER
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
-PACKAGE = "spark-vision-notebooks"
 # What `helpers.pipeline.pyfunc` imports, and the readers of object storage that a path may need.
 NEEDS = ("numpy", "pandas", "pyarrow", "opencv-python-headless", "openvino", "pycocotools", "obstore", "mlflow-skinny")
 WAIT_SECONDS = 60  # for the server to have a version's files
@@ -115,7 +114,7 @@ def _save(bundle: Bundle, folder: Path, temporary: Path) -> None:
         (data / file).write_bytes(bundle.read(file))
     (data / MANIFEST).write_bytes(bundle.storage.read(MANIFEST))
     wheel = _make_wheel(temporary)
-    own = f"code/{wheel.name}" if wheel else f"{PACKAGE}=={importlib.metadata.version(PACKAGE)}"
+    own = f"code/{wheel.name}" if wheel else _pin(importlib.metadata.packages_distributions()["helpers"][0])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")  # the signature says it all
         save_model(
@@ -123,10 +122,14 @@ def _save(bundle: Bundle, folder: Path, temporary: Path) -> None:
             loader_module=LOADER,
             data_path=str(data),
             code_paths=[str(wheel)] if wheel else None,
-            pip_requirements=[*(f"{name}=={importlib.metadata.version(name)}" for name in NEEDS), own],
+            pip_requirements=[*map(_pin, NEEDS), own],
             signature=signature(),
             metadata={DIGEST: bundle.manifest.digest},
         )
+
+
+def _pin(package: str) -> str:
+    return f"{package}=={importlib.metadata.version(package)}"
 
 
 def _make_wheel(folder: Path) -> Path | None:
