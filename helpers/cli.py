@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,19 +33,21 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for handler in logging.root.handlers:
         handler.addFilter(Redacting())
+        if options.log_format == "json":
+            handler.setFormatter(_JsonFormatter())
     logging.getLogger("helpers").setLevel(logging.INFO)
     try:
         config = load_config(options.profile, **parse_assignments(options.set))
         return options.command(options, config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
     except OSError as error:
         # All but temporary files is explained where it is read or written, and their error has no name in it.
-        print(f"error: {explain(error, redact(str(error.filename or 'temporary files (TMPDIR)')))}", file=sys.stderr)
+        _tell(f"error: {explain(error, redact(str(error.filename or 'temporary files (TMPDIR)')))}")
     except ModuleNotFoundError as error:
-        print(f"error: a package is not installed ({error}): {TRAIN_REMEDY}", file=sys.stderr)
+        _tell(f"error: a package is not installed ({error}): {TRAIN_REMEDY}")
     except Exception:
-        print(redact(traceback.format_exc()), file=sys.stderr)
+        _tell(redact(traceback.format_exc()))
         return 1
     return 2
 
@@ -56,27 +59,27 @@ def run(options: argparse.Namespace, config: Config) -> int:
     from helpers import pipeline
     from helpers.pipeline.results import ResultStore
     from helpers.session import get_spark
+    from helpers.tracking import registry
 
     # Mistakes are told before Spark starts.
-    task = pipeline.make_task(options.source, options.model, options.output, config)
+    models = [registry.pin(uri, config) for uri in options.model]  # an alias may move meanwhile
+    task = pipeline.make_task(options.source, models, options.output, config)
     ResultStore(task.output).check()
     spark = get_spark(config)
     started = time.time() - psutil.Process().create_time()
-    summary = pipeline.run(spark, options.source, options.model, options.output, config, started)
+    summary = pipeline.run(spark, options.source, models, options.output, config, started)
     too_many = summary.failed_of_all > config.max_failed_share * summary.images
     if too_many:
-        print(
+        _tell(
             f"error: {summary.failed_of_all} of {summary.images} images failed, more than the share "
-            f"max_failed_share={config.max_failed_share} allows:",
-            file=sys.stderr,
+            f"max_failed_share={config.max_failed_share} allows:"
         )
     for reason, count in summary.reasons():
-        print(f"  {count} images: {reason}", file=sys.stderr)
+        _tell(f"  {count} images: {reason}")
     if summary.unlisted:
-        print(
+        _tell(
             f"error: {summary.unlisted} folders could not be listed, so that images may be missing: the warnings above "
-            "say which and why; mend them and run again, what is done is kept",
-            file=sys.stderr,
+            "say which and why; mend them and run again, what is done is kept"
         )
     print(summary.to_json())
     return 1 if too_many or summary.unlisted else 0
@@ -85,10 +88,16 @@ def run(options: argparse.Namespace, config: Config) -> int:
 def export(options: argparse.Namespace, config: Config) -> int:
     """A model of any kind to a model bundle."""
     from helpers.export import checks, conversion
+    from helpers.export.registration import publish
     from helpers.storage import open_storage
+    from helpers.tracking.mlflow import connect, server
 
     if bool(options.file) == bool(options.architecture):
         raise ConfigError("name a model's file with --file, or a network with --architecture")
+    if options.alias and not options.register:
+        raise ConfigError("--alias is of a registered model: name that with --register")
+    if options.register:
+        connect(config.tracking.mlflow)  # a mistake is told before the work
     if options.file and options.checkpoint:
         raise ConfigError("--checkpoint is of networks: a model's file has its weights")
     folder = options.images or options.calibration
@@ -118,7 +127,11 @@ def export(options: argparse.Namespace, config: Config) -> int:
         pictures=pictures,
         onnx=converted.onnx if options.keep_onnx else None,
     )
-    print(json.dumps({"bundle": target.root, "model": bundle.manifest.model}))
+    answer = {"bundle": target.root, "model": bundle.manifest.model}
+    if server(config.tracking.mlflow):
+        version = publish(bundle, config, options.register, options.alias)
+        answer |= {"registered": f"models:/{options.register}/{version}"} if version else {}
+    print(json.dumps(answer))
     return 0
 
 
@@ -204,6 +217,23 @@ def doctor(options: argparse.Namespace, config: Config) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line: when, how bad, who says it, and what."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        message = "\n".join(filter(None, (record.getMessage(), record.exc_text)))
+        return json.dumps({"time": when, "level": record.levelname, "logger": record.name, "message": message})
+
+
+def _tell(text: str) -> None:
+    """Say something to the user on standard error, in the form of the log where that is JSON."""
+    if any(isinstance(handler.formatter, _JsonFormatter) for handler in logging.root.handlers):
+        log.error(text.removeprefix("error:").strip())
+    else:
+        print(text, file=sys.stderr)
+
+
 class _Parser(argparse.ArgumentParser):
     """Names options that it does not know without what follows them, which may be a secret."""
 
@@ -217,13 +247,14 @@ def _parser() -> argparse.ArgumentParser:
     shared = _Parser(add_help=False)
     shared.add_argument("--profile", help="a file in conf/ without its suffix; by default that of the host found")
     shared.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting of conf/")
+    shared.add_argument("--log-format", choices=("text", "json"), default="text", help="of standard error")
     parser = _Parser(prog="python -m helpers", description="Vision models over images on Spark.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("run", parents=[shared], help="the four stages over every image below a location")
     command.add_argument("--source", required=True, metavar="URI", help="folder or container of images and videos")
     command.add_argument(
-        "--model", required=True, action="append", metavar="URI", help="model bundle; may repeat, images are read once"
+        "--model", required=True, action="append", metavar="URI", help="bundle, or models:/NAME@ALIAS; may repeat"
     )
     command.add_argument(
         "--output", required=True, metavar="URI", help="where results go, as a Delta table in results/"
@@ -251,6 +282,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--opset", type=int, default=18, help="of the ONNX graph in between, from 11; default 18")
     command.add_argument("--onnx", type=Path, metavar="FILE", help="leave the ONNX graph there too")
     command.add_argument("--keep-onnx", action="store_true", help="keep the ONNX graph in the bundle, for CUDA")
+    command.add_argument("--register", metavar="NAME", help="register it on the server of tracking.mlflow")
+    command.add_argument("--alias", metavar="ALIAS", help="of the registered version, such as champion")
     command.set_defaults(command=export)
 
     command = commands.add_parser("plan", parents=[shared], help="what a run would take on other machines")

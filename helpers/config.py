@@ -154,6 +154,20 @@ class CascadeSettings(_Section):
     max_crops: Positive
 
 
+class TrackingSettings(_Section):
+    """Who is told of a run, beside TensorBoard."""
+
+    mlflow: str
+    hook: str | None
+    prometheus: Annotated[str, Field(pattern=r"\.prom$")] | None
+    drift: Fraction
+
+    @field_validator("mlflow", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # as YAML reads it
+
+
 class Config(_Section):
     """Every setting of a run; `conf/base.yaml` documents each."""
 
@@ -174,6 +188,7 @@ class Config(_Section):
     results: ResultSettings
     tiling: TilingSettings
     cascade: CascadeSettings
+    tracking: TrackingSettings
     postprocess: dict[str, Value | dict[str, Value]]
 
     @property

@@ -15,7 +15,7 @@ from helpers.config import PROJECT
 EXECUTOR_MODULES = ["pipeline.stages", "pipeline.task", "pipeline.frames", "images.decoding", "images.video", "tasks"]
 EXECUTOR_MODULES += ["bundle.runtime", "bundle.onnx_model", "redaction", "temporary", "memory", "options"]
 EXECUTOR_MODULES += ["storage", "storage.adls", "storage.objects", "storage.credentials", "storage.prefetch"]
-EXECUTOR_MODULES += ["training.shards", "training.rank"]
+EXECUTOR_MODULES += ["training.shards", "training.rank", "pipeline.pyfunc"]
 # From the top down; a room uses rooms of floors below only. Modules of the lowest floor may use one another.
 FLOORS = [
     {"__main__"},
@@ -30,7 +30,7 @@ FLOORS = [
     {"session", "storage"},
     {"config", "errors", "java", "memory", "metrics", "options", "partitioning", "redaction", "temporary"},
 ]
-HEAVY = {"torch", "deltalake", "torchvision", "pydantic", "onnx", "nncf", "matplotlib", "tensorboard"}
+HEAVY = {"torch", "deltalake", "torchvision", "pydantic", "onnx", "nncf", "matplotlib", "tensorboard", "mlflow"}
 NOT_IN_CONNECT = {"SparkContext", "sparkContext", "_sc", "_jvm", "_jsc", "_jdf", "_jsparkSession"}
 NOT_IN_CONNECT |= {"rdd", "RDD", "parallelize", "foreachPartition"}
 NOT_ON_SERVERLESS = {"cache", "persist", "unpersist"}  # of a DataFrame

@@ -88,6 +88,7 @@ class Bundle:
 
     storage: Storage
     manifest: Manifest
+    registered: str = ""  # name/version, of one that comes from a registry of models
 
     def read(self, name: str) -> bytes:
         """Return one of the bundle's files, checked against the manifest.

@@ -13,6 +13,7 @@
     stages       the stages as functions of record batches     in tasks
     views        tiles of images, crops of detections, and
                  several models                            in tasks
+    pyfunc       a bundle as a model of MLflow                 in its tasks, and anywhere
     task         the stages fused, results written             in tasks
     results      exactly-once results                          on the driver
     table        the Delta table that they are in              on the driver

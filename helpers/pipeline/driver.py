@@ -13,7 +13,7 @@ import time
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -21,31 +21,34 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
-from helpers.bundle.manifest import load_bundle
 from helpers.bundle.runtime import batch_size
 from helpers.config import Config
 from helpers.errors import RunError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, stages
 from helpers.pipeline.catalog import CatalogStore, open_output, open_results
+from helpers.pipeline.drift import Distributions
 from helpers.pipeline.known import Known
 from helpers.pipeline.listing import Listing
-from helpers.pipeline.models import cascade_of, model_identity, open_models, parameters_of
+from helpers.pipeline.models import cascade_of, model_identity, open_bundle, open_models, parameters_of
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_all_by_spark, read_by_spark, reading
-from helpers.pipeline.records import Stopwatch, describe, write_record
+from helpers.pipeline.records import PHASES, Stopwatch, describe, write_record
 from helpers.pipeline.report import make_report
 from helpers.pipeline.results import Seen, Work
 from helpers.pipeline.rows import is_among, outdated, path_range, settled, without
 from helpers.pipeline.sample import draw_sample, read_pictures
-from helpers.pipeline.schemas import KEY_NAMES, LISTED_SCHEMA
+from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.sources import TableSource, is_table, open_files, open_table, text_columns
 from helpers.pipeline.table import File
 from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_through
 from helpers.pipeline.views import Tiling
 from helpers.session import get_slots, local_slots, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
+from helpers.tracking.mlflow import MLflow, server
 from helpers.tracking.progress import Progress
-from helpers.tracking.tensorboard import log_run
+from helpers.tracking.tensorboard import TensorBoard
+from helpers.tracking.watching import call_hook, write_prometheus
+from helpers.tracking.writers import log_run
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, Row, SparkSession
@@ -54,6 +57,7 @@ log = logging.getLogger(__name__)
 
 REASONS_SHOWN = 5
 NOWHERE = ("", "")  # a range without any path
+DISTRIBUTION = "distribution"  # of the predictions, in the table's history
 
 _started: "weakref.WeakSet[SparkSession]" = weakref.WeakSet()  # sessions whose workers have imported all they need
 
@@ -118,7 +122,7 @@ def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
 
 def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
     """Stage 2: decoded and resized as the bundle's manifest says; a DataFrame of `stages.TENSOR_SCHEMA`."""
-    bundle = load_bundle(open_storage(model, config))
+    bundle = open_bundle(model, config)
     stage = partial(
         stages.preprocess,
         spec=bundle.manifest.input,
@@ -131,7 +135,7 @@ def preprocess(images: "DataFrame", model: str, config: Config) -> "DataFrame":
 
 def infer(tensors: "DataFrame", model: str, config: Config) -> "DataFrame":
     """Stage 3: OpenVINO on every executor; a DataFrame of `stages.output_schema(manifest)`."""
-    bundle = load_bundle(open_storage(model, config))
+    bundle = open_bundle(model, config)
     stage = partial(
         stages.infer,
         bundle=bundle,
@@ -145,7 +149,7 @@ def infer(tensors: "DataFrame", model: str, config: Config) -> "DataFrame":
 
 def postprocess(outputs: "DataFrame", model: str, config: Config) -> "DataFrame":
     """Stage 4: predictions; a DataFrame of `stages.RESULT_SCHEMA`."""
-    bundle = load_bundle(open_storage(model, config))
+    bundle = open_bundle(model, config)
     (parameters,) = parameters_of([bundle], config)
     stage = partial(
         stages.postprocess,
@@ -317,6 +321,8 @@ class _Run:
         self.images = self.unlisted = self.first_partition = 0
         self.skipped_errors = Counter[str]()
         self.committed_seconds = 0.0
+        self.earlier: list[str] | None = None  # how predictions were distributed in the commits before this run's
+        self.tracked = MLflow(config.tracking.mlflow, task.run) if server(config.tracking.mlflow) else None
         if config.resume:
             self.store.resume(*self.models)
             seen = self.store.look(NOWHERE)
@@ -416,19 +422,27 @@ class _Run:
         with only_warn("the files that are not in the results any more could not be deleted"):
             store.vacuum(config.results.retention_days)
         watch.lap("publish")
+        about = self._describe() | {"drift": {}}
         if self.records:
-            about = self._describe()
+            with only_warn("the run's predictions were not compared with earlier ones"):
+                about["drift"] = self._distributions(self.records).compare(self.earlier or [], config.tracking.drift)
             with only_warn("the run has no dashboard", "set paths.runs to a place that can be written"):
-                place = open_storage(f"{config.paths.runs}/pipeline/{self.task.run}", config)
-                log_run(place, {**about, **watch.laps}, self.records, STAGES, read_pictures(self.task.output, pictures))
+                board = TensorBoard(open_storage(f"{config.paths.runs}/pipeline/{self.task.run}", config), live=False)
+                for writer in filter(None, (board, self.tracked)):
+                    shown = read_pictures(self.task.output, pictures)
+                    log_run(writer, {**about, **watch.laps}, self.records, STAGES, shown)
             watch.lap("log")
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(self.task.output, {**about, **watch.laps})
             if config.report and not isinstance(store, CatalogStore):
                 with only_warn("the run has no page"):
-                    make_report(self.task.output, config, sources=[self.task.source] if self.task.source else [])
+                    make_report(
+                        self.task.output, config, sources=[] if self.table else [cast(Storage, self.task.source)]
+                    )
             watch.lap("log")
-        return self._summarize()
+        summary = self._summarize()
+        _tell_watchers(summary, {**about, **watch.laps}, config)
+        return summary
 
     def _warm_up(self) -> "Future[None]":
         """The start of Spark's workers, beside what else this process does."""
@@ -511,15 +525,23 @@ class _Run:
         return images + sum(r["images"] for r in records), failed + sum(r["failed"] for r in records)
 
     def _publish(self, seen: Seen, todo: pa.Table, files: dict[str, File], gone: pa.Table) -> None:
+        if self.earlier is None:
+            self.earlier = self.store.told(DISTRIBUTION)
         run, seconds, over = self.task.run, self.watch.laps["seconds"], not self.config.resume
-        told = self.known.tell(run)
-        work = Work(run, self.models, seen, todo, files, gone, over, seconds - self.committed_seconds, told)
+        listed, distributions = self.known.tell(run), self._distributions(r for r in self.records if r["file"] in files)
+        told = {DISTRIBUTION: distributions.to_json()} if distributions else {}
+        took = seconds - self.committed_seconds
+        work = Work(run, self.models, seen, todo, files, gone, over, took, listed, told)
         self.published += self.store.publish(work)
         self.committed_seconds = seconds
-        self.known.told(told, seen)
+        self.known.told(listed, seen)
 
     def _describe(self) -> dict[str, Any]:
         return describe(self.task, self.spark, self.config, self.slots, self.watch, self.records, self.session_seconds)
+
+    @staticmethod
+    def _distributions(records: Iterable[dict[str, Any]]) -> Distributions:
+        return Distributions().merge(record["distribution"] for record in records)
 
     def _summarize(self) -> RunSummary:
         failed = sum(record["failed"] for record in self.records)
@@ -537,6 +559,26 @@ class _Run:
             records=self.records,
             skipped_errors=self.skipped_errors,
         )
+
+
+def _tell_watchers(summary: RunSummary, about: dict[str, Any], config: Config) -> None:
+    """Tell those who watch scheduled runs."""
+    settings, text = config.tracking, summary.to_json()
+    if settings.hook:
+        with only_warn("the end-of-run hook failed", "tracking.hook is it"):
+            call_hook(settings.hook, text)
+    if settings.prometheus:
+        with only_warn("the file for Prometheus could not be written", "tracking.prometheus is its place"):
+            shares = {
+                f"drift_{part}": max((parts[part] for parts in about["drift"].values()), default=0.0)
+                for part in ("classes", "scores")
+            }
+            stages = {f"stage_{name}_seconds": sum(r[f"{name}_seconds"] for r in summary.records) for name in STAGES}
+            counts = {name: value for name, value in json.loads(text).items() if name != "results"}
+            phases = {name: about[name] for name in PHASES if about[name] is not None}
+            ended = {"ended_timestamp_seconds": time.time()}
+            numbers = {**phases, **stages, **shares, **counts, **ended}
+            write_prometheus(settings.prometheus, numbers, {"results": summary.results, "model": about["model"]})
 
 
 def _image_seconds(task: Task, config: Config) -> float:

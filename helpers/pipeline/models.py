@@ -12,6 +12,7 @@ from helpers.pipeline.task import RunModel
 from helpers.pipeline.views import Cascade
 from helpers.storage import open_storage
 from helpers.tasks import has_boxes, parameter_names, parameters_for
+from helpers.tracking import registry
 
 
 def open_models(uris: Sequence[str], config: Config) -> tuple[RunModel, ...]:
@@ -21,7 +22,7 @@ def open_models(uris: Sequence[str], config: Config) -> tuple[RunModel, ...]:
         ConfigError: a model is named twice, or a setting is none of its parameters.
         BundleError: a model cannot be used.
     """
-    bundles = [load_bundle(open_storage(uri, config)) for uri in uris]
+    bundles = [open_bundle(uri, config) for uri in uris]
     models: list[RunModel] = []
     for bundle, parameters in zip(bundles, parameters_of(bundles, config), strict=True):
         detector = models[0].identity if config.cascade.enabled and models else None
@@ -29,6 +30,16 @@ def open_models(uris: Sequence[str], config: Config) -> tuple[RunModel, ...]:
     if len({model.identity for model in models}) < len(models):
         raise ConfigError("--model names the same model twice; name each once")
     return tuple(models)
+
+
+def open_bundle(uri: str, config: Config) -> Bundle:
+    """Open a bundle, or the one of a registered model: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        BundleError: it cannot be used, or there is no such model.
+        ConfigError: a registered model needs a server that is not set.
+    """
+    return registry.fetch(uri, config) if uri.startswith(registry.SCHEME) else load_bundle(open_storage(uri, config))
 
 
 def parameters_of(bundles: Sequence[Bundle], config: Config) -> list[dict[str, Any]]:
@@ -57,6 +68,8 @@ def parameters_of(bundles: Sequence[Bundle], config: Config) -> list[dict[str, A
 def model_identity(bundle: Bundle, parameters: dict[str, Any], config: Config, detector: str | None = None) -> str:
     """Name a model in the results so that whatever changes its predictions changes its name.
 
+    The name is the bundle's, and of a registered model `NAME/VERSION`; a digest follows it.
+
     Args:
         bundle: the model.
         parameters: of its post-processing.
@@ -71,7 +84,7 @@ def model_identity(bundle: Bundle, parameters: dict[str, Any], config: Config, d
     elif config.tiling.factor:
         settings.append(config.tiling.model_dump())
     text = json.dumps(settings, sort_keys=True)
-    return f"{bundle.manifest.name}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{bundle.registered or bundle.manifest.name}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def cascade_of(models: tuple[RunModel, ...], config: Config) -> Cascade | None:

@@ -120,6 +120,7 @@ class Work:
     starts_over: bool = False
     seconds: float | None = None
     listed: str = ""
+    told: dict[str, str] = field(default_factory=dict)  # what else its commit tells in the table's history
 
 
 @dataclass
@@ -280,6 +281,14 @@ class ResultStore:
             if "run" in commit
         ]
 
+    def told(self, name: str) -> list[str]:
+        """What the table's commits tell under a name (`Work.told`), the newest first.
+
+        Raises:
+            StorageError: the table is damaged.
+        """
+        return [commit[name] for commit in self._table.history() if name in commit]
+
     def stage(self, run: str, starts_over: bool = False) -> None:
         """Make a run's staging folder, or have it again where another run has removed it as empty."""
         self.storage.write(f"{staging(run)}/{ALONE if starts_over else KEEP}", b"")
@@ -392,7 +401,7 @@ class ResultStore:
                 change.adds[target] = file
         counts = [staged_counts(path) for path in work.files]
         images, failed = sum(images for images, _ in counts), sum(failed for _, failed in counts)
-        change.about = _about(work.run, work.models, images, failed, work.seconds)
+        change.about = _about(work.run, work.models, images, failed, work.seconds) | work.told
         change.about |= {"listed": work.listed} if work.listed else {}
         if work.starts_over:
             change.marks = {STARTED_OVER: time_of(work.run)}
@@ -425,7 +434,7 @@ class ResultStore:
                 f"another run has taken the results of {left.num_rows} images from {self.storage.join(STAGING)} and "
                 "lost them; run again, all others are kept"
             )
-        change.about = _about(work.run, work.models, *_counts(fresh), work.seconds)
+        change.about = _about(work.run, work.models, *_counts(fresh), work.seconds) | work.told
         self._remove(change, version, rows, _paths(fresh, rows.filter(is_among(rows, work.gone))))
 
     def _plan_recovery(self, models: tuple[str, ...], version: Version, change: _Change) -> None:

@@ -29,6 +29,7 @@ from helpers.bundle.manifest import Bundle
 from helpers.bundle.runtime import batch_size, loading_seconds
 from helpers.images.video import split_paths
 from helpers.pipeline import stages, views
+from helpers.pipeline.drift import Distributions
 from helpers.pipeline.reading import read_beside
 from helpers.pipeline.rows import Statistics, count_values
 from helpers.pipeline.schemas import KEPT, RESULT_SCHEMA, TIMESTAMP, Batches, conform
@@ -55,6 +56,7 @@ RECORD_SCHEMA = pa.schema(
         pa.field("file", pa.string()),
         pa.field("file_bytes", pa.int64()),
         pa.field("statistics", pa.string()),  # of the file's rows, as Delta's log has them
+        pa.field("distribution", pa.string()),  # of their predictions, as `drift.Distributions` writes them
         pa.field("images", pa.int64()),
         pa.field("failed", pa.int64()),  # with one model at least
         pa.field("bytes", pa.int64()),
@@ -349,13 +351,14 @@ class Clock:
 def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
     """Write a partition's results as one Parquet file, under a name that tells the driver how many there are."""
     rows, failures, files = Counter[str](), dict[str, str](), dict[str, int]()
-    statistics = Statistics()
+    statistics, distributions = Statistics(), Distributions()
     # On disk only where a partition's results are large; the storage then gets the file whole.
     with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
         with pq.ParquetWriter(spool, task.schema, compression="zstd") as writer:
             for table in _row_groups(batches):
                 writer.write_table(table)
                 statistics.add(table)
+                distributions.add(table)
                 rows.update(count_values(table["model"]))
                 failed = table.filter(table["error"].is_valid())
                 failures.update(zip(failed["path"].to_pylist(), failed["error"].to_pylist(), strict=True))
@@ -378,6 +381,7 @@ def _write(task: Task, partition: int, batches: Batches) -> dict[str, Any]:
         "file": path,
         "file_bytes": file_bytes,
         "statistics": statistics.to_json(),
+        "distribution": distributions.to_json(),
         "images": images,
         "failed": len(failures),
         "bytes": sum(files.values()),

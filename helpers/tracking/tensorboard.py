@@ -4,12 +4,11 @@ The event file is TensorBoard's own, so that a run on the driver needs no torch.
 graph, charts) comes from `torch.utils.tensorboard`, which is imported where it is called.
 """
 
-import io
 import struct
 import tempfile
 import time as clock
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,11 @@ import numpy as np
 
 from helpers.errors import DataError
 from helpers.storage import LocalStorage, Storage, open_storage
+from helpers.tracking.writers import Charts, Writer
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
-    from matplotlib.figure import Figure
 
 EVENT_FILES = "events.out.tfevents."
 WHOLE_FILES_ONLY = ("/Volumes/", "/dbfs/")  # Databricks' object storage: nothing can be appended to a file there
@@ -33,10 +32,8 @@ PROJECTOR = """embeddings {{
 }}
 """
 
-Charts = Mapping[str, Sequence[str]]  # the title of a chart, and the tags, which may be regular expressions, in it
 
-
-class TensorBoard:
+class TensorBoard(Writer):
     """The events of one run."""
 
     def __init__(self, place: str | Storage, steps: int = 0, charts: Charts | None = None, live: bool = True):
@@ -88,11 +85,15 @@ class TensorBoard:
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
         self._add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
-    def log_figure(self, tag: str, figure: "Figure", step: int = 0) -> None:
-        """Write a figure as a picture."""
-        file = io.BytesIO()
-        figure.savefig(file, format="png")
-        self.log_picture(tag, file.getvalue(), step)
+    def log_text(self, tag: str, text: str) -> None:
+        """Write a text, shown as it is."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.text.metadata import create_summary_metadata
+        from tensorboard.util.tensor_util import make_tensor_proto
+
+        indented = "".join(f"    {line}\n" for line in text.splitlines())  # which Markdown shows as it is
+        value = Summary.Value(tag=tag, metadata=create_summary_metadata("", ""), tensor=make_tensor_proto(indented))
+        self._add(Summary(value=[value]))
 
     def log_precision_recall(self, tag: str, truth: np.ndarray, scores: np.ndarray) -> None:
         """Write a curve of precision against recall: bool `[N]`, and float `[N]` from 0 to 1."""
@@ -181,49 +182,3 @@ def read_scalars(run_dir: str) -> "dict[str, pd.DataFrame]":
     events = EventAccumulator(run_dir, size_guidance={SCALARS: 0}).Reload()
     columns = ["wall_time", "step", "value"]
     return {tag: pd.DataFrame(events.Scalars(tag), columns=columns) for tag in events.Tags()["scalars"]}
-
-
-def log_run(
-    place: Storage,
-    run: dict[str, Any],
-    records: list[dict[str, Any]],
-    stages: Sequence[str],
-    pictures: Iterable[tuple[str, bytes]],
-) -> None:
-    """Write one run's events.
-
-    Args:
-        place: the run's own folder.
-        run: its description (`records.describe`); what took seconds, at the step after the last task.
-        records: of its tasks, one each.
-        stages: what a record has the seconds of.
-        pictures: names and PNG files.
-    """
-    board = TensorBoard(place, live=False)
-    start = min((record["started"].timestamp() for record in records), default=0.0)
-    done, failed, megabytes = 0, 0, 0.0
-    # A task ends when it began plus what it took; the clocks of hosts may differ by little.
-    for step, record in enumerate(sorted(records, key=_end), start=1):
-        done, failed = done + record["images"], failed + record["failed"]
-        megabytes += record["bytes"] / 2**20
-        values = {
-            "run/images_per_second": done / max(_end(record) - start, 1e-9),
-            "run/images": done,
-            "run/failed": failed,
-            "run/megabytes": megabytes,
-            "task/images_per_second": record["images"] / max(record["seconds"], 1e-9),
-            "task/peak_megabytes": record["peak_megabytes"],
-            "task/seconds": record["seconds"],
-            "task/attempt": record["attempt"],
-            **{f"stage/{stage}_seconds": record[f"{stage}_seconds"] for stage in stages},
-        }
-        board.log_scalars(values, step, _end(record))
-    phases = {f"run/{name}": value for name, value in run.items() if name.endswith("seconds") and value is not None}
-    board.log_scalars(phases, len(records) + 1, max(map(_end, records), default=None))
-    for step, (name, png) in enumerate(pictures):
-        board.log_picture(f"pictures/{name}", png, step)
-    board.close()
-
-
-def _end(record: dict[str, Any]) -> float:
-    return record["started"].timestamp() + record["seconds"]

@@ -31,6 +31,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow as pa
 
 from helpers.errors import ConfigError, HostError, TrainingError, first_line
+from helpers.redaction import redact
 from helpers.session import local_slots, pack_helpers, ship_helpers, spark_failure, spark_schema
 from helpers.storage import LocalStorage
 from helpers.training import rank
@@ -79,16 +80,23 @@ def train_on_spark(
         The last JSON object that rank 0 prints on a line of its own; None where it prints none.
 
     Raises:
-        ConfigError: there is no such program.
+        ConfigError: there is no such program, or an argument holds a secret.
         HostError: Spark has too few slots, or no GPUs to give.
         TrainingError: a rank failed, the last time; the message holds its own traceback.
     """
     path = Path(program).resolve()
     if not path.is_file():
         raise ConfigError(f"there is no program {path}: name a Python file")
+    arguments = tuple(map(str, arguments))
+    for place, argument in enumerate(arguments, start=1):
+        if redact(argument) != argument:
+            raise ConfigError(
+                f"argument {place} of the program holds a secret, which Spark's plan would show: let the program read "
+                "it from its environment (MLFLOW_TRACKING_PASSWORD for MLflow's server)"
+            )
     _check_resources(spark, processes, use_gpu)
     ship_helpers(spark)
-    task = _Task(_pack(path), path.name, tuple(map(str, arguments)), use_gpu, run=secrets.token_hex(8))
+    task = _Task(_pack(path), path.name, arguments, use_gpu, run=secrets.token_hex(8))
     for left in reversed(range(attempts)):
         try:
             return _attempt(spark, task, processes)

@@ -28,8 +28,10 @@ from augmentation import augment
 from fashion_data import CLASSES
 from fashion_resnet import FashionResNet
 from figures import plot_confusion_matrix, plot_predictions
+from helpers.redaction import redact
 from helpers.storage import StorageOptions
-from helpers.tracking.tensorboard import TensorBoard
+from helpers.tracking.mlflow import open_writers
+from helpers.tracking.writers import Writer
 from helpers.training import (
     Checkpoints,
     Group,
@@ -60,7 +62,7 @@ RECIPE += ["--optimizer", "muon", "--learning-rate", "0.1", "--weight-decay", "0
 RECIPE += ["--horizontal-flip", "--shift", "1"]
 # Arguments that say how and where a training runs, and do not decide its result.
 HOW = {"data", "run_dir", "device", "threads", "num_workers", "resume", "checkpoints", "checkpoint_steps"}
-HOW |= {"endpoint", "credential"}
+HOW |= {"endpoint", "credential", "mlflow"}
 
 
 class FashionCNN(nn.Module):
@@ -115,6 +117,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=positive, default=1, help="of each rank")
     add("--num-workers", type=int, default=0, help="processes that read ahead for each rank")
+    add("--mlflow", default="auto", help="a server's address, auto or off, as tracking.mlflow")
     add("--endpoint", help="of object storage, in place of the service's own")
     add("--credential", default="default", help="where that of object storage is found, as storage.credential")
     return parser.parse_args(arguments)
@@ -178,7 +181,11 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
         place = options.checkpoints or f"{options.run_dir}/checkpoints"
         checkpoints = Checkpoints(place, group, parts, settings, options.resume, storage) if options.run_dir else None
         progress = checkpoints.restore() if checkpoints else Progress()
-        board = TensorBoard(options.run_dir, progress.steps, CHARTS) if options.run_dir and group.rank == 0 else None
+        board = (
+            open_writers(options.run_dir, options.mlflow, settings, progress.steps, CHARTS)
+            if options.run_dir and group.rank == 0
+            else None
+        )
         pace, logits = Pace(network, group, options.batch_size), None
 
         def save() -> None:
@@ -251,7 +258,7 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
             "precision": next(name for name, known in DTYPES.items() if known == dtype),
             "resumed_at": progress.resumed_at,
             "epochs": progress.epochs,
-            "settings": vars(options),
+            "settings": vars(options) | {"mlflow": redact(options.mlflow)},
         }
         if board and checkpoints:
             log_results(board, network, evaluated, logits, result, kind)
@@ -300,7 +307,7 @@ def embed(network: FashionResNet, images: np.ndarray) -> np.ndarray:
 
 
 def log_results(
-    board: TensorBoard, network: nn.Module, evaluated: MappedImages, logits: torch.Tensor, result: dict, kind: str
+    board: Writer, network: nn.Module, evaluated: MappedImages, logits: torch.Tensor, result: dict, kind: str
 ) -> None:
     """Write what the end of a training shows: pictures, a curve per class, graph, hyperparameters and embedding."""
     images, labels, probabilities = evaluated.images, evaluated.labels, logits.softmax(dim=1).cpu().numpy()

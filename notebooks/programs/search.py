@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +28,9 @@ import fashion_mnist
 from helpers.errors import TrainingError
 from helpers.session import get_slots, spark_failure, spark_schema
 from helpers.storage import Storage, lock, open_storage
+from helpers.tracking.mlflow import MLflow, server, track
 from helpers.tracking.tensorboard import TensorBoard
+from helpers.tracking.writers import Writer, Writers
 from helpers.training import ship_siblings
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ def search(
     rules: Rules = Rules(),
     parallel: int | None = None,
     resume: bool = True,
+    mlflow: str = "auto",
 ) -> optuna.Study:
     """Try parameters in parallel Spark tasks, beginning with the study that the folder already has.
 
@@ -80,6 +84,7 @@ def search(
         rules: how they are chosen.
         parallel: trials at once; by default as many as Spark has slots.
         resume: go on with the study in the folder; False: start over.
+        mlflow: as `tracking.mlflow`: where the study is a run, and each trial one below it.
 
     Returns:
         The study, with all trials.
@@ -88,18 +93,24 @@ def search(
         TrainingError: no trial succeeded, or another search is at work in the folder.
     """
     storage = open_storage(run_dir)
+    tracked = track(mlflow, run_dir, resume) if server(mlflow) else None
     ship_siblings(spark, __file__)
     try:
         with lock(storage, "search.lock"):
             if not resume:
                 _delete(storage)
             study = open_study(storage, rules)
-            _run_trials(spark, objective, dict(space), study, storage, trials, rules, parallel or get_slots(spark))
+            log_trial = partial(_log_trial, storage, mlflow, tracked)
+            _run_trials(spark, objective, dict(space), study, log_trial, trials, rules, parallel or get_slots(spark))
     except BlockingIOError:
         raise TrainingError(f"another search is at work in {run_dir}: wait for it, or name another folder") from None
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         failures = [trial.user_attrs.get("error") for trial in study.get_trials(states=(TrialState.FAIL,))]
         raise TrainingError(f"none of {len(study.trials)} trials succeeded; the last failed with: {failures[-1]}")
+    if tracked:
+        tracked.log_scalars({"best/objective": study.best_value}, len(study.trials))
+        tracked.log_text("best.json", json.dumps(study.best_params, indent=2))
+        tracked.close()
     return study
 
 
@@ -167,7 +178,7 @@ def _run_trials(
     objective: Objective,
     space: dict[str, BaseDistribution],
     study: optuna.Study,
-    storage: Storage,
+    log_trial: Callable[[FrozenTrial], None],
     trials: int,
     rules: Rules,
     parallel: int,
@@ -180,7 +191,7 @@ def _run_trials(
         finished = study.get_trials(states=(TrialState.COMPLETE,))
         outcome = _run_on_spark(spark, _Task(objective, space, trial.params, finished, rules))
         _record(study, trial, outcome)
-        _log_to_tensorboard(storage, study.trials[trial.number])
+        log_trial(study.trials[trial.number])
 
     missing = trials - len(study.get_trials(states=ENDED))
     with ThreadPoolExecutor(parallel) as pool:
@@ -249,11 +260,14 @@ def _record(study: optuna.Study, trial: Trial, outcome: dict[str, Any]) -> None:
     study.tell(trial, value, state)
 
 
-def _log_to_tensorboard(storage: Storage, trial: FrozenTrial) -> None:
+def _log_trial(storage: Storage, mlflow: str, study: MLflow | None, trial: FrozenTrial) -> None:
     """Write the trial's run, unless it has no result to show."""
     if trial.state not in ENDED or trial.value is None:
         return
-    board = TensorBoard(storage.join(f"trial-{trial.number:04d}"))
+    name = f"trial-{trial.number:04d}"
+    board: Writer = TensorBoard(storage.join(name))
+    if parent := study.identify() if study else "":
+        board = Writers(board, MLflow(mlflow, name, tags={"mlflow.parentRunId": parent}))
     for step, value in trial.intermediate_values.items():
         board.log_scalars({"objective": value}, step)
     # The value of a pruned trial is its last report.

@@ -26,8 +26,9 @@ import fashion_data
 from figures import plot_instances
 from helpers.errors import DataError
 from helpers.metrics import average_precision
+from helpers.redaction import redact
 from helpers.storage import StorageOptions
-from helpers.tracking.tensorboard import TensorBoard
+from helpers.tracking.mlflow import open_writers
 from helpers.training import (
     Checkpoints,
     Group,
@@ -60,7 +61,7 @@ CHARTS = {
 }
 # Arguments that say how and where a training runs, and do not decide its result.
 HOW = {"data", "run_dir", "device", "threads", "num_workers", "resume", "checkpoints", "checkpoint_steps"}
-HOW |= {"endpoint", "credential"}
+HOW |= {"endpoint", "credential", "mlflow"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -88,6 +89,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=positive, default=1, help="of each rank")
     add("--num-workers", type=int, default=0, help="processes that read ahead for each rank")
+    add("--mlflow", default="auto", help="a server's address, auto or off, as tracking.mlflow")
     add("--endpoint", help="of object storage, in place of the service's own")
     add("--credential", default="default", help="where that of object storage is found, as storage.credential")
     return parser.parse_args(arguments)
@@ -157,7 +159,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         if options.initial_weights and not progress.resumed_at:
             load_initial_weights(network, options.initial_weights, group, storage)
             averaged.load_state_dict(network.state_dict())
-        board = TensorBoard(options.run_dir, progress.steps, CHARTS) if group.rank == 0 else None
+        board = (
+            open_writers(options.run_dir, options.mlflow, settings, progress.steps, CHARTS) if group.rank == 0 else None
+        )
         pace, cells = Pace(network, group, options.batch_size), prototype_side(options.architecture)
 
         def save() -> None:
@@ -177,7 +181,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
                 "resumed_at": progress.resumed_at,
                 "epochs": progress.epochs,
                 "labels": list(labels),
-                "settings": vars(options),
+                "settings": vars(options) | {"mlflow": redact(options.mlflow)},
             }
 
         while progress.epoch < options.epochs:

@@ -1,0 +1,61 @@
+"""What watches scheduled runs: a hook that gets the summary, and a file that Prometheus collects."""
+
+import json
+import math
+import shlex
+import subprocess
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+
+from helpers.errors import UserError, first_line
+from helpers.options import CREDENTIAL_REFERENCE
+from helpers.storage import LocalStorage
+from helpers.storage.credentials import fetch
+
+HOOK_SECONDS = 30
+PREFIX = "spark_vision_"
+
+
+def call_hook(hook: str, summary: str) -> None:
+    """Give the summary of a run to a URL, as a POST request, or to the standard input of a command.
+
+    Args:
+        hook: a URL, a command, or a reference to one of them (`env:NAME` and the like), which is shown nowhere.
+        summary: JSON.
+
+    Raises:
+        UserError: the answer is no success, or the command fails.
+    """
+    target = fetch(hook) if CREDENTIAL_REFERENCE.fullmatch(hook) else hook
+    try:
+        if target.startswith(("http://", "https://")):
+            request = urllib.request.Request(target, summary.encode(), {"Content-Type": "application/json"})
+            urllib.request.urlopen(request, timeout=HOOK_SECONDS).close()
+        else:
+            command = shlex.split(target)
+            subprocess.run(command, input=summary.encode(), timeout=HOOK_SECONDS, check=True, stdout=subprocess.DEVNULL)
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"the command ended with exit status {error.returncode}") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"the command did not end within {HOOK_SECONDS} s") from None
+    except (OSError, ValueError) as error:
+        raise UserError(first_line(error)) from None
+
+
+def write_prometheus(path: str, numbers: Mapping[str, float], labels: Mapping[str, str]) -> None:
+    """Write numbers in the text format of Prometheus, in one step, so that its collector reads whole files.
+
+    Args:
+        path: of the file; node_exporter's textfile collector takes names that end with `.prom`.
+        numbers: by name.
+        labels: of all of them.
+    """
+    # Escaped as the format says: backslashes, quotes and line feeds, which are JSON's too.
+    shown = ",".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in labels.items())
+    lines = []
+    for name, value in numbers.items():
+        if math.isfinite(value):
+            lines += [f"# TYPE {PREFIX}{name} gauge", f"{PREFIX}{name}{{{shown}}} {value:.17g}"]
+    file = Path(path).resolve()
+    LocalStorage(str(file.parent)).write(file.name, "".join(f"{line}\n" for line in lines).encode())

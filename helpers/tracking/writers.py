@@ -1,0 +1,130 @@
+"""What a run or a training writes, whoever shows it: one interface in front of TensorBoard and MLflow.
+
+Writer      the interface; what a kind of writer has no place for, it leaves out
+Writers     passes everything on to several of them
+log_run     what a run of the pipeline writes
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+SETTINGS = ("source", "output", "model", "bundle", "flops", "slots", "spark", "versions", "config")  # of a run's record
+Charts = Mapping[str, Sequence[str]]  # the title of a chart, and the tags, which may be regular expressions, in it
+
+
+class Writer:
+    """Where the measurements, pictures and texts of one run go; tags are named group/name."""
+
+    def log_scalars(self, values: Mapping[str, float], step: int, time: float | None = None) -> None:
+        """Write values by their tags; `time`, in seconds since 1970, is now by default."""
+
+    def log_text(self, tag: str, text: str) -> None:
+        """Write a text."""
+
+    def log_picture(self, tag: str, png: bytes, step: int = 0) -> None:
+        """Write a PNG file."""
+
+    def log_figure(self, tag: str, figure: "Figure", step: int = 0) -> None:
+        """Write a figure as a picture."""
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        self.log_picture(tag, file.getvalue(), step)
+
+    def log_precision_recall(self, tag: str, truth: np.ndarray, scores: np.ndarray) -> None:
+        """Write a curve of precision against recall: bool `[N]`, and float `[N]` from 0 to 1."""
+
+    def log_settings(self, values: Mapping[str, Any]) -> None:
+        """Write what the run was told, where a run is described by it."""
+
+    def log_hyperparameters(self, values: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """Write what the run was told, where it is a number or a text, and what it came to in the end, by its tags."""
+
+    def log_graph(self, network: "torch.nn.Module", example: "torch.Tensor") -> None:
+        """Write the graph of a network for an input."""
+
+    def log_embedding(self, points: np.ndarray, labels: Sequence[str], pictures: np.ndarray) -> None:
+        """Write points with a label and a picture each; they replace earlier ones.
+
+        Args:
+            points: float `[N, channels]`.
+            labels: N texts.
+            pictures: uint8 `[N, height, width]`.
+        """
+
+    def publish(self) -> None:
+        """Let readers see everything so far."""
+
+    def close(self) -> None:
+        """Write what is still in memory, and end the run."""
+
+
+class Writers(Writer):
+    """Several writers as one; a figure is drawn once for all of them."""
+
+    def __init__(self, *writers: Writer):
+        for name in vars(Writer).keys() - {"log_figure"}:
+            if not name.startswith("_"):
+                setattr(self, name, partial(_call_each, [getattr(writer, name) for writer in writers]))
+
+
+def log_run(
+    writer: Writer,
+    run: dict[str, Any],
+    records: list[dict[str, Any]],
+    stages: Sequence[str],
+    pictures: Iterable[tuple[str, bytes]],
+) -> None:
+    """Write one run of the pipeline, and close the writer.
+
+    Args:
+        writer: of the run alone.
+        run: its description (`records.describe`); what took seconds, at the step after the last task.
+        records: of its tasks, one each.
+        stages: what a record has the seconds of.
+        pictures: names and PNG files.
+    """
+    writer.log_settings({name: run[name] for name in SETTINGS})
+    start = min((record["started"].timestamp() for record in records), default=0.0)
+    done, failed, megabytes = 0, 0, 0.0
+    # A task ends when it began plus what it took; the clocks of hosts may differ by little.
+    for step, record in enumerate(sorted(records, key=_end), start=1):
+        done, failed = done + record["images"], failed + record["failed"]
+        megabytes += record["bytes"] / 2**20
+        values = {
+            "run/images_per_second": done / max(_end(record) - start, 1e-9),
+            "run/images": done,
+            "run/failed": failed,
+            "run/megabytes": megabytes,
+            "task/images_per_second": record["images"] / max(record["seconds"], 1e-9),
+            "task/peak_megabytes": record["peak_megabytes"],
+            "task/seconds": record["seconds"],
+            "task/attempt": record["attempt"],
+            **{f"stage/{stage}_seconds": record[f"{stage}_seconds"] for stage in stages},
+        }
+        writer.log_scalars(values, step, _end(record))
+    phases = {f"run/{name}": value for name, value in run.items() if name.endswith("seconds") and value is not None}
+    writer.log_scalars(phases, len(records) + 1, max(map(_end, records), default=None))
+    for model, distances in enumerate(run.get("drift", {}).values()):
+        writer.log_scalars({f"drift/{part}_{model}": value for part, value in distances.items()}, len(records) + 1)
+    writer.log_text("run/record.json", json.dumps(run, indent=2))
+    for step, (name, png) in enumerate(pictures):
+        writer.log_picture(f"pictures/{name}", png, step)
+    writer.close()
+
+
+def _end(record: dict[str, Any]) -> float:
+    return record["started"].timestamp() + record["seconds"]
+
+
+def _call_each(methods: Iterable[Callable[..., None]], *arguments: Any, **named: Any) -> None:
+    for method in methods:
+        method(*arguments, **named)
