@@ -353,7 +353,7 @@ def test_scores_that_are_all_zero_are_told_by_their_neighbors_or_by_name():
         "classes": "det_classes",
     }
     unnamed = {"b": BOXES, "x": np.zeros((1, 3)), "y": np.zeros((1, 3))}
-    with pytest.raises(OutputError, match=r"outputs x and y could each be scores \[N\].*outputs: {ROLE: NAME}"):
+    with pytest.raises(OutputError, match=r"outputs x and y could each be scores \[N\].*outputs: {scores: NAME}"):
         DETECTION["end_to_end"].assign_roles(unnamed, 3)
 
 

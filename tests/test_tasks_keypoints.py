@@ -190,7 +190,7 @@ def test_outputs_are_told_apart_by_shape_and_range():
 def test_points_in_pixels_are_told_by_their_values():
     decoder, shares = DECODERS[TASK]["points"], np.random.default_rng(0).random((1, 17, 3))
     assert decoder.suggest_parameters({"points": shares}, 1) == {}
-    assert decoder.suggest_parameters({"points": shares * [128, 128, 1]}, 1) == {"relative": False}
+    assert decoder.suggest_parameters({"points": shares * [128, 128, 1]}, 1) == {"relative": False, "order": "xy"}
 
 
 def test_parameters_that_cannot_be_are_named():
