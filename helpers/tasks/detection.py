@@ -1,6 +1,6 @@
 """Objects with boxes, from networks that give them, or candidates, or offsets from anchors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -103,6 +103,7 @@ class SsdParameters:
         activation: from the output to scores.
         variances: the scale of offsets of centers and of sizes, two numbers or one per number of a box.
         order: of the offsets: `xy`, or `yx` as TensorFlow has them.
+        sizes: `log` if offsets of sizes are logarithms of growth; `linear` if they are growth itself.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -116,11 +117,17 @@ class SsdParameters:
     activation: Literal["softmax", "sigmoid", "none"] = "softmax"
     variances: tuple[float, ...] = (0.1, 0.1, 0.2, 0.2)
     order: Literal["xy", "yx"] = "xy"
+    sizes: Literal["log", "linear"] = "log"
 
     def __post_init__(self) -> None:
         check_parameters(self)
         if len(self.variances) not in (2, 4):
             raise ConfigError("postprocess.variances is not a list of 2 or 4 numbers")
+
+    @property
+    def scale(self) -> np.ndarray:
+        """Of each number of a box, float32 `[4]`."""
+        return np.repeat(self.variances, 4 // len(self.variances)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -166,9 +173,7 @@ def find_end_to_end(
     detections = locate(
         corners, classes[rows] - parameters.first_class, scores[rows], manifest, size, parameters.max_detections
     )
-    return Detections(
-        detections.boxes, detections.classes, detections.scores, rows[detections.rows], detections.placement
-    )
+    return replace(detections, rows=rows[detections.rows])
 
 
 def _split(outputs: Arrays, parameters: EndToEndParameters) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
@@ -212,25 +217,42 @@ def _decode_candidates(
     placement = place(manifest.input, size)
     boxes = to_corners(outputs["boxes"].reshape(-1, 4), parameters.box_format)
     boxes = to_input(boxes, placement) if parameters.relative else boxes
-    return _choose(boxes, outputs["scores"], size, manifest, parameters)
+    return to_predictions(_choose(boxes, outputs["scores"], size, manifest, parameters), manifest.labels)
+
+
+def find_anchored(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SsdParameters, arrays: Arrays
+) -> Detections:
+    """The detections of one image from a network that gives offsets from anchors.
+
+    Args:
+        outputs: `offsets [A, 4]`, of which there may be more, and `scores [A, C]` or `[A, 1 + C]`.
+        size: of the image: width and height.
+        manifest: for the input and the labels.
+        parameters: of the offsets and scores.
+        arrays: `priors.npy`, the anchors.
+
+    Raises:
+        BundleError: the bundle has no anchors, or another number of them.
+    """
+    if "priors.npy" not in arrays:
+        raise BundleError(f"{manifest.name} has no priors.npy, the anchors of its boxes; export the bundle again")
+    offsets, priors = outputs["offsets"][:, :4], arrays["priors.npy"]
+    if priors.shape != offsets.shape:
+        raise BundleError(f"{manifest.name}: priors.npy is {priors.shape}, and not as its offsets; export it again")
+    offsets = offsets[:, [1, 0, 3, 2]] if parameters.order == "yx" else offsets
+    with np.errstate(over="ignore", invalid="ignore"):
+        steps = offsets * parameters.scale
+        centers = priors[:, :2] + steps[:, :2] * priors[:, 2:]
+        growth = np.exp(np.minimum(steps[:, 2:], LARGEST_GROWTH)) if parameters.sizes == "log" else steps[:, 2:]
+        boxes = to_corners(np.concatenate([centers, priors[:, 2:] * growth], axis=1), "cxcywh")
+    return _choose(to_input(boxes, place(manifest.input, size)), outputs["scores"], size, manifest, parameters)
 
 
 def _decode_ssd(
     outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SsdParameters, arrays: Arrays
 ) -> list[Prediction]:
-    if "priors.npy" not in arrays:
-        raise BundleError(f"{manifest.name} has no priors.npy, the anchors of its boxes; export the bundle again")
-    offsets, priors = outputs["offsets"], arrays["priors.npy"]
-    if priors.shape != offsets.shape:
-        raise BundleError(f"{manifest.name}: priors.npy is {priors.shape}, and not as its offsets; export it again")
-    offsets = offsets[:, [1, 0, 3, 2]] if parameters.order == "yx" else offsets
-    scale = np.repeat(parameters.variances, 4 // len(parameters.variances)).astype(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        steps = offsets * scale
-        centers = priors[:, :2] + steps[:, :2] * priors[:, 2:]
-        sides = priors[:, 2:] * np.exp(np.minimum(steps[:, 2:], LARGEST_GROWTH))
-        boxes = to_corners(np.concatenate([centers, sides], axis=1), "cxcywh")
-    return _choose(to_input(boxes, place(manifest.input, size)), outputs["scores"], size, manifest, parameters)
+    return to_predictions(find_anchored(outputs, size, manifest, parameters, arrays), manifest.labels)
 
 
 def _choose(
@@ -239,7 +261,7 @@ def _choose(
     size: tuple[int, int],
     manifest: Manifest,
     parameters: CandidateParameters | SsdParameters,
-) -> list[Prediction]:
+) -> Detections:
     """Non-maximum suppression within each class; a box may be of several.
 
     Args:
@@ -261,7 +283,7 @@ def _choose(
     rows = suppress(inside[candidates], best, parameters.nms_threshold, classes)
     rows = rows[: parameters.max_detections]
     detections = locate(inside[candidates[rows]], classes[rows], best[rows], manifest, size, parameters.max_detections)
-    return to_predictions(detections, manifest.labels)
+    return replace(detections, rows=candidates[rows][detections.rows])
 
 
 def _ranks(classes: np.ndarray) -> np.ndarray:
@@ -309,7 +331,8 @@ def suggest_end_to_end(samples: Arrays, labels: int) -> dict[str, Any]:
     return parameters | ({"first_class": 1} if labels and classes.max(initial=0) == labels else {})
 
 
-def _suggest_ssd(samples: Arrays, labels: int) -> dict[str, Any]:
+def suggest_ssd(samples: Arrays, labels: int) -> dict[str, Any]:
+    """The activation that scores tell; see `Decoder`."""
     if are_shares(samples["scores"]):
         return {"activation": "none"}
     return {"activation": "sigmoid"} if samples["scores"].shape[-1] == labels else {}
@@ -362,7 +385,8 @@ CANDIDATES = [
     Role("boxes", ("A 4", "A 1 4"), _are_corners),
     Role("scores", ("A C", "A 1+C"), are_shares, values="from 0 to 1"),
 ]
-SSD = [Role("offsets", ("A 4",)), Role("scores", ("A C", "A 1+C"))]
+SCORES = Role("scores", ("A C", "A 1+C"))
+SSD = [Role("offsets", ("A 4",)), SCORES]
 # Networks with objectness give a row per anchor: a column more of the others is a class that lacks a label.
 YOLO = [Role("predictions", ("4+C A", "A 4+C", "A 5+C"))]
 DETR = [
@@ -381,6 +405,6 @@ DECODERS = {
         CANDIDATES,
         suggest=lambda samples, labels: suggest_format(samples["boxes"]),
     ),
-    "ssd": make_decoder(_decode_ssd, SsdParameters, SSD, suggest=_suggest_ssd),
+    "ssd": make_decoder(_decode_ssd, SsdParameters, SSD, suggest=suggest_ssd),
     "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
 }

@@ -11,7 +11,16 @@ from helpers.images.geometry import Placement, place
 from helpers.tasks import yolo
 from helpers.tasks.boxes import LARGEST_RELATIVE, Detections, clip, locate, suppress, to_predictions
 from helpers.tasks.classification import sigmoid
-from helpers.tasks.detection import BOXES, EndToEndParameters, find_end_to_end, suggest_end_to_end
+from helpers.tasks.detection import (
+    BOXES,
+    SCORES,
+    EndToEndParameters,
+    SsdParameters,
+    find_anchored,
+    find_end_to_end,
+    suggest_end_to_end,
+    suggest_ssd,
+)
 from helpers.tasks.interface import Arrays, Prediction
 from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
 
@@ -129,6 +138,20 @@ def _decode_yolo(
     places = places * np.array(detections.placement.input, np.float32) if parameters.relative else places
     keypoints = _to_image(places, points[..., 2], detections.placement)
     return to_predictions(detections, manifest.labels, keypoints=keypoints)
+
+
+def _decode_ssd(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SsdParameters, arrays: Arrays
+) -> list[Prediction]:
+    detections = find_anchored(outputs, size, manifest, parameters, arrays)
+    landmarks = outputs["landmarks"] if "landmarks" in outputs else outputs["offsets"][:, 4:]
+    own = landmarks[detections.rows].reshape(len(detections.rows), landmarks.shape[1] // 2, 2)
+    anchors = arrays["priors.npy"][detections.rows, None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        points = anchors[..., :2] + _ordered(own, parameters.order) * parameters.scale[:2] * anchors[..., 2:]
+        points = points * np.array(detections.placement.input, np.float32)
+    scores = np.broadcast_to(detections.scores[:, None], points.shape[:2])
+    return to_predictions(detections, manifest.labels, keypoints=_to_image(points, scores, detections.placement))
 
 
 def _decode_points(
@@ -275,6 +298,13 @@ CENTERNET = [
 DECODERS = {
     "end_to_end": make_decoder(_decode_end_to_end, KeypointParameters, KEYPOINTS, suggest=suggest_end_to_end),
     "points": make_decoder(_decode_points, PointParameters, POINTS, suggest=_suggest_points),
+    "ssd": make_decoder(
+        _decode_ssd,
+        SsdParameters,
+        [Role("offsets", ("A 4",)), SCORES, Role("landmarks", ("A 2K",))],
+        [Role("offsets", ("A 4+2K",)), SCORES],
+        suggest=suggest_ssd,
+    ),
     "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
     "centernet": make_decoder(_decode_centernet, CenterParameters, CENTERNET),
     "heatmap": make_decoder(_decode_heatmap, SingleParameters, [Role("heatmap", ("K H W",))]),
