@@ -1,6 +1,7 @@
 """Models of other makers become bundles: what their files say, what is tried before anything is written."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,21 @@ def test_a_graph_that_answers_for_the_first_image_only_gets_one_at_a_time(tmp_pa
     assert bundle_of(several, CLASSIFICATION, tmp_path / "others").manifest.batch == 0
 
 
+def test_rows_of_detections_are_no_batch_though_every_picture_has_one(tmp_path):
+    ops = ov.opset13
+    image = ops.parameter([1, 3, 8, 8], np.float32, "image")
+    is_any = ops.greater(ops.reduce_max(image, [1, 2, 3]), np.float32(0))
+    rows = ops.squeeze(ops.non_zero(is_any, "i64"), [0])
+    outputs = {"boxes": BOXES[:1], "scores": SCORES[:1], "classes": CLASSES[:1]}
+    results = [ops.gather(ops.constant(values), rows, ops.constant(0)) for values in outputs.values()]
+    for node, name in zip(results, outputs, strict=True):
+        node.output(0).set_names({name})
+    ov.save_model(ov.Model(results, [image]), tmp_path / "model.xml", compress_to_fp16=False)
+    bundle = bundle_of(tmp_path / "model.xml", DETECTION, tmp_path / "bundle")
+    found = predict(bundle, [*pictures((8, 8)), cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()])
+    assert [boxes(predictions) for predictions in found] == [[[2, 1, 6, 7]], []]
+
+
 @pytest.mark.parametrize("sides", [(3, 8, 8), (8, 8, 3), (1, 8, 8, 3)], ids=str)
 def test_a_graph_may_lack_the_batch_or_have_its_channels_last(tmp_path, sides):
     model = ov.convert_model(save_onnx(tmp_path / "model.onnx", {"logits": np.float32([0, 3, 1])}))
@@ -262,6 +278,15 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(tmp_path, kind):
     with pytest.raises(UserError, match=message) as raised:
         bundle_of(path, card, tmp_path / "bundle")
     assert "\n" not in str(raised.value) and not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("a.pt", "name its network with --architecture"), ("a.keras", "model.export"), ("a.engine", "to ONNX")],
+)
+def test_files_of_other_kinds_have_their_remedy(tmp_path, name, remedy):
+    with pytest.raises(BundleError, match=f"{name} is .*{remedy}"):
+        bundle_of(tmp_path / name, CLASSIFICATION, tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.xml", "model.tflite", "model.pb", "model.pt2"])
@@ -471,6 +496,17 @@ def test_a_person_is_pointed_at_by_a_file_for_one_image(first_look, tmp_path):
     assert len(prediction["keypoints"]) == len(labels)
     nose = prediction["keypoints"][0]
     assert np.hypot(nose["x"] - 226, nose["y"] - 110) < 15  # where it is on the photograph
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "temp_meta.txt"])
+def test_ultralytics_files_of_tensorflow_lite_need_no_card(first_look, tmp_path, name):
+    path = tmp_path / "model.tflite"
+    path.write_bytes((first_look / "models" / "efficientnet_lite3.tflite").read_bytes())
+    about = {"names": {n: f"class {n}" for n in range(1000)}, "stride": 1, "task": "classify", "args": {"nms": None}}
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, json.dumps(about) if name.endswith("json") else str(about))
+    manifest = bundle_of(path, None, tmp_path / "bundle").manifest
+    assert (manifest.task, manifest.labels[7], manifest.input.std) == ("classification", "class 7", (1.0,) * 3)
 
 
 def test_weights_of_a_port_fit_timms_network(first_look, tmp_path):

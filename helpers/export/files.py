@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".onnx", ".xml", ".tflite", ".pb", ".pt2")
-WEIGHTS = (".pt", ".pth", ".safetensors", ".h5", ".keras", ".ckpt")  # that need a network's program
+CHECKPOINT = (
+    "a checkpoint of PyTorch: name its network with --architecture, and this file with --checkpoint, or export the "
+    "network to ONNX"
+)
+KERAS = "a model of Keras: write it with `model.export(FOLDER)`, and name FOLDER/saved_model.pb"
+OTHERS = {".pt": CHECKPOINT, ".pth": CHECKPOINT, ".safetensors": CHECKPOINT, ".ckpt": CHECKPOINT}
+OTHERS |= {".h5": KERAS, ".keras": KERAS}
+UNKNOWN = f"no model file that can be read; there are {', '.join(SUFFIXES)}: export the model to ONNX"
 UNTOLD = ("Check ", "Exception from", "FrontEnd API failed", "Model wasn't", "Summary:")  # of OpenVINO's messages
 ACTIVATIONS = {"SoftMax": "probabilities", "Softmax": "probabilities", "Sigmoid": "multi_label"}  # in the graph
 
@@ -88,12 +95,7 @@ def read_graph(path: Path) -> "ov.Model":
     import openvino as ov
 
     if path.suffix not in SUFFIXES:
-        remedy = (
-            "weights without a network: name that with --architecture, and this file with --checkpoint"
-            if path.suffix in WEIGHTS
-            else f"no model file that can be read; there are {', '.join(SUFFIXES)}"
-        )
-        raise BundleError(f"{path} is {remedy}")
+        raise BundleError(f"{path} is {OTHERS.get(path.suffix, UNKNOWN)}")
     if not path.is_file():
         raise BundleError(f"there is no file {path}: correct --file")
     if path.suffix == ".onnx":
