@@ -1,6 +1,7 @@
 """Models of other makers become bundles: what their files say, what is tried before anything is written."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,21 @@ def test_a_graph_that_answers_for_the_first_image_only_gets_one_at_a_time(tmp_pa
     assert bundle_of(several, CLASSIFICATION, tmp_path / "others").manifest.batch == 0
 
 
+def test_rows_of_detections_are_no_batch_though_every_picture_has_one(tmp_path):
+    ops = ov.opset13
+    image = ops.parameter([1, 3, 8, 8], np.float32, "image")
+    is_any = ops.greater(ops.reduce_max(image, [1, 2, 3]), np.float32(0))
+    rows = ops.squeeze(ops.non_zero(is_any, "i64"), [0])
+    outputs = {"boxes": BOXES[:1], "scores": SCORES[:1], "classes": CLASSES[:1]}
+    results = [ops.gather(ops.constant(values), rows, ops.constant(0)) for values in outputs.values()]
+    for node, name in zip(results, outputs, strict=True):
+        node.output(0).set_names({name})
+    ov.save_model(ov.Model(results, [image]), tmp_path / "model.xml", compress_to_fp16=False)
+    bundle = bundle_of(tmp_path / "model.xml", DETECTION, tmp_path / "bundle")
+    found = predict(bundle, [*pictures((8, 8)), cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()])
+    assert [boxes(predictions) for predictions in found] == [[[2, 1, 6, 7]], []]
+
+
 @pytest.mark.parametrize("sides", [(3, 8, 8), (8, 8, 3), (1, 8, 8, 3)], ids=str)
 def test_a_graph_may_lack_the_batch_or_have_its_channels_last(tmp_path, sides):
     model = ov.convert_model(save_onnx(tmp_path / "model.onnx", {"logits": np.float32([0, 3, 1])}))
@@ -217,9 +233,40 @@ WRONG = {
     "another task's outputs": (DETECTION, {}, r"the outputs logits \[3\] fit no decoder of task detection"),
     "sides of any length": (CLASSIFICATION, {"sides": ("n", 3, "h", "w")}, "add `height` and `width`"),
     "channels at both ends": (CLASSIFICATION, {"sides": ("n", 3, 8, 3)}, "add `layout: NCHW` or"),
-    "two channels": (CLASSIFICATION, {"sides": ("n", 2, 8, 8)}, "layout"),
+    "two channels": (CLASSIFICATION, {"sides": ("n", 2, 8, 8)}, r"\?,2,8,8\], where no side is of 1 or 3 channels"),
+    "means of another color": (
+        {**CLASSIFICATION, "input": {"mean": [1, 2, 3]}},
+        {"sides": ("n", 1, 8, 8)},
+        "mean has 3 values, and images of color gray need 1",
+    ),
+    "means of pixels from 0 to 1": (
+        {**CLASSIFICATION, "input": {"mean": [0.5, 0.4, 0.4], "std": [0.2, 0.2, 0.2]}},
+        {},
+        r"of gray levels: write mean: \[127.5, 102.0, 102.0\], std: \[51.0, 51.0, 51.0\]",
+    ),
+    "a mean of pixels from 0 to 1": (
+        {**CLASSIFICATION, "input": {"mean": 0.5}},
+        {},
+        r"write mean: \[127.5, 127.5, 127.5\], std: \[255.0, 255.0, 255.0\]",
+    ),
+    "a label too few of candidates": ({**DETECTION, "labels": ["a", "b"]}, {"outputs": {"out": YOLO}}, "fit 3 labels"),
+    "a task that is not built": ({"task": "depth_estimation"}, {}, "there are classification, embedding, detection"),
+    "outputs of a detector with masks": (
+        DETECTION,
+        {"outputs": {"out": np.tile(YOLO, (4, 1))[:23], "maps": np.ones((16, 2, 2), np.float32)}},
+        "decoder yolo of task instance_segmentation: correct the task",
+    ),
+    "several maps": (
+        {"task": "semantic_segmentation", "labels": ["a"]},
+        {"outputs": {name: np.full((1, 8, 8), 0.3, np.float32) for name in ("a", "b")}},
+        r"outputs a and b could each be scores .*add|`outputs: {scores: NAME}`",
+    ),
     "no finite values": (CLASSIFICATION, {"outputs": {"logits": np.float32([np.nan, 1, 2])}}, "not finite"),
-    "another size": ({**CLASSIFICATION, "input": {"color": "gray"}}, {}, "layout|channels"),
+    "another size": (
+        {**CLASSIFICATION, "input": {"color": "gray"}},
+        {},
+        "where no side is of 1 channels: correct `color`",
+    ),
     "a wrong parameter": ({**CLASSIFICATION, "postprocess": {"top_k": 0}}, {}, "postprocess.top_k"),
 }
 
@@ -231,6 +278,15 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(tmp_path, kind):
     with pytest.raises(UserError, match=message) as raised:
         bundle_of(path, card, tmp_path / "bundle")
     assert "\n" not in str(raised.value) and not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("a.pt", "name its network with --architecture"), ("a.keras", "model.export"), ("a.engine", "to ONNX")],
+)
+def test_files_of_other_kinds_have_their_remedy(tmp_path, name, remedy):
+    with pytest.raises(BundleError, match=f"{name} is .*{remedy}"):
+        bundle_of(tmp_path / name, CLASSIFICATION, tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.xml", "model.tflite", "model.pb", "model.pt2"])
@@ -292,8 +348,115 @@ def test_a_graph_of_several_inputs_names_them(tmp_path):
     for port, name in zip(model.inputs, ("left", "right"), strict=True):
         port.set_names({name})
     ov.save_model(model, tmp_path / "two.xml")
-    with pytest.raises(BundleError, match=r"has 2 inputs \(left, right\)"):
+    with pytest.raises(BundleError, match=r"has the inputs left \[1,3,8,8\], right .*add `inputs: {NAME: \[...\]}`"):
         bundle_of(tmp_path / "two.xml", CLASSIFICATION, tmp_path / "bundle")
+
+
+def save_scaled_boxes(path: Path) -> Path:
+    """A detector of relative boxes that takes the image's size too, and a vector of the texts' network beside it."""
+    ops = ov.opset13
+    image, size = ops.parameter([-1, 3, 8, 8], np.float32, "image"), ops.parameter([-1, 2], np.int64, "size")
+    nothing = ops.multiply(ops.reduce_mean(image, [1, 2, 3], keep_dims=True), np.float32(0))
+    scale = ops.convert(ops.tile(ops.unsqueeze(size, 1), [1, 1, 2]), np.float32)
+    outputs = {
+        "boxes": ops.multiply(ops.add(ops.squeeze(nothing, [3]), BOXES[None] / 8), scale),
+        "scores": ops.add(ops.squeeze(nothing, [2, 3]), SCORES[None]),
+        "classes": ops.add(ops.squeeze(nothing, [2, 3]), CLASSES[None]),
+        "lengths": ops.convert(ops.reduce_sum(size, [1], keep_dims=True), np.float32),
+    }
+    for name, node in outputs.items():
+        node.output(0).set_names({name})
+    model = ov.Model(list(outputs.values()), [image, size])
+    for port, name in zip(model.inputs, ("image", "size"), strict=True):
+        port.set_names({name})
+    ov.save_model(model, path, compress_to_fp16=False)
+    return path
+
+
+def test_other_inputs_than_the_image_are_constants_of_the_card(tmp_path):
+    path = save_scaled_boxes(tmp_path / "model.xml")
+    with pytest.raises(BundleError, match=r"add `inputs: {size: \[...\]}` to its card, with what they are"):
+        bundle_of(path, DETECTION, tmp_path / "bundle")
+    bundle = bundle_of(path, {**DETECTION, "inputs": {"size": [8, 8]}}, tmp_path / "bundle")
+    (predictions,) = predict(bundle, pictures((16, 8)))
+    np.testing.assert_allclose(boxes(predictions), [[4, 1, 12, 7]], rtol=1e-5)
+    for constant, message in (("ten", "which takes numbers"), ([8, 8, 8], r"takes \[\?,2\]")):
+        with pytest.raises(BundleError, match=f"its card has .* for the input size, {message}|size, which {message}"):
+            bundle_of(path, {**DETECTION, "inputs": {"size": constant}}, tmp_path / "none")
+    with pytest.raises(BundleError, match="no input 'sizes', which its card names; its inputs are image, size"):
+        bundle_of(path, {**DETECTION, "inputs": {"sizes": [8, 8]}}, tmp_path / "none")
+
+
+def test_inputs_that_no_output_needs_are_left_out(tmp_path):
+    path = save_scaled_boxes(tmp_path / "model.xml")
+    (tmp_path / "card.yaml").write_text("{task: embedding, outputs: {embedding: scores}}")
+    model = convert_file(path, tmp_path / "card.yaml").model
+    assert len(model.inputs) == 1
+    np.testing.assert_allclose(ov.compile_model(model)(np.zeros((1, 8, 8, 3), np.uint8))[0], SCORES[None])
+
+
+@pytest.mark.parametrize(
+    ("columns", "order"),
+    [
+        ("", "box score class"),
+        ("class score box", "class score box"),
+        ("image box class score", "image box class score"),
+        ("image box score class", "image box score class"),
+    ],
+)
+def test_the_columns_of_a_table_are_told_by_their_values(tmp_path, columns, order):
+    parts = {"box": BOXES, "score": SCORES[:, None], "class": CLASSES[:, None], "image": np.zeros((3, 1), np.float32)}
+    table = np.concatenate([parts[name] for name in order.split()], axis=1)
+    bundle = bundle_of(save_onnx(tmp_path / "model.onnx", {"out": table}), DETECTION, tmp_path / "bundle")
+    assert bundle.manifest.postprocess.get("columns", "") == columns
+    (predictions,) = predict(bundle, pictures((8, 8)))
+    assert [p["label"] for p in predictions] == ["b"] and boxes(predictions) == [[2, 1, 6, 7]]
+
+
+def test_boxes_with_scores_and_classes_are_enough_for_a_bundle(tmp_path):
+    outputs = {"dets": np.concatenate([BOXES, SCORES[:, None]], axis=1), "labels": CLASSES}
+    bundle = bundle_of(save_onnx(tmp_path / "model.onnx", outputs), DETECTION, tmp_path / "bundle")
+    assert boxes(predict(bundle, pictures((8, 8)))[0]) == [[2, 1, 6, 7]]
+
+
+@pytest.mark.parametrize(("layer", "decoder"), [("Sigmoid", "multi_label"), ("Softmax", "probabilities")])
+def test_the_last_layer_says_what_a_classifiers_numbers_are(tmp_path, layer, decoder):
+    model = onnx.load(save_onnx(tmp_path / "model.onnx", {"logits": np.float32([2, -1, 1])}))
+    model.graph.node.append(helper.make_node(layer, ["logits"], ["out"]))
+    model.graph.output[0].name = "out"
+    onnx.save(model, tmp_path / "model.onnx")
+    bundle = bundle_of(tmp_path / "model.onnx", CLASSIFICATION, tmp_path / "bundle")
+    assert bundle.manifest.decoder == decoder
+    (predictions,) = predict(bundle, pictures((8, 8)))
+    labels = {p["label"]: round(p["score"], 2) for p in predictions}
+    assert labels == ({"a": 0.88, "c": 0.73} if layer == "Sigmoid" else {"a": 0.71, "c": 0.26, "b": 0.04})
+
+
+def test_a_missing_normalization_is_said(tmp_path, caplog):
+    path = save_onnx(tmp_path / "model.onnx", {"logits": np.float32([0, 3, 1])})
+    bundle_of(path, CLASSIFICATION, tmp_path / "bundle")
+    assert "its card has no mean and std" in caplog.text
+    caplog.clear()
+    bundle_of(path, {**CLASSIFICATION, "input": {"std": 255}}, tmp_path / "other")
+    assert "mean" not in caplog.text
+
+
+def test_one_number_is_that_of_every_channel(tmp_path):
+    for channels in (1, 3):
+        path = save_onnx(tmp_path / "model.onnx", {"logits": np.float32([0, 3, 1])}, ("n", channels, 8, 8))
+        card = {**CLASSIFICATION, "input": {"mean": 100, "std": [50, 50, 50]}}
+        spec = bundle_of(path, card, tmp_path / "bundle").manifest.input
+        assert (spec.mean, spec.std) == ((100.0,) * channels, (50.0,) * channels)
+
+
+def test_layers_that_openvino_lacks_are_named(tmp_path):
+    model = onnx.load(save_onnx(tmp_path / "model.onnx", {"logits": np.float32([0, 3, 1])}))
+    model.graph.node.append(helper.make_node("Unheard", ["logits"], ["out"], domain="com.example"))
+    model.graph.output[0].name = "out"
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(BundleError, match=r"operations: com.example.Unheard.*export it without these"):
+        bundle_of(tmp_path / "model.onnx", CLASSIFICATION, tmp_path / "bundle")
 
 
 def test_the_command_makes_a_bundle_of_a_file_and_explains_mistakes(tmp_path, capsys):
@@ -333,6 +496,17 @@ def test_a_person_is_pointed_at_by_a_file_for_one_image(first_look, tmp_path):
     assert len(prediction["keypoints"]) == len(labels)
     nose = prediction["keypoints"][0]
     assert np.hypot(nose["x"] - 226, nose["y"] - 110) < 15  # where it is on the photograph
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "temp_meta.txt"])
+def test_ultralytics_files_of_tensorflow_lite_need_no_card(first_look, tmp_path, name):
+    path = tmp_path / "model.tflite"
+    path.write_bytes((first_look / "models" / "efficientnet_lite3.tflite").read_bytes())
+    about = {"names": {n: f"class {n}" for n in range(1000)}, "stride": 1, "task": "classify", "args": {"nms": None}}
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, json.dumps(about) if name.endswith("json") else str(about))
+    manifest = bundle_of(path, None, tmp_path / "bundle").manifest
+    assert (manifest.task, manifest.labels[7], manifest.input.std) == ("classification", "class 7", (1.0,) * 3)
 
 
 def test_weights_of_a_port_fit_timms_network(first_look, tmp_path):

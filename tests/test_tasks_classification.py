@@ -56,8 +56,29 @@ def test_the_output_may_have_any_name_and_must_have_a_number_per_label():
 def test_outputs_that_come_to_one_are_probabilities():
     assert suggest("classification", {"x": LOGITS}, 3) == "softmax"
     assert suggest("classification", {"x": softmax(LOGITS)}, 3) == "probabilities"
-    with pytest.raises(OutputError, match=r"x \[2, 5\].*softmax: no output is logits \[C\].*for 3 labels"):
+    with pytest.raises(OutputError, match=r"x \[2, 5\] fit no decoder of task classification for 3 labels; export"):
         suggest("classification", {"x": np.zeros((1, 2, 5))}, 3)
+
+
+def test_other_numbers_of_labels_and_other_tasks_that_fit_are_said():
+    with pytest.raises(OutputError, match=r"x \[3\] fit no decoder .* for 2 labels; they fit 3 labels: correct these"):
+        suggest("classification", {"x": LOGITS}, 2)
+    candidates = {"x": np.ones((1, 84, 2100))}
+    with pytest.raises(OutputError, match="for 79 labels; they fit 80 labels"):
+        suggest("detection", candidates, 79)
+    with pytest.raises(OutputError, match="for 3 labels; export the model with its post-processing"):
+        suggest("detection", candidates, 3)  # 80 are too far away to be what was meant
+    masked = {"x": np.ones((1, 39, 2100)), "y": np.ones((1, 32, 8, 8))}
+    with pytest.raises(OutputError, match="they fit decoder yolo of task instance_segmentation: correct the task"):
+        suggest("detection", masked, 3)
+    with pytest.raises(OutputError, match=r"outputs a and b could each be scores .*`outputs: {scores: NAME}`"):
+        suggest("semantic_segmentation", {name: np.full((1, 1, 8, 8), 0.5) for name in "ab"}, 1)
+
+
+def test_an_image_has_each_label_whose_probability_says_so():
+    manifest = make_manifest("classification", "multi_label")
+    probabilities = np.array([[0.9, 0.4, 0.6], [0.1, 0.2, 0.3]], np.float32)
+    assert scores_of(predict({"p": probabilities}, SIZES, manifest, {})) == [{"cat": 0.9, "cup": 0.6}, {}]
 
 
 def test_the_output_with_a_number_per_label_is_the_one():
@@ -104,6 +125,21 @@ def test_an_embedding_is_normalized_if_asked(shape):
     np.testing.assert_allclose(normalized, [[0.6, 0, 0.8, 0], [0] * 4], rtol=1e-6)
     with pytest.raises(ConfigError, match=r"postprocess\.classes: net has no such parameter; it has normalize"):
         parameters_for(manifest, {"classes": ["cat"]})
+
+
+@pytest.mark.parametrize(
+    ("shape", "decoders", "axes"),
+    [((5, 2), ["first", "mean"], 1), ((2, 4, 3), ["mean"], (2, 3)), ((4, 4, 2), ["mean"], (1, 2))],
+    ids=["tokens", "maps", "maps of channels last"],
+)
+def test_an_embedding_is_one_vector_of_tokens_or_maps(shape, decoders, axes):
+    values = np.random.default_rng(0).random((2, *shape)).astype(np.float32)
+    assert suggest("embedding", {"x": values}) == decoders[0]
+    for decoder in decoders:
+        manifest = make_manifest("embedding", decoder, labels=(), outputs={"embedding": shape})
+        vectors = predict({"embedding": values}, SIZES, manifest, parameters_for(manifest, {}))
+        expected = values[:, 0] if decoder == "first" else values.mean(axis=axes)
+        np.testing.assert_allclose(vectors, expected, rtol=1e-6)
 
 
 def test_rows_of_an_embedding_have_its_numbers_and_no_predictions():

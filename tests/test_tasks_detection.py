@@ -97,6 +97,12 @@ def test_the_list_of_openvinos_detection_output_ends_at_an_image_below_zero():
     assert_scene(predict(outputs, [SIZE], manifest, {})[0])
 
 
+def test_a_table_of_other_columns_than_said_is_named():
+    manifest = make_manifest("detection")
+    with pytest.raises(OutputError, match=r"have 6 columns, and not 'image box score class': mend postprocess.columns"):
+        predict({"detections": np.ones((1, 3, 6))}, [SIZE], manifest, {"columns": "image box score class"})
+
+
 def test_boxes_may_hold_their_scores():
     manifest = make_manifest("detection")
     boxes = np.concatenate([in_input(manifest), SCORES.T], axis=1)
@@ -175,13 +181,19 @@ def yolo_table(manifest, objectness: bool = False, anchors: int = 200) -> np.nda
 
 
 @each_rule
-@pytest.mark.parametrize("objectness", [False, True])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("objectness", "transposed"), [(False, False), (False, True), (True, True)])
 def test_yolos_candidates_become_one_detection_per_object(rule, objectness, transposed):
     manifest = make_manifest("detection", "yolo", **rule)
     table = yolo_table(manifest, objectness)
     (found,) = predict({"predictions": (table.T if transposed else table)[None]}, [SIZE], manifest, {})
     assert_scene(found)
+
+
+def test_yolos_boxes_may_be_relative_to_the_input():
+    manifest, table = make_manifest("detection", "yolo"), yolo_table(make_manifest("detection"))
+    table[:4] /= np.float32([[96], [64], [96], [64]])
+    assert told("yolo", predictions=table) == {"relative": True}
+    assert_scene(predict({"predictions": table[None]}, [SIZE], manifest, {"relative": True})[0])
 
 
 def test_classes_suppress_each_other_if_asked():
@@ -353,7 +365,7 @@ def test_scores_that_are_all_zero_are_told_by_their_neighbors_or_by_name():
         "classes": "det_classes",
     }
     unnamed = {"b": BOXES, "x": np.zeros((1, 3)), "y": np.zeros((1, 3))}
-    with pytest.raises(OutputError, match=r"outputs x and y could each be scores \[N\].*outputs: {ROLE: NAME}"):
+    with pytest.raises(OutputError, match=r"outputs x and y could each be scores \[N\].*outputs: {scores: NAME}"):
         DETECTION["end_to_end"].assign_roles(unnamed, 3)
 
 

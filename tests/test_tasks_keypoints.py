@@ -67,8 +67,7 @@ def test_relative_points_of_the_other_order_can_be_said():
 
 
 @each_rule
-@pytest.mark.parametrize("objectness", [False, True])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("objectness", "transposed"), [(False, False), (False, True), (True, True)])
 def test_yolos_poses_are_in_pixels_of_the_image(rule, objectness, transposed):
     manifest = manifest_of("yolo", **rule)
     boxes, points = to_input(manifest, BOXES), to_input(manifest, POINTS)
@@ -157,6 +156,7 @@ def test_a_damaged_networks_numbers_give_points_within_the_image_or_none(value):
         "end_to_end": {"boxes": (5, 4), "scores": (5,), "keypoints": (5, 3, 3)},
         "yolo": {"predictions": (14, 100)},
         "points": {"points": (3, 3)},
+        "ssd": {"offsets": (5, 10), "scores": (5, 1)},
         "heatmap": {"heatmap": (3, 8, 8)},
         "centernet": {"heatmap": (1, 8, 8), "sizes": (2, 8, 8), "offsets": (2, 8, 8), "landmarks": (6, 8, 8)},
     }
@@ -164,7 +164,7 @@ def test_a_damaged_networks_numbers_give_points_within_the_image_or_none(value):
     for decoder, own in shapes.items():
         outputs = {name: np.full((1, *shape), value, np.float32) for name, shape in own.items()}
         with np.errstate(all="ignore"):
-            (found,) = predict(outputs, [SIZE], manifest_of(decoder), {})
+            (found,) = predict(outputs, [SIZE], manifest_of(decoder), {}, {"priors.npy": np.full((5, 4), 0.5)})
         for p in found:
             points = points_of(p)[:, :2]
             assert (points >= 0).all() and (points <= SIZE).all()
@@ -190,7 +190,63 @@ def test_outputs_are_told_apart_by_shape_and_range():
 def test_points_in_pixels_are_told_by_their_values():
     decoder, shares = DECODERS[TASK]["points"], np.random.default_rng(0).random((1, 17, 3))
     assert decoder.suggest_parameters({"points": shares}, 1) == {}
-    assert decoder.suggest_parameters({"points": shares * [128, 128, 1]}, 1) == {"relative": False}
+    assert decoder.suggest_parameters({"points": shares * [128, 128, 1]}, 1) == {"relative": False, "order": "xy"}
+
+
+WALK = np.cumsum(np.random.default_rng(0).normal(0, 2, (21, 3)), axis=0).astype(np.float32) + 40  # points of a line
+
+
+@pytest.mark.parametrize(
+    ("points", "parameters"),
+    [
+        (WALK[:, :2], {"relative": False, "order": "xy"}),
+        (WALK, {"relative": False, "order": "xy", "third": "other"}),
+        (WALK[:, :2].ravel(), {"relative": False, "order": "xy", "numbers": 2}),
+        (WALK.ravel(), {"relative": False, "order": "xy", "numbers": 3, "third": "other"}),
+        ((WALK[:, :2] / (160, 128)).ravel(), {"order": "xy", "numbers": 2}),
+    ],
+    ids=["x, y", "x, y, depth", "a row of x, y", "a row of x, y, depth", "a row of relative x, y"],
+)
+def test_what_a_points_numbers_are_is_told_by_their_values(points, parameters):
+    assert suggest(TASK, {"x": points[None]}, 1) == "points"
+    told = DECODERS[TASK]["points"].suggest_parameters({"points": points[None]}, 1)
+    assert told == parameters
+    (found,) = predict({"points": points[None]}, [(160, 128)], manifest_of("points"), told)
+    np.testing.assert_allclose(points_of(found[0])[:, :2], WALK[:, :2], rtol=1e-4)
+    assert found[0]["score"] == 1
+
+
+def test_scores_of_points_or_of_all_may_be_another_output():
+    manifest, settings = manifest_of("points"), {"relative": False, "order": "xy", "third": "other"}
+    for scores, expected in ((np.full((1, 21, 1), 0.25), 0.25), (np.array([[0.75]]), 0.75)):
+        (found,) = predict({"points": WALK[None], "scores": scores}, [(96, 64)], manifest, settings)
+        assert found[0]["score"] == pytest.approx(expected)
+    logits = {"points": WALK[None], "scores": np.array([[-5.0]])}
+    assert DECODERS[TASK]["points"].suggest_parameters(logits, 1) == {**settings, "activation": "sigmoid"}
+    assert predict(logits, [(96, 64)], manifest, {**settings, "activation": "sigmoid"}) == [[]]
+    assert DECODERS[TASK]["points"].assign_roles({"a": WALK[None], "b": np.ones((1, 1))}, 1) == {
+        "points": "a",
+        "scores": "b",
+    }
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("sizes", ["log", "linear"])
+def test_points_may_be_offsets_from_anchors_as_boxes_are(together, sizes):
+    anchors = np.float32([[0.5, 0.5, 0.25, 0.5], [0.25, 0.25, 0.5, 0.5]])
+    growth = np.log(2) / 0.2 if sizes == "log" else 2 / 0.2
+    offsets = np.float32([[1, 0, growth, growth], [0, 0, 1, 1]])
+    landmarks = np.float32([[0, 0, 2, -1], [0, 0, 0, 0]])
+    outputs = {"offsets": offsets, "landmarks": landmarks}
+    outputs = {"offsets": np.concatenate([offsets, landmarks], axis=1)} if together else outputs
+    outputs = {name: values[None] for name, values in outputs.items()} | {"scores": np.float32([[[9], [-9]]])}
+    assert suggest(TASK, outputs, 1) == "ssd"
+    manifest = manifest_of("ssd")  # whose input is 96 x 64
+    settings = {"activation": "sigmoid", "sizes": sizes}
+    (found,) = predict(outputs, [(96, 64)], manifest, settings, {"priors.npy": anchors})
+    assert len(found) == 1
+    np.testing.assert_allclose(list(found[0]["box"].values()), [26.4, 0, 74.4, 64], rtol=1e-4)
+    np.testing.assert_allclose(points_of(found[0])[:, :2], [[48, 32], [52.8, 28.8]], rtol=1e-4)
 
 
 def test_parameters_that_cannot_be_are_named():

@@ -156,6 +156,17 @@ def test_probabilities_are_told_by_their_range():
     assert decoder.suggest_parameters({"scores": softmax(logits)}, 3) == {"activation": "none"}
 
 
+def test_probabilities_that_do_not_exclude_each_other_leave_pixels_without_a_class():
+    scores = np.full((3, 16, 24), 0.1, np.float32)
+    scores[1, :8], scores[2, :8] = 0.8, 0.7
+    parameters = DECODERS[TASK]["logits"].suggest_parameters({"scores": scores[None]}, 3)
+    assert parameters == {"activation": "independent"}
+    manifest = make_manifest(TASK, labels=LABELS, postprocess=parameters)
+    (found,) = predict({"scores": scores[None]}, [(24, 16)], manifest, parameters)
+    assert [(p["label"], round(p["score"], 4)) for p in found] == [("car", 0.8)]
+    assert found[0]["box"] == {"x1": 0, "y1": 0, "x2": 24, "y2": 8}
+
+
 def test_scores_must_fit_the_labels():
     for shape in ((3, 16, 24), (4, 16, 24), (16, 24, 3)):
         assert parameters_for(make_manifest(TASK, labels=LABELS, outputs={"scores": shape}), {}) == {}

@@ -57,16 +57,31 @@ class CardInput(InputSpec):
             raise ValueError(f"mean and std need {' or '.join(map(str, sorted(wanted)))} values, one per channel")
         if not all(value > 0 for value in self.std):
             raise ValueError("std needs values above 0")
+        # A gray level's mean below 1 is black, and no network divides gray levels by less than 1.
+        if 0 < max(self.std or self.mean, default=0) < 1:
+            std = self.std or (1.0,) * len(self.mean)
+            scaled = {"mean": [round(255 * value, 3) for value in self.mean], "std": [round(255 * s, 3) for s in std]}
+            entries = ", ".join(f"{name}: {values}" for name, values in scaled.items() if values)
+            raise ValueError(f"mean and std are of pixels from 0 to 1, and a card's of gray levels: write {entries}")
         if min(self.height, self.width, self.resize_size) < 0 or not 0 <= self.padding <= 255:
             raise ValueError("height, width and resize_size are 0 or more, and padding is a gray level, 0 to 255")
 
     def to_spec(self, shape: tuple[int, int, int] = (0, 0, 0)) -> InputSpec:
-        """The input as a bundle's manifest has it; `shape`, height, width and channels, is the model's own."""
+        """The input as a bundle's manifest has it; `shape`, height, width and channels, is the model's own.
+
+        Raises:
+            ValueError: mean or std are of another number of channels than the model's.
+        """
         entries = {name: value for name, value in asdict(self).items() if name != "layout"}
         color = self.color or ("gray" if shape[2] == 1 else "rgb")
         sides = {"height": self.height or shape[0], "width": self.width or shape[1]}
-        defaults = {"mean": self.mean or (0.0,) * COLORS[color], "std": self.std or (1.0,) * COLORS[color]}
-        return InputSpec(**{**entries, **sides, **defaults, "color": color})
+        scales = {"mean": self.mean or (0.0,), "std": self.std or (1.0,)}
+        for name, values in scales.items():
+            if len(set(values)) == 1:
+                scales[name] = values[:1] * COLORS[color]
+            elif len(values) != COLORS[color]:
+                raise ValueError(f"{name} has {len(values)} values, and images of color {color} need {COLORS[color]}")
+        return InputSpec(**{**entries, **sides, **scales, "color": color})
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -81,6 +96,7 @@ class Card:
     input: CardInput = field(default_factory=CardInput)
     postprocess: Mapping[str, Any] = field(default_factory=dict)
     outputs: Mapping[str, str] = field(default_factory=dict)  # role -> name in the file, or in the order of a network
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # name of an input other than the image -> its constant
 
     def __post_init__(self) -> None:
         if self.task not in DECODERS:
@@ -184,6 +200,7 @@ def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
     Raises:
         BundleError: one is missing or wrong.
     """
+    entries = {**entries, "input": _spread(entries.get("input"))} if entries.get("input") else entries
     labels = entries.get("labels")
     if isinstance(labels, list):  # YAML reads 0 and 90 as numbers
         entries = {**entries, "labels": [str(label) if isinstance(label, int) else label for label in labels]}
@@ -221,8 +238,17 @@ def load_network_class(card: Card, path: Path) -> Callable[[], "torch.nn.Module"
 
 def _nearest(name: str, known: Any) -> str:
     """The end of a sentence that says what a wrong name may have meant."""
-    near = get_close_matches(name, known, 1)
+    near = get_close_matches(name, known, 1, cutoff=0.75)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+
+
+def _spread(given: Any) -> Any:
+    """The entries of an input whose one number as mean or std is that of each channel."""
+    if not isinstance(given, dict):
+        return given
+    channels = COLORS.get(given.get("color") or "rgb", 3)
+    numbers = {name: [given[name]] * channels for name in ("mean", "std") if type(given.get(name)) in (int, float)}
+    return {**given, **numbers}
 
 
 def _item(text: str) -> tuple[int, str]:

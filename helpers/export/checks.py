@@ -1,5 +1,6 @@
 """What an export looks at before anything is written: how many images a graph takes, what it gives, how that looks."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -105,7 +106,11 @@ def settle_batch(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], 
         return 0, alone
     if takes_more:
         model.reshape([1, *list(model.input().get_partial_shape())[1:]])
-    return 1, _add_batch(model, alone)
+    # What is not as long for every image counts detections, and pictures may all have one.
+    blank = np.zeros_like(tensors[0])
+    with contextlib.suppress(BundleError):
+        return 1, _add_batch(model, alone, [*alone, _infer(compiled, blank, origin)])
+    return 1, _add_batch(model, alone, alone)
 
 
 def infer(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], origin: str) -> Outputs:
@@ -211,11 +216,17 @@ def _is_same_together(compiled: Any, tensors: Sequence[np.ndarray], alone: Outpu
     return True
 
 
-def _add_batch(model: "ov.Model", alone: Outputs) -> Outputs:
-    """Let each output of a graph for one image begin with a dimension of 1."""
+def _add_batch(model: "ov.Model", alone: Outputs, tried: Outputs) -> Outputs:
+    """Let each output of a graph for one image begin with a dimension of 1.
+
+    Args:
+        model: the graph, changed in place.
+        alone: outputs of pictures, which are returned with that dimension.
+        tried: outputs that show which ones lack it.
+    """
     from openvino import opset13 as ops
 
-    lacking = {name for outputs in alone for name, values in outputs.items() if values.shape[:1] != (1,)}
+    lacking = {name for outputs in tried for name, values in outputs.items() if values.shape[:1] != (1,)}
     for output in model.outputs:
         name, port = output.get_any_name(), output.get_node().input_value(0)
         first = next(iter(port.get_partial_shape()), None) if port.get_partial_shape().rank.is_static else None

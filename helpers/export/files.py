@@ -12,7 +12,7 @@ from helpers.export.architectures import Architecture
 from helpers.export.cards import HELP, Card, merge, parse_card, read_arrays, read_entries
 from helpers.export.checks import settle_batch, stack
 from helpers.export.metadata import read_metadata
-from helpers.export.preparation import find_input, prepare, rename_outputs, select_outputs
+from helpers.export.preparation import find_input, find_last, keep_image, prepare, rename_outputs, select_outputs
 from helpers.images.decoding import Image
 from helpers.tasks import DECODERS, Arrays, suggest
 from helpers.tasks.interface import OutputError
@@ -24,8 +24,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".onnx", ".xml", ".tflite", ".pb", ".pt2")
-WEIGHTS = (".pt", ".pth", ".safetensors", ".h5", ".keras", ".ckpt")  # that need a network's program
-MOST_LABELS = 100_000
+CHECKPOINT = (
+    "a checkpoint of PyTorch: name its network with --architecture, and this file with --checkpoint, or export the "
+    "network to ONNX"
+)
+KERAS = "a model of Keras: write it with `model.export(FOLDER)`, and name FOLDER/saved_model.pb"
+OTHERS = {".pt": CHECKPOINT, ".pth": CHECKPOINT, ".safetensors": CHECKPOINT, ".ckpt": CHECKPOINT}
+OTHERS |= {".h5": KERAS, ".keras": KERAS}
+UNKNOWN = f"no model file that can be read; there are {', '.join(SUFFIXES)}: export the model to ONNX"
+UNTOLD = ("Check ", "Exception from", "FrontEnd API failed", "Model wasn't", "Summary:")  # of OpenVINO's messages
+ACTIVATIONS = {"SoftMax": "probabilities", "Softmax": "probabilities", "Sigmoid": "multi_label"}  # in the graph
 
 
 def read_file(
@@ -54,10 +62,13 @@ def read_file(
     if description.network:
         raise BundleError(f"{origin}: network is of PyTorch checkpoints: leave it out for a model's file")
     select_outputs(model, description.outputs, str(path))
+    model = keep_image(model, description.inputs, str(path))
     spec, layout = find_input(model, description.input, str(path))
+    if model.input().get_element_type().is_real() and not (description.input.mean or description.input.std):
+        log.warning("%s gets gray levels of 0 to 255: its card has no mean and std, which most networks need", path)
     model = prepare(model, spec, layout, str(path))
     batch, outputs = settle_batch(model, spec, pictures, str(path))
-    description, roles = _assign_roles(description, stack(outputs), str(origin))
+    description, roles = _assign_roles(description, stack(outputs), model, str(origin))
     if "offsets" in roles and description.decoder == "ssd" and not description.priors:
         raise BundleError(f"{origin}: boxes are offsets from anchors: add `priors: FILE.npy` with them; {HELP}")
     rename_outputs(model, roles)
@@ -84,12 +95,7 @@ def read_graph(path: Path) -> "ov.Model":
     import openvino as ov
 
     if path.suffix not in SUFFIXES:
-        remedy = (
-            "weights without a network: name that with --architecture, and this file with --checkpoint"
-            if path.suffix in WEIGHTS
-            else f"no model file that can be read; there are {', '.join(SUFFIXES)}"
-        )
-        raise BundleError(f"{path} is {remedy}")
+        raise BundleError(f"{path} is {OTHERS.get(path.suffix, UNKNOWN)}")
     if not path.is_file():
         raise BundleError(f"there is no file {path}: correct --file")
     if path.suffix == ".onnx":
@@ -113,7 +119,7 @@ def read_graph(path: Path) -> "ov.Model":
     except Exception as error:  # each framework's reader raises what it comes across
         raise BundleError(
             f"{path} cannot be read as a model: {_reason(error)}; it is damaged, of another kind, or has layers that "
-            f"OpenVINO {ov.__version__.partition('-')[0]} lacks"
+            f"OpenVINO {ov.__version__.partition('-')[0]} lacks: export it without these, such as before quantizing"
         ) from None
 
 
@@ -133,18 +139,18 @@ def _check_external_data(path: Path) -> None:
 
 def _reason(error: Exception) -> str:
     """The line of OpenVINO's message that says most; its first one names a place in its source."""
-    lines = [
-        line.strip()
-        for line in str(error).splitlines()
-        if line.strip() and not line.startswith(("Check ", "Exception from"))
-    ]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(UNTOLD)]
     return first_line(lines[0]) if lines else first_line(error)
 
 
-def _assign_roles(card: Card, outputs: Arrays, origin: str) -> tuple[Card, dict[str, str]]:
+def _assign_roles(card: Card, outputs: Arrays, model: "ov.Model", origin: str) -> tuple[Card, dict[str, str]]:
     """A card with its decoder, labels and the parameters that the outputs tell, and the name of each role's output."""
     try:
         decoder = card.decoder or suggest(card.task, outputs, len(card.labels))
+        if not card.decoder and card.task == "classification":
+            # Numbers from 0 to 1 that do not come to 1 may be anything, but for what the graph computes them with.
+            (output,) = DECODERS[card.task][decoder].assign_roles(outputs, len(card.labels)).values()
+            decoder = ACTIVATIONS.get(find_last(model, output), decoder)
         if card.outputs:  # whose names are the roles by now
             roles = {role: role for role in card.outputs}
         else:
@@ -180,8 +186,8 @@ def _read_onnx(path: Path, names: Mapping[str, str]) -> "onnx.ModelProto | None"
 
     model = onnx.load(path)
     weights = {tensor.name for tensor in model.graph.initializer}
-    (images,) = (value for value in model.graph.input if value.name not in weights)
-    if images.type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
+    images = [value for value in model.graph.input if value.name not in weights]
+    if len(images) > 1 or images[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
         return None
     tensors = {name for node in model.graph.node for name in node.output}
     if any(role in tensors and role != name for role, name in names.items()):

@@ -24,6 +24,7 @@ ULTRALYTICS_TASKS = {
     "pose": "keypoints",
     "classify": "classification",
 }
+ULTRALYTICS_FILES = ("metadata.json", "temp_meta.txt")  # in a TensorFlow Lite file, one of them
 MODEL_API_TASKS = {
     "classification": ("classification", ""),
     "ssd": ("detection", "end_to_end"),
@@ -77,6 +78,10 @@ def _of_tflite(path: Path, model: "ov.Model") -> Entries:
     if not zipfile.is_zipfile(path):
         return {}
     with zipfile.ZipFile(path) as archive:
+        for name in {*ULTRALYTICS_FILES} & {*archive.namelist()}:
+            text = archive.read(name).decode("utf-8")
+            properties = _literal(text, None) or yaml.safe_load(text)  # of JSON
+            return _without_scale(_from_ultralytics(properties), model)
         names = [name for name in archive.namelist() if name.endswith(".txt")]
         labels = parse_labels(archive.read(names[0]).decode("utf-8"), f"{path}: {names[0]}") if names else []
     shapes = [output.get_partial_shape() for output in model.outputs]
@@ -100,6 +105,13 @@ def _from_ultralytics(properties: Mapping[str, Any]) -> Entries:
         entries["input"]["resize"] = "crop"
     elif not (args.get("nms") or args.get("end2end") or _literal(properties.get("end2end"), False)):
         entries["decoder"] = "yolo"
+    return entries
+
+
+def _without_scale(entries: Entries, model: "ov.Model") -> Entries:
+    """The entries of a model that may take whole numbers, which it scales itself."""
+    if not model.input().get_element_type().is_real():
+        entries["input"] = {name: value for name, value in entries["input"].items() if name not in ("mean", "std")}
     return entries
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from helpers.errors import BundleError, first_line
 from helpers.export.cards import CardInput
 from helpers.images.spec import COLORS, InputSpec
@@ -16,7 +18,44 @@ if TYPE_CHECKING:
     import openvino as ov
 
 OPEN = -1
+SHAPING = ("Result", "Convert", "FakeQuantize", "Reshape", "Squeeze", "Unsqueeze", "Transpose")
 SIGNED_MIDDLE = 128.0  # what 8-bit models with signed input subtract from a gray level
+
+
+def keep_image(model: "ov.Model", constants: Mapping[str, Any], origin: str) -> "ov.Model":
+    """Let a graph have one input, the image; others are constants, or gone where no output needs them.
+
+    Args:
+        model: with the outputs that are wanted.
+        constants: of a card, by the input's name: numbers for one image, such as its height and width.
+        origin: of the model, for errors.
+
+    Raises:
+        BundleError: another input has no constant, a constant does not fit, or is of no input.
+    """
+    import openvino as ov
+
+    known = {name for parameter in model.get_parameters() for name in _names(parameter.output(0))}
+    if unknown := sorted({*constants} - known):
+        inputs = ", ".join(_name(port, "?") for port in model.inputs)
+        raise BundleError(f"{origin} has no input {unknown[0]!r}, which its card names; its inputs are {inputs}")
+    for parameter in model.get_parameters():
+        given = [constants[name] for name in _names(parameter.output(0)) if name in constants]
+        if given:
+            constant = _make_constant(parameter, given[0], origin)
+            for use in parameter.output(0).get_target_inputs():
+                use.replace_source_output(constant)
+    needed = _find_needed(model)
+    if len(needed) != 1:
+        shapes = {_name(parameter.output(0), "?"): parameter.get_partial_shape() for parameter in needed}
+        inputs = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "none"
+        others = [name for name, shape in shapes.items() if shape.rank.is_static and len(shape) < 3] or ["NAME"]
+        raise BundleError(
+            f"{origin} has the inputs {inputs}, and an image fills one: add "
+            f"`inputs: {{{', '.join(f'{name}: [...]' for name in others)}}}` to its card, with what they are for every "
+            "image, such as the input's height and width, or name `outputs` that need the image only"
+        )
+    return model if len(model.inputs) == 1 else ov.Model(model.get_results(), needed, model.get_friendly_name())
 
 
 def find_input(model: "ov.Model", given: CardInput, origin: str) -> tuple[InputSpec, str]:
@@ -33,17 +72,17 @@ def find_input(model: "ov.Model", given: CardInput, origin: str) -> tuple[InputS
     Raises:
         BundleError: the graph has another number of inputs, takes no images, or its shape leaves something open.
     """
-    if len(model.inputs) != 1:
-        names = ", ".join(_name(port, "?") for port in model.inputs) or "none"
-        raise BundleError(
-            f"{origin} has {len(model.inputs)} inputs ({names}), and an image can fill only one: export the model "
-            "again with the image as its only input"
-        )
     shape = model.input().get_partial_shape()
     sides = [_length(side) for side in shape][-3:] if shape.rank.is_static else [OPEN] * 3
     if shape.rank.is_static and len(shape) not in (3, 4):
         raise BundleError(f"{origin} takes {shape}, and an image needs height, width and channels")
     layouts = [name for name, channels in (("NCHW", sides[0]), ("NHWC", sides[2])) if channels in _channels(given)]
+    if not layouts and OPEN not in (sides[0], sides[2]):
+        raise BundleError(
+            f"{origin} takes {shape}, where no side is of {' or '.join(map(str, _channels(given)))} channels: correct "
+            "`color` in the input of its card (rgb and bgr have 3 channels, gray has 1), or export the model for such "
+            "images"
+        )
     if not given.layout and len(layouts) != 1:
         raise BundleError(
             f"{origin} takes {shape}, which does not say where the channels are: add `layout: NCHW` or "
@@ -53,7 +92,10 @@ def find_input(model: "ov.Model", given: CardInput, origin: str) -> tuple[InputS
     channels, height, width = sides if layout == "NCHW" else (sides[2], sides[0], sides[1])
     if channels not in (OPEN, *_channels(given)):
         raise BundleError(f"{origin} takes {channels} channels, and an image has {_channels(given)}")
-    spec = given.to_spec((max(height, 0), max(width, 0), channels))
+    try:
+        spec = given.to_spec((max(height, 0), max(width, 0), channels))
+    except ValueError as error:
+        raise BundleError(f"{origin}: {error}: correct the input of its card") from None
     if not spec.height or not spec.width:
         raise BundleError(
             f"{origin} takes images of any size ({shape}): add `height` and `width` to the input of its card"
@@ -130,6 +172,14 @@ def select_outputs(model: "ov.Model", names: Mapping[str, str], origin: str) -> 
         name_output(output, roles[output.get_node().input_value(0)])
 
 
+def find_last(model: "ov.Model", name: str) -> str:
+    """The kind of the last layer before an output that computes anything."""
+    node = next(output for output in model.outputs if name in output.get_names()).get_node()
+    while node.get_type_name() in SHAPING:
+        node = node.input_value(0).get_node()
+    return node.get_type_name()
+
+
 def rename_outputs(model: "ov.Model", roles: Mapping[str, str]) -> None:
     """Name a graph's outputs for their roles, in the roles' order, and remove the others; in place.
 
@@ -161,6 +211,35 @@ def _defaults_of(model: "ov.Model", given: CardInput, spec: InputSpec, origin: s
     if kind == "i8" and not given.mean:
         return replace(spec, mean=(SIGNED_MIDDLE,) * len(spec.mean))
     return spec
+
+
+def _find_needed(model: "ov.Model") -> list[Any]:
+    """The inputs of a graph that its outputs depend on."""
+    names: set[str] = set()
+    pending = list(model.get_results())
+    while pending:
+        node = pending.pop()
+        if node.get_name() not in names:
+            names.add(node.get_name())
+            pending += [value.get_node() for value in node.input_values()]
+    return [parameter for parameter in model.get_parameters() if parameter.get_name() in names]
+
+
+def _make_constant(parameter: Any, value: Any, origin: str) -> "ov.Output":
+    """An input's constant, of its type; dimensions that the card leaves out are of 1."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    shape, problem = parameter.get_partial_shape(), f"{origin}: its card has {value!r} for the input "
+    try:
+        array = np.asarray(value).astype(parameter.get_element_type().to_dtype())
+    except (ValueError, TypeError):
+        raise BundleError(f"{problem}{_name(parameter.output(0), '?')}, which takes numbers: {shape}") from None
+    missing = len(shape) - array.ndim if shape.rank.is_static else 0
+    array = array.reshape((1,) * missing + array.shape)
+    if not shape.compatible(ov.PartialShape(list(array.shape))):
+        raise BundleError(f"{problem}{_name(parameter.output(0), '?')}, which takes {shape}")
+    return ops.constant(array).output(0)
 
 
 def _add_batch(model: "ov.Model") -> None:

@@ -3,6 +3,7 @@
 Executors import this package.
 """
 
+import contextlib
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -21,7 +22,7 @@ from helpers.tasks import (
     semantic_segmentation,
 )
 from helpers.tasks.filters import Filters
-from helpers.tasks.interface import NO_ARRAYS, Arrays, Decoder, OutputError, Prediction, Sizes
+from helpers.tasks.interface import NO_ARRAYS, AmbiguityError, Arrays, Decoder, OutputError, Prediction, Sizes
 
 __all__ = [
     "DECODERS",
@@ -52,6 +53,7 @@ DECODERS: dict[str, dict[str, Decoder]] = {
 }
 # Predictions of other tasks have a place in the image.
 FILTERS = {"embedding": (), "classification": ("classes", "min_score")}
+NOT_CLASSES = (0, 1, 4, 5)  # numbers beside those of the classes: a background's, a box's, its objectness
 ALL_FILTERS = tuple(field.name for field in fields(Filters))
 
 _arrays: dict[str, Arrays] = {}
@@ -158,17 +160,31 @@ def suggest(task: str, samples: Arrays, labels: int = 0) -> str:
         labels: how many there are; 0 if nobody has said.
 
     Raises:
-        OutputError: they fit none; the message says why not, per decoder.
+        OutputError: they fit none; the message says what they would fit, or what to look at.
     """
-    problems = []
+    ambiguities = []
     for name, decoder in DECODERS[task].items():
         try:
             decoder.assign_roles(samples, labels)
             return name
-        except OutputError as error:
-            problems.append(f"{name}: {str(error).partition(';')[0]}")
+        except AmbiguityError as error:
+            ambiguities.append(f"of decoder {name}, {error}")
+        except OutputError:
+            continue
     shapes = ", ".join(f"{name} {list(values.shape[1:])}" for name, values in samples.items())
-    raise OutputError(f"the outputs {shapes} fit no decoder of task {task} ({'; '.join(problems)})")
+    are_alike = len({values.shape for values in samples.values()}) == 1
+    if count := _count_labels(task, samples, labels):
+        remedy = f"they fit {count} labels: correct these"
+    elif other := _find_other(task, samples, labels):
+        remedy = f"they fit {other}: correct the task"
+    elif ambiguities and (are_alike or not labels):
+        remedy = ambiguities[0]
+    else:
+        remedy = "export the model with its post-processing in it, or name other `outputs`"
+    raise OutputError(
+        f"the outputs {shapes} fit no decoder of task {task}{f' for {labels} labels' if labels else ''}; {remedy}; "
+        "conf/cards/README.md lists what decoders take"
+    )
 
 
 def get_arrays(manifest: Manifest, read: Callable[[str], bytes] | None) -> Arrays:
@@ -184,6 +200,38 @@ def get_arrays(manifest: Manifest, read: Callable[[str], bytes] | None) -> Array
         names = [name for name in manifest.files if name.endswith(".npy")]
         _arrays[manifest.model] = {name: _load_array(name, read(name), manifest) for name in names}
     return _arrays[manifest.model]
+
+
+def _find_other(task: str, samples: Arrays, labels: int) -> str:
+    """A decoder of another task that takes all outputs and as many labels; empty if there is none.
+
+    Those of other tasks take outputs of too many shapes.
+    """
+    for other in {"detection", "instance_segmentation"} - {task} if labels else ():
+        for name, roles in _fitting(other, samples, labels).items():
+            if len(roles) == len(samples):
+                return f"decoder {name} of task {other}"
+    return ""
+
+
+def _count_labels(task: str, samples: Arrays, labels: int) -> int:
+    """The number of labels, nearest to that of the card, with which outputs fit a decoder; 0 if there is none."""
+    sides = {side for values in samples.values() for side in values.shape[1:]}
+    counts = {side - others for side in sides for others in NOT_CLASSES} if labels else set()
+    if has_boxes(task) and task != "semantic_segmentation":
+        # Tables of candidates are of any width, so that a number far away says nothing.
+        counts = {count for count in counts if abs(count - labels) <= max(2, labels // 4)}
+    fitting = [count for count in counts if count > 0 and _fitting(task, samples, count)]
+    return min(fitting, key=lambda count: abs(count - labels), default=0)
+
+
+def _fitting(task: str, samples: Arrays, labels: int) -> dict[str, dict[str, str]]:
+    """The decoders of a task that outputs fit, and the name of each role's output."""
+    fitting = {}
+    for name, decoder in DECODERS[task].items():
+        with contextlib.suppress(OutputError):
+            fitting[name] = decoder.assign_roles(samples, labels)
+    return fitting
 
 
 def _filters(manifest: Manifest) -> tuple[str, ...]:

@@ -130,14 +130,14 @@ def locate(
     return Detections(located[rows], classes[rows].astype(int), scores[rows], rows, placement)
 
 
-def check_classes(classes: np.ndarray, manifest: Manifest) -> None:
-    """Raises OutputError if a class has no label."""
+def check_classes(classes: np.ndarray, manifest: Manifest, parameter: str = "first_class") -> None:
+    """Raises OutputError if a class has no label; `parameter` may be the reason."""
     labels = len(manifest.labels)
     if len(classes) and not (classes.min() >= 0 and classes.max() < labels):
         odd = classes[(classes < 0) | ~(classes < labels)][0]
         raise OutputError(
             f"the model gives class {odd:g}, counted from 0, and there are {labels} labels: "
-            "mend the labels, or postprocess.first_class"
+            f"mend the labels, or postprocess.{parameter}"
         )
 
 

@@ -121,4 +121,7 @@ DECODERS = {
     ),
     "probabilities": _decoder(Role("probabilities", SHAPES, are_shares, values="from 0 to 1"), lambda scores: scores),
     "sigmoid": _decoder(Role("logits", SHAPES), sigmoid, SeveralParameters),
+    "multi_label": _decoder(
+        Role("probabilities", SHAPES, are_shares, values="from 0 to 1"), lambda scores: scores, SeveralParameters
+    ),
 }

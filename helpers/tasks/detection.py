@@ -1,7 +1,7 @@
 """Objects with boxes, from networks that give them, or candidates, or offsets from anchors."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from helpers.errors import BundleError, ConfigError, check_parameters
 from helpers.images.geometry import place
 from helpers.tasks import yolo
 from helpers.tasks.boxes import (
+    LARGEST_RELATIVE,
     BoxFormat,
     Detections,
     clip,
@@ -21,9 +22,12 @@ from helpers.tasks.boxes import (
     to_predictions,
 )
 from helpers.tasks.classification import sigmoid, softmax
-from helpers.tasks.interface import Arrays, Prediction
+from helpers.tasks.interface import Arrays, OutputError, Prediction
 from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
 
+Columns = Literal[
+    "", "box score class", "class score box", "image box class score", "image box score class", "image class score box"
+]
 LARGEST_GROWTH = np.float32(np.log(1000 / 16))  # of an anchor's side; a network's exponent may be beyond all numbers
 
 
@@ -37,6 +41,8 @@ class EndToEndParameters:
         box_format: order of a box's numbers.
         relative: the numbers are relative to the network's input, 0 to 1, and not its pixels.
         first_class: the number that the network gives the first label.
+        columns: of one table of detections, a box as four; empty for `box score class`, and of seven columns for
+            `image class score box` with a relative box.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -47,6 +53,7 @@ class EndToEndParameters:
     box_format: BoxFormat = "xyxy"
     relative: bool = False
     first_class: Literal[0, 1] = 0
+    columns: Columns = ""
 
     def __post_init__(self) -> None:
         check_parameters(self)
@@ -96,6 +103,7 @@ class SsdParameters:
         activation: from the output to scores.
         variances: the scale of offsets of centers and of sizes, two numbers or one per number of a box.
         order: of the offsets: `xy`, or `yx` as TensorFlow has them.
+        sizes: `log` if offsets of sizes are logarithms of growth; `linear` if they are growth itself.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -109,11 +117,17 @@ class SsdParameters:
     activation: Literal["softmax", "sigmoid", "none"] = "softmax"
     variances: tuple[float, ...] = (0.1, 0.1, 0.2, 0.2)
     order: Literal["xy", "yx"] = "xy"
+    sizes: Literal["log", "linear"] = "log"
 
     def __post_init__(self) -> None:
         check_parameters(self)
         if len(self.variances) not in (2, 4):
             raise ConfigError("postprocess.variances is not a list of 2 or 4 numbers")
+
+    @property
+    def scale(self) -> np.ndarray:
+        """Of each number of a box, float32 `[4]`."""
+        return np.repeat(self.variances, 4 // len(self.variances)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -144,14 +158,13 @@ def find_end_to_end(
 
     Args:
         outputs: `boxes [N, 4]`, `scores [N]`, `classes [N]`, and perhaps `count`, of the rows that are meant; or
-            `boxes [N, 5]` with the score in the end; or one output `detections`, `[N, 6]` of box, score and class, or
-            `[1, N, 7]` of image, class, score and relative box, as OpenVINO's DetectionOutput.
+            `boxes [N, 5]` with the score in the end; or one output `detections`, `[N, 6]` or `[N, 7]`, see `columns`.
         size: of the image: width and height.
         manifest: for the input and the labels.
         parameters: of the boxes.
     """
     placement = place(manifest.input, size)
-    boxes, scores, classes, relative = _split(outputs, parameters.relative, parameters.first_class)
+    boxes, scores, classes, relative = _split(outputs, parameters)
     count = int(outputs["count"].reshape(-1)[0]) if "count" in outputs else len(scores)
     rows = np.flatnonzero(scores[: max(count, 0)] > parameters.score_threshold)
     corners = to_corners(boxes[rows], parameters.box_format)
@@ -160,22 +173,36 @@ def find_end_to_end(
     detections = locate(
         corners, classes[rows] - parameters.first_class, scores[rows], manifest, size, parameters.max_detections
     )
-    return Detections(
-        detections.boxes, detections.classes, detections.scores, rows[detections.rows], detections.placement
-    )
+    return replace(detections, rows=rows[detections.rows])
 
 
-def _split(outputs: Arrays, relative: bool, first_class: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+def _split(outputs: Arrays, parameters: EndToEndParameters) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Boxes, scores, classes, and whether boxes are relative to the input."""
     if "detections" in outputs:
         table = outputs["detections"].reshape(-1, outputs["detections"].shape[-1])
-        if table.shape[1] == 6:
-            return table[:, :4], table[:, 4], table[:, 5], relative
-        stop = int(np.argmax(np.append(table[:, 0], -1) < 0))  # an image's number below 0 ends the list
-        return table[:stop, 3:], table[:stop, 2], table[:stop, 1], True
+        is_default = table.shape[1] == 7 and not parameters.columns  # OpenVINO's DetectionOutput
+        columns = _columns(table, parameters.columns)
+        images = columns.get("image", np.zeros((len(table), 1)))[:, 0]
+        stop = int(np.argmax(np.append(images, -1) < 0))  # an image's number below 0 ends the list
+        return (
+            columns["box"][:stop],
+            columns["score"][:stop, 0],
+            columns["class"][:stop, 0],
+            parameters.relative or is_default,
+        )
     boxes = outputs["boxes"]
     scores = outputs["scores"] if "scores" in outputs else boxes[:, 4]
-    return boxes[:, :4], scores, outputs.get("classes", np.full(len(boxes), first_class, np.float32)), relative
+    classes = outputs.get("classes", np.full(len(boxes), parameters.first_class, np.float32))
+    return boxes[:, :4], scores, classes, parameters.relative
+
+
+def _columns(table: np.ndarray, names: str = "") -> dict[str, np.ndarray]:
+    """The columns of a table `[..., 6 or 7]` by their names, a box as four."""
+    names = names or ("box score class" if table.shape[-1] == 6 else "image class score box")
+    widths = [4 if name == "box" else 1 for name in names.split()]
+    if sum(widths) != table.shape[-1]:
+        raise OutputError(f"detections have {table.shape[-1]} columns, and not {names!r}: mend postprocess.columns")
+    return dict(zip(names.split(), np.split(table, np.cumsum(widths)[:-1], axis=-1), strict=True))
 
 
 def _decode_end_to_end(
@@ -190,25 +217,42 @@ def _decode_candidates(
     placement = place(manifest.input, size)
     boxes = to_corners(outputs["boxes"].reshape(-1, 4), parameters.box_format)
     boxes = to_input(boxes, placement) if parameters.relative else boxes
-    return _choose(boxes, outputs["scores"], size, manifest, parameters)
+    return to_predictions(_choose(boxes, outputs["scores"], size, manifest, parameters), manifest.labels)
+
+
+def find_anchored(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SsdParameters, arrays: Arrays
+) -> Detections:
+    """The detections of one image from a network that gives offsets from anchors.
+
+    Args:
+        outputs: `offsets [A, 4]`, of which there may be more, and `scores [A, C]` or `[A, 1 + C]`.
+        size: of the image: width and height.
+        manifest: for the input and the labels.
+        parameters: of the offsets and scores.
+        arrays: `priors.npy`, the anchors.
+
+    Raises:
+        BundleError: the bundle has no anchors, or another number of them.
+    """
+    if "priors.npy" not in arrays:
+        raise BundleError(f"{manifest.name} has no priors.npy, the anchors of its boxes; export the bundle again")
+    offsets, priors = outputs["offsets"][:, :4], arrays["priors.npy"]
+    if priors.shape != offsets.shape:
+        raise BundleError(f"{manifest.name}: priors.npy is {priors.shape}, and not as its offsets; export it again")
+    offsets = offsets[:, [1, 0, 3, 2]] if parameters.order == "yx" else offsets
+    with np.errstate(over="ignore", invalid="ignore"):
+        steps = offsets * parameters.scale
+        centers = priors[:, :2] + steps[:, :2] * priors[:, 2:]
+        growth = np.exp(np.minimum(steps[:, 2:], LARGEST_GROWTH)) if parameters.sizes == "log" else steps[:, 2:]
+        boxes = to_corners(np.concatenate([centers, priors[:, 2:] * growth], axis=1), "cxcywh")
+    return _choose(to_input(boxes, place(manifest.input, size)), outputs["scores"], size, manifest, parameters)
 
 
 def _decode_ssd(
     outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SsdParameters, arrays: Arrays
 ) -> list[Prediction]:
-    if "priors.npy" not in arrays:
-        raise BundleError(f"{manifest.name} has no priors.npy, the anchors of its boxes; export the bundle again")
-    offsets, priors = outputs["offsets"], arrays["priors.npy"]
-    if priors.shape != offsets.shape:
-        raise BundleError(f"{manifest.name}: priors.npy is {priors.shape}, and not as its offsets; export it again")
-    offsets = offsets[:, [1, 0, 3, 2]] if parameters.order == "yx" else offsets
-    scale = np.repeat(parameters.variances, 4 // len(parameters.variances)).astype(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        steps = offsets * scale
-        centers = priors[:, :2] + steps[:, :2] * priors[:, 2:]
-        sides = priors[:, 2:] * np.exp(np.minimum(steps[:, 2:], LARGEST_GROWTH))
-        boxes = to_corners(np.concatenate([centers, sides], axis=1), "cxcywh")
-    return _choose(to_input(boxes, place(manifest.input, size)), outputs["scores"], size, manifest, parameters)
+    return to_predictions(find_anchored(outputs, size, manifest, parameters, arrays), manifest.labels)
 
 
 def _choose(
@@ -217,7 +261,7 @@ def _choose(
     size: tuple[int, int],
     manifest: Manifest,
     parameters: CandidateParameters | SsdParameters,
-) -> list[Prediction]:
+) -> Detections:
     """Non-maximum suppression within each class; a box may be of several.
 
     Args:
@@ -239,7 +283,7 @@ def _choose(
     rows = suppress(inside[candidates], best, parameters.nms_threshold, classes)
     rows = rows[: parameters.max_detections]
     detections = locate(inside[candidates[rows]], classes[rows], best[rows], manifest, size, parameters.max_detections)
-    return to_predictions(detections, manifest.labels)
+    return replace(detections, rows=candidates[rows][detections.rows])
 
 
 def _ranks(classes: np.ndarray) -> np.ndarray:
@@ -274,17 +318,21 @@ def _decode_detr(
 def suggest_end_to_end(samples: Arrays, labels: int) -> dict[str, Any]:
     """What boxes and classes tell of their parameters; see `Decoder`."""
     table = samples.get("detections")
-    if table is not None and table.shape[-1] == 7:
-        boxes, classes = None, table[..., 1]
-    elif table is not None:
-        boxes, classes = table[..., :4], table[..., 5]
-    else:
+    parameters: dict[str, Any] = {}
+    if table is None:
         boxes, classes = samples["boxes"][..., :4], samples.get("classes", np.zeros(0))
-    parameters = {} if boxes is None else suggest_format(boxes)
+    else:
+        names = next(iter(_orders(table)), "")
+        columns = _columns(table, names)
+        boxes, classes = columns["box"], columns["class"]
+        parameters = {"columns": names} if names else {}
+    if table is None or table.shape[-1] == 6 or parameters:
+        parameters |= suggest_format(boxes)
     return parameters | ({"first_class": 1} if labels and classes.max(initial=0) == labels else {})
 
 
-def _suggest_ssd(samples: Arrays, labels: int) -> dict[str, Any]:
+def suggest_ssd(samples: Arrays, labels: int) -> dict[str, Any]:
+    """The activation that scores tell; see `Decoder`."""
     if are_shares(samples["scores"]):
         return {"activation": "none"}
     return {"activation": "sigmoid"} if samples["scores"].shape[-1] == labels else {}
@@ -294,10 +342,19 @@ def _suggest_detr(samples: Arrays, labels: int) -> dict[str, Any]:
     return {"activation": "sigmoid"} if samples["logits"].shape[-1] == labels else {}
 
 
-def _are_tables(values: np.ndarray) -> bool:
-    """Rows of box, score and class, or of image, class, score and box."""
-    score, number = (4, 5) if values.shape[-1] == 6 else (2, 1)
-    return are_shares(values[..., score]) and are_whole(values[..., number])
+def _orders(table: np.ndarray) -> list[str]:
+    """The orders of columns that a table's values may be in, as `columns` has them; the usual one first."""
+    orders = []
+    for names in get_args(Columns):
+        if names and len(names.split()) + 3 != table.shape[-1]:
+            continue
+        columns = _columns(table, names)
+        numbers = [columns[name] for name in ("image", "class") if name in columns]
+        if are_shares(columns["score"]) and all(map(are_whole, numbers)):
+            orders.append(names)
+    if table.shape[-1] == 7 and "" in orders and _columns(table)["box"].max(initial=0) > LARGEST_RELATIVE:
+        orders.remove("")  # whose boxes are relative
+    return orders
 
 
 def _are_corners(values: np.ndarray) -> bool:
@@ -315,13 +372,23 @@ BOXES = [
     Role("count", ("", "1"), are_whole, optional=True, values="a whole number"),
 ]
 SCORED_BOXES = [Role("boxes", ("N 5",)), CLASSES]
-TABLE = [Role("detections", ("N 6", "N 7", "1 N 7"), _are_tables, values="boxes, scores, classes")]
+TABLE = [
+    Role(
+        "detections",
+        ("N 6", "N 7", "1 N 6", "1 N 7"),
+        lambda values: bool(_orders(values)),
+        values="boxes, scores, classes",
+    ),
+    Role("count", ("", "1"), are_whole, optional=True, values="a whole number"),
+]
 CANDIDATES = [
     Role("boxes", ("A 4", "A 1 4"), _are_corners),
     Role("scores", ("A C", "A 1+C"), are_shares, values="from 0 to 1"),
 ]
-SSD = [Role("offsets", ("A 4",)), Role("scores", ("A C", "A 1+C"))]
-YOLO = [Role("predictions", ("4+C A", "A 4+C", "5+C A", "A 5+C"))]
+SCORES = Role("scores", ("A C", "A 1+C"))
+SSD = [Role("offsets", ("A 4",)), SCORES]
+# Networks with objectness give a row per anchor: a column more of the others is a class that lacks a label.
+YOLO = [Role("predictions", ("4+C A", "A 4+C", "A 5+C"))]
 DETR = [
     Role("logits", ("Q C", "Q 1+C"), lambda values: not are_shares(values), values="not from 0 to 1"),
     Role("boxes", ("Q 4",), are_shares, values="from 0 to 1"),
@@ -338,6 +405,6 @@ DECODERS = {
         CANDIDATES,
         suggest=lambda samples, labels: suggest_format(samples["boxes"]),
     ),
-    "ssd": make_decoder(_decode_ssd, SsdParameters, SSD, suggest=_suggest_ssd),
+    "ssd": make_decoder(_decode_ssd, SsdParameters, SSD, suggest=suggest_ssd),
     "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
 }

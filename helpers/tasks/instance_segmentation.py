@@ -101,7 +101,7 @@ YOLACT = [
 ]
 YOLO = [
     Role("prototypes", ("P H W",)),
-    Role("predictions", ("4+C+P A", "A 4+C+P", "5+C+P A", "A 5+C+P")),
+    Role("predictions", ("4+C+P A", "A 4+C+P", "A 5+C+P")),
 ]
 
 DECODERS = {

@@ -20,6 +20,10 @@ class OutputError(ValueError):
     """A network's outputs are not those of a decoder; the message says what they should be."""
 
 
+class AmbiguityError(OutputError):
+    """Several outputs fit a role equally well."""
+
+
 @dataclass(frozen=True)
 class Decoder:
     """One way to read the outputs of networks for a task.

@@ -10,11 +10,22 @@ from helpers.errors import check_parameters
 from helpers.images.geometry import Placement, place
 from helpers.tasks import yolo
 from helpers.tasks.boxes import LARGEST_RELATIVE, Detections, clip, locate, suppress, to_predictions
-from helpers.tasks.detection import BOXES, EndToEndParameters, find_end_to_end, suggest_end_to_end
+from helpers.tasks.classification import sigmoid
+from helpers.tasks.detection import (
+    BOXES,
+    SCORES,
+    EndToEndParameters,
+    SsdParameters,
+    find_anchored,
+    find_end_to_end,
+    suggest_end_to_end,
+    suggest_ssd,
+)
 from helpers.tasks.interface import Arrays, Prediction
 from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
 
 Order = Literal["xy", "yx"]
+FEWEST_NUMBERS = 3  # of an output; fewer are no points of an object
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,9 @@ class PointParameters(SingleParameters):
     Attributes:
         order: of a point's coordinates.
         relative: they are relative to the network's input, 0 to 1, and not its pixels.
+        numbers: of a point, where the output is one row of them.
+        third: what a third number is, its `score` or something else, such as its depth.
+        activation: from an output of scores to them.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -62,6 +76,9 @@ class PointParameters(SingleParameters):
 
     order: Order = "yx"
     relative: bool = True
+    numbers: Literal[2, 3] = 2
+    third: Literal["score", "other"] = "score"
+    activation: Literal["none", "sigmoid"] = "none"
 
 
 @dataclass(frozen=True)
@@ -117,22 +134,65 @@ def _decode_yolo(
     others -= others % 3  # one more is objectness
     detections, numbers = yolo.find_objects(predictions, size, manifest, parameters, others)
     points = numbers.reshape(len(numbers), others // 3, 3)
-    keypoints = _to_image(points[..., :2], points[..., 2], detections.placement)
+    places = points[..., :2]
+    places = places * np.array(detections.placement.input, np.float32) if parameters.relative else places
+    keypoints = _to_image(places, points[..., 2], detections.placement)
     return to_predictions(detections, manifest.labels, keypoints=keypoints)
+
+
+def _decode_ssd(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SsdParameters, arrays: Arrays
+) -> list[Prediction]:
+    detections = find_anchored(outputs, size, manifest, parameters, arrays)
+    landmarks = outputs["landmarks"] if "landmarks" in outputs else outputs["offsets"][:, 4:]
+    own = landmarks[detections.rows].reshape(len(detections.rows), landmarks.shape[1] // 2, 2)
+    anchors = arrays["priors.npy"][detections.rows, None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        points = anchors[..., :2] + _ordered(own, parameters.order) * parameters.scale[:2] * anchors[..., 2:]
+        points = points * np.array(detections.placement.input, np.float32)
+    scores = np.broadcast_to(detections.scores[:, None], points.shape[:2])
+    return to_predictions(detections, manifest.labels, keypoints=_to_image(points, scores, detections.placement))
 
 
 def _decode_points(
     outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: PointParameters, arrays: Arrays
 ) -> list[Prediction]:
-    values = outputs["points"].reshape(-1, 3)
+    values = _rows(outputs["points"], parameters.numbers)
     placement = place(manifest.input, size)
     points = _ordered(values[:, :2], parameters.order)
     points = points * np.array(placement.input, np.float32) if parameters.relative else points
-    return _tell_single(points, values[:, 2], placement, manifest, parameters)
+    scores = np.ones(len(points), np.float32)
+    if "scores" in outputs:  # of each point, or of all
+        given = outputs["scores"].reshape(-1)
+        scores = scores * (sigmoid(given) if parameters.activation == "sigmoid" else given)
+    elif values.shape[1] == 3 and parameters.third == "score":
+        scores = values[:, 2]
+    return _tell_single(points, scores, placement, manifest, parameters)
+
+
+def _rows(points: np.ndarray, numbers: int) -> np.ndarray:
+    """Points `[..., K, 2 or 3]`, or all in one row, as `[K, 2 or 3]`."""
+    return points.reshape(-1, points.shape[-1] if points.shape[-1] in (2, 3) else numbers)
 
 
 def _suggest_points(samples: Arrays, labels: int) -> dict[str, Any]:
-    return {"relative": False} if samples["points"][..., :2].max() > LARGEST_RELATIVE else {}
+    points, parameters = samples["points"], dict[str, Any]()
+    if points.shape[-1] not in (2, 3):
+        row = points.reshape(len(points), -1)
+        # Points that follow each other are near each other.
+        steps = {n: np.abs(row[:, n:] - row[:, :-n]).mean() for n in (2, 3) if row.shape[1] % n == 0}
+        parameters["numbers"] = min(steps, key=lambda n: steps[n])
+    values = np.stack([_rows(one, parameters.get("numbers", 2)) for one in points])
+    has_scores = values.shape[-1] == 3 and are_shares(values[..., 2])
+    if values.shape[-1] == 3 and not has_scores:
+        parameters["third"] = "other"
+    if values[..., :2].max() > LARGEST_RELATIVE:
+        parameters["relative"] = False
+    if not has_scores or "relative" in parameters:  # scores behind relative y, x are MoveNet's
+        parameters["order"] = "xy"
+    if "scores" in samples and not are_shares(samples["scores"]):
+        parameters["activation"] = "sigmoid"
+    return parameters
 
 
 def _decode_heatmap(
@@ -212,13 +272,22 @@ def _tell_single(
     return to_predictions(Detections(box, first, score[None], first, placement), manifest.labels, keypoints=keypoints)
 
 
+def _are_points(values: np.ndarray) -> bool:
+    """Several points, and not one number or two."""
+    return values[0].size > FEWEST_NUMBERS
+
+
 KEYPOINTS = [
     *(role for role in BOXES if role.name != "classes"),
     Role("classes", ("N",), are_whole, optional=True, values="whole numbers"),
     Role("keypoints", ("N K 2", "N K 3")),
     Role("keypoint_scores", ("N K",), optional=True),
 ]
-YOLO = [Role("predictions", ("4+C+3K A", "A 4+C+3K", "5+C+3K A", "A 5+C+3K"))]
+POINTS = [
+    Role("points", ("K 3", "1 K 3", "K 2", "1 K 2", "2K", "3K", "1 1 2K", "1 1 3K"), _are_points),
+    Role("scores", ("K", "K 1", "1", "1 1 1"), optional=True),
+]
+YOLO = [Role("predictions", ("4+C+3K A", "A 4+C+3K", "A 5+C+3K"))]
 CENTERNET = [
     Role("heatmap", ("C H W",), are_shares, values="from 0 to 1"),
     Role("sizes", ("2 H W",)),
@@ -228,10 +297,15 @@ CENTERNET = [
 
 DECODERS = {
     "end_to_end": make_decoder(_decode_end_to_end, KeypointParameters, KEYPOINTS, suggest=suggest_end_to_end),
+    "points": make_decoder(_decode_points, PointParameters, POINTS, suggest=_suggest_points),
+    "ssd": make_decoder(
+        _decode_ssd,
+        SsdParameters,
+        [Role("offsets", ("A 4",)), SCORES, Role("landmarks", ("A 2K",))],
+        [Role("offsets", ("A 4+2K",)), SCORES],
+        suggest=suggest_ssd,
+    ),
     "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
     "centernet": make_decoder(_decode_centernet, CenterParameters, CENTERNET),
-    "points": make_decoder(
-        _decode_points, PointParameters, [Role("points", ("K 3", "1 K 3"))], suggest=_suggest_points
-    ),
     "heatmap": make_decoder(_decode_heatmap, SingleParameters, [Role("heatmap", ("K H W",))]),
 }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from helpers.bundle.manifest import OPEN, Manifest
-from helpers.tasks.interface import Arrays, Decoder, OutputError, Prediction, Shapes, Sizes
+from helpers.tasks.interface import AmbiguityError, Arrays, Decoder, OutputError, Prediction, Shapes, Sizes
 
 TERM = re.compile(r"(\d*)([A-Za-z]?)")
 Sides = Mapping[str, int]
@@ -97,6 +97,8 @@ def assign_roles(alternatives: Sequence[Sequence[Role]], samples: Arrays, labels
     for roles in alternatives:
         try:
             return _assign(roles, samples, labels)
+        except AmbiguityError:
+            raise
         except OutputError as error:
             problems.append(str(error))
     remedy = "the card's `outputs: {ROLE: NAME}` can name the output of a role"
@@ -110,7 +112,14 @@ def check_shapes(alternatives: Sequence[Sequence[Role]], shapes: Shapes, labels:
     Raises:
         OutputError: an output is missing, unknown, or of another shape than the labels and the other outputs need.
     """
-    _check(max(alternatives, key=lambda roles: len({role.name for role in roles} & set(shapes))), shapes, labels)
+    problems = []
+    # Those first that have most of the names, because their message says most.
+    for roles in sorted(alternatives, key=lambda roles: -len({role.name for role in roles} & set(shapes))):
+        try:
+            return _check(roles, shapes, labels)
+        except OutputError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 def _assign(roles: Sequence[Role], samples: Arrays, labels: int) -> dict[str, str]:
@@ -130,7 +139,9 @@ def _assign(roles: Sequence[Role], samples: Arrays, labels: int) -> dict[str, st
     if len(best) > 1:
         role = next(role for role in roles if len({choice.get(role.name) for choice in best}) > 1)
         names = sorted({choice[role.name] for choice in best if role.name in choice})
-        raise OutputError(f"outputs {' and '.join(names)} could each be {role}")
+        raise AmbiguityError(
+            f"outputs {' and '.join(names)} could each be {role}: name it in the card, `outputs: {{{role.name}: NAME}}`"
+        )
     return best[0]
 
 

@@ -46,13 +46,14 @@ class ScoreParameters(MapParameters):
 
     Attributes:
         activation: `softmax`; `sigmoid`, where a pixel is of no class unless one is more probable than not, which
-            a single class means always; or `none` where scores are probabilities.
+            a single class means always; `none` where scores are probabilities; or `independent` where they are those
+            that `sigmoid` gives.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
     """
 
-    activation: Literal["softmax", "sigmoid", "none"] = "softmax"
+    activation: Literal["softmax", "sigmoid", "none", "independent"] = "softmax"
 
 
 def _decode_scores(
@@ -74,7 +75,12 @@ def _decode_scores(
 
 
 def _suggest_scores(samples: Arrays, labels: int) -> dict[str, Any]:
-    return {"activation": "none"} if are_shares(samples["scores"]) else {}
+    scores = samples["scores"]
+    if not are_shares(scores):
+        return {}
+    axis = 1 if scores.shape[1] in (labels, labels + 1) else 3
+    come_to_one = scores.shape[axis] == 1 or np.allclose(scores.sum(axis=axis), 1, atol=1e-2)
+    return {"activation": "none" if come_to_one else "independent"}
 
 
 def _decode_map(
@@ -85,7 +91,7 @@ def _decode_map(
         grid = grid[0] if grid.shape[0] == 1 else grid[..., 0]
     labels = len(manifest.labels)
     count = labels + (parameters.background >= 0)
-    check_classes(grid[(grid >= count) & (grid != IGNORED) | (grid < 0)], manifest)
+    check_classes(grid[(grid >= count) & (grid != IGNORED) | (grid < 0)], manifest, "background")
     placement = place(manifest.input, size)
     left, top, right, bottom = window = visible_window(placement)
     classes = np.full(size[::-1], count, np.uint8 if count < 2**8 else np.uint16)
@@ -115,8 +121,8 @@ def _winners(scores: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarra
     if activation == "softmax" and count > 1:
         scores -= best
         return winners, 1 / np.exp(scores, out=scores).sum(axis=0)
-    probabilities = best if activation == "none" else sigmoid(best)
-    if activation == "sigmoid" or count == 1:
+    probabilities = sigmoid(best) if activation in ("softmax", "sigmoid") else best
+    if activation in ("sigmoid", "independent") or count == 1:
         winners[probabilities <= 0.5] = count
     return winners, probabilities
 

@@ -8,7 +8,7 @@ import numpy as np
 from helpers.bundle.manifest import Manifest
 from helpers.errors import check_parameters
 from helpers.images.geometry import place
-from helpers.tasks.boxes import Detections, locate, suppress, to_corners
+from helpers.tasks.boxes import LARGEST_RELATIVE, Detections, locate, suppress, to_corners, to_input
 from helpers.tasks.interface import Arrays, OutputError
 
 STRIDES = (8, 16, 32)  # of a raw output's grids, in pixels of the input
@@ -24,7 +24,8 @@ class Parameters:
         max_detections: of an image.
         class_agnostic: boxes suppress those of other classes too.
         grid: `strides` if boxes are raw, as YOLOX gives them: offsets from the cells of grids of 8, 16 and 32 pixels,
-            and logarithms of sizes; `decoded` if they are pixels of the input.
+            and logarithms of sizes; `decoded` if they are boxes.
+        relative: the numbers of boxes are relative to the network's input, 0 to 1, and not its pixels.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -35,16 +36,22 @@ class Parameters:
     max_detections: int = 300
     class_agnostic: bool = False
     grid: Literal["decoded", "strides"] = "decoded"
+    relative: bool = False
 
     def __post_init__(self) -> None:
         check_parameters(self)
 
 
 def suggest_parameters(samples: Arrays, labels: int) -> dict[str, Any]:
-    """Boxes are raw where some have sides below 0, because these are logarithms; see `Decoder`."""
+    """Boxes are raw where some have sides below 0, which are logarithms, and relative where none is above 1.
+
+    See `Decoder`.
+    """
     predictions = samples["predictions"]
     table = predictions if predictions.shape[1] < predictions.shape[2] else predictions.swapaxes(1, 2)
-    return {"grid": "strides"} if table[:, 2:4].min() < 0 else {}
+    if table[:, 2:4].min(initial=0) < 0:
+        return {"grid": "strides"}
+    return {"relative": True} if 0 < table[:, :4].max(initial=0) <= LARGEST_RELATIVE else {}
 
 
 def find_objects(
@@ -53,8 +60,8 @@ def find_objects(
     """Detect the objects of one image.
 
     Args:
-        predictions: float32 `[4 + C + others, A]` or transposed, boxes as center and size in pixels of the input, and
-            the scores of the classes; or one row more, of the objectness that the scores are multiplied with.
+        predictions: float32 `[4 + C + others, A]` or transposed, boxes as center and size, and the scores of the
+            classes; or `[A, 5 + C + others]` with the objectness that the scores are multiplied with.
         size: of the image: width and height.
         manifest: for the input and the labels.
         parameters: thresholds.
@@ -75,6 +82,7 @@ def find_objects(
         if parameters.grid == "strides":
             raw = _decode_grid(raw, candidates, table.shape[1], placement.input)
         boxes = to_corners(raw, "cxcywh")
+        boxes = to_input(boxes, placement) if parameters.relative else boxes
     usable = np.isfinite(boxes).all(axis=1)
     candidates, classes, best, boxes = candidates[usable], classes[usable], best[usable], boxes[usable]
     rows = suppress(boxes, best, parameters.nms_threshold, None if parameters.class_agnostic else classes)
