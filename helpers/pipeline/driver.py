@@ -35,7 +35,7 @@ from helpers.pipeline.sample import draw_sample, read_pictures
 from helpers.pipeline.table import File
 from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_through
 from helpers.pipeline.views import Tiling
-from helpers.session import get_slots, local_slots, spark_failure, spark_schema
+from helpers.session import expected_slots, get_slots, local_slots, spark_failure, spark_schema
 from helpers.storage import open_storage
 from helpers.tracking.progress import Progress
 from helpers.tracking.tensorboard import log_run
@@ -186,7 +186,7 @@ def run(
         images = expand(spark, task.source, listed, config)
         settled_rows = settled(seen.rows, len(models))
         todo = without(images, settled_rows)
-        plan = listing.plan(todo, slots, config, _image_seconds(task, config))
+        plan = listing.plan(todo, slots, config, _image_seconds(task, config), expected_slots(spark))
         log.info("%d images, %d done already; %s", images.num_rows, images.num_rows - todo.num_rows, plan)
         watch.lap("list")
         warm_up.exception()  # if it failed, so will the run, and say why

@@ -103,7 +103,9 @@ def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) ->
     return listed
 
 
-def plan(images: pa.Table, slots: int, config: Config, image_seconds: float | None = None) -> PartitionPlan:
+def plan(
+    images: pa.Table, slots: int, config: Config, image_seconds: float | None = None, expected: int = 0
+) -> PartitionPlan:
     """Plan the partitions of a listing, as the `partitioning` section says.
 
     Args:
@@ -111,6 +113,7 @@ def plan(images: pa.Table, slots: int, config: Config, image_seconds: float | No
         slots: tasks that run at once.
         config: its `partitioning` section.
         image_seconds: what an image takes; by default what one without a model does.
+        expected: slots that there may be later.
     """
     settings = config.partitioning
     seconds = image_seconds or settings.image_seconds
@@ -122,6 +125,7 @@ def plan(images: pa.Table, slots: int, config: Config, image_seconds: float | No
         target_images=max(1, min(settings.target_images, round(settings.target_seconds / seconds))),
         partitions=settings.partitions,
         in_order=split_paths(images["path"])[1].is_valid().to_numpy(),
+        at_least=expected,
     )
 
 
