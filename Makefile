@@ -89,7 +89,7 @@ fuzz: .venv/.ready
 
 pack: out/pack/vision.tar.gz
 
-out/pack/vision.tar.gz: .venv/.ready conf/pack.py
+out/pack/vision.tar.gz: .venv/.ready $(wildcard helpers/*.py helpers/*/*.py conf/*.py conf/*.yaml conf/cards/* conf/*.properties)
 	$(BIN)/python conf/pack.py
 
 lint: .venv/.ready

@@ -61,8 +61,12 @@ exec "$here/%s" "$@"
 """
 
 
-def pack(archive: Path = ARCHIVE) -> Path:
+def pack(archive: Path = ARCHIVE, compression: int = 4) -> Path:
     """Write the archive; takes some seconds.
+
+    Args:
+        archive: the file.
+        compression: 0 to 9; the time to compress it harder weighs more than half a second per worker that unpacks it.
 
     Raises:
         HostError: a package is missing here, or the packed environment does not start.
@@ -79,8 +83,7 @@ def pack(archive: Path = ARCHIVE) -> Path:
         if tried.returncode:
             raise HostError(f"the packed environment does not start:\n{tried.stderr}")
         unfinished = Path(temporary, archive.name)
-        # The time to compress it harder weighs more than half a second per worker that unpacks it.
-        with tarfile.open(unfinished, "w:gz", compresslevel=4) as tar:
+        with tarfile.open(unfinished, "w:gz", compresslevel=compression) as tar:
             tar.add(folder, ".", filter=_of_root)
         unfinished.replace(archive)
     return archive

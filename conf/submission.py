@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
         return 0
     arguments, values = arranged(arguments)
     if values["--deploy-mode"] == "client":
-        run_client(arguments)
+        run_client(arguments, values["spark.pyspark.python"])
     check_locations(arguments)
     if values["--master"].startswith("k8s://"):
         return Kubernetes(values).run(arguments)
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 def arranged(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """Spark's options ahead of the application, those after it included, and their values by name."""
-    place = next(i for i, argument in enumerate(arguments) if argument.endswith("submit.py"))
+    place = _application(arguments)
     options, application = arguments[:place], arguments[place:]
     while "--conf" in application:
         at = application.index("--conf")
@@ -84,11 +85,16 @@ def check_locations(arguments: list[str]) -> None:
             raise ConfigError(f"{name} {value}: a relative path, and the driver runs elsewhere; write it in full")
 
 
-def run_client(arguments: list[str]) -> NoReturn:
-    """Become spark-submit, whose exit code is the driver's."""
-    sys.stdout.flush()
-    environment = {**os.environ, "SPARK_HOME": str(SPARK_HOME), "SPARK_SUBMIT_OPTS": _java_options()}
-    os.execve(f"{SPARK_HOME}/bin/spark-submit", ["spark-submit", *arguments], environment)
+def run_client(arguments: list[str], python: str) -> NoReturn:
+    """Become the driver, which starts Spark itself; spark-submit would mix its errors into its answer.
+
+    Args:
+        arguments: Spark's options, the application and what it takes.
+        python: the interpreter of the executors.
+    """
+    place = _application(arguments)
+    options = {"PYSPARK_SUBMIT_ARGS": shlex.join([*arguments[:place], "pyspark-shell"]), "PYSPARK_PYTHON": python}
+    os.execve(sys.executable, [sys.executable, *arguments[place:]], {**os.environ, **options})
 
 
 def run_on_yarn(arguments: list[str]) -> int:
@@ -318,6 +324,11 @@ def _spark_submit(arguments: list[str], client_level: str = "error") -> Iterator
     command = [str(SPARK_HOME / "bin" / "spark-submit"), *arguments]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         yield process
+
+
+def _application(arguments: list[str]) -> int:
+    """Where Spark's options end."""
+    return next(i for i, argument in enumerate(arguments) if argument.endswith("submit.py"))
 
 
 def _java_options() -> str:

@@ -5,6 +5,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 from dataclasses import dataclass
 from itertools import pairwise
@@ -169,23 +170,36 @@ POST at: https://h:6443/api/v1/namespaces/nope/pods. Message: namespaces "nope" 
     assert "\tat " not in answer.stderr
 
 
-@pytest.mark.parametrize("deploy", ["client", "cluster"])
-def test_the_archive_of_yarn_is_python_for_whoever_runs_there(stubs, deploy):
+def test_the_driver_on_yarn_runs_from_the_archive_too(stubs):
     stubs.write("pyspark/bin/spark-class", "echo Log aggregation is not enabled\n")
-    stubs.write(
-        "pyspark/bin/spark-submit",
-        "echo 'Application report for application_1_1 (state: FINISHED)' >&2\n",
-    )
-    answer = stubs.run("yarn.sh", *LOCATIONS, "--conf", "spark.yarn.queue=q", DEPLOY=deploy, PREPARED="hdfs:///p")
+    stubs.write("pyspark/bin/spark-submit", "echo 'Application report for application_1_1 (state: FINISHED)' >&2\n")
+    queue = ["--conf", "spark.yarn.queue=q"]
+    answer = stubs.run("yarn.sh", *LOCATIONS, *queue, DEPLOY="cluster", PREPARED="hdfs:///p")
     assert answer.returncode == 0, answer.stderr
     calls = stubs.calls("spark-submit")
     settings = settings_of(calls)
-    here = f"{PROJECT}/.venv/bin/python"
-    assert settings["spark.pyspark.python"] == "./environment/bin/python"
-    assert settings["spark.pyspark.driver.python"] == (here if deploy == "client" else "./environment/bin/python")
+    assert settings["spark.pyspark.python"] == settings["spark.pyspark.driver.python"] == "./environment/bin/python"
     assert settings["spark.yarn.queue"] == "q" and settings["spark.yarn.archive"] == "hdfs:///p/spark.zip"
     assert calls[calls.index("--archives") + 1] == "hdfs:///p/vision.tar.gz#environment"
-    assert (f"paths.runs={LAKE}/out/runs" in calls) == (deploy == "cluster")
+    assert f"paths.runs={LAKE}/out/runs" in calls
+
+
+def test_the_driver_on_this_machine_is_a_process_of_its_own_python(monkeypatch):
+    """Which keeps its answer and its errors apart, and its exit code."""
+    became = []
+
+    def become(*call):
+        became.append(call)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execve", become)
+    options = ["--master", "yarn", "--deploy-mode", "client", "--conf", "spark.pyspark.python=./environment/bin/python"]
+    with pytest.raises(SystemExit):
+        submission.main([*options, "/p/submit.py", "run", "--set", "a=b c", "--conf", "spark.x=1 2"])
+    ((python, command, environment),) = became
+    assert command == [python, "/p/submit.py", "run", "--set", "a=b c"]
+    assert shlex.split(environment["PYSPARK_SUBMIT_ARGS"]) == [*options, "--conf", "spark.x=1 2", "pyspark-shell"]
+    assert environment["PYSPARK_PYTHON"] == "./environment/bin/python"
 
 
 @pytest.mark.parametrize("code", [1, 2])
