@@ -117,6 +117,7 @@ def test_workers_without_our_packages_run_from_the_archive(
     settings = [*cluster.assignments, f"spark.environment={archive}"]
     run = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *settings, profile="cluster").finish()
     assert (run.summary["ok"], run.summary["failed"]) == (60, 4), run.errors
+    assert "over 1 slots" in run.errors  # the cluster has one core, of which Spark says two
     task = pipeline.make_task(str(samples), bundle_uri, str(tmp_path / "unused"), load_config("local"))
     listed = ingest.list_images(task.source, load_config("local")).images
     alone = pa.Table.from_batches(task.results(listed.to_batches())).sort_by("path").to_pylist()
