@@ -1,7 +1,7 @@
 # make run      find things on photographs; train, convert, and run the four stages; pictures and tables end up in out/
 # make studies  the remaining notebooks: YOLACT's training, formats side by side, scale, tuning
 # make test     all tests, the notebooks among them, on two processes side by side
-# make pack     one archive with all that Spark's executors need, for a cluster without the project's packages
+# make pack     one archive with Python, all packages of a run and this project, for any cluster
 # make fuzz     mutants of images, videos and manifests, for MINUTES=10; fails if one does more than become an error
 # Each does its own set-up; a second call finds it done. `make -B run` runs the notebooks again.
 
@@ -93,9 +93,9 @@ MINUTES ?= 10
 fuzz: .venv/.ready
 	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
 
-pack: out/pack/executors.tar.gz
+pack: out/pack/vision.tar.gz
 
-out/pack/executors.tar.gz: .venv/.ready conf/pack.py
+out/pack/vision.tar.gz: .venv/.ready $(wildcard helpers/*.py helpers/*/*.py conf/*.py conf/*.yaml conf/cards/* conf/*.properties)
 	$(BIN)/python conf/pack.py
 
 lint: .venv/.ready

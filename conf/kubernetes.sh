@@ -1,31 +1,46 @@
 #!/bin/sh
 # Run the four stages on Kubernetes, with driver and executors in the image of conf/Dockerfile:
-#   docker build -f conf/Dockerfile -t REGISTRY/spark-vision . && docker push REGISTRY/spark-vision
-#   IMAGE=REGISTRY/spark-vision API=https://HOST:6443 conf/kubernetes.sh SOURCE MODEL OUTPUT [--set KEY=VALUE ...]
+#   make pack && docker build -f conf/Dockerfile -t REGISTRY/spark-vision . && docker push REGISTRY/spark-vision
+#   IMAGE=REGISTRY/spark-vision conf/kubernetes.sh SOURCE MODEL OUTPUT [--conf spark.NAME=VALUE ...] [--set KEY=VALUE ...]
 # Once per namespace, so that the driver may start pods:
 #   kubectl create serviceaccount spark && kubectl create rolebinding spark --clusterrole=edit --serviceaccount=default:spark
-# Locations are abfss:// (workload identity, or a secret as an environment variable), or a volume that all pods mount.
+# It needs kubectl, whose configuration says which cluster, and shows the log of the driver's pod while it runs.
+# Locations are abfss:// and its like, or a volume that all pods mount. Each of these lines stands for driver and executor:
+#   volume:    --conf spark.kubernetes.driver.volumes.persistentVolumeClaim.lake.mount.path=/lake
+#              --conf spark.kubernetes.driver.volumes.persistentVolumeClaim.lake.options.claimName=CLAIM
+#   secret:    --conf spark.kubernetes.driver.secretKeyRef.LAKE_KEY=SECRET:KEY   with --set storage.credential=env:LAKE_KEY
+#   identity:  --conf spark.kubernetes.driver.label.azure.workload.identity/use=true   with ACCOUNT= the annotated account
 set -eu
-[ $# -ge 3 ] || { sed -n '2,7s/^# //p' "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,12s/^# //p' "$0"; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
+: "${IMAGE:?the image made of conf/Dockerfile}"
+api=${API:-$(kubectl config view --minify --output jsonpath='{.clusters[0].cluster.server}')}
 source=$1 model=$2 output=$3
 shift 3
-export PYSPARK_DRIVER_PYTHON="$root/.venv/bin/python" # spark-submit finds Spark by it
-# A pod's memory is heap and overhead. The overhead holds one Python worker per core, each of at most
-# inference.memory_megabytes (2048). The log of the driver's pod has the JSON summary.
-# Dashboards go below the output, because what a pod writes elsewhere is lost with it.
-# spark.kubernetes.{driver,executor}.secretKeyRef.NAME=SECRET:KEY sets a credential that is an environment variable.
-exec "$root/.venv/bin/spark-submit" \
-  --master "k8s://${API:?the address of the cluster, https://HOST:6443}" \
+# A pod's memory is heap and overhead. The executors' overhead holds one Python worker per core, each of at most
+# inference.memory_megabytes (2048); the driver's holds the listing. Dashboards go below the output, because what a pod
+# writes elsewhere is lost with it. Lost pods are looked for more often than twice a minute, Spark's default.
+exec "$root/.venv/bin/python" "$root/conf/submission.py" \
+  --master "k8s://$api" \
   --deploy-mode cluster \
   --name spark-vision \
   --conf spark.kubernetes.namespace="${NAMESPACE:-default}" \
   --conf spark.kubernetes.authenticate.driver.serviceAccountName="${ACCOUNT:-spark}" \
-  --conf spark.kubernetes.container.image="${IMAGE:?the image made of conf/Dockerfile}" \
+  --conf spark.kubernetes.authenticate.executor.serviceAccountName="${ACCOUNT:-spark}" \
+  --conf spark.kubernetes.container.image="$IMAGE" \
+  --conf spark.kubernetes.executor.apiPollingInterval=5s \
+  --conf spark.kubernetes.executor.missingPodDetectDelta=5s \
+  --conf spark.pyspark.python=/opt/vision/bin/python \
+  --conf spark.pyspark.driver.python=/opt/vision/bin/python \
+  --conf spark.driver.extraJavaOptions=-Dlog4j2.configurationFile=/opt/vision/conf/log4j2.properties \
+  --conf spark.executor.extraJavaOptions=-Dlog4j2.configurationFile=/opt/vision/conf/log4j2.properties \
+  --conf spark.driver.cores="${DRIVER_CORES:-1}" \
+  --conf spark.driver.memory="${DRIVER_HEAP:-1g}" \
+  --conf spark.driver.memoryOverhead="${DRIVER_OVERHEAD:-2g}" \
   --conf spark.executor.instances="${EXECUTORS:-4}" \
   --conf spark.executor.cores="${CORES:-2}" \
   --conf spark.executor.memory="${HEAP:-1g}" \
   --conf spark.executor.memoryOverhead="${OVERHEAD:-4g}" \
-  local:///opt/vision/conf/submit.py run --profile cluster --set spark.master="k8s://$API" \
+  local:///opt/vision/conf/submit.py run --profile cluster --set spark.master="k8s://$api" \
   --set paths.runs="$output/runs" \
   --source "$source" --model "$model" --output "$output" "$@"

@@ -1,8 +1,9 @@
-"""Pack what executors import into one archive, for workers that lack it: `make pack`.
+"""Pack Python, the packages of driver and executors, `helpers` and `conf` into one archive: `make pack`.
 
-The archive holds this environment's Python interpreter and the packages of inference in the versions installed here,
-without torch. `spark.environment` ships it (`helpers.session`). Workers need no Python, but the same processor family
-and a C library at least as new as this machine's.
+The archive holds this environment's interpreter and the packages of inference in the versions installed here, without
+torch and without Spark, which a cluster has. Executors of every cluster get it by `spark.environment`
+(`helpers.session`) or by spark-submit (`yarn.sh`), and the image for Kubernetes is Spark's own with the archive in it.
+Machines need no Python, but the same processor family and a C library at least as new as this machine's.
 """
 
 import importlib.metadata
@@ -22,31 +23,50 @@ from packaging.utils import canonicalize_name
 from helpers.config import PROJECT
 from helpers.errors import HostError
 
-ARCHIVE = PROJECT / "out" / "pack" / "executors.tar.gz"
-# The pins in requirements.txt that tasks import, some of them late.
+ARCHIVE = PROJECT / "out" / "pack" / "vision.tar.gz"
+# The pins in requirements.txt that a run imports, some of them late: its tasks those of the first line, its driver all.
 PACKAGES = re.compile(
-    r"^(numpy|pyarrow|opencv-python-headless|openvino|av|pycocotools|obstore|azure-[\w-]+)==", re.MULTILINE
+    r"^(numpy|pyarrow|opencv-python-headless|openvino|av|pycocotools|obstore|azure-[\w-]+|"
+    r"pandas|deltalake|pydantic|PyYAML|tqdm|psutil|tensorboard)==",
+    re.MULTILINE,
 )
-IMPORTS = "import helpers.pipeline.task, av, cv2, azure.identity, azure.storage.filedatalake, obstore, openvino as ov; \
-ov.Core().available_devices"
-# Tests and sources, devices other than the CPU, formats other than OpenVINO's own, and Arrow's network services.
+# What only the server of TensorBoard's page needs; a run writes its event files.
+SERVING = {"grpcio", "markdown", "pillow", "setuptools", "tensorboard-data-server", "werkzeug"}
+IMPORTS = """
+import helpers.cli, helpers.doctor, helpers.pipeline.task, av, cv2, deltalake, obstore, pycocotools.mask
+import azure.identity, azure.keyvault.secrets, azure.storage.filedatalake, openvino as ov
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+ov.Core().available_devices
+"""
+# Tests and sources, devices other than the CPU, formats other than OpenVINO's own, Arrow's network services, and what
+# TensorBoard's page shows.
 LEFT_OUT = re.compile(
-    r"/tests?/|/include/|/cmake/|\.(pyx|pxi|pxd|pyi|h|hpp|lib|a)$|^\.\./|"
+    r"/tests?/|/include/|/cmake/|\.(pyx|pxi|pxd|pyi|h|hpp|lib|a)$|^\.\./|tensorboard/webfiles\.zip|"
     r"openvino/libs/(cache\.json|libopenvino_(intel_[gn]pu_plugin|(onnx|tensorflow|pytorch|paddle|gguf|jax)\w*_frontend))|"
     r"pyarrow/(src/|lib\w*_flight|_flight|libarrow_python\w*\.so(\.\d+\.\d+\.\d+)?$)"
 )
-NOT_OF_THE_LIBRARY = ("test", "idlelib", "tkinter", "turtledemo", "ensurepip", "*-packages", "config-*", "*.opt-?.pyc")
+# Modules for a screen or for tests, and those whose system library a cluster's machine may not have in this version.
+NOT_OF_THE_LIBRARY = (
+    *("test", "idlelib", "tkinter", "turtledemo", "ensurepip", "*-packages", "config-*", "*.opt-?.pyc"),
+    *("_tkinter.*", "_curses*", "readline.*", "nis.*", "_crypt.*", "_dbm.*", "_gdbm.*", "_test*"),
+)
+# Libraries that belong to the C library of each machine; the interpreter brings all others along.
+OF_THE_SYSTEM = re.compile(r"(ld-linux|linux-vdso|lib(c|m|dl|rt|util|pthread|resolv)\.so|libpython)")
 # Python finds its library by its own location, but a shared libpython only by this variable.
 START = """#!/bin/sh
 here=$(dirname "$(readlink -f "$0")")
 export LD_LIBRARY_PATH="$here/../lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-export PYTHONPATH="$here/../packages${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$here/../packages:$here/..${PYTHONPATH:+:$PYTHONPATH}"
 exec "$here/%s" "$@"
 """
 
 
-def pack(archive: Path = ARCHIVE) -> Path:
+def pack(archive: Path = ARCHIVE, compression: int = 4) -> Path:
     """Write the archive; takes some seconds.
+
+    Args:
+        archive: the file.
+        compression: 0 to 9; the time to compress it harder weighs more than half a second per worker that unpacks it.
 
     Raises:
         HostError: a package is missing here, or the packed environment does not start.
@@ -55,22 +75,22 @@ def pack(archive: Path = ARCHIVE) -> Path:
     with tempfile.TemporaryDirectory(dir=archive.parent) as temporary:
         folder = Path(temporary, "environment")
         _copy_interpreter(folder)
-        for name in sorted(closure(executor_packages())):
+        for name in sorted(closure(packages()) - SERVING):
             _copy_package(name, folder / "packages")
+        _copy_project(folder)
         command = [str(folder / "bin" / "python"), "-c", IMPORTS]
-        tried = subprocess.run(command, env={"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True, check=False)
+        tried = subprocess.run(command, env={}, cwd=folder, capture_output=True, text=True, check=False)
         if tried.returncode:
             raise HostError(f"the packed environment does not start:\n{tried.stderr}")
         unfinished = Path(temporary, archive.name)
-        # The time to compress it harder weighs more than half a second per worker that unpacks it.
-        with tarfile.open(unfinished, "w:gz", compresslevel=4) as tar:
-            tar.add(folder, ".")
+        with tarfile.open(unfinished, "w:gz", compresslevel=compression) as tar:
+            tar.add(folder, ".", filter=_of_root)
         unfinished.replace(archive)
     return archive
 
 
-def executor_packages() -> list[str]:
-    """The packages of `requirements.txt` that tasks import."""
+def packages() -> list[str]:
+    """The packages of `requirements.txt` that a run imports, on the driver or in tasks."""
     return PACKAGES.findall((PROJECT / "requirements.txt").read_text(encoding="utf-8"))
 
 
@@ -107,6 +127,37 @@ def _copy_interpreter(folder: Path) -> None:
     shutil.copytree(library, folder / "lib" / version, ignore=shutil.ignore_patterns(*NOT_OF_THE_LIBRARY))
     for shared in Path(sys.base_prefix, "lib").glob(f"lib{version}.so.*"):
         shutil.copy2(shared, folder / "lib" / shared.name)
+    modules = [str(path) for path in (folder / "lib" / version / "lib-dynload").glob("*.so")]
+    for name, path in _needed([str(executable), *modules]):
+        shutil.copy2(path, folder / "lib" / name)
+
+
+def _needed(files: list[str]) -> list[tuple[str, str]]:
+    """Names and places of the shared libraries that some files are linked with, those of the C library left out."""
+    if not shutil.which("ldd"):  # macOS, whose archives stay on machines of its kind
+        return []
+    linked = subprocess.run(["ldd", *files], capture_output=True, text=True, check=False).stdout
+    found = dict(re.findall(r"^\s+(\S+) => (/\S+)", linked, re.MULTILINE))
+    return [(name, path) for name, path in sorted(found.items()) if not OF_THE_SYSTEM.match(name)]
+
+
+def _copy_project(folder: Path) -> None:
+    """The modules of `helpers`, and what they read in `conf`."""
+    conf = PROJECT / "conf"
+    others = [*conf.glob("*.yaml"), *conf.glob("cards/*.yaml"), conf / "log4j2.properties", conf / "submit.py"]
+    for source in [path for path in (PROJECT / "helpers").rglob("*") if path.suffix != ".pyc"] + others:
+        if source.is_file():
+            target = folder / source.relative_to(PROJECT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+
+
+def _of_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Whoever unpacks it owns it, and everybody may read it: the user of a container is not the one who packed."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = "root"
+    member.mode |= 0o444 | (0o111 if member.isdir() or member.mode & 0o100 else 0)
+    return member
 
 
 def _copy_package(name: str, folder: Path) -> None:

@@ -50,6 +50,7 @@ class SparkSettings(_Section):
     app_name: str
     driver_memory: Annotated[str, Field(pattern=r"^\d+[kmgt]$")]
     task_attempts: Positive
+    wait_seconds: Positive
     environment: str | None
     conf: dict[str, str]
 

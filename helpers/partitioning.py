@@ -57,6 +57,7 @@ def plan_partitions(
     target_images: int = 1000,
     partitions: int | None = None,
     in_order: np.ndarray | None = None,
+    at_least: int = 0,
 ) -> PartitionPlan:
     """Assign images to partitions, the longest first, each to the partition with the fewest bytes so far.
 
@@ -76,6 +77,7 @@ def plan_partitions(
         target_images: about how many images per partition.
         partitions: the number of partitions, if it is not to be planned.
         in_order: bool `[images]`, which are frames; by default none.
+        at_least: as many partitions, where they are planned, so that slots that come later find work.
 
     Raises:
         ValueError: a negative length, or slots, targets or partitions below 1.
@@ -85,7 +87,7 @@ def plan_partitions(
         raise ValueError("lengths must not be negative; slots, targets and partitions must be at least 1")
     if not sizes.size:
         return PartitionPlan(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64), slots)
-    target = partitions or _count(sizes, slots, target_bytes, target_images)
+    target = partitions or _count(sizes, slots, target_bytes, target_images, at_least)
     count = min(target, sizes.size)
     costs = sizes + max(1, int(sizes.mean()))
     assignment = np.empty(sizes.size, np.int32)
@@ -114,6 +116,6 @@ def _fill(loads: np.ndarray, costs: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.cumsum(room)[:-1], middles, side="right")
 
 
-def _count(sizes: np.ndarray, slots: int, target_bytes: int, target_images: int) -> int:
-    needed = max(math.ceil(int(sizes.sum()) / target_bytes), math.ceil(sizes.size / target_images), 1)
+def _count(sizes: np.ndarray, slots: int, target_bytes: int, target_images: int, at_least: int) -> int:
+    needed = max(math.ceil(int(sizes.sum()) / target_bytes), math.ceil(sizes.size / target_images), at_least, 1)
     return slots * math.ceil(needed / slots)

@@ -14,9 +14,12 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 import warnings
 import weakref
 import zipfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -44,9 +47,21 @@ SESSION_SETTINGS = {
 # Settings and variables of such a name are hidden in Spark's pages and event log; its own default knows fewer.
 REDACTED_NAMES = "(?i)secret|password|passwd|pwd|token|credential|signature|sas|key"
 PACKAGES_REMEDY = "the workers lack packages of requirements.txt; install them on every worker, or send them along: \
-`make pack`, then --set spark.environment=out/pack/executors.tar.gz"
+`make pack`, then --set spark.environment=out/pack/vision.tar.gz"
+CAUSE = re.compile(r"^(?:Caused by: |Exception in thread \"main\" |: )?(?:[\w$]+\.)+[\w$]*(?:Exception|Error): (?=\S)")
+CAUSE_REMEDIES = {
+    r"unknown queue": "name one that is there: --conf spark.yarn.queue=NAME",
+    r"cannot submit applications to queue": "ask for the right to, or name another: --conf spark.yarn.queue=NAME",
+    r"namespaces .* not found": "create it with `kubectl create namespace`, or set NAMESPACE",
+    r"serviceaccounts? .*not found": "create it with `kubectl create serviceaccount`, or set ACCOUNT",
+    r"[Ff]orbidden|cannot \w+ resource": "give the account the role: kubectl create rolebinding spark \
+--clusterrole=edit --serviceaccount=NAMESPACE:ACCOUNT",
+}
+PATIENCE_SECONDS = 30.0  # in which nothing is said while a run waits for its first executor
+OVERLAP_SECONDS = 0.5  # that two tasks last, so that they run at the same time where they can
 UNPACKED = "environment"  # the folder of a packed environment in an executor's working directory
 
+_told: "weakref.WeakKeyDictionary[SparkSession, int]" = weakref.WeakKeyDictionary()  # executors, where some lack
 _shipped: "weakref.WeakKeyDictionary[SparkSession, str]" = weakref.WeakKeyDictionary()
 
 
@@ -76,7 +91,7 @@ def get_spark(config: Config) -> "SparkSession":
                 warnings.filterwarnings("ignore", "Failed to set", UserWarning)
             spark = builder.getOrCreate()
     except Exception as error:
-        message = first_line(str(error).replace(config.spark.master, shown_master(config)))
+        message = spark_cause(str(error).replace(config.spark.master, shown_master(config)))
         raise HostError(f"no Spark session from {shown_master(config)}: {message}") from None
     if not own_jvm:
         set_where_allowed(spark, SESSION_SETTINGS)
@@ -85,14 +100,27 @@ def get_spark(config: Config) -> "SparkSession":
 
 
 def get_slots(spark: "SparkSession") -> int:
-    """How many tasks run at once."""
+    """How many tasks run at once, on the executors that are there; waits for the first one.
+
+    Spark itself waits for the others, up to `spark.wait_seconds`, before it starts the first job.
+    """
     local = local_slots(spark)
     if local is not None:
         return local
-    from pyspark.sql.functions import spark_partition_id
+    with ThreadPoolExecutor(1) as pool:
+        cores = _patiently(pool.submit(_cores, spark))
+    slots, asked = max(1, cores // _number(spark, "spark.task.cpus", 1)), _asked_executors(spark)
+    of_each = max(1, _number(spark, "spark.executor.cores", 1) // _number(spark, "spark.task.cpus", 1))
+    if slots // of_each < asked and _told.get(spark) != slots // of_each:
+        _told[spark] = slots // of_each
+        log.warning("%d of %d executors came; the plan goes by these", slots // of_each, asked)
+    return slots
 
-    # A range is divided by the cluster's default parallelism, which Spark Connect has no call to ask for.
-    return spark.range(1_000_000).select(spark_partition_id()).distinct().count()
+
+def expected_slots(spark: "SparkSession") -> int:
+    """How many tasks may run at once later: on executors that were asked for, or that Spark may add; 0 if unknown."""
+    most = _number(spark, "spark.dynamicAllocation.maxExecutors", 0) if _is_dynamic(spark) else _asked_executors(spark)
+    return most * max(1, _number(spark, "spark.executor.cores", 1) // _number(spark, "spark.task.cpus", 1))
 
 
 def local_slots(spark: "SparkSession") -> int | None:
@@ -143,6 +171,20 @@ def spark_failure(error: Exception) -> str:
     message = (ours or python or crashed or lines or [type(error).__name__])[-1 if ours or python else 0]
     remedy = f": {PACKAGES_REMEDY}" if re.match(r"ModuleNotFoundError|PySparkImportError", message) else ""
     return redact(re.sub(r"^helpers\.errors\.\w+: ", "", message) + remedy)
+
+
+def spark_cause(text: str) -> str:
+    """Return the last cause in what the JVM says of a failure, with a remedy where there is one; its first line else.
+
+    Py4J and spark-submit begin with the call that failed, and end with what made it fail.
+    """
+    lines = [line.strip() for line in text.splitlines()]
+    named = [line for line in lines if CAUSE.match(line)]
+    causes = [line for line in named if line.startswith("Caused by: ")] or named[:1] or [first_line(text)]
+    # Kubernetes' client repeats the answer as a structure.
+    message = re.sub(r"^.* Message: (.+?)\.? Received status: .*", r"\1", CAUSE.sub("", causes[-1]))
+    remedy = next((remedy for pattern, remedy in CAUSE_REMEDIES.items() if re.search(pattern, message)), "")
+    return redact(f"{message}: {remedy}" if remedy else message)
 
 
 def shown_master(config: Config) -> str:
@@ -241,6 +283,54 @@ def _process_folder() -> Path:
     return Path(folder)
 
 
+def _patiently(cores: "Future[int]") -> int:
+    """The answer of a first job, and every now and then a word that it has nowhere to run."""
+    started = time.monotonic()
+    while True:
+        try:
+            return cores.result(PATIENCE_SECONDS)
+        except TimeoutError:
+            waited = time.monotonic() - started
+            log.warning("no executor has come for %.0f s: the cluster is full, or it cannot start them", waited)
+
+
+def _cores(spark: "SparkSession") -> int:
+    """The cores of all executors that are there."""
+    from pyspark.sql.functions import spark_partition_id
+
+    # A range is divided by the cluster's default parallelism, which Spark Connect has no call to ask for.
+    cores = spark.range(1_000_000).select(spark_partition_id()).distinct().count()
+    own_cluster = re.match(r"spark:|yarn|k8s:", spark.conf.get("spark.master", "") or "")
+    if cores != 2 or not own_cluster:
+        return cores
+    # Spark says two of a cluster of one core, too. Two tasks then run one after the other in one process.
+    tasks = spark.range(2, numPartitions=2).mapInArrow(_name_process, "process string")
+    return len({row.process for row in tasks.collect()})
+
+
+def _name_process(batches: "Iterable[pa.RecordBatch]") -> "Iterator[pa.RecordBatch]":
+    """The host and the process of a task that lasts for a moment."""
+    import pyarrow as pa
+
+    rows = sum(batch.num_rows for batch in batches)
+    time.sleep(OVERLAP_SECONDS)
+    yield pa.RecordBatch.from_pydict({"process": [f"{socket.gethostname()} {os.getpid()}"] * rows})
+
+
+def _asked_executors(spark: "SparkSession") -> int:
+    """How many executors Spark was told to start; 0 where it decides on their number."""
+    return 0 if _is_dynamic(spark) else _number(spark, "spark.executor.instances", 0)
+
+
+def _is_dynamic(spark: "SparkSession") -> bool:
+    return spark.conf.get("spark.dynamicAllocation.enabled", "false") == "true"
+
+
+def _number(spark: "SparkSession", setting: str, default: int) -> int:
+    value = spark.conf.get(setting, "") or ""
+    return int(value) if value.isdigit() else default
+
+
 def _is_local_connect(config: Config) -> bool:
     """Whether this process starts the Connect server itself, as pyspark does for `remote("local[2]")`."""
     return config.spark.mode == "connect" and config.spark.master.startswith("local")
@@ -267,9 +357,15 @@ def _jvm_settings(config: Config) -> dict[str, str]:
         share = str(config.inference.gpu_share)
         gpu = {"spark.executor.resource.gpu.amount": "1", "spark.task.resource.gpu.amount": share}
     log4j = f"-Dlog4j2.configurationFile={(CONF / 'log4j2.properties').as_uri()}"
+    wait = {}
+    if config.spark.mode == "cluster":
+        # A plan goes by the executors that are there, so it pays to wait for all of them, and not for ever.
+        wait["spark.scheduler.minRegisteredResourcesRatio"] = "1.0"
+        wait["spark.scheduler.maxRegisteredResourcesWaitingTime"] = f"{config.spark.wait_seconds}s"
     return {
         **packed,
         **gpu,
+        **wait,
         "spark.driver.memory": config.spark.driver_memory,
         "spark.driver.extraJavaOptions": f"{log4j} {local_options()}" if config.spark.mode != "cluster" else log4j,
         "spark.task.maxFailures": str(config.spark.task_attempts),

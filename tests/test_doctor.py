@@ -52,10 +52,10 @@ def test_yarn_needs_its_configuration(monkeypatch):
 
 
 def test_the_packed_environment_of_a_cluster_is_looked_for(tmp_path):
-    missing = look("workers", "cluster", **{"spark.environment": str(tmp_path / "executors.tar.gz")})
+    missing = look("workers", "cluster", **{"spark.environment": str(tmp_path / "vision.tar.gz")})
     assert not missing.ok and "make pack" in missing.detail
-    (tmp_path / "executors.tar.gz").write_bytes(b"")
-    assert look("workers", "cluster", **{"spark.environment": str(tmp_path / "executors.tar.gz")}).ok
+    (tmp_path / "vision.tar.gz").write_bytes(b"")
+    assert look("workers", "cluster", **{"spark.environment": str(tmp_path / "vision.tar.gz")}).ok
     assert "make pack" in look("workers", "cluster").detail
 
 

@@ -116,3 +116,9 @@ def test_a_plan_says_what_it_is():
 def test_impossible_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match="at least 1"):
         plan_partitions(**{"lengths": [1, 2], "slots": 2, **arguments})
+
+
+def test_slots_that_come_later_find_work():
+    assert plan_partitions([1] * 100, slots=2).partitions == 2
+    assert plan_partitions([1] * 100, slots=2, at_least=7).partitions == 8
+    assert plan_partitions([1] * 3, slots=2, at_least=7).partitions == 3

@@ -3,6 +3,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from helpers.java import check_java
 from helpers.session import (
     PACKAGES_REMEDY,
     check_answers,
+    expected_slots,
     get_slots,
     local_slots,
     pack_helpers,
@@ -272,6 +274,51 @@ def test_the_sessions_slots_are_what_spark_itself_says(spark):
     from pyspark.sql.functions import spark_partition_id
 
     assert get_slots(spark) == spark.range(1_000_000).select(spark_partition_id()).distinct().count() == 2
+
+
+def on_cluster(monkeypatch, cores: int, **settings: str) -> FakeSpark:
+    """A session of a cluster on which executors with so many cores have come."""
+    monkeypatch.setattr(session, "_cores", lambda spark: cores)
+    return FakeSpark(spark_master="yarn", **settings)
+
+
+def test_a_plan_goes_by_the_executors_that_came_and_says_so_once(monkeypatch, caplog):
+    asked = {"spark_executor_instances": "4", "spark_executor_cores": "2"}
+    spark = on_cluster(monkeypatch, 6, **asked)
+    assert get_slots(spark) == get_slots(spark) == 6
+    assert [record.getMessage() for record in caplog.records] == ["3 of 4 executors came; the plan goes by these"]
+    monkeypatch.setattr(session, "_cores", lambda spark: 4)
+    assert get_slots(spark) == 4 and "2 of 4 executors" in caplog.text
+    caplog.clear()
+    assert get_slots(on_cluster(monkeypatch, 8, **asked)) == 8 and not caplog.records
+
+
+def test_a_task_of_several_cores_takes_several_slots_of_a_cluster_too(monkeypatch, caplog):
+    spark = on_cluster(monkeypatch, 8, spark_executor_instances="2", spark_executor_cores="4", spark_task_cpus="2")
+    assert (get_slots(spark), expected_slots(spark)) == (4, 4) and not caplog.records
+
+
+def test_slots_that_may_come_later_are_expected(monkeypatch, caplog):
+    assert expected_slots(FakeSpark(spark_executor_instances="4", spark_executor_cores="2")) == 8
+    assert expected_slots(FakeSpark(spark_master="spark://host:7077")) == 0
+    dynamic = {"spark_dynamicAllocation_enabled": "true", "spark_dynamicAllocation_maxExecutors": "10"}
+    spark = on_cluster(monkeypatch, 2, spark_executor_instances="1", spark_executor_cores="2", **dynamic)
+    assert (get_slots(spark), expected_slots(spark)) == (2, 20) and not caplog.records
+
+
+def test_a_cluster_without_an_executor_is_not_waited_for_in_silence(monkeypatch):
+    monkeypatch.setattr(session, "PATIENCE_SECONDS", 0.01)
+    told = threading.Event()
+    monkeypatch.setattr(session.log, "warning", lambda message, *values: told.set())
+    monkeypatch.setattr(session, "_cores", lambda spark: 2 if told.wait(60) else 0)
+    assert get_slots(FakeSpark(spark_master="yarn")) == 2
+
+
+def test_two_tasks_at_once_are_two_processes(spark):
+    tasks = spark.range(2, numPartitions=2).mapInArrow(session._name_process, "process string")
+    assert len({row.process for row in tasks.collect()}) == 2
+    tasks = spark.range(2, numPartitions=1).mapInArrow(session._name_process, "process string")
+    assert len({row.process for row in tasks.collect()}) == 1
 
 
 def test_the_session_is_set_up_as_the_configuration_says(spark, config):

@@ -42,7 +42,7 @@ from helpers.pipeline.sources import TableSource, is_table, open_files, open_tab
 from helpers.pipeline.table import File
 from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_through
 from helpers.pipeline.views import Tiling
-from helpers.session import get_slots, local_slots, spark_failure, spark_schema
+from helpers.session import expected_slots, get_slots, local_slots, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
 from helpers.tracking.mlflow import MLflow, server
 from helpers.tracking.progress import Progress

@@ -137,7 +137,9 @@ def check_any(images: int, listed: Listing, storage: Files, config: Config) -> N
         )
 
 
-def plan(images: pa.Table, slots: int, config: Config, image_seconds: float | None = None) -> PartitionPlan:
+def plan(
+    images: pa.Table, slots: int, config: Config, image_seconds: float | None = None, expected: int = 0
+) -> PartitionPlan:
     """Plan the partitions of a listing, as the `partitioning` section says.
 
     Args:
@@ -145,6 +147,7 @@ def plan(images: pa.Table, slots: int, config: Config, image_seconds: float | No
         slots: tasks that run at once.
         config: its `partitioning` section.
         image_seconds: what an image takes; by default what one without a model does.
+        expected: slots that there may be later.
     """
     settings = config.partitioning
     seconds = image_seconds or settings.image_seconds
@@ -156,6 +159,7 @@ def plan(images: pa.Table, slots: int, config: Config, image_seconds: float | No
         target_images=max(1, min(settings.target_images, round(settings.target_seconds / seconds))),
         partitions=settings.partitions,
         in_order=split_paths(images["path"])[1].is_valid().to_numpy(),
+        at_least=expected,
     )
 
 

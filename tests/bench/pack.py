@@ -38,7 +38,7 @@ def main() -> None:
     photographs = make_photographs(options.work / f"photos-{PHOTOGRAPHS}", PHOTOGRAPHS)
     make_bundle("light", options.work)
     start = time.perf_counter()
-    archive = pack.pack(work / "executors.tar.gz")
+    archive = pack.pack(work / "vision.tar.gz")
     making = time.perf_counter() - start
     bare = work / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)

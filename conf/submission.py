@@ -1,0 +1,346 @@
+"""Submit to a cluster with spark-submit, follow the run, and answer as a local run does: summary, errors, exit code.
+
+    python conf/submission.py OPTION ... submit.py run ...      what yarn.sh and kubernetes.sh call
+    python conf/submission.py --prepare LOCATION ARCHIVE        Spark and the archive, where YARN's nodes reach them
+
+In client mode the driver is a process of this machine, and its answer is the answer. In cluster mode spark-submit knows
+whether the driver has failed, and no more: the summary is in the driver's log, read by `kubectl` or YARN's own client.
+`--conf NAME=VALUE` may stand after the application too, where users of the scripts write it.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import pyspark
+
+from helpers.config import PROJECT
+from helpers.errors import ConfigError, HostError, RunError, UserError, first_line
+from helpers.redaction import redact
+from helpers.session import spark_cause
+
+SPARK_HOME = Path(pyspark.__file__).parent
+LOG = f"-Dlog4j2.configurationFile={(PROJECT / 'conf' / 'log4j2.properties').as_uri()}"
+POLL_SECONDS = 2.0
+PATIENCE_SECONDS = 30.0  # until a pod or an application that does not start is told of, and again
+LOGS_SECONDS = 60.0  # in which YARN has gathered the logs of an application that has ended
+# What Kubernetes says of a container that no waiting mends.
+HOPELESS = {"ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError"}
+YARN_STATE = re.compile(r"Application report for (application_\w+) \(state: (\w+)\)")
+YARN_STATUS = re.compile(r"exited with (?:status|exitCode:?) (\d+)")
+
+
+def main(arguments: list[str]) -> int:
+    """Submit, follow, and return the exit code of the driver."""
+    if arguments[:1] == ["--prepare"]:
+        prepare(*arguments[1:])
+        return 0
+    arguments, values = arranged(arguments)
+    if values["--deploy-mode"] == "client":
+        run_client(arguments, values["spark.pyspark.python"])
+    check_locations(arguments)
+    if values["--master"].startswith("k8s://"):
+        return Kubernetes(values).run(arguments)
+    return run_on_yarn(arguments)
+
+
+def arranged(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Spark's options ahead of the application, those after it included, and their values by name."""
+    place = _application(arguments)
+    options, application = arguments[:place], arguments[place:]
+    while "--conf" in application:
+        at = application.index("--conf")
+        options += application[at : at + 2]
+        if len(application[at : at + 2]) < 2:
+            raise ConfigError("--conf takes NAME=VALUE, for example --conf spark.yarn.queue=images")
+        del application[at : at + 2]
+    pairs = list(zip(options[::2], options[1::2], strict=True))
+    settings = dict(value.partition("=")[::2] for name, value in pairs if name == "--conf")
+    return options + application, {**settings, **{name: value for name, value in pairs if name != "--conf"}}
+
+
+def check_locations(arguments: list[str]) -> None:
+    """Refuse paths that mean something on this machine alone.
+
+    Raises:
+        ConfigError: a location is a relative path.
+    """
+    for name, value in zip(arguments, arguments[1:], strict=False):
+        relative = not value.startswith("/") and not re.match(r"[a-zA-Z][\w+.-]+:", value)
+        if name in ("--source", "--model", "--output") and relative:
+            raise ConfigError(f"{name} {value}: a relative path, and the driver runs elsewhere; write it in full")
+
+
+def run_client(arguments: list[str], python: str) -> NoReturn:
+    """Become the driver, which starts Spark itself; spark-submit would mix its errors into its answer.
+
+    Args:
+        arguments: Spark's options, the application and what it takes.
+        python: the interpreter of the executors.
+    """
+    place = _application(arguments)
+    options = {"PYSPARK_SUBMIT_ARGS": shlex.join([*arguments[:place], "pyspark-shell"]), "PYSPARK_PYTHON": python}
+    os.execve(sys.executable, [sys.executable, *arguments[place:]], {**os.environ, **options})
+
+
+def run_on_yarn(arguments: list[str]) -> int:
+    """Submit, tell what the application waits for, and show the driver's log once it has ended.
+
+    Raises:
+        HostError: the application was refused.
+        RunError: the driver was lost.
+    """
+    lines, application, state, told = list[str](), "", "", time.monotonic()
+    with _spark_submit(arguments, client_level="info") as process:
+        for line in process.stderr:
+            lines = [*lines[-2000:], line]
+            match = YARN_STATE.search(line)
+            if match and (match[2] != state or (state == "ACCEPTED" and time.monotonic() - told > PATIENCE_SECONDS)):
+                application, state, told = match[1], match[2], time.monotonic()
+                waits = "; it waits for the queue" if state == "ACCEPTED" else ""
+                print(f"{application}: {state.lower()}{waits}", file=sys.stderr)
+    text = "".join(lines)
+    if not application:
+        raise HostError(f"YARN refused the run: {spark_cause(text)}")
+    status = YARN_STATUS.findall(text)
+    code = 0 if not process.returncode else int(status[-1]) if status else None
+    logs = _yarn_logs(application)
+    if logs is None:
+        print(f"{application}: its log was not to be had; try yarn logs -applicationId {application}", file=sys.stderr)
+        logs = {}
+    print(logs.get("stderr", "").rstrip(), file=sys.stderr)
+    if code is None:
+        found = re.findall(r"Application diagnostics message: (.+)", text) or ["it was killed, or its node was lost"]
+        raise RunError(f"{application}: the driver did not end by itself: {first_line(found[-1])}")
+    print(logs.get("stdout", "").strip().rpartition("\n")[2])
+    return code
+
+
+def _yarn_logs(application: str) -> dict[str, str] | None:
+    """The driver's log by its files' names; None where YARN does not gather logs."""
+    command = ["org.apache.hadoop.yarn.client.cli.LogsCLI", "-applicationId", application, "-am", "1"]
+    deadline = time.monotonic() + LOGS_SECONDS
+    while True:
+        answer = _spark_class(*command, "-log_files", "stdout,stderr")
+        files = re.findall(r"^LogType:(\w+)\n(?:Log[^\n]*\n)*?LogContents:\n(.*?)^End of LogType:", answer, re.M | re.S)
+        if files or time.monotonic() > deadline or "is not enabled" in answer:
+            return dict(files) or None
+        time.sleep(POLL_SECONDS)
+
+
+class Kubernetes:
+    """A run in a namespace, followed with `kubectl`.
+
+    Args:
+        values: Spark's options and settings by name.
+
+    Raises:
+        HostError: there is no kubectl, or the cluster lacks what a run needs.
+    """
+
+    def __init__(self, values: dict[str, str]):
+        self.account = values["spark.kubernetes.authenticate.driver.serviceAccountName"]
+        self.image = values["spark.kubernetes.container.image"]
+        self.namespace = values["spark.kubernetes.namespace"]
+        self.pod = f"{values.get('--name', 'spark-vision')}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        self.server = values["--master"].removeprefix("k8s://")
+        if not shutil.which("kubectl"):
+            raise HostError("there is no kubectl on the PATH, by which the driver's log is read: install it")
+        self._check()
+
+    def _check(self) -> None:
+        account = self._kubectl("get", "serviceaccount", self.account)
+        if account.returncode:
+            raise HostError(
+                f"{first_line(account.stderr)}; the driver needs a service account: kubectl create serviceaccount "
+                f"{self.account} --namespace {self.namespace}, or set ACCOUNT or NAMESPACE"
+            )
+        who = f"system:serviceaccount:{self.namespace}:{self.account}"
+        for name, user in {"you": [], f"the service account {self.account}": ["--as", who]}.items():
+            # Whoever may not ask for others learns it from the driver.
+            if self._kubectl("auth", "can-i", "create", "pods", *user).stdout.strip() == "no":
+                role = f"--clusterrole=edit --serviceaccount={self.namespace}:{self.account}"
+                role = role if user else "--clusterrole=edit --user=NAME"
+                raise HostError(
+                    f"{name} may not create pods in the namespace {self.namespace}: "
+                    f"kubectl create rolebinding spark --namespace {self.namespace} {role}"
+                )
+
+    def run(self, arguments: list[str]) -> int:
+        """Submit, follow the driver's pod to its end, and return its exit code.
+
+        Raises:
+            HostError: the API server refused the run, or the pod cannot start.
+            RunError: the driver was lost.
+        """
+        ours = ["spark.kubernetes.submission.waitAppCompletion=false", f"spark.kubernetes.driver.pod.name={self.pod}"]
+        ours += [f"spark.kubernetes.executor.label.spark-vision-driver={self.pod}"]
+        options = [part for setting in ours for part in ("--conf", setting)]
+        with _spark_submit([*options, *arguments]) as process:
+            text = process.stderr.read()
+        if process.returncode:
+            raise HostError(f"Kubernetes refused the run: {spark_cause(text)}")
+        print(f"pod {self.pod}: submitted", file=sys.stderr)
+        self._await_start()
+        ended = threading.Event()
+        watch = threading.Thread(target=self._watch_executors, args=(ended,), daemon=True)
+        watch.start()
+        last = ""
+        for line in self._log():
+            print(last, end="", file=sys.stderr)
+            last = line
+        ended.set()
+        watch.join()
+        code = self._exit_code()
+        print(last, end="", file=sys.stdout if code in (0, 1) and last.startswith("{") else sys.stderr)
+        return code
+
+    def _await_start(self) -> None:
+        started = told = time.monotonic()
+        while True:
+            pod = self._json("get", "pod", self.pod)
+            if pod.get("status", {}).get("phase") != "Pending":
+                return
+            if reason := _hopeless(pod):
+                message = self._warning(self.pod) or reason
+                self._kubectl("delete", "pod", self.pod, "--wait=false")
+                raise HostError(f"the driver's pod cannot start with the image {self.image}: {message}; correct that")
+            if time.monotonic() - told > PATIENCE_SECONDS:
+                told = time.monotonic()
+                waited = f"waits since {told - started:.0f} s"
+                print(f"pod {self.pod}: {waited}: {self._warning(self.pod) or 'no event says why'}", file=sys.stderr)
+            time.sleep(POLL_SECONDS)
+
+    def _watch_executors(self, ended: threading.Event) -> None:
+        """Tell why executors do not start, as long as some do not."""
+        while not ended.wait(PATIENCE_SECONDS):
+            pods = self._json("get", "pods", "--selector", f"spark-vision-driver={self.pod}").get("items", [])
+            waiting = [pod["metadata"]["name"] for pod in pods if pod["status"].get("phase") == "Pending"]
+            if waiting and (message := self._warning(waiting[0])):
+                print(f"{len(waiting)} of {len(pods)} executors wait: {message}", file=sys.stderr)
+
+    def _log(self) -> Iterator[str]:
+        """The lines of the driver's log until its end, whatever becomes of a connection."""
+        since: list[str] = []
+        while True:
+            command = self._command("logs", "--follow", self.pod, *since)
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+                yield from process.stdout or ()
+            if self._json("get", "pod", self.pod).get("status", {}).get("phase") != "Running":
+                return
+            since = [f"--since={POLL_SECONDS:.0f}s"]
+            time.sleep(POLL_SECONDS)
+
+    def _exit_code(self) -> int:
+        pod = self._json("get", "pod", self.pod)
+        states = [status.get("state", {}) for status in pod.get("status", {}).get("containerStatuses", [])]
+        codes = [state["terminated"]["exitCode"] for state in states if "terminated" in state]
+        if not codes or codes[0] not in (0, 1, 2):
+            reasons = [state["terminated"].get("reason", "") for state in states if "terminated" in state]
+            reason = next(iter(reasons), "it is gone")
+            raise RunError(f"the driver's pod {self.pod} did not end by itself: {reason}; what is finished is kept")
+        return codes[0]
+
+    def _warning(self, pod: str) -> str:
+        """What the last warning about a pod says."""
+        chosen = f"involvedObject.name={pod},type=Warning"
+        events = self._json("get", "events", "--field-selector", chosen, "--sort-by", ".lastTimestamp").get("items", [])
+        useful = [event["message"] for event in events if not event["message"].startswith("Error: ImagePullBackOff")]
+        return first_line(useful[-1]) if useful else ""
+
+    def _json(self, *arguments: str) -> dict[str, Any]:
+        answer = self._kubectl(*arguments, "--output", "json").stdout
+        return json.loads(answer) if answer else {}
+
+    def _kubectl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self._command(*arguments), capture_output=True, text=True, check=False)
+
+    def _command(self, *arguments: str) -> list[str]:
+        return ["kubectl", "--server", self.server, "--namespace", self.namespace, *arguments]
+
+
+def _hopeless(pod: dict[str, Any]) -> str:
+    """Why a pod cannot start; empty where it may."""
+    states = [status.get("state", {}) for status in pod.get("status", {}).get("containerStatuses", [])]
+    reasons = [state["waiting"].get("reason", "") for state in states if "waiting" in state]
+    return next((reason for reason in reasons if reason in HOPELESS), "")
+
+
+def prepare(location: str, archive: str) -> None:
+    """Put Spark's jars and the archive of `make pack` where every node can read and keep them.
+
+    Raises:
+        HostError: Hadoop cannot write there.
+    """
+    if not urlsplit(location).scheme:
+        raise ConfigError(f"{location}: name a location that every node reaches, such as hdfs:///spark-vision")
+    with tempfile.TemporaryDirectory() as folder:
+        libraries = Path(folder, "spark.zip")
+        with zipfile.ZipFile(libraries, "w", zipfile.ZIP_STORED) as package:
+            for jar in sorted((SPARK_HOME / "jars").glob("*.jar")):
+                package.write(jar, jar.name)
+        files = [libraries.as_uri(), Path(archive).resolve().as_uri()]
+        for command in (
+            ["-mkdir", "-p", location],
+            ["-put", "-f", *files, location],
+            # YARN shares what everybody may read among the users of a node.
+            ["-chmod", "755", location],
+            ["-chmod", "644", *(f"{location}/{file.rpartition('/')[2]}" for file in files)],
+        ):
+            answer = _spark_class("org.apache.hadoop.fs.FsShell", *command)
+            if failed := [line for line in answer.splitlines() if line.startswith(f"{command[0][1:]}: ")]:
+                raise HostError(f"{location} cannot be prepared: {first_line(failed[0])}")
+    print(f"PREPARED={location} conf/yarn.sh SOURCE MODEL OUTPUT")
+
+
+def _spark_class(*arguments: str) -> str:
+    """What a class of Spark's or Hadoop's prints."""
+    environment = {**os.environ, "SPARK_HOME": str(SPARK_HOME), "SPARK_SUBMIT_OPTS": LOG}
+    command = [str(SPARK_HOME / "bin" / "spark-class"), *arguments]
+    return subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    ).stdout
+
+
+@contextlib.contextmanager
+def _spark_submit(arguments: list[str], client_level: str = "error") -> Iterator[Any]:
+    """spark-submit with its errors in a pipe; YARN's client tells at the level `info` what becomes of a run."""
+    environment = {**os.environ, "SPARK_HOME": str(SPARK_HOME)}
+    environment["SPARK_SUBMIT_OPTS"] = f"{_java_options()} -Dsubmission.level={client_level}"
+    command = [str(SPARK_HOME / "bin" / "spark-submit"), *arguments]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+
+
+def _application(arguments: list[str]) -> int:
+    """Where Spark's options end."""
+    return next(i for i, argument in enumerate(arguments) if argument.endswith("submit.py"))
+
+
+def _java_options() -> str:
+    return f"{os.environ.get('SPARK_SUBMIT_OPTS', '')} {LOG}".strip()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, RunError) else 2)
+    except KeyboardInterrupt:
+        print(redact("the run goes on in the cluster; end it there"), file=sys.stderr)
+        sys.exit(130)

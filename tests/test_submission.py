@@ -1,0 +1,259 @@
+"""conf/yarn.sh and conf/kubernetes.sh against stubs of spark-submit and kubectl: what they ask for and answer.
+
+`test_yarn.py` runs the first one on a real YARN.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from conf import submission
+from helpers.config import PROJECT, load_config, parse_assignments
+from helpers.errors import ConfigError
+from helpers.session import spark_cause
+
+LAKE = "abfss://c@a.dfs.core.windows.net"
+LOCATIONS = [f"{LAKE}/photos", f"{LAKE}/model", f"{LAKE}/out"]
+SUMMARY = '{"images": 3, "ok": 3}'
+RECORD = 'printf "%s\\n" "$@" >> "$CALLS/${0##*/}"\n'
+KUBECTL = """case "$*" in
+  *"get serviceaccount"*) [ -z "${NO_ACCOUNT:-}" ] || { echo "$NO_ACCOUNT" >&2; exit 1; } ;;
+  *"can-i create pods --as"*) echo "${DRIVER_MAY:-yes}" ;;
+  *can-i*) echo yes ;;
+  *"logs --follow"*) printf '07:00:00 2 images\\n%s\\n' "$LAST"; touch "$CALLS/ended" ;;
+  *"get pod "*) [ -e "$CALLS/ended" ] && echo "$ENDED" || echo "$BEGUN" ;;
+  *"get events"*) echo "$EVENTS" ;;
+  *config*) echo https://found:6443 ;;
+esac
+"""
+
+
+@dataclass
+class Stubs:
+    """A folder of stubs, and what they were called with."""
+
+    folder: Path
+
+    def write(self, name: str, script: str) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{RECORD}{script}")
+        path.chmod(0o755)
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Another `pyspark` than the real one stands first on Python's path, and another kubectl."""
+        given = {"CALLS": str(self.folder / "calls"), "PATH": f"{self.folder}{os.pathsep}{os.environ['PATH']}"}
+        given["PYTHONPATH"] = f"{self.folder}{os.pathsep}{PROJECT}"
+        command = ["sh", str(PROJECT / "conf" / script), *arguments]
+        environment = {**os.environ, **given, **environment}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+    def calls(self, name: str) -> list[str]:
+        path = self.folder / "calls" / name
+        return path.read_text().splitlines() if path.exists() else []
+
+
+def pod(phase: str, **state: object) -> str:
+    return json.dumps({"status": {"phase": phase, "containerStatuses": [{"state": state}]}})
+
+
+def ended(code: int) -> dict[str, str]:
+    """What a driver leaves that has run."""
+    return {"BEGUN": pod("Running"), "ENDED": pod("Succeeded", terminated={"exitCode": code}), "LAST": SUMMARY}
+
+
+@pytest.fixture
+def stubs(tmp_path, monkeypatch) -> Stubs:
+    made = Stubs(tmp_path)
+    (tmp_path / "calls").mkdir()
+    (tmp_path / "pyspark").mkdir()
+    (tmp_path / "pyspark" / "__init__.py").touch()
+    made.write("pyspark/bin/spark-submit", "exit 0\n")
+    made.write("kubectl", KUBECTL)
+    monkeypatch.setenv("IMAGE", "registry/image")
+    for name in ("API", "DEPLOY", "MASTER", "PREPARED", "ARCHIVE"):
+        monkeypatch.delenv(name, raising=False)
+    return made
+
+
+def settings_of(calls: list[str], name: str = "--conf") -> dict[str, str]:
+    return dict(value.partition("=")[::2] for option, value in pairwise(calls) if option == name)
+
+
+@pytest.mark.parametrize("recipe", ["yarn.sh", "kubernetes.sh"])
+def test_a_recipe_without_its_arguments_says_how_it_is_used(recipe):
+    answer = subprocess.run(["sh", PROJECT / "conf" / recipe], capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert f"conf/{recipe} SOURCE MODEL OUTPUT" in answer.stdout
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_driver_on_kubernetes_answers_by_its_log_and_its_exit_code(stubs, code):
+    answer = stubs.run("kubernetes.sh", *LOCATIONS, **ended(code))
+    assert (answer.returncode, answer.stdout) == (code, f"{SUMMARY}\n"), answer.stderr
+    assert "07:00:00 2 images\n" in answer.stderr and SUMMARY not in answer.stderr
+
+
+def test_a_mistake_of_the_driver_on_kubernetes_is_told_as_an_error(stubs):
+    answer = stubs.run("kubernetes.sh", *LOCATIONS, **{**ended(2), "LAST": "error: no such model"})
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr.endswith("error: no such model\n")
+
+
+def test_a_driver_that_was_killed_is_no_success(stubs):
+    killed = pod("Failed", terminated={"exitCode": 137, "reason": "OOMKilled"})
+    answer = stubs.run("kubernetes.sh", *LOCATIONS, **{**ended(0), "ENDED": killed})
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert "OOMKilled" in answer.stderr.splitlines()[-1]
+
+
+def test_settings_of_spark_and_of_the_project_may_stand_in_any_order_after_the_locations(stubs):
+    further = ["--conf", "spark.kubernetes.node.selector.disk=ssd", "--set", "pictures=3", "--conf", "spark.a=b c"]
+    assert stubs.run("kubernetes.sh", *LOCATIONS, *further, DRIVER_HEAP="3g", **ended(0)).returncode == 0
+    calls = stubs.calls("spark-submit")
+    application = calls.index("local:///opt/vision/conf/submit.py")
+    assert "--conf" not in calls[application:]
+    settings = settings_of(calls)
+    assert settings["spark.kubernetes.node.selector.disk"] == "ssd" and settings["spark.a"] == "b c"
+    assert settings["spark.driver.memory"] == "3g"
+    assert settings["spark.pyspark.driver.python"] == "/opt/vision/bin/python"
+    assert calls[calls.index("--master") + 1] == "k8s://https://found:6443"
+    chosen = [value for option, value in pairwise(calls) if option == "--set"]
+    assert chosen == ["spark.master=k8s://https://found:6443", f"paths.runs={LAKE}/out/runs", "pictures=3"]
+    assert load_config("cluster", **parse_assignments(chosen)).paths.runs == f"{LAKE}/out/runs"
+
+
+def test_dashboards_go_where_a_setting_says(stubs):
+    assert stubs.run("kubernetes.sh", *LOCATIONS, "--set", "paths.runs=/lake/runs", **ended(0)).returncode == 0
+    calls = stubs.calls("spark-submit")
+    chosen = [value for option, value in pairwise(calls) if option == "--set"]
+    assert load_config("cluster", **parse_assignments(chosen)).paths.runs == "/lake/runs"
+
+
+def test_a_missing_service_account_is_told_before_spark_starts(stubs):
+    missing = 'Error from server (NotFound): serviceaccounts "spark" not found'
+    answer = stubs.run("kubernetes.sh", *LOCATIONS, NO_ACCOUNT=missing)
+    assert answer.returncode == 2 and not stubs.calls("spark-submit")
+    assert answer.stderr.count("\n") == 1 and "kubectl create serviceaccount spark" in answer.stderr
+
+
+def test_a_missing_role_is_told_before_spark_starts(stubs):
+    answer = stubs.run("kubernetes.sh", *LOCATIONS, DRIVER_MAY="no", NAMESPACE="vision")
+    assert answer.returncode == 2 and not stubs.calls("spark-submit")
+    assert "--clusterrole=edit --serviceaccount=vision:spark" in answer.stderr
+
+
+def test_an_image_that_cannot_be_pulled_ends_the_run_and_its_pod(stubs):
+    waiting = {"BEGUN": pod("Pending", waiting={"reason": "ImagePullBackOff"})}
+    event = {"message": 'Failed to pull image "registry/image": not found'}
+    answer = stubs.run("kubernetes.sh", *LOCATIONS, **waiting, EVENTS=json.dumps({"items": [event]}))
+    assert answer.returncode == 2
+    assert event["message"] in answer.stderr.splitlines()[-1]
+    assert "delete" in stubs.calls("kubectl")
+
+
+def test_a_refusal_of_the_api_server_is_one_sentence(stubs):
+    refusal = """Exception in thread "main" io.fabric8.kubernetes.client.KubernetesClientException: Failure executing: \
+POST at: https://h:6443/api/v1/namespaces/nope/pods. Message: namespaces "nope" not found. Received status: Status(x)"""
+    stubs.write("pyspark/bin/spark-submit", f"cat >&2 <<'END'\n{refusal}\n\tat a.b(c)\nEND\nexit 1\n")
+    answer = stubs.run("kubernetes.sh", *LOCATIONS)
+    assert answer.returncode == 2
+    assert answer.stderr.splitlines()[-1].endswith(
+        'namespaces "nope" not found: create it with `kubectl create namespace`, or set NAMESPACE'
+    )
+    assert "\tat " not in answer.stderr
+
+
+def test_the_driver_on_yarn_runs_from_the_archive_too(stubs):
+    stubs.write("pyspark/bin/spark-class", "echo Log aggregation is not enabled\n")
+    stubs.write("pyspark/bin/spark-submit", "echo 'Application report for application_1_1 (state: FINISHED)' >&2\n")
+    queue = ["--conf", "spark.yarn.queue=q"]
+    answer = stubs.run("yarn.sh", *LOCATIONS, *queue, DEPLOY="cluster", PREPARED="hdfs:///p")
+    assert answer.returncode == 0, answer.stderr
+    calls = stubs.calls("spark-submit")
+    settings = settings_of(calls)
+    assert settings["spark.pyspark.python"] == settings["spark.pyspark.driver.python"] == "./environment/bin/python"
+    assert settings["spark.yarn.queue"] == "q" and settings["spark.yarn.archive"] == "hdfs:///p/spark.zip"
+    assert calls[calls.index("--archives") + 1] == "hdfs:///p/vision.tar.gz#environment"
+    assert f"paths.runs={LAKE}/out/runs" in calls
+
+
+def test_the_driver_on_this_machine_is_a_process_of_its_own_python(monkeypatch):
+    """Which keeps its answer and its errors apart, and its exit code."""
+    became = []
+
+    def become(*call):
+        became.append(call)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execve", become)
+    options = ["--master", "yarn", "--deploy-mode", "client", "--conf", "spark.pyspark.python=./environment/bin/python"]
+    with pytest.raises(SystemExit):
+        submission.main([*options, "/p/submit.py", "run", "--set", "a=b c", "--conf", "spark.x=1 2"])
+    ((python, command, environment),) = became
+    assert command == [python, "/p/submit.py", "run", "--set", "a=b c"]
+    assert shlex.split(environment["PYSPARK_SUBMIT_ARGS"]) == [*options, "--conf", "spark.x=1 2", "pyspark-shell"]
+    assert environment["PYSPARK_PYTHON"] == "./environment/bin/python"
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_the_exit_code_of_a_driver_on_yarn_is_that_of_the_run(stubs, code):
+    log = f"LogType:stderr\nLogLength:9\nLogContents:\n07:00 here\n\nEnd of LogType:stderr\n***\n\n\
+LogType:stdout\nLogLength:9\nLogContents:\n{SUMMARY}\n\nEnd of LogType:stdout\n"
+    stubs.write("pyspark/bin/spark-class", f"cat <<'END'\n{log}END\n")
+    report = f"""Application report for application_1_1 (state: FINISHED)
+12:00:00 ERROR Client: Application diagnostics message: User application exited with status {code}"""
+    stubs.write("pyspark/bin/spark-submit", f"cat >&2 <<'END'\n{report}\nEND\nexit 1\n")
+    answer = stubs.run("yarn.sh", *LOCATIONS, DEPLOY="cluster")
+    assert (answer.returncode, answer.stdout) == (code, f"{SUMMARY}\n"), answer.stderr
+    assert "07:00 here" in answer.stderr
+
+
+def test_a_driver_on_yarn_that_was_killed_is_no_success(stubs):
+    stubs.write("pyspark/bin/spark-class", "echo Log aggregation is not enabled\n")
+    report = """Application report for application_1_1 (state: KILLED)
+12:00:00 ERROR Client: Application diagnostics message: Application killed by user."""
+    stubs.write("pyspark/bin/spark-submit", f"cat >&2 <<'END'\n{report}\nEND\nexit 1\n")
+    answer = stubs.run("yarn.sh", *LOCATIONS, DEPLOY="cluster")
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert "killed by user" in answer.stderr.splitlines()[-1]
+
+
+def test_a_relative_path_is_refused_where_the_driver_runs_elsewhere(stubs):
+    answer = stubs.run("yarn.sh", "/photos", "/model", "out", DEPLOY="cluster")
+    assert answer.returncode == 2 and not stubs.calls("spark-submit")
+    assert "--output out: a relative path" in answer.stderr
+
+
+def test_a_conf_without_a_value_is_named():
+    with pytest.raises(ConfigError, match="--conf takes NAME=VALUE"):
+        submission.arranged(["--master", "yarn", "submit.py", "run", "--conf"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "An error occurred while calling None.org.apache.spark.api.java.JavaSparkContext.\n"
+            ": org.apache.spark.SparkException: External scheduler cannot be instantiated\n\tat a.b(c)\n"
+            "Caused by: a.KubernetesClientException: Failure executing: GET at: https://h/pods. Message: pods is "
+            'forbidden: it cannot get resource "pods". Received status: Status(x)\n\t... 3 more',
+            'pods is forbidden: it cannot get resource "pods": give the account the role: ',
+        ),
+        (
+            "An error occurred while calling None.org.apache.spark.api.java.JavaSparkContext.\n"
+            ": org.apache.hadoop.yarn.exceptions.YarnException: submitted to unknown queue: q\n\tat a.b(c)",
+            "submitted to unknown queue: q: name one that is there: --conf spark.yarn.queue=NAME",
+        ),
+        ("[JAVA_GATEWAY_EXITED] Java ended.\nMore of it", "[JAVA_GATEWAY_EXITED] Java ended."),
+    ],
+)
+def test_the_last_cause_of_a_failure_is_told_with_its_remedy(text, message):
+    assert spark_cause(text).startswith(message)
+    assert "\n" not in spark_cause(text)

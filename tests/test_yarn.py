@@ -1,0 +1,140 @@
+"""conf/yarn.sh on a real YARN: a ResourceManager and two NodeManagers, whose nodes have no package of ours."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+from cluster import Run
+
+from conf import pack
+from helpers import pipeline
+from helpers.config import PROJECT, load_config
+from helpers.pipeline import listing
+from studies.cluster import Process, arguments_of, wait_for
+
+HERE = Path(__file__).parent / "yarn"
+LIBRARIES = Path(sys.prefix, "yarn")  # Hadoop's, 100 MB, once per environment
+SMALL = {"EXECUTORS": "2", "CORES": "1", "HEAP": "512m", "OVERHEAD": "512m", "DRIVER_HEAP": "512m"}
+
+
+@dataclass
+class Yarn:
+    """The cluster's process, and the folder that HADOOP_CONF_DIR names."""
+
+    process: Process
+    conf: Path
+
+    def executors(self) -> list[psutil.Process]:
+        """The JVMs of the executors; containers leave the session of their cluster, but not its tree."""
+        tree = psutil.Process(self.process.popen.pid).children(recursive=True)
+        executors = [p for p in tree if any("YarnCoarseGrainedExecutorBackend" in part for part in arguments_of(p))]
+        return [p for p in executors if p.name() == "java"]
+
+    def start(self, log: Path, output: Path, *arguments: str, **settings: str) -> Run:
+        """conf/yarn.sh as a user calls it; its results are below `output`."""
+        environment = {"HADOOP_CONF_DIR": str(self.conf), **SMALL, **settings}
+        return Run(output, Process(["sh", "conf/yarn.sh", *arguments], log, environment))
+
+    def stop(self) -> None:
+        """End the cluster, and what it started."""
+        tree = psutil.Process(self.process.popen.pid).children(recursive=True)
+        self.process.popen.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.popen.wait(20)
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.kill()
+
+
+@pytest.fixture(scope="module")
+def yarn(tmp_path_factory) -> Iterator[Yarn]:
+    if not shutil.which("mvn"):
+        assert not os.environ.get("CI"), "Hadoop's libraries come by mvn, which CI must have"
+        pytest.skip("Hadoop's libraries come by mvn, which is not here")
+    if not LIBRARIES.is_dir():
+        unfinished = LIBRARIES.with_suffix(".unfinished")
+        target = f"-DoutputDirectory={unfinished}"
+        command = ["mvn", "-q", "-B", "-f", str(HERE / "pom.xml"), "dependency:copy-dependencies", target]
+        subprocess.run(command, check=True)
+        unfinished.rename(LIBRARIES)
+    folder = tmp_path_factory.mktemp("yarn")
+    conf = folder / "conf"
+    conf.mkdir()
+    opens = [f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in ("lang", "util", "io")]
+    command = ["java", *opens, "-Xmx1g", "-cp", f"{LIBRARIES}/*{os.pathsep}{HERE}", f"-Duser.dir={folder}"]
+    started = Yarn(Process([*command, str(HERE / "SmallYarn.java"), str(conf)], folder / "yarn.log"), conf)
+
+    def ready() -> bool:
+        assert started.process.popen.poll() is None, started.process.errors
+        return "ready" in started.process.answer
+
+    try:
+        wait_for("YARN", ready)
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture(scope="module")
+def prepared(yarn, tmp_path_factory) -> str:
+    """A place of the nodes' with Spark and the archive."""
+    archive = pack.pack(tmp_path_factory.mktemp("pack") / "vision.tar.gz", compression=1)
+    place = (tmp_path_factory.mktemp("prepared") / "place").as_uri()
+    environment = {**os.environ, "HADOOP_CONF_DIR": str(yarn.conf), "ARCHIVE": str(archive)}
+    command = ["sh", "conf/yarn.sh", "--prepare", place]
+    answer = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout) == (0, f"PREPARED={place} conf/yarn.sh SOURCE MODEL OUTPUT\n"), answer
+    return place
+
+
+@pytest.fixture(scope="module")
+def expected(samples, bundle_uri, tmp_path_factory) -> list[dict]:
+    """The rows of a run in one process, without Spark."""
+    config = load_config("local")
+    task = pipeline.make_task(str(samples), bundle_uri, str(tmp_path_factory.mktemp("unused")), config)
+    batches = listing.list_images(task.source, config).images.to_batches()
+    return pa.Table.from_batches(task.results(batches)).sort_by("path").to_pylist()
+
+
+def test_an_executor_that_is_killed_loses_nothing_where_the_queue_grants_half(
+    yarn, prepared, samples, bundle_uri, expected, tmp_path
+):
+    settings = ["--set", "spark.wait_seconds=15", "--set", "partitioning.partitions=16"]
+    arguments = [str(samples), bundle_uri, str(tmp_path / "out"), "--conf", "spark.yarn.queue=half", *settings]
+    run = yarn.start(tmp_path / "run.log", tmp_path / "out", *arguments, PREPARED=prepared)
+    run.wait_until_staged(2)
+    (executor,) = yarn.executors()
+    executor.kill()
+    finished = run.finish()
+    assert (finished.summary["ok"], finished.summary["failed"]) == (60, 4), finished.errors
+    assert finished.rows() == expected
+    assert "1 of 2 executors came" in finished.errors and "over 1 slots" in finished.errors
+
+
+def test_a_driver_in_the_cluster_answers_as_a_local_one_does(yarn, prepared, samples, bundle_uri, expected, tmp_path):
+    output = tmp_path / "out"
+    arguments = [str(samples), bundle_uri, str(output), "--set", "max_failed_share=0.01"]
+    finished = yarn.start(tmp_path / "run.log", output, *arguments, PREPARED=prepared, DEPLOY="cluster").finish()
+    assert finished.code == 1, finished.errors
+    assert (finished.summary["ok"], finished.summary["failed"]) == (60, 4)
+    assert finished.answer.count("\n") == 1
+    assert finished.rows() == expected
+    assert "error: 4 of 64 images failed" in finished.errors and "2 executors" not in finished.errors
+    assert list(output.glob("runs/pipeline/*/events*")), "dashboards go below the output"
+    assert not yarn.executors()
+
+
+def test_a_mistake_is_one_sentence_whether_the_driver_runs_here_or_there(yarn, prepared, samples, bundle_uri, tmp_path):
+    arguments = [str(samples), bundle_uri, str(tmp_path / "out"), "--conf", "spark.yarn.queue=nowhere"]
+    for deploy in ("client", "cluster"):
+        run = yarn.start(tmp_path / f"{deploy}.log", tmp_path / "out", *arguments, PREPARED=prepared, DEPLOY=deploy)
+        run.finish().assert_one_clear_error("unknown queue: nowhere", "--conf spark.yarn.queue=NAME")
