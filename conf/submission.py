@@ -28,13 +28,13 @@ from urllib.parse import urlsplit
 
 import pyspark
 
-from helpers.config import PROJECT
+from helpers.config import CONF
 from helpers.errors import ConfigError, HostError, RunError, UserError, first_line
 from helpers.redaction import redact
 from helpers.session import spark_cause
 
 SPARK_HOME = Path(pyspark.__file__).parent
-LOG = f"-Dlog4j2.configurationFile={(PROJECT / 'conf' / 'log4j2.properties').as_uri()}"
+LOG = f"-Dlog4j2.configurationFile={(CONF / 'log4j2.properties').as_uri()}"
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 30.0  # until a pod or an application that does not start is told of, and again
 LOGS_SECONDS = 60.0  # in which YARN has gathered the logs of an application that has ended

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
@@ -318,7 +318,7 @@ class _Run:
         self.records: list[dict[str, Any]] = []
         self.waiting: dict[str, File] = {}  # staged by a run that starts over
         self.published: list[str] = []  # files
-        self.images = self.unlisted = self.first_partition = 0
+        self.images = self.unlisted = self.first_partition = self.slots = 0
         self.skipped_errors = Counter[str]()
         self.committed_seconds = 0.0
         self.earlier: list[str] | None = None  # how predictions were distributed in the commits before this run's
@@ -335,11 +335,6 @@ class _Run:
         if not self.known:  # else there may be nothing to do
             self._warm_up()
         watch.lap("open")
-
-    @cached_property
-    def slots(self) -> int:
-        """Tasks that run at once."""
-        return get_slots(self.spark)
 
     @property
     def processed(self) -> int:
@@ -435,10 +430,9 @@ class _Run:
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(self.task.output, {**about, **watch.laps})
             if config.report and not isinstance(store, CatalogStore):
+                places = [] if self.table else [cast(Storage, self.task.source)]
                 with only_warn("the run has no page"):
-                    make_report(
-                        self.task.output, config, sources=[] if self.table else [cast(Storage, self.task.source)]
-                    )
+                    make_report(self.task.output, config, sources=places)
             watch.lap("log")
         summary = self._summarize()
         _tell_watchers(summary, {**about, **watch.laps}, config)
@@ -456,7 +450,9 @@ class _Run:
             todo: those images.
             is_last: whether no slice follows.
         """
-        plan = listing.plan(todo, self.slots, self.config, _image_seconds(self.task, self.config))
+        self.slots = get_slots(self.spark)  # executors come and go between slices
+        seconds, later = _image_seconds(self.task, self.config), expected_slots(self.spark)
+        plan = listing.plan(todo, self.slots, self.config, seconds, later)
         log.info("%s", plan)
         assigned = listing.assign(todo, plan)
         self.watch.lap("list")
