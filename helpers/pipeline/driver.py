@@ -25,7 +25,7 @@ from helpers.bundle.runtime import batch_size
 from helpers.config import Config
 from helpers.errors import RunError, StorageError, only_warn
 from helpers.partitioning import PartitionPlan
-from helpers.pipeline import listing, stages
+from helpers.pipeline import listing, sail, stages
 from helpers.pipeline.models import cascade_of, model_identity, open_models, parameters_of
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_all_by_spark, read_by_spark, reading
 from helpers.pipeline.records import Stopwatch, describe, write_record
@@ -35,7 +35,7 @@ from helpers.pipeline.sample import draw_sample, read_pictures
 from helpers.pipeline.table import File
 from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_through
 from helpers.pipeline.views import Tiling
-from helpers.session import get_slots, local_slots, spark_failure, spark_schema
+from helpers.session import get_slots, is_sail, local_slots, spark_failure, spark_schema
 from helpers.storage import open_storage
 from helpers.tracking.progress import Progress
 from helpers.tracking.tensorboard import log_run
@@ -282,7 +282,7 @@ def _start_workers(spark: "SparkSession") -> None:
     In the first run of a session all cores would wait for that after the listing; a later run finds it done.
     """
     slots = local_slots(spark)
-    if slots is not None and spark not in _started:  # on a cluster executors may come and go
+    if slots is not None and not is_sail(spark) and spark not in _started:  # on a cluster executors may come and go
         table = pa.table({"partition": pa.array(range(slots), pa.int32())})
         rows = spark.createDataFrame(table).repartitionById(slots, "partition")
         rows.mapInArrow(pass_through, rows.schema).collect()
@@ -304,7 +304,12 @@ def _run_tasks(
         with Progress(images.num_rows, partial(store.progress, task.run)):
             for part in parts:
                 numbered = replace(task, first_partition=1 + max((row.partition for row in rows), default=-1))
-                rows += part.mapInArrow(numbered, spark_schema(RECORD_SCHEMA)).collect()
+                one = (
+                    sail.OneOfFew(numbered, get_slots(spark), config.spark.task_attempts)
+                    if is_sail(spark)
+                    else numbered
+                )
+                rows += part.mapInArrow(one, spark_schema(RECORD_SCHEMA)).collect()
     except Exception as error:
         raise RunError(f"the run stopped: {spark_failure(error)}") from error
     records = [row.asDict(recursive=True) for row in rows]
@@ -312,7 +317,9 @@ def _run_tasks(
         # What Spark's reader has passed over gets its rows here: read after all, or with the error that this gives.
         left = without(images, store.rows([record["file"] for record in records]))
         log.info("the driver reads %d images that Spark has passed over", left.num_rows)
-        records += [record for batch in task(left.to_batches()) for record in batch.to_pylist()]
+        records += [
+            record for batch in replace(task, on_driver=True)(left.to_batches()) for record in batch.to_pylist()
+        ]
     peak = max((record["peak_megabytes"] for record in records), default=0)
     if peak > config.inference.memory_megabytes:
         log.warning("a task took %.0f MB, more than inference.memory_megabytes: set it higher", peak)
