@@ -45,7 +45,7 @@ class _Section(BaseModel):
 class SparkSettings(_Section):
     """How to get a Spark session on this host."""
 
-    mode: Literal["local", "connect", "cluster", "databricks"]
+    mode: Literal["local", "sail", "connect", "cluster", "databricks"]
     master: str
     app_name: str
     driver_memory: Annotated[str, Field(pattern=r"^\d+[kmgt]$")]

@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from helpers.config import CONF, PACKAGE, PROJECT, Config
@@ -62,7 +62,10 @@ OVERLAP_SECONDS = 0.5  # that two tasks last, so that they run at the same time 
 UNPACKED = "environment"  # the folder of a packed environment in an executor's working directory
 
 _told: "weakref.WeakKeyDictionary[SparkSession, int]" = weakref.WeakKeyDictionary()  # executors, where some lack
+SAIL_REMEDY = "install it with `pip install pysail==0.7.2`, or set spark.mode=local, which needs Java"
+
 _shipped: "weakref.WeakKeyDictionary[SparkSession, str]" = weakref.WeakKeyDictionary()
+_sail_slots: "weakref.WeakKeyDictionary[SparkSession, int]" = weakref.WeakKeyDictionary()  # of sessions on Sail
 
 
 def get_spark(config: Config) -> "SparkSession":
@@ -78,6 +81,8 @@ def get_spark(config: Config) -> "SparkSession":
     if config.spark.mode == "connect":
         check_answers(config.spark.master)
         builder = builder.remote(_master(config))
+    elif config.spark.mode == "sail":
+        builder = builder.remote("sc://127.0.0.1:{1}".format(*_start_sail().listening_address))
     elif config.spark.mode in ("local", "cluster"):
         builder = builder.master(_master(config))
     own_jvm = config.spark.mode in ("local", "cluster") or _is_local_connect(config)
@@ -93,6 +98,9 @@ def get_spark(config: Config) -> "SparkSession":
     except Exception as error:
         message = spark_cause(str(error).replace(config.spark.master, shown_master(config)))
         raise HostError(f"no Spark session from {shown_master(config)}: {message}") from None
+    if config.spark.mode == "sail":
+        _sail_slots[spark] = _count_slots(_local_cores(config.spark.master) or "*")
+        return spark
     if not own_jvm:
         set_where_allowed(spark, SESSION_SETTINGS)
     ship_helpers(spark)
@@ -125,13 +133,29 @@ def expected_slots(spark: "SparkSession") -> int:
 
 def local_slots(spark: "SparkSession") -> int | None:
     """Return how many tasks run at once in local mode; None on a cluster, whose size may change."""
+    if is_sail(spark):
+        return _sail_slots[spark]
     # A Connect server may run on another machine, so that its `local` is not this one's.
     remote = type(spark).__module__.startswith("pyspark.sql.connect.")
-    local = re.fullmatch(r"local(?:\[\s*(\d+|\*)\s*(?:,.*)?\])?", spark.conf.get("spark.master", "") or "")
-    if remote or local is None:
+    cores = _local_cores(spark.conf.get("spark.master", "") or "")
+    if remote or cores is None:
         return None
-    cores = count_cores() if local[1] == "*" else int(local[1] or 1)
-    return max(1, cores // int(spark.conf.get("spark.task.cpus", "1") or 1))
+    return max(1, _count_slots(cores) // int(spark.conf.get("spark.task.cpus", "1") or 1))
+
+
+def is_sail(spark: "SparkSession") -> bool:
+    """Whether tasks are threads of this process (`helpers.pipeline.sail`)."""
+    return spark in _sail_slots
+
+
+def _local_cores(master: str) -> str | None:
+    """What stands in a `local[N]`: a number or `*`; None of another master."""
+    local = re.fullmatch(r"local(?:\[\s*(\d+|\*)\s*(?:,.*)?\])?", master)
+    return (local[1] or "1") if local else None
+
+
+def _count_slots(cores: str) -> int:
+    return count_cores() if cores == "*" else int(cores)
 
 
 def count_cores() -> int:
@@ -254,7 +278,7 @@ def pack_helpers() -> Path:
     An archive that is there already is used only if it is the same, byte for byte.
     """
     content = _zip_helpers()
-    folder = user_folder() or _process_folder()
+    folder = user_folder() or process_folder()
     archive = folder / f"helpers-{hashlib.sha256(content).hexdigest()[:12]}.zip"
     if not archive.is_file() or archive.read_bytes() != content:
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unfinished:
@@ -276,7 +300,7 @@ def _zip_helpers() -> bytes:
 
 
 @functools.cache
-def _process_folder() -> Path:
+def process_folder() -> Path:
     """A folder of this process, removed when it ends."""
     folder = tempfile.mkdtemp(prefix="spark-vision-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -329,6 +353,23 @@ def _is_dynamic(spark: "SparkSession") -> bool:
 def _number(spark: "SparkSession", setting: str, default: int) -> int:
     value = spark.conf.get(setting, "") or ""
     return int(value) if value.isdigit() else default
+
+
+@functools.cache
+def _start_sail() -> Any:
+    """Sail's server, started in this process, once; it ends with its object.
+
+    Raises:
+        HostError: it is not installed.
+    """
+    try:
+        from pysail.spark import SparkConnectServer
+    except ImportError:
+        raise HostError(f"Sail is not installed: {SAIL_REMEDY}") from None
+    os.environ.setdefault("RUST_LOG", "warn")
+    server = SparkConnectServer(ip="127.0.0.1", port=0)
+    server.start(background=True)
+    return server
 
 
 def _is_local_connect(config: Config) -> bool:

@@ -5,6 +5,7 @@ Executors import this module; it needs numpy and OpenVINO only, and for NVIDIA G
 
 import gc
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
@@ -26,6 +27,8 @@ ANY = OPEN  # a graph's dimension
 REQUESTS = 2  # one batch is inferred while the next is read and decoded
 
 _models: dict[tuple[str, str, int, str], "Model"] = {}
+_loading = threading.Lock()  # tasks may be threads of one process
+_tasks = 1  # that run at once in this process
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ class Model:
             yield self._finish(*pending.popleft())
 
     def _start(self, pixels: np.ndarray) -> ov.InferRequest:
-        request = self.idle.pop() if self.idle else self.compiled.create_infer_request()
+        try:
+            request = self.idle.pop()
+        except IndexError:
+            request = self.compiled.create_infer_request()
         request.start_async({0: pixels}, share_inputs=True)
         if pixels.shape not in self.shapes:
             request.wait()  # it takes the memory for them, which decoding meanwhile is not to hold back
@@ -94,20 +100,21 @@ def get_model(
     """
     precision = precision or bundle.manifest.arithmetic
     key = (bundle.manifest.model, precision, threads, device)
-    if key not in _models:
-        kind, _, number = device.partition(".")
-        if kind == "CUDA":
-            from helpers.bundle.onnx_model import load_onnx
-
-            _models[key] = load_onnx(bundle, threads, device=int(number or 0))
-        else:
-            _models[key] = _load(bundle, precision, threads, device)
-        # Spark's workers collect garbage after every task, and walk all that was imported each time unless it is
-        # set apart: 70 ms per task.
-        gc.collect()
-        gc.freeze()
+    with _loading:
+        if key not in _models:
+            _models[key] = _load_for(bundle, precision, threads, device)
+            # Spark's workers collect garbage after every task, and walk all that was imported each time unless it is
+            # set apart: 70 ms per task.
+            gc.collect()
+            gc.freeze()
     _check_memory(bundle, memory_megabytes)
     return _models[key]
+
+
+def share(tasks: int) -> None:
+    """Have models that are loaded from now on serve so many tasks of this process at once."""
+    global _tasks
+    _tasks = tasks
 
 
 def loading_seconds() -> float:
@@ -178,8 +185,8 @@ def compile_options(precision: str, threads: int, device: str = "CPU") -> dict[s
     return {
         # On CPUs with bf16 units OpenVINO computes in bf16 unless told otherwise, whatever the file holds.
         "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads * _tasks,
+        "NUM_STREAMS": _tasks,
         # With pinning, every worker process of one thread sits on the first core.
         "ENABLE_CPU_PINNING": False,
     }
@@ -207,6 +214,15 @@ def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
             f"a task takes {resident:.0f} MB with {bundle.manifest.model} loaded, more than inference.memory_megabytes="
             f"{memory_megabytes}: set it higher, with fewer tasks at a time (spark.master=local[1]) if memory is short"
         )
+
+
+def _load_for(bundle: Bundle, precision: str, threads: int, device: str) -> Model:
+    kind, _, number = device.partition(".")
+    if kind == "CUDA":
+        from helpers.bundle.onnx_model import load_onnx
+
+        return load_onnx(bundle, threads, device=int(number or 0))
+    return _load(bundle, precision, threads, device)
 
 
 def _load(bundle: Bundle, precision: str, threads: int, device: str) -> Model:

@@ -23,9 +23,9 @@ import pyarrow as pa
 
 from helpers.bundle.runtime import batch_size
 from helpers.config import Config
-from helpers.errors import RunError, only_warn
+from helpers.errors import HostError, RunError, only_warn
 from helpers.partitioning import PartitionPlan
-from helpers.pipeline import listing, stages
+from helpers.pipeline import listing, sail, stages
 from helpers.pipeline.catalog import CatalogStore, open_output, open_results
 from helpers.pipeline.drift import Distributions
 from helpers.pipeline.known import Known
@@ -42,7 +42,7 @@ from helpers.pipeline.sources import TableSource, is_table, open_files, open_tab
 from helpers.pipeline.table import File
 from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_through
 from helpers.pipeline.views import Tiling
-from helpers.session import expected_slots, get_slots, local_slots, spark_failure, spark_schema
+from helpers.session import expected_slots, get_slots, is_sail, local_slots, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
 from helpers.tracking.mlflow import MLflow, server
 from helpers.tracking.progress import Progress
@@ -219,6 +219,8 @@ def _run(
     watch: Stopwatch,
     session_seconds: float | None,
 ) -> RunSummary:
+    if frame is not None and is_sail(spark):
+        raise HostError("a table as a source needs Spark itself: set spark.mode=local, which needs Java")
     table = None if frame is None else TableSource.of(frame, task.source, config)
     if table:
         task = replace(task, kept=table.kept)
@@ -289,7 +291,7 @@ def _start_workers(spark: "SparkSession") -> None:
     In the first run of a session all cores would wait for that after the listing; a later run finds it done.
     """
     slots = local_slots(spark)
-    if slots is not None and spark not in _started:  # on a cluster executors may come and go
+    if slots is not None and not is_sail(spark) and spark not in _started:  # on a cluster executors may come and go
         table = pa.table({"partition": pa.array(range(slots), pa.int32())})
         rows = spark.createDataFrame(table).repartitionById(slots, "partition")
         rows.mapInArrow(pass_through, rows.schema).collect()
@@ -475,7 +477,9 @@ class _Run:
         try:
             with progress:
                 for part in self._inputs(images, plan):
-                    numbered = replace(task, first_partition=first)
+                    numbered: Any = replace(task, first_partition=first)
+                    if is_sail(spark):
+                        numbered = sail.OneOfFew(numbered, self.slots, config.spark.task_attempts)
                     rows += part.mapInArrow(numbered, spark_schema(RECORD_SCHEMA)).collect()
                     first = max(first, 1 + max((row.partition for row in rows), default=-1))
         except Exception as error:
@@ -485,7 +489,7 @@ class _Run:
             # What Spark's reader has passed over gets its rows here: read after all, or with the error that this gives.
             left = without(images, store.rows([record["file"] for record in records]))
             log.info("the driver reads %d images that Spark has passed over", left.num_rows)
-            numbered = replace(task, first_partition=first)
+            numbered = replace(task, first_partition=first, on_driver=True)
             rows_left = self.table.with_kept(spark.createDataFrame(left)).toArrow() if self.table else left
             records += [record for batch in numbered(rows_left.to_batches()) for record in batch.to_pylist()]
         self.first_partition = first + 1

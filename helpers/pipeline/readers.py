@@ -21,12 +21,12 @@ from helpers.config import Config
 from helpers.errors import RunError
 from helpers.images.video import split_paths
 from helpers.partitioning import PartitionPlan
-from helpers.pipeline import stages
+from helpers.pipeline import sail, stages
 from helpers.pipeline.frames import FRAMES_SCHEMA, MEMBERS_SCHEMA, ROWS_SCHEMA, list_frames, list_members, with_frames
 from helpers.pipeline.listing import Listing, assign
 from helpers.pipeline.listing import plan as make_plan
 from helpers.pipeline.schemas import KEY_NAMES, Batches, conform
-from helpers.session import get_slots, local_slots, set_where_allowed, spark_failure, spark_schema
+from helpers.session import get_slots, is_sail, local_slots, set_where_allowed, spark_failure, spark_schema
 from helpers.storage.interface import Files
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def choose_reader(spark: "SparkSession", storage: Files, images: pa.Table, confi
 
 def planned_paths(spark: "SparkSession", images: pa.Table, plan: PartitionPlan) -> "DataFrame":
     """`ASSIGNED_SCHEMA` as a DataFrame in the plan's partitions; paths are exchanged here, bytes never."""
+    if is_sail(spark):
+        return sail.planned_paths(spark, images)
     return spark.createDataFrame(images).repartitionById(max(1, plan.partitions), "partition")
 
 

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import pyarrow as pa
@@ -99,6 +99,7 @@ class Task:
     tiling: Tiling | None = None
     cascade: Cascade | None = None
     kept: pa.Schema = pa.schema([])  # the user's columns of the source that the results have too
+    on_driver: bool = False
     first_partition: int = 0  # a run may have several jobs, whose partitions Spark counts from 0 each
 
     @property
@@ -115,9 +116,13 @@ class Task:
         """Run one partition: the input of `results` in, one row of `RECORD_SCHEMA` out (no images, no row)."""
         from pyspark import TaskContext
 
-        context = TaskContext.get()
-        partition, attempt = (context.partitionId(), context.attemptNumber()) if context else (ON_DRIVER, 0)
-        partition += self.first_partition
+        context, batches = TaskContext.get(), iter(batches)
+        partition, attempt = ON_DRIVER, 0
+        if context:
+            partition, attempt = context.partitionId() + self.first_partition, context.attemptNumber()
+        elif not self.on_driver:  # of Sail's, where the rows know it
+            first = next(batches)
+            partition, batches = first["partition"][0].as_py() + self.first_partition, chain([first], batches)
         started, clock, loaded = datetime.now(UTC), Clock(), loading_seconds()
         # The budget is of Spark's workers; the driver has much else in memory.
         memory_megabytes = self.memory_megabytes if context else None
