@@ -7,6 +7,7 @@
     models       bundles, parameters, names in the results     on the driver
     sources      tables as sources                             on the driver
     listing      which files are images, and the plan          on the driver
+    known        what of it an earlier run has found settled   on the driver
     frames       videos to frames                              in tasks, and on the driver
     readers      who reads the files                           on the driver
     stages       the stages as functions of record batches     in tasks

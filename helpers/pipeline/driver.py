@@ -6,6 +6,7 @@
 Only the DataFrame calls that Spark Connect has too are used.
 """
 
+import contextlib
 import json
 import logging
 import time
@@ -346,8 +347,8 @@ class _Run:
 
     def work_on(self, listed: Listing) -> None:
         """Do what is new in one slice, and publish it unless the run starts over."""
-        images, errors = self.known.take(listed.known)
-        self.images += images
+        count, errors = self.known.take(listed.known)
+        self.images += count
         self.skipped_errors.update(errors)
         self.unlisted = listed.left_out.get(listing.UNLISTED, 0)
         within = path_range(listed.images, listed.videos, listed.archives)
@@ -369,8 +370,9 @@ class _Run:
         # One error per image.
         skipped = dict(zip(failed["path"].to_pylist(), failed["error"].to_pylist(), strict=True))
         self.skipped_errors.update(map(error_kind, skipped.values()))
-        if listed.chunks:
-            tried = self.store.rows([record["file"] for record in records if record["failed"]])
+        # A file is gone where another run has taken it: then the commit tells nothing in any case.
+        with contextlib.suppress(FileNotFoundError):
+            tried = self.store.rows(record["file"] for record in records if record["failed"])
             failed = pa.concat_tables([failed, tried.filter(tried["error"].is_valid())])
             self.known.add(listed.chunks, images, failed)
         gone = outdated(seen.rows, images, listed.videos, listed.archives)
@@ -396,7 +398,8 @@ class _Run:
         config, watch, store = self.config, self.watch, self.store
         listing.check_any(self.images, last, self.task.source, config)
         if not config.resume:
-            self._publish(Seen(), LISTED_SCHEMA.empty_table(), self.waiting)
+            nothing = Seen()
+            self._publish(nothing, nothing.rows, self.waiting, nothing.rows)
         elif self.known.has_news:
             with only_warn("the next run has to look at all images again"):
                 store.note(self.known.tell(self.task.run), self.known.commit)
@@ -502,23 +505,11 @@ class _Run:
         images, failed = self.store.progress(self.task.run)
         return images + sum(r["images"] for r in records), failed + sum(r["failed"] for r in records)
 
-    def _publish(self, seen: Seen, todo: pa.Table, files: dict[str, File], gone: pa.Table | None = None) -> None:
-        seconds = self.watch.laps["seconds"]
-        told = self.known.tell(self.task.run)
-        parts = {} if gone is None else {"gone": gone}
-        self.published += self.store.publish(
-            Work(
-                self.task.run,
-                self.models,
-                seen,
-                todo,
-                files,
-                starts_over=not self.config.resume,
-                seconds=seconds - self.committed_seconds,
-                listed=told,
-                **parts,
-            )
-        )
+    def _publish(self, seen: Seen, todo: pa.Table, files: dict[str, File], gone: pa.Table) -> None:
+        run, seconds, over = self.task.run, self.watch.laps["seconds"], not self.config.resume
+        told = self.known.tell(run)
+        work = Work(run, self.models, seen, todo, files, gone, over, seconds - self.committed_seconds, told)
+        self.published += self.store.publish(work)
         self.committed_seconds = seconds
         self.known.told(told, seen)
 

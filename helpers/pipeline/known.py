@@ -78,12 +78,17 @@ class Known:
             failed: path and error of those with one; an image may come twice.
         """
         chunks = list(chunks)
+        if not chunks:  # another source's
+            return
         starts = np.cumsum([0, *(len(chunk.paths) for chunk in chunks)])
         paths = pa.chunked_array([chunk.paths.cast(pa.large_string()) for chunk in chunks], pa.large_string())
 
         def places(table: pa.Table) -> np.ndarray:
-            files = file_paths(table["path"]).cast(pa.large_string())
-            return np.searchsorted(starts, pc.index_in(files, paths).to_numpy(), side="right") - 1
+            positions = pc.index_in(table["path"].cast(pa.large_string()), paths)
+            if positions.null_count:  # frames and members
+                files = file_paths(table["path"]).cast(pa.large_string())
+                positions = pc.coalesce(positions, pc.index_in(files, paths))
+            return np.searchsorted(starts, positions.to_numpy(), side="right") - 1
 
         counts = np.bincount(places(images), minlength=len(chunks)).tolist()
         errors: list[dict[str, str]] = [{} for _ in chunks]

@@ -185,7 +185,7 @@ def _chunks(
     """
     kinds = _suffixes(config)
     suffixes = sum(kinds.values(), ())
-    most = min(MAX_CHUNK_FILES, config.partitioning.slice_images)
+    most, max_bytes = min(MAX_CHUNK_FILES, config.partitioning.slice_images), config.max_image_bytes
     rows = list[tuple]()
     entries = storage.list(directories=True, skip=skip, tolerant=True, outside_links=config.ingest.outside_links)
     for entry in entries:
@@ -194,7 +194,7 @@ def _chunks(
         if not unlisted and not name.endswith(suffixes):
             kind = "not followed or unreadable" if entry.error else "with another suffix"
             left_out[kind] += not entry.is_directory
-        elif any(part.startswith(".") for part in entry.path.removeprefix(storage.root).split("/")):
+        elif "/." in f"/{entry.path.removeprefix(storage.root)}":
             left_out["hidden"] += 1
         elif unlisted:
             left_out[UNLISTED] += 1
@@ -204,7 +204,7 @@ def _chunks(
             left_out[LIKE_MEMBERS] += 1
         else:
             kind = next(kind for kind, ends in kinds.items() if name.endswith(ends))
-            error = entry.error or (too_long(entry.length, config.max_image_bytes) if kind == "image" else None)
+            error = entry.error or (too_long(entry.length, max_bytes) if kind == "image" else None)
             rows.append((entry.path, entry.length, entry.modified, error, kind))
             if len(rows) == most or _ends_chunk(entry.path):
                 yield _chunk(rows)

@@ -18,8 +18,10 @@ another, and then finds their rows in the table. Three rules keep that safe:
   run's folder has a `.keep`, any run may commit it.
 - A file that a commit has removed is added by nobody again, even if it was never in the table.
 
-A run that starts over replaces the whole table. Other runs leave its folder alone (`.alone`), because its rows may
-equal those in the table and are not known to be needed.
+A run commits each slice of its images, and reads of the table the files that can hold paths of that slice. A run that
+starts over replaces the whole table, in one commit at its end: with one per slice, readers would miss the images of the
+slices to come. Other runs leave its folder alone (`.alone`), because its rows may equal those in the table and are not
+known to be needed.
 
 A plain Parquet reader of the folder never misses an image. It sees the rows of a removed file too, beside those that
 replace them, until the file is deleted: after `results.retention_days`, or at the end of the run that removed it if
@@ -186,7 +188,7 @@ class ResultStore:
             StorageError: as for `prepare`.
         """
         self.prepare()
-        self._check_models(self._newest(self._models_of), models)
+        self._newest(partial(self._check_version, models))
         self.recover(*models)
 
     def look(self, within: tuple[str, str] | None = None) -> Seen:
@@ -526,11 +528,15 @@ class ResultStore:
             except FileNotFoundError as error:
                 self._check_newer(version, error)
 
-    def _models_of(self, version: Version) -> set[str]:
-        """The models of a version's rows, as far as the log and files of which it says nothing tell."""
-        told = {model for span in version.files.values() for model in span.models or ()}
-        untold = sorted(f"{RESULTS}/{name}" for name, span in version.files.items() if span.models is None)
-        return told.union(self.rows(untold)["model"].unique().to_pylist())
+    def _check_version(self, models: Sequence[str], version: Version) -> None:
+        """Raise RunError if a version has rows of other models; by the log, and by files of which that says too little.
+
+        Those who compact a table shorten long texts in the log. What lies between a file's first and last model is
+        checked when its rows are looked at.
+        """
+        for name, span in sorted(version.files.items()):
+            if span.models is None or not set(span.models) <= set(models):
+                self._check_models(self.rows([f"{RESULTS}/{name}"])["model"].unique().to_pylist(), models)
 
     def _check_newer(self, version: Version, error: Exception) -> None:
         """Raise StorageError unless a file is gone because the table has a newer version."""
