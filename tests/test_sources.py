@@ -199,6 +199,7 @@ def test_a_dataframe_of_bytes_is_a_source(spark, model, tmp_path):
     assert all(row["length"] == len(png(is_bright(name))) for name, row in rows.items())
     (run,) = read_runs(str(tmp_path)).to_dict("records")
     assert run["images"] == 8 and run["config"]["source"]["content"] == "bytes"
+    assert run["source"] == "a DataFrame"
 
     # What has a row is not asked for again, whatever its bytes are now.
     more = contents([*NAMES, "8.png", "9.png"])

@@ -118,6 +118,7 @@ class TableSource:
     """The rows of a table as a source of images.
 
     Attributes:
+        name: what the records say of it.
         rows: the user's.
         columns: which of them are what.
         files: reads the files that rows name.
@@ -126,6 +127,7 @@ class TableSource:
         nameless: how many rows have no path or key; `list` finds out.
     """
 
+    name: str
     rows: "DataFrame"
     columns: SourceSettings
     files: Files
@@ -134,7 +136,7 @@ class TableSource:
     nameless: int = 0
 
     @classmethod
-    def of(cls, rows: "DataFrame", files: Files, config: Config) -> "TableSource":
+    def of(cls, name: str, rows: "DataFrame", files: Files, config: Config) -> "TableSource":
         """Look at a table.
 
         Raises:
@@ -145,7 +147,7 @@ class TableSource:
         for setting, expected in types.items():
             if name := getattr(columns, setting):
                 _check_column(rows, f"source.{setting}", name, expected)
-        return cls(rows, columns, files, _kept_schema(rows, columns.keep), config.max_image_bytes)
+        return cls(name, rows, columns, files, _kept_schema(rows, columns.keep), config.max_image_bytes)
 
     @property
     def key(self) -> list[str]:
