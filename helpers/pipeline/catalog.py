@@ -201,12 +201,6 @@ class CatalogStore(ResultStore):
     def vacuum(self, days: float) -> None:
         """Do nothing: the table's owner decides how long its versions can be read."""
 
-    def schema(self, number: int | None = None) -> pa.Schema:
-        """The columns of the table; `number` is of no account, because they do not change."""
-        from pyspark.sql.pandas.types import to_arrow_schema
-
-        return to_arrow_schema(self._spark.table(self._name).schema)
-
     def frame(self, number: int | None = None) -> "DataFrame":
         """The results, the newest or those of an earlier version of the table."""
         reader = self._spark.read if number is None else self._spark.read.option("versionAsOf", number)
