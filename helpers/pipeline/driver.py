@@ -354,6 +354,8 @@ class _Run:
         self.images += count
         self.skipped_errors.update(errors)
         self.unlisted = listed.left_out.get(listing.UNLISTED, 0)
+        if count:
+            log.info("%d images are as an earlier run has told, and not looked up", count)
         within = path_range(listed.images, listed.videos, listed.archives)
         if within is None:
             self.watch.lap("list")

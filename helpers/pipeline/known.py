@@ -22,7 +22,7 @@ from helpers.config import Config
 from helpers.images.boundary import LASTING
 from helpers.pipeline.listing import Chunk
 from helpers.pipeline.results import Seen
-from helpers.pipeline.rows import file_paths, is_lasting
+from helpers.pipeline.rows import file_paths, index_in, is_lasting
 from helpers.pipeline.task import error_kind
 
 MOST_CHUNKS = 4000  # 65 million files
@@ -81,13 +81,14 @@ class Known:
         if not chunks:  # another source's
             return
         starts = np.cumsum([0, *(len(chunk.paths) for chunk in chunks)])
-        paths = pa.chunked_array([chunk.paths.cast(pa.large_string()) for chunk in chunks], pa.large_string())
+        paths = pa.chunked_array([chunk.paths for chunk in chunks], pa.string())
 
         def places(table: pa.Table) -> np.ndarray:
-            positions = pc.index_in(table["path"].cast(pa.large_string()), paths)
-            if positions.null_count:  # frames and members
-                files = file_paths(table["path"]).cast(pa.large_string())
-                positions = pc.coalesce(positions, pc.index_in(files, paths))
+            if table.num_rows == len(paths) and table["path"].equals(paths):  # all are images, and this saves memory
+                return np.repeat(np.arange(len(chunks)), np.diff(starts))
+            if not table.num_rows:
+                return np.zeros(0, np.int64)
+            positions = index_in(file_paths(table["path"]), paths)
             return np.searchsorted(starts, positions.to_numpy(), side="right") - 1
 
         counts = np.bincount(places(images), minlength=len(chunks)).tolist()

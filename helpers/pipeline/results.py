@@ -266,6 +266,8 @@ class ResultStore:
     def history(self) -> list[dict[str, Any]]:
         """The runs that have changed the table, the newest first: time, run, models, images, ok, failed and version.
 
+        A run is there with each slice of its images, and the seconds that this took.
+
         Raises:
             StorageError: the table is damaged.
         """

@@ -17,6 +17,7 @@ from helpers.images.boundary import LASTING
 from helpers.images.video import split_paths
 from helpers.pipeline.schemas import ERROR, KEY, KEY_NAMES
 
+LONG_BYTES = 2**30  # of paths that are cast to a type without a limit, which copies them
 ROWS_SCHEMA = pa.schema([*KEY, ERROR, pa.field("model", pa.string()), pa.field("file", pa.string())])
 
 
@@ -58,7 +59,8 @@ def settled(rows: pa.Table, models: int = 1) -> pa.Table:
         rows: the results.
         models: of the run; an image without a settled row of each is worked on again, and all its rows are replaced.
     """
-    rows = rows.filter(pc.or_kleene(pc.is_null(rows["error"]), is_lasting(rows["error"])))
+    if rows["error"].null_count < rows.num_rows:  # else a copy is saved
+        rows = rows.filter(pc.or_kleene(pc.is_null(rows["error"]), is_lasting(rows["error"])))
     if models == 1:
         return rows
     images = pa.table([_large(rows["path"]), *(rows[name] for name in KEY_NAMES[1:])], names=KEY_NAMES)
@@ -155,6 +157,11 @@ def count_values(values: pa.ChunkedArray) -> dict[str, int]:
 
 def is_among(table: pa.Table, rows: pa.Table, key: list[str] = KEY_NAMES) -> pa.ChunkedArray:
     """Whether path, length and modification time of each row, or another key, are those of one of the others."""
+    path, *others = key
+    if pc.count_distinct(rows[path]).as_py() == rows.num_rows:  # takes a third of a join's memory
+        places = index_in(table[path], rows[path])
+        same = [pc.equal(table[name], rows[name].take(places)) for name in others]
+        return pc.fill_null(reduce(pc.and_, same, pc.is_valid(places)), False)
     positions = table.select(key).append_column("position", pa.array(range(table.num_rows), pa.int64()))
     matches = positions.join(rows.select(key), keys=key, join_type="left semi")["position"]
     return is_in(positions["position"], matches)
@@ -162,9 +169,23 @@ def is_among(table: pa.Table, rows: pa.Table, key: list[str] = KEY_NAMES) -> pa.
 
 def is_in(values: pa.ChunkedArray, others: pa.ChunkedArray) -> pa.ChunkedArray:
     """Whether each value is one of the others."""
-    if pa.types.is_string(values.type):
-        values, others = _large(values), _large(others)
+    values, others = _alike(values, others)
     return pc.is_in(values, value_set=others)
+
+
+def index_in(values: pa.ChunkedArray, others: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Where each value is first among the others; null where it is not."""
+    values, others = _alike(values, others)
+    return pc.index_in(values, value_set=others)
+
+
+def _alike(values: pa.ChunkedArray, others: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Both in a type that has no limit of 2 GiB, where they come near it or one of them has it."""
+    types = {values.type, others.type}
+    is_text = types <= {pa.string(), pa.large_string()}
+    if is_text and (len(types) > 1 or max(values.nbytes, others.nbytes) > LONG_BYTES):
+        return _large(values), _large(others)
+    return values, others
 
 
 def _large(paths: pa.ChunkedArray) -> pa.ChunkedArray:
