@@ -252,12 +252,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("run", parents=[shared], help="the four stages over every image below a location")
-    command.add_argument("--source", required=True, metavar="URI", help="folder or container of images and videos")
+    command.add_argument(
+        "--source", required=True, metavar="URI", help="folder, container or archive of images and videos, or a table"
+    )
     command.add_argument(
         "--model", required=True, action="append", metavar="URI", help="bundle, or models:/NAME@ALIAS; may repeat"
     )
     command.add_argument(
-        "--output", required=True, metavar="URI", help="where results go, as a Delta table in results/"
+        "--output", required=True, metavar="URI", help="where results go, as a Delta table in results/; or table:NAME"
     )
     command.set_defaults(command=run)
 

@@ -23,6 +23,7 @@ from helpers.config import PROJECT, Config, load_config
 from helpers.errors import ConfigError, RunError, StorageError
 from helpers.options import StorageOptions
 from helpers.pipeline.records import read_runs
+from helpers.pipeline.results import ResultStore
 from helpers.pipeline.sources import open_files
 from helpers.pipeline.task import KeptColumns
 from helpers.storage import open_storage
@@ -199,6 +200,7 @@ def test_a_dataframe_of_bytes_is_a_source(spark, model, tmp_path):
     assert all(row["length"] == len(png(is_bright(name))) for name, row in rows.items())
     (run,) = read_runs(str(tmp_path)).to_dict("records")
     assert run["images"] == 8 and run["config"]["source"]["content"] == "bytes"
+    assert run["source"] == "a DataFrame"
 
     # What has a row is not asked for again, whatever its bytes are now.
     more = contents([*NAMES, "8.png", "9.png"])
@@ -226,6 +228,19 @@ def test_bytes_whose_time_has_changed_are_worked_on_again(spark, model, tmp_path
     rows = rows_of(tmp_path)
     assert labels(rows) == {name: is_bright(name) or name == "4.png" for name in NAMES}
     assert rows["4.png"]["modified"] == times[4]
+
+
+def test_bytes_whose_run_meets_another_one_are_published_once(spark, model, tmp_path, monkeypatch):
+    publish = ResultStore.publish
+
+    def meet(store, work):
+        monkeypatch.setattr(ResultStore, "publish", publish)
+        pipeline.run_frame(spark.createDataFrame(contents(["7.png", "8.png"])), model, str(tmp_path), settings(**BYTES))
+        return publish(store, work)
+
+    monkeypatch.setattr(ResultStore, "publish", meet)
+    pipeline.run_frame(spark.createDataFrame(contents()), model, str(tmp_path), settings(**BYTES))
+    assert labels(rows_of(tmp_path)) == {name: is_bright(name) for name in [*NAMES, "8.png"]}
 
 
 def test_a_row_without_bytes_or_key_is_an_error_row_with_its_kept_columns(spark, model, tmp_path):

@@ -225,6 +225,7 @@ def test_an_old_result_that_a_slow_run_leaves_replaces_no_newer_one(delta, model
     again = delta(run, photos, model, name, staging)
     assert (again.ok, again.skipped) == (0, 8)
     assert delta(rows_of, name) == [("0.png", "bright", None), *LABELS[1:]]
+    assert delta(versions, name) == ["CREATE TABLE", "MERGE"]
 
 
 def test_what_a_killed_run_has_left_is_deleted_a_day_later(delta, model, photos, tmp_path, name):

@@ -17,6 +17,7 @@
     task         the stages fused, results written             in tasks
     results      exactly-once results                          on the driver
     table        the Delta table that they are in              on the driver
+    catalog      the same results in a table of Spark's        on the driver
     records      what a run took                               on the driver
 
 Executors import modules of this package, so importing it imports nothing.

@@ -83,7 +83,7 @@ class CatalogStore(ResultStore):
 
     def __init__(self, spark: "SparkSession", output: str, staging: Storage, kept: pa.Schema | None = None):
         super().__init__(staging, kept)
-        self._spark, self._kept, self._merged = spark, kept, set[str]()
+        self._spark, self._merged = spark, set[str]()
         name = _checked_name(output)
         self._name = ".".join(part if part[0] == "`" else f"`{part}`" for part in re.findall(PART, name))
 
@@ -181,7 +181,12 @@ class CatalogStore(ResultStore):
         if not own.num_rows:
             return 0
         self._check_models(own["model"].unique().to_pylist(), models)
-        new = own.filter(is_new(own, self.look(path_range(own)).rows, len(models)))
+        rows = self.look(path_range(own)).rows
+        newest = rows.group_by("path").aggregate([("modified", "max")])
+        own = own.join(newest, "path", join_type="left outer")
+        # A task may have outlived its driver, and a later run have seen the image as it is now.
+        late = pc.fill_null(pc.greater(own["modified_max"], own["modified"]), False)
+        new = own.filter(pc.and_(is_new(own, rows, len(models)), pc.invert(late)))
         left, picked = new, list[pa.Table]()
         for file in files:
             of_file = left.filter(pc.equal(left["file"], file))
@@ -190,22 +195,16 @@ class CatalogStore(ResultStore):
         images = pc.count_distinct(new["path"]).as_py()
         if images:
             wanted = self._spark.createDataFrame(pa.concat_tables(picked))
-            rows = self._read(new["file"].unique().to_pylist()).join(F.broadcast(wanted), ["path", FILE], "left_semi")
+            left_rows = self._read(new["file"].unique().to_pylist())
             runs = ", ".join(dict.fromkeys(file.split("/")[1] for file in files))
-            # A task may have outlived its driver, and a later run have seen the image as it is now.
-            self._merge(rows, {"run": runs, "images": images}, "AND NOT new.modified < old.modified")
+            about = {"run": runs, "images": images}
+            self._merge(left_rows.join(F.broadcast(wanted), ["path", FILE], "left_semi"), about)
             log.info("kept the results of %d images of an earlier run that did not end", images)
         self._close()
         return images
 
     def vacuum(self, days: float) -> None:
         """Do nothing: the table's owner decides how long its versions can be read."""
-
-    def schema(self, number: int | None = None) -> pa.Schema:
-        """The columns of the table; `number` is of no account, because they do not change."""
-        from pyspark.sql.pandas.types import to_arrow_schema
-
-        return to_arrow_schema(self._spark.table(self._name).schema)
 
     def frame(self, number: int | None = None) -> "DataFrame":
         """The results, the newest or those of an earlier version of the table."""
@@ -241,20 +240,19 @@ class CatalogStore(ResultStore):
         )
         return rows.withColumn(GONE, F.lit(False))
 
-    def _merge(self, rows: "DataFrame", about: dict[str, Any], condition: str = "", others: str = "") -> None:
+    def _merge(self, rows: "DataFrame", about: dict[str, Any], others: str = "") -> None:
         """Merge rows into the table in one commit, again where another run was first.
 
         Args:
             rows: of the results, with `GONE`.
             about: what the table's history tells.
-            condition: of `old` and `new` rows, for an update.
             others: what becomes of the rows in the table that have no new ones.
         """
         names = [f"`{name}`" for name in self._schema.names]
         query = f"""
             MERGE INTO {self._name} old USING {{rows}} new ON old.path = new.path AND old.model = new.model
             WHEN MATCHED AND new.{GONE} THEN DELETE
-            WHEN MATCHED {condition} THEN UPDATE SET {", ".join(f"{name} = new.{name}" for name in names)}
+            WHEN MATCHED THEN UPDATE SET {", ".join(f"{name} = new.{name}" for name in names)}
             WHEN NOT MATCHED AND NOT new.{GONE} THEN
                 INSERT ({", ".join(names)}) VALUES ({", ".join(f"new.{name}" for name in names)})
             {others}

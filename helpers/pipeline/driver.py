@@ -197,8 +197,10 @@ def run(
     """
     watch = Stopwatch()
     task = make_task(source, model, output, config)
-    frame = open_table(spark, source, config) if is_table(source, config) else None
-    return _run(spark, frame, task, output, config, watch, session_seconds)
+    table = None
+    if is_table(source, config):
+        table = TableSource.of(source, open_table(spark, source, config), task.source, config)
+    return _run(spark, task, table, output, config, watch, session_seconds)
 
 
 def run_frame(frame: "DataFrame", model: str | Sequence[str], output: str, config: Config) -> RunSummary:
@@ -207,21 +209,22 @@ def run_frame(frame: "DataFrame", model: str | Sequence[str], output: str, confi
     The rows are asked for several times, and must be the same each time. Takes and raises what `run` does.
     """
     watch = Stopwatch()
-    return _run(frame.sparkSession, frame, make_task(None, model, output, config), output, config, watch, None)
+    task = make_task(None, model, output, config)
+    table = TableSource.of("a DataFrame", frame, task.source, config)
+    return _run(frame.sparkSession, task, table, output, config, watch, None)
 
 
 def _run(
     spark: "SparkSession",
-    frame: "DataFrame | None",
     task: Task,
+    table: TableSource | None,
     output: str,
     config: Config,
     watch: Stopwatch,
     session_seconds: float | None,
 ) -> RunSummary:
-    if frame is not None and is_sail(spark):
+    if table and is_sail(spark):
         raise HostError("a table as a source needs Spark itself: set spark.mode=local, which needs Java")
-    table = None if frame is None else TableSource.of(frame, task.source, config)
     if table:
         task = replace(task, kept=table.kept)
     with ThreadPoolExecutor(1) as pool:
@@ -412,7 +415,9 @@ class _Run:
         watch.lap("publish")
         pictures: list[str] = []
         with only_warn("there are no pictures"):
-            pictures = draw_sample(self.task.output, sorted(self.published), self.task.source, config)
+            # Files are drawn, and not the bytes of a table, which Spark would have to look for.
+            files = [] if self.table and self.table.columns.content else sorted(self.published)
+            pictures = draw_sample(self.task.output, files, self.task.source, config)
         watch.lap("log")
         with only_warn("what was staged could not be removed"):
             store.unstage(self.task.run)
@@ -539,7 +544,9 @@ class _Run:
         self.known.told(listed, seen)
 
     def _describe(self) -> dict[str, Any]:
-        return describe(self.task, self.spark, self.config, self.slots, self.watch, self.records, self.session_seconds)
+        own = self.slots, self.watch, self.records, self.session_seconds
+        about = describe(self.task, self.spark, self.config, *own)
+        return about | {"source": self.table.name} if self.table else about
 
     @staticmethod
     def _distributions(records: Iterable[dict[str, Any]]) -> Distributions:

@@ -118,23 +118,27 @@ class TableSource:
     """The rows of a table as a source of images.
 
     Attributes:
+        name: what the records say of it.
         rows: the user's.
         columns: which of them are what.
         files: reads the files that rows name.
         kept: the columns for the results, as these have them.
         max_bytes: of an image.
         nameless: how many rows have no path or key; `list` finds out.
+        listed: how many rows there are, likewise.
     """
 
+    name: str
     rows: "DataFrame"
     columns: SourceSettings
     files: Files
     kept: pa.Schema
     max_bytes: int
     nameless: int = 0
+    listed: int = 0
 
     @classmethod
-    def of(cls, rows: "DataFrame", files: Files, config: Config) -> "TableSource":
+    def of(cls, name: str, rows: "DataFrame", files: Files, config: Config) -> "TableSource":
         """Look at a table.
 
         Raises:
@@ -143,9 +147,9 @@ class TableSource:
         columns = config.source
         types = {"path": "string", "content": "binary", "key": "", "modified": "timestamp"}
         for setting, expected in types.items():
-            if name := getattr(columns, setting):
-                _check_column(rows, f"source.{setting}", name, expected)
-        return cls(rows, columns, files, _kept_schema(rows, columns.keep), config.max_image_bytes)
+            if column := getattr(columns, setting):
+                _check_column(rows, f"source.{setting}", column, expected)
+        return cls(name, rows, columns, files, _kept_schema(rows, columns.keep), config.max_image_bytes)
 
     @property
     def key(self) -> list[str]:
@@ -173,7 +177,7 @@ class TableSource:
             raise RunError(f"the source cannot be read: {spark_failure(error)}") from error
         if not table.num_rows:
             raise RunError("the source is a table without rows; name another --source")
-        is_nameless, self.nameless = table["path"].is_null(), table["path"].null_count
+        is_nameless, self.nameless, self.listed = table["path"].is_null(), table["path"].null_count, table.num_rows
         if self.columns.content:
             errors = pc.if_else(is_nameless, NO_KEY, pa.scalar(None, pa.string()))
             table = table.append_column("length", pa.array([0] * table.num_rows, pa.int64()))
@@ -193,15 +197,17 @@ class TableSource:
 
         content = _column(self.rows, self.columns.content or "")
         length = F.coalesce(F.octet_length(content), F.lit(0)).cast("long")
-        too_long = (
+        over_limit = (
             f"the image has more than the {self.max_bytes} bytes that ingest.max_bytes and inference.memory_megabytes "
             "allow"
         )
         error = F.when(self._name.isNull(), NO_KEY).when(content.isNull(), NO_CONTENT)
-        error = error.when(length > self.max_bytes, too_long)
+        error = error.when(length > self.max_bytes, over_limit)
         columns = {"length": length, "modified": self._modified, "error": error}
         columns["content"] = F.when(error.isNull(), content)
         rows = self._named(**columns)
+        if images.num_rows == self.listed:
+            return rows
         wanted = self.rows.sparkSession.createDataFrame(images.select(["path"]))
         # The small side are the keys: they go to every task, and the images stay where they are read.
         return rows.join(F.broadcast(wanted), "path", "left_semi")
