@@ -28,7 +28,7 @@ from helpers.storage import open_storage
 from helpers.tracking import page as page_module
 
 HOSTILE = "<img src=x onerror=window.hacked=1>.jpg"
-HOSTILE_ERROR = "the image is </script><script>window.hacked=2</script>\u2028 damaged"
+HOSTILE_ERROR = "the image is <!--<script></script ><script>window.hacked=2</script>\u2028 damaged"
 SIZE = 320, 240
 MASK = np.zeros(SIZE[::-1], bool)
 cv2.ellipse(MASK_PIXELS := MASK.astype(np.uint8), (200, 90), (70, 40), 25, 0, 360, 1, -1)
@@ -414,6 +414,13 @@ def test_an_image_that_cannot_be_read_any_more_costs_its_thumbnail_only(tmp_path
     assert items["same"]["thumbnail"] and not items["same"]["missing"]
     assert "gone" in items["gone"]["missing"] and "320 x 240" in items["other"]["missing"]
     assert "no recorded run" in items["x"]["missing"]
+
+
+def test_thumbnails_that_take_too_long_are_left_out(output, monkeypatch):
+    monkeypatch.setattr("helpers.pipeline.report.READING_SECONDS", 0)
+    items = data_of(report(output))["sample"]["items"]
+    assert all(item["thumbnail"] is None for item in items)
+    assert sum("took too long" in (item["missing"] or "") for item in items) == 33
 
 
 def test_no_secret_is_on_the_page(tmp_path):

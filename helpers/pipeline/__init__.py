@@ -15,6 +15,9 @@
     results      exactly-once results                          on the driver
     table        the Delta table that they are in              on the driver
     records      what a run took                               on the driver
+    survey       results counted, and a sample chosen          on the driver
+    report       the page of results                           on the driver
+    exports      results in the formats of other tools         on the driver
 
 Executors import modules of this package, so importing it imports nothing.
 """

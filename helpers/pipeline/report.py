@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -47,6 +48,9 @@ PREDICTIONS_SHOWN = 100  # of an image, the most probable
 
 THUMBNAIL_BYTES = 5_500_000  # of all JPEG files; in the page a third more
 PREDICTION_BYTES = 1_500_000  # of all masks in the page, about
+READING_SECONDS = (
+    60  # until no more images are read for thumbnails: a distant storage must not hold up the end of a run
+)
 LONGEST_MASK = 20_000  # bytes of an encoded one; it takes a microsecond to read two or three
 BYTES_PER_PIXEL = 0.2  # of a JPEG file, about
 LONGEST = 224, 960  # pixels of a thumbnail's longer side, at least and at most
@@ -128,13 +132,14 @@ def _thumbnails(rows: list[Row], config: Config, sources: list[Storage], limit: 
     for row in rows:
         files.setdefault(split_member(split_path(row["path"])[0])[0], []).append(row)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        make = partial(_thumbnails_of_file, config=config, sources=sources, side=side, limit=limit)
+        end = time.monotonic() + READING_SECONDS
+        make = partial(_thumbnails_of_file, config=config, sources=sources, side=side, limit=limit, end=end)
         parts = pool.map(make, files, files.values())
         return {path: thumbnail for part in parts for path, thumbnail in part.items()}
 
 
 def _thumbnails_of_file(
-    file: str, rows: list[Row], config: Config, sources: list[Storage], side: int, limit: int
+    file: str, rows: list[Row], config: Config, sources: list[Storage], side: int, limit: int, end: float
 ) -> dict[str, Thumbnail]:
     """Thumbnails of one image, or of those in one video or archive."""
     source = next((source for source in sources if file == source.root or file.startswith(f"{source.root}/")), None)
@@ -143,11 +148,13 @@ def _thumbnails_of_file(
     by_path, thumbnails = {row["path"]: row for row in rows}, dict[str, Thumbnail]()
     keys = pa.Table.from_pylist([{name: row[name] for name in KEY_NAMES} for row in rows]).to_batches()
     limits = config.max_image_bytes, config.ingest.max_pixels
-    missing = "it was not read"
+    missing = "reading the images took too long"
     try:
-        for batch in read_images(keys, source, 1, 1, *limits):
+        for batch in read_images(keys, source, 1, 1, *limits) if time.monotonic() < end else ():
             (image,) = batch.to_pylist()
             thumbnails[image["path"]] = attempt(_thumbnail, image, by_path[image["path"]], side, limit)
+            if time.monotonic() >= end:
+                break
     except Exception as error:  # such as a refused credential: the page is worth having without pictures
         missing = first_line(error)
     return dict.fromkeys(by_path, (None, missing)) | thumbnails

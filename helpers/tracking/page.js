@@ -366,7 +366,7 @@
         });
         list.append(line);
       }
-      if (row?.left_out) list.append(make("p", { className: "muted", textContent: `${row.left_out} more, or masks of some, are in the table` }));
+      if (row?.left_out) list.append(make("p", { className: "muted", textContent: `${row.left_out} predictions or masks more are in the table` }));
       return make("div", { className: "view" }, place, list);
     }));
   }
