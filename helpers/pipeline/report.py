@@ -142,7 +142,8 @@ def _thumbnails_of_file(
     file: str, rows: list[Row], config: Config, sources: list[Storage], side: int, limit: int, end: float
 ) -> dict[str, Thumbnail]:
     """Thumbnails of one image, or of those in one video or archive."""
-    source = next((source for source in sources if file == source.root or file.startswith(f"{source.root}/")), None)
+    roots = {source.root.rstrip("/"): source for source in sources}
+    source = next((roots[root] for root in roots if file == root or file.startswith(f"{root}/")), None)
     if source is None:
         return {row["path"]: (None, "no recorded run says where this image lies") for row in rows}
     by_path, thumbnails = {row["path"]: row for row in rows}, dict[str, Thumbnail]()

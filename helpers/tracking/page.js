@@ -544,7 +544,7 @@
     options(control.left, sides.map((side, index) => [index, side.name]));
     options(control.right, [["", "none"], ...sides.map((side, index) => [index, side.name])]);
     for (const label of document.querySelectorAll(".sides")) label.hidden = sides.length < 2;
-    for (const id of ["classes", "gallery"]) element(id).hidden = !sample.total;
+    element("classes").hidden = !used.size;
     for (const id of ["stage-chart", "task-chart"]) element(id).parentElement.hidden = !data.tasks.rows.length;
   }
 
