@@ -23,10 +23,10 @@ APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo ap
 
 setup: .venv/.ready java $(CLASSES) $(DATA) $(FIRST_LOOK)
 
-.venv/.ready: requirements.txt requirements-test.txt pyproject.toml
-	@echo "== packages (several minutes the first time) =="
+.venv/.ready: requirements.txt requirements-test.txt pyproject.toml setup.py
+	@echo "== packages: 2 GB where PyTorch comes with CUDA, several minutes the first time =="
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -r requirements.txt -r requirements-test.txt --editable .
+	$(BIN)/pip install --disable-pip-version-check $$($(PYTHON) conf/torch_index.py) -r requirements-test.txt --editable .[train]
 	@# programs and studies are importable from where they lie, as helpers are
 	@printf '%s\n' "$(CURDIR)/notebooks" "$(CURDIR)/notebooks/programs" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/notebooks.pth"
 	@touch $@

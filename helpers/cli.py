@@ -18,7 +18,7 @@ from typing import NoReturn
 import numpy as np
 
 from helpers.config import Config, load_config, parse_assignments
-from helpers.errors import ConfigError, RunError, UserError, explain
+from helpers.errors import TRAIN_REMEDY, ConfigError, RunError, UserError, explain
 from helpers.redaction import Redacting, redact
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         # All but temporary files is explained where it is read or written, and their error has no name in it.
         print(f"error: {explain(error, redact(str(error.filename or 'temporary files (TMPDIR)')))}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        print(f"error: a package is not installed ({error}): {TRAIN_REMEDY}", file=sys.stderr)
     except Exception:
         print(redact(traceback.format_exc()), file=sys.stderr)
         return 1

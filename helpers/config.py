@@ -19,7 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from helpers.errors import ConfigError
 from helpers.options import StorageOptions
 
-PROJECT = Path(__file__).resolve().parent.parent
+DISTRIBUTION = "spark-vision-notebooks"
+PACKAGE = Path(__file__).resolve().parent
+INSTALLED = not (PACKAGE.parent / "conf" / "base.yaml").is_file()  # by pip, without a checkout around it
+PROJECT = Path.cwd() if INSTALLED else PACKAGE.parent  # where relative locations begin
+CONF = PACKAGE / "conf" if INSTALLED else PROJECT / "conf"
 ENVIRONMENT_PREFIX = "HELPERS_"
 SHOWN_NAME = re.compile(r"[a-z][a-z_]{0,30}(\.[a-z_]{1,30}){0,3}")
 NUMBER_PROBLEMS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
@@ -220,9 +224,9 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
 
 
 def _read_profile(name: str) -> dict[str, Any]:
-    path = PROJECT / "conf" / f"{name}.yaml"
+    path = CONF / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in (PROJECT / "conf").glob("*.yaml") if p.stem != "base")
+        known = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "base")
         raise ConfigError(f"no profile {_shown(name)} in conf/; there are {', '.join(known)}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from helpers.config import PROJECT, Config, detect_profile
-from helpers.errors import HostError, UserError
+from helpers.config import DISTRIBUTION, INSTALLED, PROJECT, Config, detect_profile
+from helpers.errors import TRAIN_REMEDY, HostError, UserError
 from helpers.java import check_java
 from helpers.session import check_answers, check_master, count_cores, find_environment, shown_master
 from helpers.storage import open_storage
 
 MINIMUM_PYTHON = (3, 11)
+ABSENT = "not installed"
+PIN = re.compile(r"^([\w.-]+)(?:\[\w+\])?==([^\s;]+)", re.MULTILINE)
 FASHION_MNIST = {"train-images-idx3-ubyte": 47_040_016, "train-labels-idx1-ubyte": 60_008}  # bytes of each file
 FASHION_MNIST |= {"t10k-images-idx3-ubyte": 7_840_016, "t10k-labels-idx1-ubyte": 10_008}
 
@@ -69,18 +71,31 @@ def _python(config: Config) -> str:
 
 
 def _packages(config: Config) -> str:
-    pins = re.findall(r"^([\w.-]+)(?:\[\w+\])?==(\S+)", (PROJECT / "requirements.txt").read_text(), re.MULTILINE)
-    wrong = [f"{name} {_version(name)} (pinned {pin})" for name, pin in pins if _version(name).split("+")[0] != pin]
-    if any("not installed" in line for line in wrong):
+    pins = _pins()
+    versions = {name: _version(name) for name, _, _ in pins}
+    wrong = [f"{name} {versions[name]} (pinned {pin})" for name, pin, _ in pins if versions[name].split("+")[0] != pin]
+    if any(versions[name] == ABSENT for name, _, train in pins if not train):
         raise UserError(f"{', '.join(wrong)}: {_install(config)}")
+    if any(version == ABSENT for version in versions.values()):
+        return f"what a run needs is installed; to train and to convert models, {TRAIN_REMEDY} ({', '.join(wrong)})"
     return f"{len(pins)} pinned packages are installed" + (f"; other versions: {', '.join(wrong)}" if wrong else "")
+
+
+def _pins() -> list[tuple[str, str, bool]]:
+    """Name and version of each required package, and whether a run does without it."""
+    if INSTALLED:
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
+        run, train = ("\n".join(line for line in lines if ("extra ==" in line) == extra) for extra in (False, True))
+    else:
+        run, _, train = (PROJECT / "requirements.txt").read_text(encoding="utf-8").partition("# Train, ")
+    return [(*pin, text is train) for text in (run, train) for pin in PIN.findall(text)]
 
 
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return ABSENT
 
 
 def _install(config: Config) -> str:

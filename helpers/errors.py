@@ -11,6 +11,7 @@ from helpers.redaction import redact
 
 log = logging.getLogger(__name__)
 
+TRAIN_REMEDY = "run `make setup`, or `pip install '.[train]'` in the project's folder"
 FULL = "the disk is full; make space and run again, what is finished is kept"
 UNSUITABLE = (
     "this file system lacks what keeps two writers apart (links, locks, whole files); name a location on another one"

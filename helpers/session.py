@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from helpers.config import PROJECT, Config
+from helpers.config import CONF, PACKAGE, PROJECT, Config
 from helpers.errors import HostError, first_line
 from helpers.java import check_java, local_options
 from helpers.redaction import redact
@@ -225,9 +225,11 @@ def _zip_helpers() -> bytes:
     """The package as a zip archive whose bytes depend on the modules' names and texts alone."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as package:
-        for file in sorted((PROJECT / "helpers").rglob("*.py")):
+        for file in sorted(PACKAGE.rglob("*.py")):
             # Without a time, which `ZipInfo` sets to 1980.
-            package.writestr(zipfile.ZipInfo(str(file.relative_to(PROJECT))), file.read_bytes(), zipfile.ZIP_DEFLATED)
+            package.writestr(
+                zipfile.ZipInfo(str(file.relative_to(PACKAGE.parent))), file.read_bytes(), zipfile.ZIP_DEFLATED
+            )
     return archive.getvalue()
 
 
@@ -264,7 +266,7 @@ def _jvm_settings(config: Config) -> dict[str, str]:
     if config.spark.mode == "cluster" and config.inference.device in ("GPU", "CUDA"):
         share = str(config.inference.gpu_share)
         gpu = {"spark.executor.resource.gpu.amount": "1", "spark.task.resource.gpu.amount": share}
-    log4j = f"-Dlog4j2.configurationFile={(PROJECT / 'conf' / 'log4j2.properties').as_uri()}"
+    log4j = f"-Dlog4j2.configurationFile={(CONF / 'log4j2.properties').as_uri()}"
     return {
         **packed,
         **gpu,

@@ -23,7 +23,7 @@ def clean_environment(monkeypatch):
 def conf(monkeypatch, tmp_path) -> Path:
     """A copy of conf/ that a test may spoil."""
     shutil.copytree(PROJECT / "conf", tmp_path / "conf")
-    monkeypatch.setattr(helpers.config, "PROJECT", tmp_path)
+    monkeypatch.setattr(helpers.config, "CONF", tmp_path / "conf")
     return tmp_path / "conf"
 
 

@@ -129,10 +129,24 @@ def test_the_repository_has_no_pictures_that_are_for_use_only():
     assert all("nbval-ignore-output" in tags(cell) for cell in cells)
 
 
+def stream(name: str, *lines: str) -> dict:
+    return {"output_type": "stream", "name": name, "text": [*lines]}
+
+
 def test_outputs_of_the_tag_are_emptied_and_others_stay():
-    cells = [{"metadata": {"tags": names}, "outputs": [1]} for names in ([outputs.TAG], [])]
+    shown = [stream("stdout", "one\n")]
+    cells = [{"metadata": {"tags": names}, "outputs": shown} for names in ([outputs.TAG], [])]
     stripped = outputs.strip({"cells": [*cells, {"metadata": {}}]})["cells"]
-    assert [cell.get("outputs") for cell in stripped] == [[], [1], None]
+    assert [cell.get("outputs") for cell in stripped] == [[], shown, None]
+
+
+def test_of_a_progress_bar_only_its_last_state_stays():
+    picture = {"output_type": "display_data", "data": {}}
+    bar = [stream("stderr", "\r", "0%"), stream("stderr", "\r", "50%"), stream("stderr", "\r100%\n", "done\n")]
+    cell = {"metadata": {}, "outputs": [stream("stdout", "a\n"), *bar, picture, picture, stream("stderr", "b\n")]}
+    (stripped,) = outputs.strip({"cells": [cell]})["cells"]
+    ended = stream("stderr", "100%\n", "done\n")
+    assert stripped["outputs"] == [stream("stdout", "a\n"), ended, picture, picture, stream("stderr", "b\n")]
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,7 @@ VALUES = [
 def conf(tmp_path, monkeypatch) -> Path:
     """A copy of the profiles, beside which a test may write one."""
     shutil.copytree(PROJECT / "conf", tmp_path / "conf")
-    monkeypatch.setattr(helpers.config, "PROJECT", tmp_path)
+    monkeypatch.setattr(helpers.config, "CONF", tmp_path / "conf")
     return tmp_path / "conf"
 
 

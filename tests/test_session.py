@@ -111,7 +111,7 @@ def temporary(monkeypatch, tmp_path) -> Path:
 @pytest.fixture
 def project(monkeypatch, tmp_path) -> Path:
     """Another project with one module."""
-    monkeypatch.setattr(session, "PROJECT", tmp_path)
+    monkeypatch.setattr(session, "PACKAGE", tmp_path / "helpers")
     (tmp_path / "helpers").mkdir()
     (tmp_path / "helpers" / "__init__.py").write_text("")
     (tmp_path / "helpers" / "one.py").write_text("VALUE = 1\n")

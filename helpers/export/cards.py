@@ -19,7 +19,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from helpers.config import PROJECT
+from helpers.config import CONF, PROJECT
 from helpers.errors import BundleError, first_line
 from helpers.images.spec import COLORS, InputSpec
 from helpers.tasks import DECODERS
@@ -27,7 +27,7 @@ from helpers.tasks import DECODERS
 if TYPE_CHECKING:
     import torch
 
-CARDS = PROJECT / "conf" / "cards"
+CARDS = CONF / "cards"
 HELP = "conf/cards/README.md explains the entries"
 # Labels in TensorFlow's text format: items with an id and a name, of which the one for people to read is preferred.
 ITEM = re.compile(r"\bitem\s*\{([^}]*)\}")
