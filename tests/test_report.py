@@ -423,6 +423,13 @@ def test_thumbnails_that_take_too_long_are_left_out(output, monkeypatch):
     assert sum("took too long" in (item["missing"] or "") for item in items) == 33
 
 
+def test_a_run_that_has_not_ended_has_the_seconds_that_it_has_taken(tmp_path):
+    rows = [row("/p/x.jpg", SIZE, [])]
+    nulls = {"seconds": None, "publish_seconds": None, "log_seconds": None, "open_seconds": 2.0}
+    tiles = dict(data_of(report(pages.write_output(tmp_path / "output", rows, "/p", **nulls)))["tiles"][3:])
+    assert tiles == {"images per second": pytest.approx(1 / 6), "seconds": 9}
+
+
 def test_no_secret_is_on_the_page(tmp_path):
     secret = "sv=2026&sig=c2VjcmV0LXNpZ25hdHVyZS1vZi1hLXNhcw%3D%3D"
     rows = [row(f"abfss://c@a.dfs.core.windows.net/x/1.jpg?{secret}", None, None, f"the file is gone: ?{secret}")]

@@ -217,14 +217,13 @@ def run(
             with only_warn("the run has no dashboard", "set paths.runs to a place that can be written"):
                 place = open_storage(f"{config.paths.runs}/pipeline/{task.run}", config)
                 log_run(place, {**about, **watch.laps}, records, STAGES, read_pictures(task.output, pictures))
+            if config.report:
+                with only_warn("the run has no page"):
+                    make_report(task.output, config, sources=[task.source])
         watch.lap("log")
         if records:
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(task.output, {**about, **watch.laps})
-            if config.report:
-                with only_warn("the run has no page"):
-                    make_report(task.output, config, sources=[task.source])
-            watch.lap("log")
     unlisted = listed.left_out.get(listing.UNLISTED, 0)
     return _summarize(images, records, seconds, watch.laps["seconds"], store, settled_rows, unlisted)
 

@@ -30,7 +30,7 @@ from helpers.images.drawing import DRAWN_SCORE
 from helpers.images.spec import InputSpec
 from helpers.images.video import split_path
 from helpers.pipeline.reading import read_images
-from helpers.pipeline.records import read_runs
+from helpers.pipeline.records import PHASES, read_runs
 from helpers.pipeline.results import REPORT, ResultStore
 from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.survey import BANDS, Survey
@@ -243,7 +243,8 @@ def _data(survey: Survey, outputs: list[Storage], runs: pd.DataFrame, items: lis
         common, differing = survey.differing()
         tiles += [["images in both", common], ["of these with other classes", differing]]
     if newest is not None:
-        tiles += [["images per second", newest["images"] / newest["pass_seconds"]], ["seconds", newest["seconds"]]]
+        cells = dict(zip([name for name, _ in RUN_COLUMNS], _run_cells(newest), strict=True))
+        tiles += [[name, cells[name]] for name in ("images per second", "seconds")]
     tasks = pd.DataFrame() if newest is None else _tasks(outputs[0], newest)
     errors = [
         {"side": number, "reason": redact(reason), "count": count, "examples": list(map(redact, side.examples[reason]))}
@@ -341,13 +342,15 @@ def _task_rows(tasks: pd.DataFrame) -> list[Row]:
 
 def _run_cells(run: pd.Series) -> list[Any]:
     """A row of the table of runs, as `RUN_COLUMNS` says."""
-    seconds, passed = run["seconds"], run["pass_seconds"]
+    passed = run["pass_seconds"]
+    # A run that writes the page has not ended yet.
+    seconds = np.nansum(run[PHASES[1:-1]].to_numpy(float)) if pd.isna(run["seconds"]) else run["seconds"]
     return [
         f"{run['started']:%Y-%m-%d %H:%M}",
         run["images"],
         run["failed"],
-        run["images"] / passed if passed else None,
-        None if pd.isna(seconds) else seconds,
+        run["images"] / passed if passed > 0 else None,
+        float(seconds),
         run["slots"],
         run["retries"],
         redact(run["source"]),
