@@ -510,6 +510,23 @@ def test_large_masks_are_made_smaller_or_left_out_and_the_page_stays_small(tmp_p
         assert small.shape == (168, 224) and np.mean(small == expected) > 0.99
 
 
+def test_a_page_of_as_many_images_and_predictions_as_there_may_be_stays_small(tmp_path):
+    folder, noise = tmp_path / "photographs", np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
+    content, points = cv2.imencode(".jpg", noise)[1].tobytes(), [(100.25, 200.75, 0.53)] * 17
+    found = [prediction(0, 0.9, (123.4, 123.4, 223.4, 323.4), None, points)] * 100
+    folder.mkdir()
+    rows = []
+    for number in range(300):
+        path = folder / f"{number}.jpg"
+        path.write_bytes(content)
+        rows.append(row(path, (640, 480), found))
+    page = report(pages.write_output(tmp_path / "output", rows, str(folder)))
+    assert page.stat().st_size < 10_000_000
+    items = data_of(page)["sample"]["items"]
+    assert len(items) == 200 and all(item["thumbnail"] for item in items)
+    assert all(0 < len(item["rows"][0]["predictions"]) == 100 - item["rows"][0]["left_out"] for item in items)
+
+
 def test_the_command_writes_the_page_and_says_where(output, tmp_path, capsys):
     assert main(["report", str(output)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"report": str(output / PAGE)}

@@ -47,14 +47,16 @@ TASKS_SHOWN = 2000
 PREDICTIONS_SHOWN = 100  # of an image, the most probable
 
 THUMBNAIL_BYTES = 5_500_000  # of all JPEG files; in the page a third more
-PREDICTION_BYTES = 1_500_000  # of all masks in the page, about
+PREDICTION_BYTES = 1_500_000  # of all predictions in the page, about
+PREDICTION_LENGTH, NUMBER_LENGTH = 48, 7  # bytes of one without mask and keypoints, and of a keypoint's number
 READING_SECONDS = (
     60  # until no more images are read for thumbnails: a distant storage must not hold up the end of a run
 )
 LONGEST_MASK = 20_000  # bytes of an encoded one; it takes a microsecond to read two or three
 BYTES_PER_PIXEL = 0.2  # of a JPEG file, about
 LONGEST = 224, 960  # pixels of a thumbnail's longer side, at least and at most
-QUALITIES = 82, 60, 40  # of JPEG, the first whose file is short enough
+# Share of a thumbnail's sides, and quality of JPEG: the first whose file is short enough. Noise hardly can be compressed.
+ATTEMPTS = (1, 82), (1, 60), (1, 40), (0.5, 60), (0.25, 60)
 
 RUN_COLUMNS = [
     ["started", ""],
@@ -166,14 +168,14 @@ def _thumbnail(image: Row, row: Row, side: int, limit: int) -> str:
     if image["error"] is not None:
         raise UnreadableImageError(image["error"])
     size = row["width"], row["height"]
-    (width, height), target = (_fitted(size, pixels) for pixels in (2 * side, side))
+    width, height = _fitted(size, 2 * side)
     spec = InputSpec(height, width, "bgr", (), (), scaled_decoding=1.0)
     pixels, original = load(image["content"], spec, max_pixels=size[0] * size[1])
     if original != size:
         raise UnreadableImageError(f"it does not have the {size[0]} x {size[1]} pixels of its row any more")
-    pixels = cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
-    for quality in QUALITIES:
-        encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+    for share, quality in ATTEMPTS:
+        small = cv2.resize(pixels, _fitted(size, round(share * side)), interpolation=cv2.INTER_AREA)
+        encoded = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
         if len(encoded) <= limit:
             return f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
     raise UnreadableImageError("its thumbnail would be too long for this page")
@@ -186,32 +188,27 @@ def _fitted(size: tuple[int, int], longest: int) -> tuple[int, int]:
 
 
 def _shown(row: Row, classes: dict[str, int], limit: int) -> Row:
-    """A row as the page shows it; its masks take no more bytes than the limit, about."""
+    """A row as the page shows it, in no more bytes than the limit, about; what is most probable comes first."""
     found = sorted(row["predictions"] or [], key=lambda prediction: -_finite(prediction["score"]))
-    best, masks, length = found[:PREDICTIONS_SHOWN], [], 0
-    for prediction in best:  # the most probable has its mask first
-        mask = _fitting(prediction["mask"], limit - length)
-        masks.append(mask)
-        length += len(mask["counts"]) if mask else 0
-    masks_left_out = sum(
-        mask is None and prediction["mask"] is not None for mask, prediction in zip(masks, best, strict=True)
-    )
+    shown: list[list[Any]] = []
+    masks_left_out = 0
+    for prediction in found[:PREDICTIONS_SHOWN]:
+        box = prediction["box"] and [_finite(prediction["box"][name], 1) for name in ("x1", "y1", "x2", "y2")]
+        points = [_finite(point[name], 2) for point in prediction["keypoints"] or [] for name in ("x", "y", "score")]
+        number = classes[prediction["label"] or f"class {prediction['class_id']}"]
+        limit -= PREDICTION_LENGTH + NUMBER_LENGTH * len(points)
+        if limit < 0 and shown:
+            break
+        mask = _fitting(prediction["mask"], limit)
+        limit -= len(mask["counts"]) if mask else 0
+        masks_left_out += mask is None and prediction["mask"] is not None
+        shown.append([number, _finite(prediction["score"], 4), box, mask, points or None])
     return {
         "width": row["width"],
         "height": row["height"],
         "error": row["error"] and redact(row["error"]),
-        "left_out": len(found) - len(best) + masks_left_out,
-        "predictions": [
-            [
-                classes[prediction["label"] or f"class {prediction['class_id']}"],
-                _finite(prediction["score"], 4),
-                prediction["box"] and [_finite(prediction["box"][name], 1) for name in ("x1", "y1", "x2", "y2")],
-                mask,
-                prediction["keypoints"]
-                and [_finite(point[name], 2) for point in prediction["keypoints"] for name in ("x", "y", "score")],
-            ]
-            for prediction, mask in zip(best, masks, strict=True)
-        ],
+        "left_out": len(found) - len(shown) + masks_left_out,
+        "predictions": shown,
     }
 
 
