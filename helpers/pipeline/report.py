@@ -55,7 +55,7 @@ READING_SECONDS = (
 LONGEST_MASK = 20_000  # bytes of an encoded one; it takes a microsecond to read two or three
 BYTES_PER_PIXEL = 0.2  # of a JPEG file, about
 LONGEST = 224, 960  # pixels of a thumbnail's longer side, at least and at most
-# Share of a thumbnail's sides, and quality of JPEG: the first whose file is short enough. Noise hardly can be compressed.
+# Share of a thumbnail's sides, and quality of JPEG: the first whose file is short enough; noise makes long ones.
 ATTEMPTS = (1, 82), (1, 60), (1, 40), (0.5, 60), (0.25, 60)
 
 RUN_COLUMNS = [
