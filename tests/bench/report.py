@@ -3,7 +3,8 @@
     PYTHONPATH=notebooks:tests .venv/bin/python tests/bench/report.py [--images 100000]
 
 The results are made: 8 detections with masks per image, of 80 classes of which some are rare. One image in a hundred
-has an error, and a file has 1,000 rows; after ten files the same come again. The images are links to four photographs of 1920 x 1080 pixels.
+has an error, and a file has 1,000 rows; after ten files the same come again. The images are links to four photographs
+of 1920 x 1080 pixels.
 """
 
 import argparse
