@@ -336,6 +336,22 @@ def test_without_the_library_of_charts_there_are_tables(browser, output, monkeyp
     assert names(shown) == ["bird.jpg"]
 
 
+def test_the_library_of_charts_is_made_once_for_all_processes(tmp_path, monkeypatch):
+    import vl_convert
+
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    made = page_module._charts.__wrapped__()
+    assert made.startswith("/* Vega") and "window.vegaEmbed" in made
+    monkeypatch.setattr(vl_convert, "javascript_bundle", lambda *_: pytest.fail("made again"))
+    assert page_module._charts.__wrapped__() == made
+    (kept,) = folder.rglob("*.js")
+    kept.unlink()
+    with pytest.raises(pytest.fail.Exception):
+        page_module._charts.__wrapped__()
+
+
 @pytest.fixture(scope="module")
 def compared(output, tmp_path_factory) -> Path:
     """The output against another one: of one image it finds a dog more, of one another place, of one nothing."""
