@@ -22,5 +22,5 @@ setup(
     extras_require={"train": pins(SECOND + train)},
     packages=[*find_packages(include=["helpers*"]), "helpers.conf"],
     package_dir={"helpers.conf": "conf"},
-    package_data={"helpers.conf": ["*.yaml", "*.properties", "cards/*"]},
+    package_data={"helpers.conf": ["*.yaml", "*.properties", "cards/*"], "helpers.tracking": ["page.*"]},
 )

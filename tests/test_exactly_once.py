@@ -146,7 +146,7 @@ def test_two_runs_at_the_same_time_share_the_images_and_leave_each_once(story):
 
 
 def test_two_runs_at_the_same_time_leave_no_traces_of_work(story):
-    assert {path.name for path in story.finished.output.iterdir()} == {"results", "runs"}
+    assert {path.name for path in story.finished.output.iterdir()} == {"report", "results", "runs"}
 
 
 def test_a_reader_never_sees_a_broken_file_or_an_image_twice(story):

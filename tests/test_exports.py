@@ -175,6 +175,8 @@ def test_a_selection_is_by_class_label_or_number_and_by_score(output, tmp_path, 
     assert not caplog.text
     assert export(output, "csv", tmp_path / "a.csv", classes=("wolf",))["predictions"] == 0
     assert "wolf" in caplog.text and "cat, dog" in caplog.text
+    with pytest.raises(ConfigError, match="no format voc; take csv, coco"):
+        export(output, "voc", tmp_path / "a")
     with pytest.raises(ConfigError, match="--min-score"):
         export(output, "csv", tmp_path / "a.csv", min_score=2)
 

@@ -166,7 +166,7 @@ def test_records_of_the_tasks_add_up(finished):
 
 
 def test_a_run_leaves_results_and_no_traces_of_work(finished):
-    assert {path.name for path in finished.output.iterdir()} == {"results", "pictures", "runs"}
+    assert {path.name for path in finished.output.iterdir()} == {"results", "pictures", "report", "runs"}
     names = {path.name for path in (finished.output / "results").iterdir()} - {"_delta_log"}
     assert names and all(re.fullmatch(r"[\w-]+\.parquet", name) for name in names)
 
@@ -508,7 +508,7 @@ def full_disk(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("how", [in_the_folders_place, full_disk])
-@pytest.mark.parametrize("what", ["pictures", "runs", "dashboards"])
+@pytest.mark.parametrize("what", ["pictures", "report", "runs", "dashboards"])
 def test_what_cannot_be_written_beside_the_results_is_a_warning(
     spark, photos, bundle_uri, tmp_path, caplog, monkeypatch, what, how
 ):
@@ -519,7 +519,7 @@ def test_what_cannot_be_written_beside_the_results_is_a_warning(
     summary = pipeline.run(spark, str(photos), bundle_uri, str(output), config)
     assert summary.ok == len(rows_of(output)) > 0
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    said = {"pictures": "no picture", "runs": "record", "dashboards": "set paths.runs"}[what]
+    said = {"pictures": "no picture", "report": "no page", "runs": "record", "dashboards": "set paths.runs"}[what]
     assert any(said in warning and re.search("file is where|disk is full|No space", warning) for warning in warnings)
     assert not (output / "_staging").exists()
 

@@ -28,7 +28,7 @@ from helpers.storage import open_storage
 from helpers.tracking import page as page_module
 
 HOSTILE = "<img src=x onerror=window.hacked=1>.jpg"
-HOSTILE_ERROR = "the image is </script><script>window.hacked=2</script>\u2028 damaged"
+HOSTILE_ERROR = "the image is <!--<script></script ><script>window.hacked=2</script>\u2028 damaged"
 SIZE = 320, 240
 MASK = np.zeros(SIZE[::-1], bool)
 cv2.ellipse(MASK_PIXELS := MASK.astype(np.uint8), (200, 90), (70, 40), 25, 0, 360, 1, -1)
@@ -336,6 +336,22 @@ def test_without_the_library_of_charts_there_are_tables(browser, output, monkeyp
     assert names(shown) == ["bird.jpg"]
 
 
+def test_the_library_of_charts_is_made_once_for_all_processes(tmp_path, monkeypatch):
+    import vl_convert
+
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    made = page_module._charts.__wrapped__()
+    assert made.startswith("/* Vega") and "window.vegaEmbed" in made
+    monkeypatch.setattr(vl_convert, "javascript_bundle", lambda *_: pytest.fail("made again"))
+    assert page_module._charts.__wrapped__() == made
+    (kept,) = folder.rglob("*.js")
+    kept.unlink()
+    with pytest.raises(pytest.fail.Exception):
+        page_module._charts.__wrapped__()
+
+
 @pytest.fixture(scope="module")
 def compared(output, tmp_path_factory) -> Path:
     """The output against another one: of one image it finds a dog more, of one another place, of one nothing."""
@@ -371,7 +387,7 @@ def test_against_another_output_the_page_shows_what_one_finds_and_the_other_does
     shown.find_element(By.CLASS_NAME, "card").click()
     views = shown.find_elements(By.CLASS_NAME, "view")
     assert ["only here" in view.text for view in views] == [False, True]
-    assert all(model in view.text for model, view in zip((pages.MODEL, "yolact-int8"), views, strict=True))
+    assert all(model in view.text for model, view in zip(("yolact-fp32", "yolact-int8"), views, strict=True))
 
 
 def test_a_comparison_counts_the_images_with_other_classes(compared):
@@ -414,6 +430,20 @@ def test_an_image_that_cannot_be_read_any_more_costs_its_thumbnail_only(tmp_path
     assert items["same"]["thumbnail"] and not items["same"]["missing"]
     assert "gone" in items["gone"]["missing"] and "320 x 240" in items["other"]["missing"]
     assert "no recorded run" in items["x"]["missing"]
+
+
+def test_thumbnails_that_take_too_long_are_left_out(output, monkeypatch):
+    monkeypatch.setattr("helpers.pipeline.report.READING_SECONDS", 0)
+    items = data_of(report(output))["sample"]["items"]
+    assert all(item["thumbnail"] is None for item in items)
+    assert sum("took too long" in (item["missing"] or "") for item in items) == 33
+
+
+def test_a_run_that_has_not_ended_has_the_seconds_that_it_has_taken(tmp_path):
+    rows = [row("/p/x.jpg", SIZE, [])]
+    nulls = {"seconds": None, "publish_seconds": None, "log_seconds": None, "open_seconds": 2.0}
+    tiles = dict(data_of(report(pages.write_output(tmp_path / "output", rows, "/p", **nulls)))["tiles"][3:])
+    assert tiles == {"images per second": pytest.approx(1 / 6), "seconds": 9}
 
 
 def test_no_secret_is_on_the_page(tmp_path):
@@ -494,6 +524,23 @@ def test_large_masks_are_made_smaller_or_left_out_and_the_page_stays_small(tmp_p
         small = rle.decode(first[3])
         expected = cv2.resize(round_mask, small.shape[::-1], interpolation=cv2.INTER_NEAREST)
         assert small.shape == (168, 224) and np.mean(small == expected) > 0.99
+
+
+def test_a_page_of_as_many_images_and_predictions_as_there_may_be_stays_small(tmp_path):
+    folder, noise = tmp_path / "photographs", np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
+    content, points = cv2.imencode(".jpg", noise)[1].tobytes(), [(100.25, 200.75, 0.53)] * 17
+    found = [prediction(0, 0.9, (123.4, 123.4, 223.4, 323.4), None, points)] * 100
+    folder.mkdir()
+    rows = []
+    for number in range(300):
+        path = folder / f"{number}.jpg"
+        path.write_bytes(content)
+        rows.append(row(path, (640, 480), found))
+    page = report(pages.write_output(tmp_path / "output", rows, str(folder)))
+    assert page.stat().st_size < 10_000_000
+    items = data_of(page)["sample"]["items"]
+    assert len(items) == 200 and all(item["thumbnail"] for item in items)
+    assert all(0 < len(item["rows"][0]["predictions"]) == 100 - item["rows"][0]["left_out"] for item in items)
 
 
 def test_the_command_writes_the_page_and_says_where(output, tmp_path, capsys):

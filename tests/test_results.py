@@ -197,7 +197,7 @@ def test_more_paths_than_an_array_holds_are_looked_up():
 
 def test_what_writers_that_were_killed_left_is_removed_and_nothing_else(store):
     publish(store, stage(store, "run1", 0, table("a")))
-    left = [f"{folder}/.{uuid.uuid4().hex}.tmp" for folder in ("results", "pictures", "runs")]
+    left = [f"{folder}/.{uuid.uuid4().hex}.tmp" for folder in ("results", "pictures", "report", "runs")]
     others = ["results/.DS_Store", "pictures/notes.tmp", "runs/.notes.tmp", f"notes/.{uuid.uuid4().hex}.tmp"]
     others += [f"runs/below/.{uuid.uuid4().hex}.tmp", f".{uuid.uuid4().hex}.tmp"]
     for path in (*left, *others):

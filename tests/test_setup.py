@@ -88,8 +88,11 @@ def test_a_run_needs_no_package_of_the_extra(alone, bundle_uri, samples, tmp_pat
     assert ended.returncode == 0, ended.stderr
     summary = json.loads(ended.stdout.splitlines()[-1])
     assert summary["images"] == 64 and summary["ok"] == 60
-    assert not re.search("Traceback|has no (dashboard|record)|No module", ended.stderr), ended.stderr
+    assert not re.search("Traceback|has no (dashboard|record|page)|tables instead|No module", ended.stderr), (
+        ended.stderr
+    )
     assert alone("history", tmp_path).returncode == 0
+    assert "window.vegaEmbed" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_the_extra_is_named_where_a_command_needs_it(alone, tmp_path):

@@ -19,6 +19,9 @@
     table        the Delta table that they are in              on the driver
     catalog      the same results in a table of Spark's        on the driver
     records      what a run took                               on the driver
+    survey       results counted, and a sample chosen          on the driver
+    report       the page of results                           on the driver
+    exports      results in the formats of other tools         on the driver
 
 Executors import modules of this package, so importing it imports nothing.
 """

@@ -435,14 +435,13 @@ class _Run:
                 for writer in filter(None, (board, self.tracked)):
                     shown = read_pictures(self.task.output, pictures)
                     log_run(writer, {**about, **watch.laps}, self.records, STAGES, shown)
-            watch.lap("log")
-            with only_warn("the record of the run lacks its last seconds"):
-                write_record(self.task.output, {**about, **watch.laps})
             if config.report and not isinstance(store, CatalogStore):
                 places = [] if self.table else [cast(Storage, self.task.source)]
                 with only_warn("the run has no page"):
                     make_report(self.task.output, config, sources=places)
             watch.lap("log")
+            with only_warn("the record of the run lacks its last seconds"):
+                write_record(self.task.output, {**about, **watch.laps})
         summary = self._summarize()
         _tell_watchers(summary, {**about, **watch.laps}, config)
         return summary

@@ -84,6 +84,8 @@ def export_results(output: Storage, kind: str, target: str, selection: Selection
         RunError: there are no results of that model, or their predictions have no boxes, which the format needs.
         StorageError: a location cannot be used.
     """
+    if kind not in ("csv", *WRITERS):
+        raise ConfigError(f"there is no format {kind}; take csv, {', '.join(WRITERS)}")
     if not 0 <= selection.min_score <= 1:
         raise ConfigError("--min-score is not a number from 0 to 1")
     counts = {"images": 0, "predictions": 0}

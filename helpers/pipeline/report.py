@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ from helpers.images.drawing import DRAWN_SCORE
 from helpers.images.spec import InputSpec
 from helpers.images.video import split_path
 from helpers.pipeline.reading import read_images
-from helpers.pipeline.records import read_runs
+from helpers.pipeline.records import PHASES, read_runs
 from helpers.pipeline.results import REPORT, ResultStore
 from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.survey import BANDS, Survey
@@ -46,11 +47,16 @@ TASKS_SHOWN = 2000
 PREDICTIONS_SHOWN = 100  # of an image, the most probable
 
 THUMBNAIL_BYTES = 5_500_000  # of all JPEG files; in the page a third more
-PREDICTION_BYTES = 1_500_000  # of all masks in the page, about
+PREDICTION_BYTES = 1_500_000  # of all predictions in the page, about
+PREDICTION_LENGTH, NUMBER_LENGTH = 48, 7  # bytes of one without mask and keypoints, and of a keypoint's number
+READING_SECONDS = (
+    60  # until no more images are read for thumbnails: a distant storage must not hold up the end of a run
+)
 LONGEST_MASK = 20_000  # bytes of an encoded one; it takes a microsecond to read two or three
 BYTES_PER_PIXEL = 0.2  # of a JPEG file, about
 LONGEST = 224, 960  # pixels of a thumbnail's longer side, at least and at most
-QUALITIES = 82, 60, 40  # of JPEG, the first whose file is short enough
+# Share of a thumbnail's sides, and quality of JPEG: the first whose file is short enough; noise makes long ones.
+ATTEMPTS = (1, 82), (1, 60), (1, 40), (0.5, 60), (0.25, 60)
 
 RUN_COLUMNS = [
     ["started", ""],
@@ -128,26 +134,30 @@ def _thumbnails(rows: list[Row], config: Config, sources: list[Storage], limit: 
     for row in rows:
         files.setdefault(split_member(split_path(row["path"])[0])[0], []).append(row)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        make = partial(_thumbnails_of_file, config=config, sources=sources, side=side, limit=limit)
+        end = time.monotonic() + READING_SECONDS
+        make = partial(_thumbnails_of_file, config=config, sources=sources, side=side, limit=limit, end=end)
         parts = pool.map(make, files, files.values())
         return {path: thumbnail for part in parts for path, thumbnail in part.items()}
 
 
 def _thumbnails_of_file(
-    file: str, rows: list[Row], config: Config, sources: list[Storage], side: int, limit: int
+    file: str, rows: list[Row], config: Config, sources: list[Storage], side: int, limit: int, end: float
 ) -> dict[str, Thumbnail]:
     """Thumbnails of one image, or of those in one video or archive."""
-    source = next((source for source in sources if file == source.root or file.startswith(f"{source.root}/")), None)
+    roots = {source.root.rstrip("/"): source for source in sources}
+    source = next((roots[root] for root in roots if file == root or file.startswith(f"{root}/")), None)
     if source is None:
         return {row["path"]: (None, "no recorded run says where this image lies") for row in rows}
     by_path, thumbnails = {row["path"]: row for row in rows}, dict[str, Thumbnail]()
     keys = pa.Table.from_pylist([{name: row[name] for name in KEY_NAMES} for row in rows]).to_batches()
     limits = config.max_image_bytes, config.ingest.max_pixels
-    missing = "it was not read"
+    missing = "reading the images took too long"
     try:
-        for batch in read_images(keys, source, 1, 1, *limits):
+        for batch in read_images(keys, source, 1, 1, *limits) if time.monotonic() < end else ():
             (image,) = batch.to_pylist()
             thumbnails[image["path"]] = attempt(_thumbnail, image, by_path[image["path"]], side, limit)
+            if time.monotonic() >= end:
+                break
     except Exception as error:  # such as a refused credential: the page is worth having without pictures
         missing = first_line(error)
     return dict.fromkeys(by_path, (None, missing)) | thumbnails
@@ -158,14 +168,14 @@ def _thumbnail(image: Row, row: Row, side: int, limit: int) -> str:
     if image["error"] is not None:
         raise UnreadableImageError(image["error"])
     size = row["width"], row["height"]
-    (width, height), target = (_fitted(size, pixels) for pixels in (2 * side, side))
+    width, height = _fitted(size, 2 * side)
     spec = InputSpec(height, width, "bgr", (), (), scaled_decoding=1.0)
     pixels, original = load(image["content"], spec, max_pixels=size[0] * size[1])
     if original != size:
         raise UnreadableImageError(f"it does not have the {size[0]} x {size[1]} pixels of its row any more")
-    pixels = cv2.resize(pixels, target, interpolation=cv2.INTER_AREA)
-    for quality in QUALITIES:
-        encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+    for share, quality in ATTEMPTS:
+        small = cv2.resize(pixels, _fitted(size, round(share * side)), interpolation=cv2.INTER_AREA)
+        encoded = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
         if len(encoded) <= limit:
             return f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
     raise UnreadableImageError("its thumbnail would be too long for this page")
@@ -178,32 +188,27 @@ def _fitted(size: tuple[int, int], longest: int) -> tuple[int, int]:
 
 
 def _shown(row: Row, classes: dict[str, int], limit: int) -> Row:
-    """A row as the page shows it; its masks take no more bytes than the limit, about."""
+    """A row as the page shows it, in no more bytes than the limit, about; what is most probable comes first."""
     found = sorted(row["predictions"] or [], key=lambda prediction: -_finite(prediction["score"]))
-    best, masks, length = found[:PREDICTIONS_SHOWN], [], 0
-    for prediction in best:  # the most probable has its mask first
-        mask = _fitting(prediction["mask"], limit - length)
-        masks.append(mask)
-        length += len(mask["counts"]) if mask else 0
-    masks_left_out = sum(
-        mask is None and prediction["mask"] is not None for mask, prediction in zip(masks, best, strict=True)
-    )
+    shown: list[list[Any]] = []
+    masks_left_out = 0
+    for prediction in found[:PREDICTIONS_SHOWN]:
+        box = prediction["box"] and [_finite(prediction["box"][name], 1) for name in ("x1", "y1", "x2", "y2")]
+        points = [_finite(point[name], 2) for point in prediction["keypoints"] or [] for name in ("x", "y", "score")]
+        number = classes[prediction["label"] or f"class {prediction['class_id']}"]
+        limit -= PREDICTION_LENGTH + NUMBER_LENGTH * len(points)
+        if limit < 0 and shown:
+            break
+        mask = _fitting(prediction["mask"], limit)
+        limit -= len(mask["counts"]) if mask else 0
+        masks_left_out += mask is None and prediction["mask"] is not None
+        shown.append([number, _finite(prediction["score"], 4), box, mask, points or None])
     return {
         "width": row["width"],
         "height": row["height"],
         "error": row["error"] and redact(row["error"]),
-        "left_out": len(found) - len(best) + masks_left_out,
-        "predictions": [
-            [
-                classes[prediction["label"] or f"class {prediction['class_id']}"],
-                _finite(prediction["score"], 4),
-                prediction["box"] and [_finite(prediction["box"][name], 1) for name in ("x1", "y1", "x2", "y2")],
-                mask,
-                prediction["keypoints"]
-                and [_finite(point[name], 2) for point in prediction["keypoints"] for name in ("x", "y", "score")],
-            ]
-            for prediction, mask in zip(best, masks, strict=True)
-        ],
+        "left_out": len(found) - len(shown) + masks_left_out,
+        "predictions": shown,
     }
 
 
@@ -235,7 +240,8 @@ def _data(survey: Survey, outputs: list[Storage], runs: pd.DataFrame, items: lis
         common, differing = survey.differing()
         tiles += [["images in both", common], ["of these with other classes", differing]]
     if newest is not None:
-        tiles += [["images per second", newest["images"] / newest["pass_seconds"]], ["seconds", newest["seconds"]]]
+        cells = dict(zip([name for name, _ in RUN_COLUMNS], _run_cells(newest), strict=True))
+        tiles += [[name, cells[name]] for name in ("images per second", "seconds")]
     tasks = pd.DataFrame() if newest is None else _tasks(outputs[0], newest)
     errors = [
         {"side": number, "reason": redact(reason), "count": count, "examples": list(map(redact, side.examples[reason]))}
@@ -333,13 +339,15 @@ def _task_rows(tasks: pd.DataFrame) -> list[Row]:
 
 def _run_cells(run: pd.Series) -> list[Any]:
     """A row of the table of runs, as `RUN_COLUMNS` says."""
-    seconds, passed = run["seconds"], run["pass_seconds"]
+    passed = run["pass_seconds"]
+    # A run that writes the page has not ended yet.
+    seconds = np.nansum(run[PHASES[1:-1]].to_numpy(float)) if pd.isna(run["seconds"]) else run["seconds"]
     return [
         f"{run['started']:%Y-%m-%d %H:%M}",
         run["images"],
         run["failed"],
-        run["images"] / passed if passed else None,
-        None if pd.isna(seconds) else seconds,
+        run["images"] / passed if passed > 0 else None,
+        float(seconds),
         run["slots"],
         run["retries"],
         redact(run["source"]),

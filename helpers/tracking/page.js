@@ -26,9 +26,18 @@
   }
 
   function table(columns, rows) {
-    const head = make("tr", {}, ...columns.map(([name, kind]) => make("th", { className: kind ?? "", textContent: name })));
-    const body = rows.map((row) => make("tr", {}, ...row.map((cell, column) =>
-      make("td", { className: columns[column][1] ?? "" }, ...[cell].flat()))));
+    const head = make(
+      "tr",
+      {},
+      ...columns.map(([name, kind]) => make("th", { className: kind ?? "", textContent: name })),
+    );
+    const body = rows.map((row) =>
+      make(
+        "tr",
+        {},
+        ...row.map((cell, column) => make("td", { className: columns[column][1] ?? "" }, ...[cell].flat())),
+      ),
+    );
     return make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
   }
 
@@ -43,7 +52,8 @@
   // ---------------------------------------------------------------- state: the controls are all of it
 
   const control = Object.fromEntries(
-    ["class", "min-score", "max-score", "show", "order", "left", "right", "search"].map((id) => [id, element(id)]));
+    ["class", "min-score", "max-score", "show", "order", "left", "right", "search"].map((id) => [id, element(id)]),
+  );
   let page = 0;
   let shown = []; // the images that the filters leave, in order
   let opened = -1; // which of them is shown large
@@ -52,8 +62,14 @@
   function filter() {
     const value = (id, otherwise) => (control[id].value === "" ? otherwise : Number(control[id].value));
     return {
-      class: value("class", -1), min: value("min-score", 0), max: value("max-score", 1), show: control.show.value,
-      order: control.order.value, left: value("left", 0), right: value("right", -1), search: control.search.value.toLowerCase(),
+      class: value("class", -1),
+      min: value("min-score", 0),
+      max: value("max-score", 1),
+      show: control.show.value,
+      order: control.order.value,
+      left: value("left", 0),
+      right: value("right", -1),
+      search: control.search.value.toLowerCase(),
     };
   }
 
@@ -63,8 +79,9 @@
 
   // A prediction is [class, score, box or null, mask or null, keypoints or null]; a box [x1, y1, x2, y2].
   function visible(predictions, state) {
-    return predictions.filter(([index, score]) =>
-      score >= state.min && score <= state.max && (state.class < 0 || index === state.class));
+    return predictions.filter(
+      ([index, score]) => score >= state.min && score <= state.max && (state.class < 0 || index === state.class),
+    );
   }
 
   // Of a classification the best class is what it says; the others are for the large view.
@@ -100,7 +117,8 @@
       let most = MATCH;
       for (const other of unmatched) {
         if (other[0] !== prediction[0]) continue;
-        const share = prediction[2] && other[2] ? overlap(prediction[2], other[2]) : Number(!prediction[2] && !other[2]);
+        const share =
+          prediction[2] && other[2] ? overlap(prediction[2], other[2]) : Number(!prediction[2] && !other[2]);
         if (share >= most) [best, most] = [other, share];
       }
       return !best || !unmatched.delete(best);
@@ -228,7 +246,10 @@
     if (!images.has(item)) {
       const image = new Image();
       image.src = item.thumbnail;
-      images.set(item, image.decode().then(() => image));
+      images.set(
+        item,
+        image.decode().then(() => image),
+      );
     }
     return images.get(item);
   }
@@ -264,7 +285,9 @@
 
   function passes(item, state) {
     if (!item.path.toLowerCase().includes(state.search)) return false;
-    const rows = views(state).map((side) => item.rows[side]).filter(Boolean);
+    const rows = views(state)
+      .map((side) => item.rows[side])
+      .filter(Boolean);
     if (!rows.length) return false;
     const failed = rows.some((row) => row.error);
     const count = views(state).reduce((sum, side) => sum + found(item, side, state).length, 0);
@@ -278,7 +301,8 @@
 
   function sorted(list, state) {
     const by = {
-      least: (item) => certainty(item, state), most: (item) => -certainty(item, state),
+      least: (item) => certainty(item, state),
+      most: (item) => -certainty(item, state),
       many: (item) => -views(state).reduce((sum, side) => sum + found(item, side, state).length, 0),
     }[state.order];
     const keys = new Map(by ? list.map((item) => [item, by(item)]) : []);
@@ -288,13 +312,18 @@
   function card(item, place, state) {
     const pictures = make("div", { className: "pictures" });
     for (const side of views(state)) show(pictures, item, side, state, phone() ? SMALLEST : 1.5 * SMALLEST);
-    const about = make("div", { className: "about" },
-      make("div", { className: "name", textContent: item.path.split("/").pop(), title: item.path }));
+    const about = make(
+      "div",
+      { className: "about" },
+      make("div", { className: "name", textContent: item.path.split("/").pop(), title: item.path }),
+    );
     const lines = views(state).map((side) => item.rows[side]?.error ?? sentence(found(item, side, state)));
     const [left, right] = differences(item, state);
     about.append(make("div", { className: "found", textContent: lines[0], title: lines.join("\n") }));
     if (left.length || right.length) {
-      about.append(make("div", { className: "alone", textContent: `only left: ${left.length} · only right: ${right.length}` }));
+      about.append(
+        make("div", { className: "alone", textContent: `only left: ${left.length} · only right: ${right.length}` }),
+      );
     }
     const button = make("button", { type: "button", className: "card" }, pictures, about);
     button.addEventListener("click", () => open(place));
@@ -303,7 +332,10 @@
 
   function update() {
     const state = filter();
-    shown = sorted(sample.items.filter((item) => passes(item, state)), state);
+    shown = sorted(
+      sample.items.filter((item) => passes(item, state)),
+      state,
+    );
     const pages = Math.max(1, Math.ceil(shown.length / PAGE));
     page = Math.max(0, Math.min(page, pages - 1));
     element("count").textContent = `${whole.format(shown.length)} of ${whole.format(sample.items.length)} images`;
@@ -319,7 +351,8 @@
     const cards = shown.slice(start, start + PAGE).map((item, place) => card(item, start + place, state));
     element("cards").className = state.right < 0 ? "" : "pairs";
     element("cards").replaceChildren(...cards);
-    if (!cards.length) element("cards").append(make("p", { className: "muted", textContent: "No image in the sample is like this." }));
+    if (!cards.length)
+      element("cards").append(make("p", { className: "muted", textContent: "No image in the sample is like this." }));
     chart();
   }
 
@@ -347,28 +380,46 @@
     element("before").disabled = opened === 0;
     element("after").disabled = opened === shown.length - 1;
     const own = new Set(differences(item, state).flat());
-    element("views").replaceChildren(...views(state).map((side) => {
-      const place = make("div", { className: "picture" });
-      const row = item.rows[side];
-      const list = make("div", { className: "list" }, make("h3", { textContent: sides.length > 1 ? sides[side].name : "Predictions" }));
-      show(place, item, side, state, DETAIL);
-      if (row?.error) list.append(make("p", { className: "error", textContent: row.error }));
-      for (const prediction of visible(row?.predictions ?? [], state)) {
-        const [index, score] = prediction;
-        const dot = make("i");
-        dot.style.background = color(index);
-        const line = make("button", { type: "button", className: prediction === only ? "prediction only" : "prediction" },
-          dot, make("span", { textContent: classes[index] }), make("b", { textContent: score.toFixed(3) }));
-        if (state.right >= 0 && own.has(prediction)) line.append(make("span", { className: "alone", textContent: "only here" }));
-        line.addEventListener("click", () => {
-          only = only === prediction ? null : prediction;
-          detail();
-        });
-        list.append(line);
-      }
-      if (row?.left_out) list.append(make("p", { className: "muted", textContent: `${row.left_out} more, or masks of some, are in the table` }));
-      return make("div", { className: "view" }, place, list);
-    }));
+    element("views").replaceChildren(
+      ...views(state).map((side) => {
+        const place = make("div", { className: "picture" });
+        const row = item.rows[side];
+        const list = make(
+          "div",
+          { className: "list" },
+          make("h3", { textContent: sides.length > 1 ? sides[side].name : "Predictions" }),
+        );
+        show(place, item, side, state, DETAIL);
+        if (row?.error) list.append(make("p", { className: "error", textContent: row.error }));
+        for (const prediction of visible(row?.predictions ?? [], state)) {
+          const [index, score] = prediction;
+          const dot = make("i");
+          dot.style.background = color(index);
+          const line = make(
+            "button",
+            { type: "button", className: prediction === only ? "prediction only" : "prediction" },
+            dot,
+            make("span", { textContent: classes[index] }),
+            make("b", { textContent: score.toFixed(3) }),
+          );
+          if (state.right >= 0 && own.has(prediction))
+            line.append(make("span", { className: "alone", textContent: "only here" }));
+          line.addEventListener("click", () => {
+            only = only === prediction ? null : prediction;
+            detail();
+          });
+          list.append(line);
+        }
+        if (row?.left_out)
+          list.append(
+            make("p", {
+              className: "muted",
+              textContent: `${row.left_out} predictions or masks more are in the table`,
+            }),
+          );
+        return make("div", { className: "view" }, place, list);
+      }),
+    );
   }
 
   function move(by) {
@@ -385,12 +436,27 @@
   function chartConfig() {
     const style = getComputedStyle(document.body);
     const value = (name) => style.getPropertyValue(name).trim();
-    const axis = { labelColor: value("--muted"), titleColor: value("--muted"), gridColor: value("--line"), domainColor: value("--line"), tickColor: value("--line") };
+    const axis = {
+      labelColor: value("--muted"),
+      titleColor: value("--muted"),
+      gridColor: value("--line"),
+      domainColor: value("--line"),
+      tickColor: value("--line"),
+    };
     return {
-      background: null, font: style.fontFamily, view: { stroke: null },
+      background: null,
+      font: style.fontFamily,
+      view: { stroke: null },
       axis: { ...axis, labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal", labelLimit: 150 },
-      legend: { labelColor: value("--text"), titleColor: value("--muted"), labelLimit: 300, orient: "top", title: null },
-      range: { category: [value("--accent"), value("--other")] }, bar: { color: value("--accent") },
+      legend: {
+        labelColor: value("--text"),
+        titleColor: value("--muted"),
+        labelLimit: 300,
+        orient: "top",
+        title: null,
+      },
+      range: { category: [value("--accent"), value("--other")] },
+      bar: { color: value("--accent") },
     };
   }
 
@@ -398,12 +464,20 @@
   async function mount(id, spec, rows, columns) {
     const place = element(id);
     if (!window.vegaEmbed) {
-      place.replaceChildren(table(columns.map(([name, , kind]) => [name, kind]), rows.map((row) => columns.map(([, cell]) => String(cell(row))))));
+      place.replaceChildren(
+        table(
+          columns.map(([name, , kind]) => [name, kind]),
+          rows.map((row) => columns.map(([, cell]) => String(cell(row)))),
+        ),
+      );
       return null;
     }
     // The interpreter: the library would make programs of expressions otherwise, which the page's policy forbids.
-    const embedded = await window.vegaEmbed(place, { ...spec, data: { values: rows }, width: "container" },
-      { actions: false, renderer: "svg", ast: true, config: chartConfig() });
+    const embedded = await window.vegaEmbed(
+      place,
+      { ...spec, data: { values: rows }, width: "container" },
+      { actions: false, renderer: "svg", ast: true, config: chartConfig() },
+    );
     mounted[id]?.finalize();
     mounted[id] = embedded;
     return embedded.view;
@@ -411,25 +485,46 @@
 
   // Counts of a side: [class, predictions in each band of scores].
   function total(counts, state) {
-    return counts.reduce((sum, count, band) =>
-      (band + 1) / bands > state.min + 1e-9 && band / bands < state.max - 1e-9 ? sum + count : sum, 0);
+    return counts.reduce(
+      (sum, count, band) =>
+        (band + 1) / bands > state.min + 1e-9 && band / bands < state.max - 1e-9 ? sum + count : sum,
+      0,
+    );
   }
 
   function classRows(state) {
-    const rows = views(state).flatMap((side) => sides[side].counts.map(([index, counts]) =>
-      ({ class: classes[index], index, side: sides[side].name, count: total(counts, state), chosen: state.class < 0 || state.class === index })));
+    const rows = views(state).flatMap((side) =>
+      sides[side].counts.map(([index, counts]) => ({
+        class: classes[index],
+        index,
+        side: sides[side].name,
+        count: total(counts, state),
+        chosen: state.class < 0 || state.class === index,
+      })),
+    );
     const sums = new Map();
     for (const row of rows) sums.set(row.index, (sums.get(row.index) ?? 0) + row.count);
-    const most = [...sums].filter(([index, count]) => count || index === state.class).sort((a, b) => b[1] - a[1]).slice(0, 40).map(([index]) => index);
+    const most = [...sums]
+      .filter(([index, count]) => count || index === state.class)
+      .sort((a, b) => b[1] - a[1])
+      .slice(0, 40)
+      .map(([index]) => index);
     return rows.filter((row) => most.includes(row.index)).map((row) => ({ ...row, rank: most.indexOf(row.index) }));
   }
 
   function scoreRows(state) {
-    return views(state).flatMap((side) => Array.from({ length: bands }, (_, band) => ({
-      from: band / bands, to: (band + 1) / bands, side: sides[side].name,
-      count: sides[side].counts.reduce((sum, [index, counts]) => (state.class < 0 || index === state.class ? sum + counts[band] : sum), 0),
-      chosen: (band + 1) / bands > state.min + 1e-9 && band / bands < state.max - 1e-9,
-    })));
+    return views(state).flatMap((side) =>
+      Array.from({ length: bands }, (_, band) => ({
+        from: band / bands,
+        to: (band + 1) / bands,
+        side: sides[side].name,
+        count: sides[side].counts.reduce(
+          (sum, [index, counts]) => (state.class < 0 || index === state.class ? sum + counts[band] : sum),
+          0,
+        ),
+        chosen: (band + 1) / bands > state.min + 1e-9 && band / bands < state.max - 1e-9,
+      })),
+    );
   }
 
   let drawn = ""; // which state the charts show: they are drawn anew only for another
@@ -437,7 +532,13 @@
 
   function chart() {
     const state = filter();
-    const key = JSON.stringify([state.class, state.min, state.max, views(state), getComputedStyle(document.body).color]);
+    const key = JSON.stringify([
+      state.class,
+      state.min,
+      state.max,
+      views(state),
+      getComputedStyle(document.body).color,
+    ]);
     if (key === drawn) return;
     drawn = key;
     last = last.then(() => drawCharts(state)); // one at a time: each takes the place of the one before
@@ -448,39 +549,81 @@
     const opacity = { condition: { test: { field: "chosen", equal: true }, value: 1 }, value: 0.25 };
     const side = isPair ? { color: { field: "side", sort: null } } : {};
     const rows = classRows(state);
-    const byClass = await mount("class-chart", {
-      height: new Set(rows.map((row) => row.index)).size * (isPair ? 26 : 20),
-      mark: { type: "bar", cornerRadiusEnd: 3, tooltip: { content: "encoding" }, cursor: "pointer" },
-      encoding: {
-        y: { field: "class", type: "nominal", sort: { field: "rank" }, axis: { title: null } },
-        x: { field: "count", type: "quantitative", title: "predictions", axis: { title: null, format: ",d", tickCount: 4, orient: "top" } },
-        ...(isPair ? { yOffset: { field: "side", sort: null } } : {}), ...side, opacity,
+    const byClass = await mount(
+      "class-chart",
+      {
+        height: new Set(rows.map((row) => row.index)).size * (isPair ? 26 : 20),
+        mark: { type: "bar", cornerRadiusEnd: 3, tooltip: { content: "encoding" }, cursor: "pointer" },
+        encoding: {
+          y: { field: "class", type: "nominal", sort: { field: "rank" }, axis: { title: null } },
+          x: {
+            field: "count",
+            type: "quantitative",
+            title: "predictions",
+            axis: { title: null, format: ",d", tickCount: 4, orient: "top" },
+          },
+          ...(isPair ? { yOffset: { field: "side", sort: null } } : {}),
+          ...side,
+          opacity,
+        },
       },
-    }, rows, [["class", (row) => row.class], ["side", (row) => row.side], ["predictions", (row) => whole.format(row.count), "number"]]);
+      rows,
+      [
+        ["class", (row) => row.class],
+        ["side", (row) => row.side],
+        ["predictions", (row) => whole.format(row.count), "number"],
+      ],
+    );
     byClass?.addEventListener("click", (_, item) => {
       if (item?.datum?.index === undefined) return;
       control.class.value = control.class.value === String(item.datum.index) ? "" : String(item.datum.index);
       changed();
     });
-    const byScore = await mount("score-chart", {
-      height: 220,
-      params: [{ name: "range", select: { type: "interval", encodings: ["x"] } }],
-      mark: { type: "bar", tooltip: { content: "encoding" }, ...(isPair ? { opacity: 0.6 } : {}) },
-      encoding: {
-        x: { field: "from", type: "quantitative", bin: { binned: true, step: 1 / bands }, title: "score", scale: { domain: [0, 1] }, axis: { values: [0, 0.2, 0.4, 0.6, 0.8, 1], format: ".1f" } },
-        x2: { field: "to" }, y: { field: "count", type: "quantitative", stack: false, title: "predictions", axis: { format: ",d", tickCount: 5 } },
-        ...side, ...(isPair ? {} : { opacity }),
+    const byScore = await mount(
+      "score-chart",
+      {
+        height: 220,
+        params: [{ name: "range", select: { type: "interval", encodings: ["x"] } }],
+        mark: { type: "bar", tooltip: { content: "encoding" }, ...(isPair ? { opacity: 0.6 } : {}) },
+        encoding: {
+          x: {
+            field: "from",
+            type: "quantitative",
+            bin: { binned: true, step: 1 / bands },
+            title: "score",
+            scale: { domain: [0, 1] },
+            axis: { values: [0, 0.2, 0.4, 0.6, 0.8, 1], format: ".1f" },
+          },
+          x2: { field: "to" },
+          y: {
+            field: "count",
+            type: "quantitative",
+            stack: false,
+            title: "predictions",
+            axis: { format: ",d", tickCount: 5 },
+          },
+          ...side,
+          ...(isPair ? {} : { opacity }),
+        },
       },
-    }, scoreRows(state), [["from", (row) => row.from.toFixed(2)], ["side", (row) => row.side], ["predictions", (row) => whole.format(row.count), "number"]]);
+      scoreRows(state),
+      [
+        ["from", (row) => row.from.toFixed(2)],
+        ["side", (row) => row.side],
+        ["predictions", (row) => whole.format(row.count), "number"],
+      ],
+    );
     let range = null;
     byScore?.addSignalListener("range", (_, value) => {
       range = Object.values(value)[0] ?? null;
     });
-    element("score-chart").onpointerup = () => setTimeout(() => { // once the chart knows of it too
-      if (!range) return;
-      const [low, high] = [...range].sort((a, b) => a - b).map((at) => Math.round(at * bands) / bands);
-      if (high > low) setScores(Math.max(0, low), Math.min(1, high));
-    });
+    element("score-chart").onpointerup = () =>
+      setTimeout(() => {
+        // once the chart knows of it too
+        if (!range) return;
+        const [low, high] = [...range].sort((a, b) => a - b).map((at) => Math.round(at * bands) / bands);
+        if (high > low) setScores(Math.max(0, low), Math.min(1, high));
+      });
     document.body.dataset.charts = drawn;
   }
 
@@ -492,22 +635,60 @@
 
   function drawSpeed() {
     if (data.stages.length) {
-      mount("stage-chart", {
-        height: 26 * data.stages.length, mark: { type: "bar", cornerRadiusEnd: 3, tooltip: { content: "encoding" } },
-        encoding: { y: { field: "stage", type: "nominal", sort: null, title: null }, x: { field: "seconds", type: "quantitative", title: "seconds" } },
-      }, data.stages, [["stage", (row) => row.stage], ["seconds", (row) => number(row.seconds, 2), "number"]]);
+      mount(
+        "stage-chart",
+        {
+          height: 26 * data.stages.length,
+          mark: { type: "bar", cornerRadiusEnd: 3, tooltip: { content: "encoding" } },
+          encoding: {
+            y: { field: "stage", type: "nominal", sort: null, title: null },
+            x: { field: "seconds", type: "quantitative", title: "seconds" },
+          },
+        },
+        data.stages,
+        [
+          ["stage", (row) => row.stage],
+          ["seconds", (row) => number(row.seconds, 2), "number"],
+        ],
+      );
     }
     if (data.tasks.rows.length) {
       const workers = new Set(data.tasks.rows.map((row) => row.worker)).size;
-      mount("task-chart", {
-        height: workers * Math.max(6, Math.min(26, 400 / workers)),
-        mark: { type: "bar", tooltip: { content: "data" }, stroke: getComputedStyle(document.documentElement).getPropertyValue("--surface"), strokeWidth: 1 },
-        encoding: {
-          y: { field: "worker", type: "nominal", title: null, axis: workers > 40 ? null : {} },
-          x: { field: "begin", type: "quantitative", title: "seconds since the pass began" }, x2: { field: "end" },
-          color: { field: "failed", title: null, legend: null, scale: { domain: [false, true], range: ["--accent", "--bad"].map((name) => getComputedStyle(document.documentElement).getPropertyValue(name)) } },
+      mount(
+        "task-chart",
+        {
+          height: workers * Math.max(6, Math.min(26, 400 / workers)),
+          mark: {
+            type: "bar",
+            tooltip: { content: "data" },
+            stroke: getComputedStyle(document.documentElement).getPropertyValue("--surface"),
+            strokeWidth: 1,
+          },
+          encoding: {
+            y: { field: "worker", type: "nominal", title: null, axis: workers > 40 ? null : {} },
+            x: { field: "begin", type: "quantitative", title: "seconds since the pass began" },
+            x2: { field: "end" },
+            color: {
+              field: "failed",
+              title: null,
+              legend: null,
+              scale: {
+                domain: [false, true],
+                range: ["--accent", "--bad"].map((name) =>
+                  getComputedStyle(document.documentElement).getPropertyValue(name),
+                ),
+              },
+            },
+          },
         },
-      }, data.tasks.rows, [["worker", (row) => row.worker], ["begin", (row) => number(row.begin, 2), "number"], ["end", (row) => number(row.end, 2), "number"], ["images", (row) => row.images, "number"]]);
+        data.tasks.rows,
+        [
+          ["worker", (row) => row.worker],
+          ["begin", (row) => number(row.begin, 2), "number"],
+          ["end", (row) => number(row.end, 2), "number"],
+          ["images", (row) => row.images, "number"],
+        ],
+      );
     }
   }
 
@@ -520,31 +701,72 @@
     element("counted").textContent = data.counted;
     element("sampled").textContent = sample.text;
     element("run").textContent = data.run_text;
-    element("summary").append(...data.tiles.map(([name, value, kind]) =>
-      make("div", { className: `tile ${kind ?? ""}` }, make("b", { textContent: typeof value === "number" ? number(value, 2) : value ?? "–" }), name)));
+    element("summary").append(
+      ...data.tiles.map(([name, value, kind]) =>
+        make(
+          "div",
+          { className: `tile ${kind ?? ""}` },
+          make("b", { textContent: typeof value === "number" ? number(value, 2) : (value ?? "–") }),
+          name,
+        ),
+      ),
+    );
     const errors = data.errors.map((error) => [
-      error.reason, ...(sides.length > 1 ? [sides[error.side].name] : []), whole.format(error.count),
-      error.examples.flatMap((path) => [make("code", { textContent: path }), make("br")])]);
-    element("error-table").append(errors.length
-      ? table([["reason"], ...(sides.length > 1 ? [["side"]] : []), ["images", "number"], ["examples"]], errors)
-      : make("p", { className: "muted", textContent: "No image failed." }));
+      error.reason,
+      ...(sides.length > 1 ? [sides[error.side].name] : []),
+      whole.format(error.count),
+      error.examples.flatMap((path) => [make("code", { textContent: path }), make("br")]),
+    ]);
+    element("error-table").append(
+      errors.length
+        ? table([["reason"], ...(sides.length > 1 ? [["side"]] : []), ["images", "number"], ["examples"]], errors)
+        : make("p", { className: "muted", textContent: "No image failed." }),
+    );
     element("task-caption").textContent = data.tasks.text;
-    element("run-table").append(data.runs.length
-      ? table(data.run_columns, data.runs.map((row) => row.map((cell) => (typeof cell === "number" ? number(cell, 2) : cell ?? "–"))))
-      : make("p", { className: "muted", textContent: "No records of runs are left." }));
-    element("setting-table").append(data.settings.length
-      ? table([["setting"], ["value"]], data.settings.map(([name, value]) => [make("code", { textContent: name }), make("code", { textContent: value })]))
-      : make("p", { className: "muted", textContent: "No records of runs are left." }));
+    element("run-table").append(
+      data.runs.length
+        ? table(
+            data.run_columns,
+            data.runs.map((row) => row.map((cell) => (typeof cell === "number" ? number(cell, 2) : (cell ?? "–")))),
+          )
+        : make("p", { className: "muted", textContent: "No records of runs are left." }),
+    );
+    element("setting-table").append(
+      data.settings.length
+        ? table(
+            [["setting"], ["value"]],
+            data.settings.map(([name, value]) => [
+              make("code", { textContent: name }),
+              make("code", { textContent: value }),
+            ]),
+          )
+        : make("p", { className: "muted", textContent: "No records of runs are left." }),
+    );
     const used = new Set(sides.flatMap((side) => side.counts.map(([index]) => index)));
-    const names = [...used].sort((a, b) => classes[a].localeCompare(classes[b])).map((index) => [index, classes[index]]);
+    const names = [...used]
+      .sort((a, b) => classes[a].localeCompare(classes[b]))
+      .map((index) => [index, classes[index]]);
     options(control.class, [["", "all"], ...names]);
-    options(control.show, [["all", "all"], ["found", "with predictions"], ["nothing", "without predictions"], ["errors", "errors"],
-      ...(sides.length > 1 ? [["differs", "what differs"]] : [])]);
-    options(control.order, [["least", "least certain"], ["most", "most certain"], ["many", "most predictions"], ["path", "path"]]);
-    options(control.left, sides.map((side, index) => [index, side.name]));
+    options(control.show, [
+      ["all", "all"],
+      ["found", "with predictions"],
+      ["nothing", "without predictions"],
+      ["errors", "errors"],
+      ...(sides.length > 1 ? [["differs", "what differs"]] : []),
+    ]);
+    options(control.order, [
+      ["least", "least certain"],
+      ["most", "most certain"],
+      ["many", "most predictions"],
+      ["path", "path"],
+    ]);
+    options(
+      control.left,
+      sides.map((side, index) => [index, side.name]),
+    );
     options(control.right, [["", "none"], ...sides.map((side, index) => [index, side.name])]);
     for (const label of document.querySelectorAll(".sides")) label.hidden = sides.length < 2;
-    for (const id of ["classes", "gallery"]) element(id).hidden = !sample.total;
+    element("classes").hidden = !used.size;
     for (const id of ["stage-chart", "task-chart"]) element(id).parentElement.hidden = !data.tasks.rows.length;
   }
 
@@ -591,7 +813,10 @@
   element("before").addEventListener("click", () => move(-1));
   element("after").addEventListener("click", () => move(1));
   element("close").addEventListener("click", () => element("detail").close());
-  element("detail").addEventListener("click", (event) => event.target === element("detail") && element("detail").close());
+  element("detail").addEventListener(
+    "click",
+    (event) => event.target === element("detail") && element("detail").close(),
+  );
   element("detail").addEventListener("close", () => {
     only = null;
     update();
@@ -599,7 +824,8 @@
   });
   document.addEventListener("keydown", (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!by || event.ctrlKey || event.altKey || event.metaKey || ["INPUT", "SELECT"].includes(event.target.tagName)) return;
+    if (!by || event.ctrlKey || event.altKey || event.metaKey || ["INPUT", "SELECT"].includes(event.target.tagName))
+      return;
     event.preventDefault();
     if (element("detail").open) move(by);
     else turn(by);

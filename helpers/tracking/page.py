@@ -6,17 +6,17 @@ Its Content-Security-Policy runs no other program, and lets nothing be asked of 
 """
 
 import base64
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-import sys
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from helpers.temporary import user_folder
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +66,19 @@ def _in_html(script: str) -> str:
 def _charts() -> str:
     """Vega-Lite and all it needs as one script; empty where the package that has it is missing.
 
-    Making it takes two seconds and 150 MB, so it is kept where the packages are.
+    Making it takes two seconds and 150 MB, so it is left for this user's next process.
     """
     try:
         import vl_convert
     except ModuleNotFoundError:
         log.warning("the page has tables instead of charts: install vl-convert-python (requirements.txt)")
         return ""
-    kept = Path(sys.prefix, f"vega-lite-{CHARTS}-{version('vl-convert-python')}.js")
-    with contextlib.suppress(OSError):
+    folder = user_folder()
+    kept = folder and folder / f"vega-lite-{CHARTS}-{version('vl-convert-python')}.js"
+    if kept and kept.is_file():
         return kept.read_text(encoding="utf-8")
     script = NOTICE + vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", CHARTS)
-    with contextlib.suppress(OSError):  # the packages are another user's: the next process makes it again
+    if kept:
         unfinished = kept.with_suffix(f".{os.getpid()}")
         unfinished.write_text(script, encoding="utf-8")
         unfinished.replace(kept)
