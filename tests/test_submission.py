@@ -6,6 +6,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from dataclasses import dataclass
 from itertools import pairwise
@@ -178,10 +179,39 @@ def test_the_driver_on_yarn_runs_from_the_archive_too(stubs):
     assert answer.returncode == 0, answer.stderr
     calls = stubs.calls("spark-submit")
     settings = settings_of(calls)
-    assert settings["spark.pyspark.python"] == settings["spark.pyspark.driver.python"] == "./environment/bin/python"
+    assert settings["spark.pyspark.python"] == "./environment/bin/python"
     assert settings["spark.yarn.queue"] == "q" and settings["spark.yarn.archive"] == "hdfs:///p/spark.zip"
     assert calls[calls.index("--archives") + 1] == "hdfs:///p/vision.tar.gz#environment"
     assert f"paths.runs={LAKE}/out/runs" in calls
+
+
+def asked_of_python(folder: Path, *arguments: str, **environment: str) -> list[str]:
+    """The command line that yarn.sh gives the project's Python, which is a stub here."""
+    for name in ("conf", ".venv/bin"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    shutil.copy(PROJECT / "conf" / "yarn.sh", folder / "conf")
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    command = ["sh", str(folder / "conf" / "yarn.sh"), *arguments]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_a_run_with_its_driver_here_keeps_its_dashboards_here(tmp_path):
+    command = asked_of_python(tmp_path, *LOCATIONS)
+    assert command[command.index("--archives") + 1] == f"{tmp_path}/out/pack/vision.tar.gz#environment"
+    assert not [part for part in command if part.startswith("paths.runs=")]
+
+
+def test_a_training_takes_the_packages_of_the_nodes(tmp_path):
+    command = asked_of_python(
+        tmp_path, "train", "--processes", "3", "program.py", "--epochs", "2", PYTHON="/opt/python3"
+    )
+    assert "--archives" not in command and settings_of(command)["spark.pyspark.python"] == "/opt/python3"
+    application = command.index(f"{tmp_path}/conf/submit.py")
+    expected = ["train", "--profile", "cluster", "--set", "spark.master=yarn", "--processes", "3", "program.py"]
+    assert command[application + 1 :] == [*expected, "--epochs", "2"]
 
 
 def test_the_driver_on_this_machine_is_a_process_of_its_own_python(monkeypatch):
