@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,7 +29,9 @@ KUBECTL = """case "$*" in
   *"can-i create pods --as"*) echo "${DRIVER_MAY:-yes}" ;;
   *can-i*) echo yes ;;
   *"logs --follow"*) printf '07:00:00 2 images\\n%s\\n' "$LAST"; touch "$CALLS/ended" ;;
-  *"get pod "*) [ -e "$CALLS/ended" ] && echo "$ENDED" || echo "$BEGUN" ;;
+  *"get pods --selector"*) echo "$PODS" ;;
+  *"get pod "*) [ -z "${PENDING:-}" ] || [ -e "$CALLS/waited" ] || { echo "$PENDING"; touch "$CALLS/waited"; exit; }
+    [ -e "$CALLS/ended" ] && echo "$ENDED" || echo "$BEGUN" ;;
   *"get events"*) echo "$EVENTS" ;;
   *config*) echo https://found:6443 ;;
 esac
@@ -157,6 +160,45 @@ def test_an_image_that_cannot_be_pulled_ends_the_run_and_its_pod(stubs):
     assert answer.returncode == 2
     assert event["message"] in answer.stderr.splitlines()[-1]
     assert "delete" in stubs.calls("kubectl")
+
+
+@pytest.fixture
+def follower(stubs, monkeypatch) -> submission.Kubernetes:
+    """One that has no patience, in this process."""
+    monkeypatch.setenv("CALLS", str(stubs.folder / "calls"))
+    monkeypatch.setenv("PATH", f"{stubs.folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(submission, "SPARK_HOME", stubs.folder / "pyspark")
+    monkeypatch.setattr(submission, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(submission, "PATIENCE_SECONDS", 0.0)
+    event = {"message": "0/3 nodes are available: 3 Insufficient memory."}
+    monkeypatch.setenv("EVENTS", json.dumps({"items": [event]}))
+    monkeypatch.setenv("PODS", "{}")
+    values = {
+        "spark.kubernetes.authenticate.driver.serviceAccountName": "spark",
+        "spark.kubernetes.container.image": "image",
+        "spark.kubernetes.namespace": "default",
+        "--master": "k8s://https://host",
+    }
+    return submission.Kubernetes(values)
+
+
+def test_a_driver_that_cannot_be_scheduled_is_told_of_and_waited_for(follower, monkeypatch, capfd):
+    for name, value in {**ended(0), "PENDING": pod("Pending")}.items():
+        monkeypatch.setenv(name, value)
+    assert follower.run(["submit.py"]) == 0
+    answer = capfd.readouterr()
+    assert answer.out == f"{SUMMARY}\n"
+    assert f"pod {follower.pod}: waits since 0 s: 0/3 nodes are available: 3 Insufficient memory." in answer.err
+
+
+def test_executors_that_cannot_be_scheduled_are_told_of(follower, monkeypatch, capfd):
+    pods = [
+        {"metadata": {"name": f"e{i}"}, "status": {"phase": phase}} for i, phase in enumerate(["Running", "Pending"])
+    ]
+    monkeypatch.setenv("PODS", json.dumps({"items": pods}))
+    looks = iter([False, True])
+    follower._watch_executors(SimpleNamespace(wait=lambda seconds: next(looks)))
+    assert capfd.readouterr().err == "1 of 2 executors wait: 0/3 nodes are available: 3 Insufficient memory.\n"
 
 
 def test_a_refusal_of_the_api_server_is_one_sentence(stubs):
