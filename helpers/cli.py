@@ -85,6 +85,18 @@ def run(options: argparse.Namespace, config: Config) -> int:
     return 1 if too_many or summary.unlisted else 0
 
 
+def train(options: argparse.Namespace, config: Config) -> int:
+    """A PyTorch program as the ranks of one training."""
+    from helpers.session import get_spark
+    from helpers.training import train_on_spark
+
+    result = train_on_spark(
+        get_spark(config), options.program, options.arguments, options.processes, use_gpu=options.gpu
+    )
+    print(json.dumps(result))
+    return 0
+
+
 def export(options: argparse.Namespace, config: Config) -> int:
     """A model of any kind to a model bundle."""
     from helpers.export import checks, conversion
@@ -262,6 +274,13 @@ def _parser() -> argparse.ArgumentParser:
         "--output", required=True, metavar="URI", help="where results go, as a Delta table in results/; or table:NAME"
     )
     command.set_defaults(command=run)
+
+    command = commands.add_parser("train", parents=[shared], help="a PyTorch program as the ranks of one training")
+    command.add_argument("--processes", type=int, default=2, metavar="N", help="how many ranks; each takes a slot")
+    command.add_argument("--gpu", action="store_true", help="give each rank a GPU")
+    command.add_argument("program", metavar="PROGRAM", help="its file, on this machine")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="of its command line")
+    command.set_defaults(command=train)
 
     command = commands.add_parser("export", parents=[shared], help="a model of any kind to a model bundle")
     command.add_argument(

@@ -324,8 +324,7 @@ def _cores(spark: "SparkSession") -> int:
 
     # A range is divided by the cluster's default parallelism, which Spark Connect has no call to ask for.
     cores = spark.range(1_000_000).select(spark_partition_id()).distinct().count()
-    own_cluster = re.match(r"spark:|yarn|k8s:", spark.conf.get("spark.master", "") or "")
-    if cores != 2 or not own_cluster:
+    if cores != 2 or not _has_executors(spark):
         return cores
     # Spark says two of a cluster of one core, too. Two tasks then run one after the other in one process.
     tasks = spark.range(2, numPartitions=2).mapInArrow(_name_process, "process string")
@@ -347,11 +346,11 @@ def _asked_executors(spark: "SparkSession") -> int:
 
 
 def _is_dynamic(spark: "SparkSession") -> bool:
-    return spark.conf.get("spark.dynamicAllocation.enabled", "false") == "true"
+    return _setting(spark, "spark.dynamicAllocation.enabled") == "true"
 
 
-def _number(spark: "SparkSession", setting: str, default: int) -> int:
-    value = spark.conf.get(setting, "") or ""
+def _number(spark: "SparkSession", name: str, default: int) -> int:
+    value = _setting(spark, name)
     return int(value) if value.isdigit() else default
 
 
@@ -370,6 +369,15 @@ def _start_sail() -> Any:
     server = SparkConnectServer(ip="127.0.0.1", port=0)
     server.start(background=True)
     return server
+
+
+def _setting(spark: "SparkSession", name: str) -> str:
+    """A setting of executors; empty where they are another's, such as those of a runtime that hides their settings."""
+    return spark.conf.get(name, "") or "" if _has_executors(spark) else ""
+
+
+def _has_executors(spark: "SparkSession") -> bool:
+    return bool(re.match(r"spark:|yarn|k8s:", spark.conf.get("spark.master", "") or ""))
 
 
 def _is_local_connect(config: Config) -> bool:

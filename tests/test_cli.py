@@ -160,6 +160,17 @@ def test_export_of_what_is_no_checkpoint_is_one_line_and_exit_2(samples, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_train_runs_a_program_with_its_own_arguments_and_prints_what_rank_0_says(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, os, sys\nprint(json.dumps({'ranks': os.environ['WORLD_SIZE'], 'rest': sys.argv[1:]}))\n"
+    )
+    options = ["--set", "spark.master=local[2]", "--processes", "2"]
+    answer = helpers("train", *options, str(program), "--epochs", "3", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout.splitlines()[-1]) == {"ranks": "2", "rest": ["--epochs", "3"]}
+
+
 def test_doctor_finds_this_host_in_order(fashion_mnist_root, tmp_path):
     answer = helpers("doctor", cwd=tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr

@@ -15,7 +15,7 @@ from databricks.bundles.volumes import Volume
 from test_house_rules import NOTEBOOKS, files
 
 from conf.bootstrap import _pins
-from conf.pack import executor_packages
+from conf.pack import packages
 from helpers.config import PROJECT, Config, load_config
 from helpers.errors import ConfigError
 
@@ -151,9 +151,11 @@ def test_packages_have_the_versions_of_the_requirements():
     ]
     dependencies = jobs["stages_serverless"]["environments"][0]["spec"]["dependencies"]
     assert set(libraries) < set(dependencies)
-    # What the runtime has is not replaced.
-    needed = {*executor_packages(), "deltalake", "vl-convert-python"} - {"numpy", "pyarrow"}
-    assert needed == {library.partition("==")[0] for library in libraries}
+    # What the runtime has is not replaced; that of clusters has more than serverless.
+    needed = {*packages()} - {"numpy", "pyarrow", "pandas"}
+    assert needed == {library.partition("==")[0] for library in dependencies}
+    of_clusters = {"pydantic", "PyYAML", "tqdm", "psutil", "tensorboard"}
+    assert needed - of_clusters == {library.partition("==")[0] for library in libraries}
     assert set(dependencies) <= {pin for _, pin in _pins()}
 
 

@@ -299,7 +299,8 @@ def test_a_task_of_several_cores_takes_several_slots_of_a_cluster_too(monkeypatc
 
 
 def test_slots_that_may_come_later_are_expected(monkeypatch, caplog):
-    assert expected_slots(FakeSpark(spark_executor_instances="4", spark_executor_cores="2")) == 8
+    assert expected_slots(FakeSpark(spark_master="yarn", spark_executor_instances="4", spark_executor_cores="2")) == 8
+    assert expected_slots(FakeSpark(spark_master="local[2]", spark_executor_instances="4")) == 0
     assert expected_slots(FakeSpark(spark_master="spark://host:7077")) == 0
     dynamic = {"spark_dynamicAllocation_enabled": "true", "spark_dynamicAllocation_maxExecutors": "10"}
     spark = on_cluster(monkeypatch, 2, spark_executor_instances="1", spark_executor_cores="2", **dynamic)

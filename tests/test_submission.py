@@ -6,10 +6,12 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +29,9 @@ KUBECTL = """case "$*" in
   *"can-i create pods --as"*) echo "${DRIVER_MAY:-yes}" ;;
   *can-i*) echo yes ;;
   *"logs --follow"*) printf '07:00:00 2 images\\n%s\\n' "$LAST"; touch "$CALLS/ended" ;;
-  *"get pod "*) [ -e "$CALLS/ended" ] && echo "$ENDED" || echo "$BEGUN" ;;
+  *"get pods --selector"*) echo "$PODS" ;;
+  *"get pod "*) [ -z "${PENDING:-}" ] || [ -e "$CALLS/waited" ] || { echo "$PENDING"; touch "$CALLS/waited"; exit; }
+    [ -e "$CALLS/ended" ] && echo "$ENDED" || echo "$BEGUN" ;;
   *"get events"*) echo "$EVENTS" ;;
   *config*) echo https://found:6443 ;;
 esac
@@ -158,6 +162,45 @@ def test_an_image_that_cannot_be_pulled_ends_the_run_and_its_pod(stubs):
     assert "delete" in stubs.calls("kubectl")
 
 
+@pytest.fixture
+def follower(stubs, monkeypatch) -> submission.Kubernetes:
+    """One that has no patience, in this process."""
+    monkeypatch.setenv("CALLS", str(stubs.folder / "calls"))
+    monkeypatch.setenv("PATH", f"{stubs.folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(submission, "SPARK_HOME", stubs.folder / "pyspark")
+    monkeypatch.setattr(submission, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(submission, "PATIENCE_SECONDS", 0.0)
+    event = {"message": "0/3 nodes are available: 3 Insufficient memory."}
+    monkeypatch.setenv("EVENTS", json.dumps({"items": [event]}))
+    monkeypatch.setenv("PODS", "{}")
+    values = {
+        "spark.kubernetes.authenticate.driver.serviceAccountName": "spark",
+        "spark.kubernetes.container.image": "image",
+        "spark.kubernetes.namespace": "default",
+        "--master": "k8s://https://host",
+    }
+    return submission.Kubernetes(values)
+
+
+def test_a_driver_that_cannot_be_scheduled_is_told_of_and_waited_for(follower, monkeypatch, capfd):
+    for name, value in {**ended(0), "PENDING": pod("Pending")}.items():
+        monkeypatch.setenv(name, value)
+    assert follower.run(["submit.py"]) == 0
+    answer = capfd.readouterr()
+    assert answer.out == f"{SUMMARY}\n"
+    assert f"pod {follower.pod}: waits since 0 s: 0/3 nodes are available: 3 Insufficient memory." in answer.err
+
+
+def test_executors_that_cannot_be_scheduled_are_told_of(follower, monkeypatch, capfd):
+    pods = [
+        {"metadata": {"name": f"e{i}"}, "status": {"phase": phase}} for i, phase in enumerate(["Running", "Pending"])
+    ]
+    monkeypatch.setenv("PODS", json.dumps({"items": pods}))
+    looks = iter([False, True])
+    follower._watch_executors(SimpleNamespace(wait=lambda seconds: next(looks)))
+    assert capfd.readouterr().err == "1 of 2 executors wait: 0/3 nodes are available: 3 Insufficient memory.\n"
+
+
 def test_a_refusal_of_the_api_server_is_one_sentence(stubs):
     refusal = """Exception in thread "main" io.fabric8.kubernetes.client.KubernetesClientException: Failure executing: \
 POST at: https://h:6443/api/v1/namespaces/nope/pods. Message: namespaces "nope" not found. Received status: Status(x)"""
@@ -178,10 +221,39 @@ def test_the_driver_on_yarn_runs_from_the_archive_too(stubs):
     assert answer.returncode == 0, answer.stderr
     calls = stubs.calls("spark-submit")
     settings = settings_of(calls)
-    assert settings["spark.pyspark.python"] == settings["spark.pyspark.driver.python"] == "./environment/bin/python"
+    assert settings["spark.pyspark.python"] == "./environment/bin/python"
     assert settings["spark.yarn.queue"] == "q" and settings["spark.yarn.archive"] == "hdfs:///p/spark.zip"
     assert calls[calls.index("--archives") + 1] == "hdfs:///p/vision.tar.gz#environment"
     assert f"paths.runs={LAKE}/out/runs" in calls
+
+
+def asked_of_python(folder: Path, *arguments: str, **environment: str) -> list[str]:
+    """The command line that yarn.sh gives the project's Python, which is a stub here."""
+    for name in ("conf", ".venv/bin"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    shutil.copy(PROJECT / "conf" / "yarn.sh", folder / "conf")
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    command = ["sh", str(folder / "conf" / "yarn.sh"), *arguments]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_a_run_with_its_driver_here_keeps_its_dashboards_here(tmp_path):
+    command = asked_of_python(tmp_path, *LOCATIONS)
+    assert command[command.index("--archives") + 1] == f"{tmp_path}/out/pack/vision.tar.gz#environment"
+    assert not [part for part in command if part.startswith("paths.runs=")]
+
+
+def test_a_training_takes_the_packages_of_the_nodes(tmp_path):
+    command = asked_of_python(
+        tmp_path, "train", "--processes", "3", "program.py", "--epochs", "2", PYTHON="/opt/python3"
+    )
+    assert "--archives" not in command and settings_of(command)["spark.pyspark.python"] == "/opt/python3"
+    application = command.index(f"{tmp_path}/conf/submit.py")
+    expected = ["train", "--profile", "cluster", "--set", "spark.master=yarn", "--processes", "3", "program.py"]
+    assert command[application + 1 :] == [*expected, "--epochs", "2"]
 
 
 def test_the_driver_on_this_machine_is_a_process_of_its_own_python(monkeypatch):

@@ -95,7 +95,7 @@ def describe(
         "model": " and ".join(model.identity for model in task.models),
         "bundle": " and ".join(model.bundle.manifest.digest for model in task.models),
         "flops": task.flops,
-        "slots": slots,  # as planned for; Spark counts a cluster of one core as two
+        "slots": slots,  # as planned for
         "workers": len({(record["host"], record["process"]) for record in records}),
         "partitions": len(records),
         **{name: sum(record[name] for record in records) for name in ("images", "failed", "bytes")},
