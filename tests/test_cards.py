@@ -81,6 +81,30 @@ LABEL_FILES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.json", '["a", "b", "c"]'),
+        ("config.json", '{"architectures": ["Net"], "id2label": {"0": "a", "2": "c", "1": "b"}}'),
+        ("data.yaml", "path: images\nnames:\n  0: a\n  1: b\n  2: c"),
+        ("numbers.yml", "{2: c, 1: b, 0: a}"),
+    ],
+)
+def test_labels_of_other_programs_files_are_read(folder, name, text):
+    (folder / name).write_text(text)
+    assert get_architecture(write(folder, labels=name)).labels == ("a", "b", "c")
+    assert get_architecture(write(folder, labels={1: "b", 0: "a", 2: "c"})).labels == ("a", "b", "c")
+    for wrong, message in (
+        ("{1: a, 2: b}", "labels lack class 0"),
+        ("{a: 0}", "a map from each"),
+        ("a: [", "holds no"),
+    ):
+        (folder / name).write_text(wrong)
+        with pytest.raises(BundleError, match=message) as error:
+            read_labels(folder / name)
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", LABEL_FILES)
 def test_files_of_labels_may_be_of_several_kinds(tmp_path, kind):
     text, labels = LABEL_FILES[kind]
@@ -136,12 +160,15 @@ WRONG = {
         {"input": {"width": 3, "color": "rgb", "mean": [1, 2, 3], "std": [4, 5, 6]}},
         "input.height is missing",
     ),
-    "an unknown entry": ({"postprocessing": {}}, "postprocessing: "),
+    "an unknown entry": ({"postprocessing": {}}, "postprocessing: no such entry; did you mean 'postprocess'"),
     "an unknown task": ({"task": "poetry"}, "task is 'poetry'; there are .*classification"),
     "a task of nearly that name": ({"task": "clasification"}, "did you mean 'classification'"),
     "an unknown decoder": ({"decoder": "softmx"}, "decoder is 'softmx'; did you mean 'softmax'"),
     "an unknown color": ({"input": {**CARD["input"], "color": "cmyk"}}, "input.color: .*rgb"),
-    "an unknown input": ({"input": {**CARD["input"], "depth": 3}}, "input.depth: "),
+    "an unknown input": (
+        {"input": {**CARD["input"], "depth": 3}},
+        "input.depth: no such entry; there are height, width",
+    ),
     "too few means": ({"input": {**CARD["input"], "mean": [1]}}, "input: .*mean and std need 3 values"),
 }
 

@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, field
+from dataclasses import asdict, field, fields
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -126,6 +126,8 @@ def read_entries(path: Path, model: Path | None = None) -> Entries:
         raise BundleError(f"{path} holds no entries: {HELP}")
     if isinstance(entries.get("labels"), str):
         entries["labels"] = read_labels(_find(entries["labels"], path, "labels", model))
+    elif isinstance(entries.get("labels"), dict):
+        entries["labels"] = _order_labels(entries["labels"], path)
     if isinstance(entries.get("priors"), str):
         entries["priors"] = str(_find(entries["priors"], path, "priors", model))
     return entries
@@ -151,6 +153,8 @@ def read_arrays(card: Card) -> dict[str, np.ndarray]:
 def read_labels(path: Path) -> list[str]:
     """Labels of a file: one per line, with or without ImageNet's numbers before them, or a map of TensorFlow's.
 
+    In JSON and YAML they are a list or a map from each class's number, perhaps below `names` or `id2label`.
+
     Raises:
         BundleError: the file holds no text, or no labels.
     """
@@ -160,7 +164,27 @@ def read_labels(path: Path) -> list[str]:
         raise BundleError(
             f"{path} holds no labels: {first_line(error)}; name a text file, one label per line"
         ) from None
-    return parse_labels(text, path)
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        return parse_labels(text, path)
+    try:
+        labels = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BundleError(f"{path} holds no labels: {first_line(error)}") from None
+    if isinstance(labels, dict):
+        labels = next((labels[name] for name in ("names", "id2label") if name in labels), labels)
+    return [str(label) for label in labels] if isinstance(labels, list) else _order_labels(labels, path)
+
+
+def _order_labels(labels: Any, origin: Any) -> list[str]:
+    """The labels of a map from each class's number, counted from 0."""
+    try:
+        numbered = {int(number): str(label) for number, label in labels.items()}
+    except (AttributeError, ValueError):
+        raise BundleError(f"{origin}: labels are a list, or a map from each class's number to its label") from None
+    missing = next((number for number in range(len(numbered)) if number not in numbered), None)
+    if missing is not None:
+        raise BundleError(f"{origin}: labels lack class {missing}, and classes count from 0")
+    return [numbered[number] for number in range(len(numbered))]
 
 
 def parse_labels(text: str, origin: Any) -> list[str]:
@@ -210,6 +234,9 @@ def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
         problem = error.errors()[0]
         entry = "".join(f"{part}." if isinstance(part, str) else f"{part}: " for part in problem["loc"]).rstrip(".: ")
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "unexpected_keyword_argument":
+            kind = CardInput if problem["loc"][0] == "input" else Card
+            message = f"no such entry{_nearest(str(problem['loc'][-1]), [known.name for known in fields(kind)])}"
         raise BundleError(f"{origin}: {f'{entry}: ' if entry else ''}{message}; {HELP}") from None
 
 
