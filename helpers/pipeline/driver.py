@@ -339,6 +339,8 @@ def _compare(
 ) -> tuple[Distributions, dict[str, dict[str, float]]]:
     """How a run's predictions are distributed, and how far that is from those of earlier runs of the same models."""
     distributions, distances = Distributions().merge(record["distribution"] for record in records), {}
+    if not records:
+        return distributions, distances
     with only_warn("the run's predictions were not compared with earlier ones"):
         distances = distributions.distances(Distributions().merge(store.told(DISTRIBUTION)))
         for model, parts in distances.items():

@@ -168,11 +168,14 @@ class Table:
                 table.vacuum(dry_run=False, **settings)
         return len(doomed)
 
-    def history(self) -> list[dict[str, Any]]:
-        """What commits tell of themselves, the newest first; `version` and `timestamp` (milliseconds) among it."""
+    def history(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """What commits, or the last of them, tell of themselves, the newest first.
+
+        `version` and `timestamp` (milliseconds) are among it.
+        """
         table = self.open().table
         with self._explained("its log cannot be read"):
-            return table.history() if table else []
+            return table.history(limit) if table else []
 
     def _check(self, table: DeltaTable) -> None:
         columns = pa.schema(table.schema().to_arrow())
