@@ -27,7 +27,7 @@ ARCHIVE = PROJECT / "out" / "pack" / "vision.tar.gz"
 # The pins in requirements.txt that a run imports, some of them late: its tasks those of the first line, its driver all.
 PACKAGES = re.compile(
     r"^(numpy|pyarrow|opencv-python-headless|openvino|av|pycocotools|obstore|azure-[\w-]+|"
-    r"pandas|deltalake|pydantic|PyYAML|tqdm|psutil|tensorboard|vl-convert-python)==",
+    r"pandas|deltalake|pydantic|PyYAML|tqdm|psutil|tensorboard)==",
     re.MULTILINE,
 )
 # What only the server of TensorBoard's page needs; a run writes its event files.

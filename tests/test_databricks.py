@@ -152,7 +152,7 @@ def test_packages_have_the_versions_of_the_requirements():
     dependencies = jobs["stages_serverless"]["environments"][0]["spec"]["dependencies"]
     assert set(libraries) < set(dependencies)
     # What the runtime has is not replaced; that of clusters has more than serverless.
-    needed = {*packages()} - {"numpy", "pyarrow", "pandas"}
+    needed = {*packages(), "vl-convert-python"} - {"numpy", "pyarrow", "pandas"}
     assert needed == {library.partition("==")[0] for library in dependencies}
     of_clusters = {"pydantic", "PyYAML", "tqdm", "psutil", "tensorboard"}
     assert needed - of_clusters == {library.partition("==")[0] for library in libraries}

@@ -86,6 +86,7 @@ OTHERS = {
 OURS = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}-[\w-]+\.parquet")  # a file that a run has brought into the results
 STARTED_OVER = "spark-vision started over"  # the table's mark of when the last run began that did
 ABANDONED = timedelta(days=1)  # nobody writes one file, or nothing of a run, for so long
+REMEMBERED = 50  # commits that a run is compared with; each is a file of the log
 LOOKS = 20  # at files that another run is moving right now
 
 
@@ -284,12 +285,12 @@ class ResultStore:
         ]
 
     def told(self, name: str) -> list[str]:
-        """What the table's commits tell under a name (`Work.told`), the newest first.
+        """What the table's last commits tell under a name (`Work.told`), the newest first.
 
         Raises:
             StorageError: the table is damaged.
         """
-        return [commit[name] for commit in self._table.history() if name in commit]
+        return [commit[name] for commit in self._table.history(REMEMBERED) if name in commit]
 
     def stage(self, run: str, starts_over: bool = False) -> None:
         """Make a run's staging folder, or have it again where another run has removed it as empty."""

@@ -186,11 +186,14 @@ class Table:
                 table.vacuum(dry_run=False, **settings)
         return len(doomed)
 
-    def history(self) -> list[dict[str, Any]]:
-        """What commits tell of themselves, the newest first; `version` and `timestamp` (milliseconds) among it."""
+    def history(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """What commits, or the last of them, tell of themselves, the newest first.
+
+        `version` and `timestamp` (milliseconds) are among it.
+        """
         table = self.open().table
         with self._explained("its log cannot be read"):
-            return table.history() if table else []
+            return table.history(limit) if table else []
 
     def last_change(self, version: Version) -> tuple[int, dict[str, Any]]:
         """The number of the newest commit up to a version that was no clean-up, and what it tells of itself.
