@@ -105,7 +105,7 @@ def _install(config: Config) -> str:
 
 
 def _java(config: Config) -> str:
-    if config.spark.mode == "databricks" or config.spark.master.startswith("sc://"):
+    if config.spark.mode in ("databricks", "sail") or config.spark.master.startswith("sc://"):
         return f"not needed here in mode {config.spark.mode}"
     return check_java()
 
