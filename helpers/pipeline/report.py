@@ -49,9 +49,7 @@ PREDICTIONS_SHOWN = 100  # of an image, the most probable
 THUMBNAIL_BYTES = 5_500_000  # of all JPEG files; in the page a third more
 PREDICTION_BYTES = 1_500_000  # of all predictions in the page, about
 PREDICTION_LENGTH, NUMBER_LENGTH = 48, 7  # bytes of one without mask and keypoints, and of a keypoint's number
-READING_SECONDS = (
-    60  # until no more images are read for thumbnails: a distant storage must not hold up the end of a run
-)
+READING_SECONDS = 60  # for all thumbnails: a distant storage must not hold up the end of a run
 LONGEST_MASK = 20_000  # bytes of an encoded one; it takes a microsecond to read two or three
 BYTES_PER_PIXEL = 0.2  # of a JPEG file, about
 LONGEST = 224, 960  # pixels of a thumbnail's longer side, at least and at most
