@@ -41,7 +41,8 @@ LOGS_SECONDS = 60.0  # in which YARN has gathered the logs of an application tha
 # What Kubernetes says of a container that no waiting mends.
 HOPELESS = {"ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError"}
 YARN_STATE = re.compile(r"Application report for (application_\w+) \(state: (\w+)\)")
-YARN_STATUS = re.compile(r"exited with (?:status|exitCode:?) (\d+)")
+# By Spark's master of the application; by YARN where the driver ended before it had a session.
+YARN_STATUS = re.compile(r"exited with\s+(?:status|exitCode:) (\d+)")
 
 
 def main(arguments: list[str]) -> int:
@@ -50,6 +51,8 @@ def main(arguments: list[str]) -> int:
         prepare(*arguments[1:])
         return 0
     arguments, values = arranged(arguments)
+    if "--archives" in values:
+        check_archive(values["--archives"].partition("#")[0])
     if values["--deploy-mode"] == "client":
         run_client(arguments, values["spark.pyspark.python"])
     check_locations(arguments)
@@ -71,6 +74,16 @@ def arranged(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     pairs = list(zip(options[::2], options[1::2], strict=True))
     settings = dict(value.partition("=")[::2] for name, value in pairs if name == "--conf")
     return options + application, {**settings, **{name: value for name, value in pairs if name != "--conf"}}
+
+
+def check_archive(archive: str) -> None:
+    """Refuse an archive that is not there.
+
+    Raises:
+        HostError: it is a path, and there is no such file.
+    """
+    if not urlsplit(archive).scheme and not Path(archive).is_file():
+        raise HostError(f"there is no archive {archive}: make it with `make pack`")
 
 
 def check_locations(arguments: list[str]) -> None:
@@ -111,7 +124,7 @@ def run_on_yarn(arguments: list[str]) -> int:
             match = YARN_STATE.search(line)
             if match and (match[2] != state or (state == "ACCEPTED" and time.monotonic() - told > PATIENCE_SECONDS)):
                 application, state, told = match[1], match[2], time.monotonic()
-                waits = "; it waits for the queue" if state == "ACCEPTED" else ""
+                waits = "; it waits for the queue, or for its files" if state == "ACCEPTED" else ""
                 print(f"{application}: {state.lower()}{waits}", file=sys.stderr)
     text = "".join(lines)
     if not application:
@@ -122,11 +135,15 @@ def run_on_yarn(arguments: list[str]) -> int:
     if logs is None:
         print(f"{application}: its log was not to be had; try yarn logs -applicationId {application}", file=sys.stderr)
         logs = {}
-    print(logs.get("stderr", "").rstrip(), file=sys.stderr)
+    # YARN's driver writes what Python says of errors beside its answer, which is the last line.
+    lines = f"{logs.get('stderr', '')}\n{logs.get('stdout', '')}".splitlines()
+    *said, last = [line for line in lines if line.strip()] or [""]
+    for line in said:
+        print(line, file=sys.stderr)
     if code is None:
         found = re.findall(r"Application diagnostics message: (.+)", text) or ["it was killed, or its node was lost"]
         raise RunError(f"{application}: the driver did not end by itself: {first_line(found[-1])}")
-    print(logs.get("stdout", "").strip().rpartition("\n")[2])
+    _tell_last(last, code)
     return code
 
 
@@ -206,7 +223,7 @@ class Kubernetes:
         ended.set()
         watch.join()
         code = self._exit_code()
-        print(last, end="", file=sys.stdout if code in (0, 1) and last.startswith("{") else sys.stderr)
+        _tell_last(last.rstrip("\n"), code)
         return code
 
     def _await_start(self) -> None:
@@ -273,6 +290,11 @@ class Kubernetes:
         return ["kubectl", "--server", self.server, "--namespace", self.namespace, *arguments]
 
 
+def _tell_last(line: str, code: int) -> None:
+    """The last line of a driver's log: the summary of a run that has ended, or an error."""
+    print(line, file=sys.stdout if code in (0, 1) and line.startswith("{") else sys.stderr)
+
+
 def _hopeless(pod: dict[str, Any]) -> str:
     """Why a pod cannot start; empty where it may."""
     states = [status.get("state", {}) for status in pod.get("status", {}).get("containerStatuses", [])]
@@ -284,25 +306,23 @@ def prepare(location: str, archive: str) -> None:
     """Put Spark's jars and the archive of `make pack` where every node can read and keep them.
 
     Raises:
-        HostError: Hadoop cannot write there.
+        ConfigError: the location is a path of this machine.
+        HostError: there is no archive, or Hadoop cannot write there.
     """
     if not urlsplit(location).scheme:
         raise ConfigError(f"{location}: name a location that every node reaches, such as hdfs:///spark-vision")
+    check_archive(archive)
     with tempfile.TemporaryDirectory() as folder:
         libraries = Path(folder, "spark.zip")
         with zipfile.ZipFile(libraries, "w", zipfile.ZIP_STORED) as package:
             for jar in sorted((SPARK_HOME / "jars").glob("*.jar")):
                 package.write(jar, jar.name)
         files = [libraries.as_uri(), Path(archive).resolve().as_uri()]
-        for command in (
-            ["-mkdir", "-p", location],
-            ["-put", "-f", *files, location],
-            # YARN shares what everybody may read among the users of a node.
-            ["-chmod", "755", location],
-            ["-chmod", "644", *(f"{location}/{file.rpartition('/')[2]}" for file in files)],
-        ):
-            answer = _spark_class("org.apache.hadoop.fs.FsShell", *command)
-            if failed := [line for line in answer.splitlines() if line.startswith(f"{command[0][1:]}: ")]:
+        # YARN shares what everybody may read among the users of a node.
+        readable = ["org.apache.hadoop.fs.FsShell", "-D", "fs.permissions.umask-mode=022"]
+        for name, *rest in (["mkdir", "-p", location], ["put", "-f", *files, location]):
+            answer = _spark_class(*readable, f"-{name}", *rest)
+            if failed := [line for line in answer.splitlines() if line.startswith(f"{name}: ")]:
                 raise HostError(f"{location} cannot be prepared: {first_line(failed[0])}")
     print(f"PREPARED={location} conf/yarn.sh SOURCE MODEL OUTPUT")
 

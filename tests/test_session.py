@@ -303,7 +303,7 @@ def test_slots_that_may_come_later_are_expected(monkeypatch, caplog):
     assert expected_slots(FakeSpark(spark_master="local[2]", spark_executor_instances="4")) == 0
     assert expected_slots(FakeSpark(spark_master="spark://host:7077")) == 0
     dynamic = {"spark_dynamicAllocation_enabled": "true", "spark_dynamicAllocation_maxExecutors": "10"}
-    spark = on_cluster(monkeypatch, 2, spark_executor_instances="1", spark_executor_cores="2", **dynamic)
+    spark = on_cluster(monkeypatch, 2, spark_executor_instances="3", spark_executor_cores="2", **dynamic)
     assert (get_slots(spark), expected_slots(spark)) == (2, 20) and not caplog.records
 
 

@@ -274,17 +274,22 @@ def test_the_driver_on_this_machine_is_a_process_of_its_own_python(monkeypatch):
     assert environment["PYSPARK_PYTHON"] == "./environment/bin/python"
 
 
-@pytest.mark.parametrize("code", [1, 2])
-def test_the_exit_code_of_a_driver_on_yarn_is_that_of_the_run(stubs, code):
-    log = f"LogType:stderr\nLogLength:9\nLogContents:\n07:00 here\n\nEnd of LogType:stderr\n***\n\n\
-LogType:stdout\nLogLength:9\nLogContents:\n{SUMMARY}\n\nEnd of LogType:stdout\n"
+@pytest.mark.parametrize("said", ["User application exited with status", "AM Container for x exited with  exitCode:"])
+@pytest.mark.parametrize(("code", "last", "answered"), [(0, SUMMARY, True), (1, SUMMARY, True), (2, "error: x", False)])
+def test_the_answer_of_a_driver_on_yarn_is_that_of_the_run(stubs, code, last, answered, said):
+    log = f"LogType:stderr\nLogLength:9\nLogContents:\nJava here\n\nEnd of LogType:stderr\n***\n\n\
+LogType:stdout\nLogLength:9\nLogContents:\n07:00 here\n{last}\n\nEnd of LogType:stdout\n"
     stubs.write("pyspark/bin/spark-class", f"cat <<'END'\n{log}END\n")
-    report = f"""Application report for application_1_1 (state: FINISHED)
-12:00:00 ERROR Client: Application diagnostics message: User application exited with status {code}"""
-    stubs.write("pyspark/bin/spark-submit", f"cat >&2 <<'END'\n{report}\nEND\nexit 1\n")
-    answer = stubs.run("yarn.sh", *LOCATIONS, DEPLOY="cluster")
-    assert (answer.returncode, answer.stdout) == (code, f"{SUMMARY}\n"), answer.stderr
-    assert "07:00 here" in answer.stderr
+    report = "Application report for application_1_1 (state: FINISHED)"
+    if code:
+        report += (
+            f"\n12:00:00 ERROR Client: Application diagnostics message: User application exited with status {code}"
+        )
+    stubs.write("pyspark/bin/spark-submit", f"cat >&2 <<'END'\n{report}\nEND\nexit {min(code, 1)}\n")
+    answer = stubs.run("yarn.sh", *LOCATIONS, DEPLOY="cluster", PREPARED="hdfs:///p")
+    assert (answer.returncode, answer.stdout) == (code, f"{last}\n" if answered else ""), answer.stderr
+    assert answer.stderr.splitlines()[1:3] == ["Java here", "07:00 here"]
+    assert (last in answer.stderr) != answered
 
 
 def test_a_driver_on_yarn_that_was_killed_is_no_success(stubs):
@@ -292,15 +297,22 @@ def test_a_driver_on_yarn_that_was_killed_is_no_success(stubs):
     report = """Application report for application_1_1 (state: KILLED)
 12:00:00 ERROR Client: Application diagnostics message: Application killed by user."""
     stubs.write("pyspark/bin/spark-submit", f"cat >&2 <<'END'\n{report}\nEND\nexit 1\n")
-    answer = stubs.run("yarn.sh", *LOCATIONS, DEPLOY="cluster")
+    answer = stubs.run("yarn.sh", *LOCATIONS, DEPLOY="cluster", PREPARED="hdfs:///p")
     assert (answer.returncode, answer.stdout) == (1, "")
     assert "killed by user" in answer.stderr.splitlines()[-1]
 
 
 def test_a_relative_path_is_refused_where_the_driver_runs_elsewhere(stubs):
-    answer = stubs.run("yarn.sh", "/photos", "/model", "out", DEPLOY="cluster")
+    answer = stubs.run("yarn.sh", "/photos", "/model", "out", DEPLOY="cluster", PREPARED="hdfs:///p")
     assert answer.returncode == 2 and not stubs.calls("spark-submit")
     assert "--output out: a relative path" in answer.stderr
+
+
+@pytest.mark.parametrize("arguments", [[*LOCATIONS], ["--prepare", "hdfs:///place"]])
+def test_an_archive_that_was_not_made_has_a_remedy(stubs, arguments):
+    answer = stubs.run("yarn.sh", *arguments, ARCHIVE="/nowhere/vision.tar.gz")
+    assert answer.returncode == 2 and not stubs.calls("spark-submit")
+    assert answer.stderr == "error: there is no archive /nowhere/vision.tar.gz: make it with `make pack`\n"
 
 
 def test_a_conf_without_a_value_is_named():

@@ -133,8 +133,13 @@ def test_a_driver_in_the_cluster_answers_as_a_local_one_does(yarn, prepared, sam
     assert not yarn.executors()
 
 
-def test_a_mistake_is_one_sentence_whether_the_driver_runs_here_or_there(yarn, prepared, samples, bundle_uri, tmp_path):
+def test_a_queue_that_is_not_there_is_one_sentence(yarn, prepared, samples, bundle_uri, tmp_path):
     arguments = [str(samples), bundle_uri, str(tmp_path / "out"), "--conf", "spark.yarn.queue=nowhere"]
-    for deploy in ("client", "cluster"):
-        run = yarn.start(tmp_path / f"{deploy}.log", tmp_path / "out", *arguments, PREPARED=prepared, DEPLOY=deploy)
-        run.finish().assert_one_clear_error("unknown queue: nowhere", "--conf spark.yarn.queue=NAME")
+    run = yarn.start(tmp_path / "run.log", tmp_path / "out", *arguments, PREPARED=prepared)
+    run.finish().assert_one_clear_error("unknown queue: nowhere", "--conf spark.yarn.queue=NAME")
+
+
+def test_a_mistake_that_a_driver_in_the_cluster_finds_is_one_sentence(yarn, prepared, samples, tmp_path):
+    arguments = [str(samples), str(tmp_path / "nowhere"), str(tmp_path / "out")]
+    run = yarn.start(tmp_path / "run.log", tmp_path / "out", *arguments, PREPARED=prepared, DEPLOY="cluster")
+    run.finish().assert_one_clear_error(f"{tmp_path}/nowhere")
