@@ -130,8 +130,8 @@ def _decode_yolo(
     outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: yolo.Parameters, arrays: Arrays
 ) -> list[Prediction]:
     predictions = outputs["predictions"]
-    others = min(predictions.shape) - 4 - len(manifest.labels)
-    others -= others % 3  # one more is objectness
+    rests = (side - 4 - len(manifest.labels) for side in sorted(predictions.shape))
+    others = next(rest - rest % 3 for rest in rests if rest >= 3 and rest % 3 < 2)  # one more is objectness
     detections, numbers = yolo.find_objects(predictions, size, manifest, parameters, others)
     points = numbers.reshape(len(numbers), others // 3, 3)
     places = points[..., :2]
