@@ -449,6 +449,12 @@ def test_the_last_layer_says_what_a_classifiers_numbers_are(tmp_path, layer, dec
     assert labels == ({"a": 0.88, "c": 0.73} if layer == "Sigmoid" else {"a": 0.71, "c": 0.26, "b": 0.04})
 
 
+def test_an_outputs_name_may_be_a_number(tmp_path):
+    path = save_onnx(tmp_path / "model.onnx", {"604": np.float32([0, 3, 1]), "618": np.float32([3, 0, 1])})
+    bundle = bundle_of(path, {**CLASSIFICATION, "outputs": {"logits": 604}}, tmp_path / "bundle")
+    assert predict(bundle, pictures((8, 8)))[0][0]["label"] == "b"
+
+
 def test_a_missing_normalization_is_said(tmp_path, caplog):
     path = save_onnx(tmp_path / "model.onnx", {"logits": np.float32([0, 3, 1])})
     bundle_of(path, CLASSIFICATION, tmp_path / "bundle")

@@ -234,9 +234,11 @@ def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
         BundleError: one is missing or wrong.
     """
     entries = {**entries, "input": _spread(entries.get("input"))} if entries.get("input") else entries
-    labels = entries.get("labels")
+    labels, outputs = entries.get("labels"), entries.get("outputs")
     if isinstance(labels, list):  # YAML reads 0 and 90 as numbers
-        entries = {**entries, "labels": [str(label) if isinstance(label, int) else label for label in labels]}
+        entries = {**entries, "labels": [_to_text(label) for label in labels]}
+    if isinstance(outputs, dict):
+        entries = {**entries, "outputs": {role: _to_text(name) for role, name in outputs.items()}}
     try:
         return TypeAdapter(Card).validate_python(entries)
     except ValidationError as error:
@@ -277,6 +279,10 @@ def _nearest(name: str, known: Any) -> str:
     """The end of a sentence that says what a wrong name may have meant."""
     near = get_close_matches(name, known, 1, cutoff=0.75)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+
+
+def _to_text(value: Any) -> Any:
+    return str(value) if type(value) is int else value
 
 
 def _spread(given: Any) -> Any:

@@ -139,9 +139,8 @@ def _assign(roles: Sequence[Role], samples: Arrays, labels: int) -> dict[str, st
     if len(best) > 1:
         role = next(role for role in roles if len({choice.get(role.name) for choice in best}) > 1)
         names = sorted({choice[role.name] for choice in best if role.name in choice})
-        raise AmbiguityError(
-            f"outputs {' and '.join(names)} could each be {role}: name it in the card, `outputs: {{{role.name}: NAME}}`"
-        )
+        remedy = f"name it in the card, `outputs: {{{role.name}: NAME}}`"
+        raise AmbiguityError(f"outputs {' and '.join(names)} could each be {role}: {remedy}", names)
     return best[0]
 
 
