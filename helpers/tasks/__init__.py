@@ -207,7 +207,9 @@ def _find_other(task: str, samples: Arrays, labels: int) -> str:
 
     Those of other tasks take outputs of too many shapes.
     """
-    for other in {"detection", "instance_segmentation"} - {task} if labels else ():
+    for other in ("detection", "instance_segmentation") if labels else ():
+        if other == task:
+            continue
         for name, roles in _fitting(other, samples, labels).items():
             if len(roles) == len(samples):
                 return f"decoder {name} of task {other}"

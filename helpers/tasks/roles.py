@@ -93,17 +93,17 @@ def assign_roles(alternatives: Sequence[Sequence[Role]], samples: Arrays, labels
     Raises:
         OutputError: a role fits no output, or several outputs fit equally well.
     """
-    problems = []
+    problems: list[OutputError] = []
     for roles in alternatives:
         try:
             return _assign(roles, samples, labels)
-        except AmbiguityError:
-            raise
         except OutputError as error:
-            problems.append(str(error))
+            problems.append(error)
+    if ambiguity := next((problem for problem in problems if isinstance(problem, AmbiguityError)), None):
+        raise ambiguity
     remedy = "the card's `outputs: {ROLE: NAME}` can name the output of a role"
     shapes = _list({name: values.shape[1:] for name, values in samples.items()})
-    raise OutputError(f"{', and '.join(problems)}; the model has {shapes}: {remedy}")
+    raise OutputError(f"{', and '.join(map(str, problems))}; the model has {shapes}: {remedy}")
 
 
 def check_shapes(alternatives: Sequence[Sequence[Role]], shapes: Shapes, labels: int) -> None:
