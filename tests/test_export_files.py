@@ -249,6 +249,23 @@ WRONG = {
         {},
         r"write mean: \[127.5, 127.5, 127.5\], std: \[255.0, 255.0, 255.0\]",
     ),
+    "one output for two roles": (
+        {**DETECTION, "outputs": {"boxes": "logits", "scores": "logits"}},
+        {},
+        "for two roles",
+    ),
+    "an input without entries": ({**CLASSIFICATION, "input": "rgb"}, {}, "input is 'rgb', and has entries of its own"),
+    "labels that are no list": ({**CLASSIFICATION, "labels": 3}, {}, "labels: Input should be a list"),
+    "an input of any memory": (
+        {**CLASSIFICATION, "input": {"height": 10**6, "width": 10**6}},
+        {"sides": ("n", 3, "h", "w")},
+        "16384 at most",
+    ),
+    "more cut than there is": (
+        {**CLASSIFICATION, "input": {"resize": "crop", "resize_size": 4}},
+        {},
+        "resize_size is 4, and 8 pixels are cut",
+    ),
     "a label too few of candidates": ({**DETECTION, "labels": ["a", "b"]}, {"outputs": {"out": YOLO}}, "fit 3 labels"),
     "a task that is not built": ({"task": "depth_estimation"}, {}, "there are classification, embedding, detection"),
     "outputs of a detector with masks": (
@@ -432,6 +449,12 @@ def test_the_last_layer_says_what_a_classifiers_numbers_are(tmp_path, layer, dec
     assert labels == ({"a": 0.88, "c": 0.73} if layer == "Sigmoid" else {"a": 0.71, "c": 0.26, "b": 0.04})
 
 
+def test_an_outputs_name_may_be_a_number(tmp_path):
+    path = save_onnx(tmp_path / "model.onnx", {"604": np.float32([0, 3, 1]), "618": np.float32([3, 0, 1])})
+    bundle = bundle_of(path, {**CLASSIFICATION, "outputs": {"logits": 604}}, tmp_path / "bundle")
+    assert predict(bundle, pictures((8, 8)))[0][0]["label"] == "b"
+
+
 def test_a_missing_normalization_is_said(tmp_path, caplog):
     path = save_onnx(tmp_path / "model.onnx", {"logits": np.float32([0, 3, 1])})
     bundle_of(path, CLASSIFICATION, tmp_path / "bundle")
@@ -447,6 +470,19 @@ def test_one_number_is_that_of_every_channel(tmp_path):
         card = {**CLASSIFICATION, "input": {"mean": 100, "std": [50, 50, 50]}}
         spec = bundle_of(path, card, tmp_path / "bundle").manifest.input
         assert (spec.mean, spec.std) == ((100.0,) * channels, (50.0,) * channels)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.UINT8, TensorProto.INT32])
+def test_a_graph_of_whole_numbers_normalizes_them_itself(tmp_path, kind):
+    model = onnx.load(save_onnx(tmp_path / "model.onnx", {"logits": np.float32([0, 3, 1])}))
+    model.graph.input[0].type.tensor_type.elem_type = kind
+    model.graph.node.insert(0, helper.make_node("Cast", ["images"], ["real"], to=TensorProto.FLOAT))
+    model.graph.node[1].input[0] = "real"
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(BundleError, match="takes whole numbers and normalizes them itself: leave mean and std out"):
+        bundle_of(tmp_path / "model.onnx", {**CLASSIFICATION, "input": {"std": 255}}, tmp_path / "none")
+    bundle = bundle_of(tmp_path / "model.onnx", CLASSIFICATION, tmp_path / "bundle")
+    assert predict(bundle, pictures((8, 8)))[0][0]["label"] == "b"
 
 
 def test_layers_that_openvino_lacks_are_named(tmp_path):

@@ -71,6 +71,9 @@ def test_other_numbers_of_labels_and_other_tasks_that_fit_are_said():
     masked = {"x": np.ones((1, 39, 2100)), "y": np.ones((1, 32, 8, 8))}
     with pytest.raises(OutputError, match="they fit decoder yolo of task instance_segmentation: correct the task"):
         suggest("detection", masked, 3)
+    strides = {f"{name}{n}": np.ones((1, n, sides)) for n in (80, 20) for name, sides in (("b", 4), ("s", 3))}
+    with pytest.raises(OutputError, match="for 3 labels; export the model"):  # one stride's would be a part
+        suggest("detection", strides, 3)
     with pytest.raises(OutputError, match=r"outputs a and b could each be scores .*`outputs: {scores: NAME}`"):
         suggest("semantic_segmentation", {name: np.full((1, 1, 8, 8), 0.5) for name in "ab"}, 1)
 

@@ -5,7 +5,7 @@ from manifests import make_manifest
 from helpers.errors import ConfigError
 from helpers.images.drawing import draw
 from helpers.images.geometry import place
-from helpers.tasks import DECODERS, parameters_for, predict, suggest
+from helpers.tasks import DECODERS, OutputError, parameters_for, predict, suggest
 
 TASK = "keypoints"
 SIZE = (480, 640)
@@ -157,6 +157,7 @@ def test_a_damaged_networks_numbers_give_points_within_the_image_or_none(value):
         "yolo": {"predictions": (14, 100)},
         "points": {"points": (3, 3)},
         "ssd": {"offsets": (5, 10), "scores": (5, 1)},
+        "simcc": {"simcc_x": (3, 320), "simcc_y": (3, 256)},
         "heatmap": {"heatmap": (3, 8, 8)},
         "centernet": {"heatmap": (1, 8, 8), "sizes": (2, 8, 8), "offsets": (2, 8, 8), "landmarks": (6, 8, 8)},
     }
@@ -228,6 +229,22 @@ def test_scores_of_points_or_of_all_may_be_another_output():
         "points": "a",
         "scores": "b",
     }
+
+
+@each_fixed_rule
+def test_points_are_where_the_bins_of_either_axis_are_largest(rule):
+    manifest = manifest_of("simcc", **rule)
+    points = to_input(manifest, POINTS[0])
+    outputs = {"simcc_x": np.zeros((1, 3, 320), np.float32), "simcc_y": np.zeros((1, 3, 256), np.float32)}
+    for n, (point, score) in enumerate(zip(points, SCORES[0], strict=True)):
+        for values, place_of in zip(outputs.values(), np.rint(2 * point).astype(int), strict=True):
+            values[0, n, place_of] = score
+    assert suggest(TASK, {f"net.{name}": values for name, values in outputs.items()}, 1) == "simcc"
+    (found,) = predict(outputs, [SIZE], manifest, {})
+    np.testing.assert_allclose(points_of(found[0])[:, :2], POINTS[0], atol=1)
+    np.testing.assert_allclose(points_of(found[0])[:, 2], SCORES[0])
+    with pytest.raises(OutputError, match="simcc_x has 256 bins, and the input 160 pixels"):
+        predict({"simcc_x": outputs["simcc_y"], "simcc_y": outputs["simcc_x"]}, [SIZE], manifest, {})
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CARDS = CONF / "cards"
 HELP = "conf/cards/README.md explains the entries"
+LONGEST_SIDE = 2**14  # of an input; a float32 image of it still fits into memory
 # Labels in TensorFlow's text format: items with an id and a name, of which the one for people to read is preferred.
 ITEM = re.compile(r"\bitem\s*\{([^}]*)\}")
 ITEM_ENTRY = re.compile(r"\b(id|name|display_name)\s*:\s*(?:(\d+)|\"([^\"]*)\"|'([^']*)')")
@@ -65,12 +66,15 @@ class CardInput(InputSpec):
             raise ValueError(f"mean and std are of pixels from 0 to 1, and a card's of gray levels: write {entries}")
         if min(self.height, self.width, self.resize_size) < 0 or not 0 <= self.padding <= 255:
             raise ValueError("height, width and resize_size are 0 or more, and padding is a gray level, 0 to 255")
+        if max(self.height, self.width, self.resize_size) > LONGEST_SIDE:
+            raise ValueError(f"height, width and resize_size are {LONGEST_SIDE} at most")
+        self.to_spec()
 
     def to_spec(self, shape: tuple[int, int, int] = (0, 0, 0)) -> InputSpec:
         """The input as a bundle's manifest has it; `shape`, height, width and channels, is the model's own.
 
         Raises:
-            ValueError: mean or std are of another number of channels than the model's.
+            ValueError: mean or std are of another number of channels than the model's, or more is cut than there is.
         """
         entries = {name: value for name, value in asdict(self).items() if name != "layout"}
         color = self.color or ("gray" if shape[2] == 1 else "rgb")
@@ -81,6 +85,8 @@ class CardInput(InputSpec):
                 scales[name] = values[:1] * COLORS[color]
             elif len(values) != COLORS[color]:
                 raise ValueError(f"{name} has {len(values)} values, and images of color {color} need {COLORS[color]}")
+        if self.resize == "crop" and 0 < self.resize_size < min(sides.values()):
+            raise ValueError(f"resize_size is {self.resize_size}, and {min(sides.values())} pixels are cut out of that")
         return InputSpec(**{**entries, **sides, **scales, "color": color})
 
 
@@ -128,6 +134,9 @@ def read_entries(path: Path, model: Path | None = None) -> Entries:
         entries["labels"] = read_labels(_find(entries["labels"], path, "labels", model))
     elif isinstance(entries.get("labels"), dict):
         entries["labels"] = _order_labels(entries["labels"], path)
+    for name in ("input", "postprocess"):
+        if not isinstance(entries.get(name) or {}, dict):
+            raise BundleError(f"{path}: {name} is {entries[name]!r}, and has entries of its own: {HELP}")
     if isinstance(entries.get("priors"), str):
         entries["priors"] = str(_find(entries["priors"], path, "priors", model))
     return entries
@@ -225,15 +234,18 @@ def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
         BundleError: one is missing or wrong.
     """
     entries = {**entries, "input": _spread(entries.get("input"))} if entries.get("input") else entries
-    labels = entries.get("labels")
+    labels, outputs = entries.get("labels"), entries.get("outputs")
     if isinstance(labels, list):  # YAML reads 0 and 90 as numbers
-        entries = {**entries, "labels": [str(label) if isinstance(label, int) else label for label in labels]}
+        entries = {**entries, "labels": [_to_text(label) for label in labels]}
+    if isinstance(outputs, dict):
+        entries = {**entries, "outputs": {role: _to_text(name) for role, name in outputs.items()}}
     try:
         return TypeAdapter(Card).validate_python(entries)
     except ValidationError as error:
         problem = error.errors()[0]
         entry = "".join(f"{part}." if isinstance(part, str) else f"{part}: " for part in problem["loc"]).rstrip(".: ")
         message = problem["msg"].removeprefix("Value error, ")
+        message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "entries, {NAME: VALUE}")
         if problem["type"] == "unexpected_keyword_argument":
             kind = CardInput if problem["loc"][0] == "input" else Card
             message = f"no such entry{_nearest(str(problem['loc'][-1]), [known.name for known in fields(kind)])}"
@@ -267,6 +279,10 @@ def _nearest(name: str, known: Any) -> str:
     """The end of a sentence that says what a wrong name may have meant."""
     near = get_close_matches(name, known, 1, cutoff=0.75)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+
+
+def _to_text(value: Any) -> Any:
+    return str(value) if type(value) is int else value
 
 
 def _spread(given: Any) -> Any:

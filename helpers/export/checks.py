@@ -12,8 +12,8 @@ import numpy as np
 
 from helpers.bundle.manifest import Manifest
 from helpers.config import Config
-from helpers.errors import BundleError, first_line
-from helpers.export.preparation import name_output
+from helpers.errors import BundleError
+from helpers.export.preparation import name_output, tell_reason
 from helpers.export.quantization import compile_exactly
 from helpers.images.boundary import attempt
 from helpers.images.decoding import Image, decode, fit
@@ -175,7 +175,7 @@ def _compile(model: "ov.Model", origin: str) -> Any:
     try:
         return compile_exactly(model)
     except RuntimeError as error:
-        raise BundleError(f"OpenVINO cannot compile {origin}: {first_line(error)}") from None
+        raise BundleError(f"OpenVINO cannot compile {origin}: {tell_reason(error)}") from None
 
 
 def _infer(compiled: Any, tensor: np.ndarray, origin: str) -> dict[str, np.ndarray]:
@@ -183,7 +183,7 @@ def _infer(compiled: Any, tensor: np.ndarray, origin: str) -> dict[str, np.ndarr
         outputs = compiled(tensor)
     except RuntimeError as error:
         raise BundleError(
-            f"{origin} fails on an image of {tensor.shape[1:]}: {first_line(error)}; correct the input of its card"
+            f"{origin} fails on an image of {tensor.shape[1:]}: {tell_reason(error)}; correct the input of its card"
         ) from None
     return {output.get_any_name(): outputs[output].copy() for output in compiled.outputs}
 

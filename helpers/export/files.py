@@ -12,7 +12,15 @@ from helpers.export.architectures import Architecture
 from helpers.export.cards import HELP, Card, merge, parse_card, read_arrays, read_entries
 from helpers.export.checks import settle_batch, stack
 from helpers.export.metadata import read_metadata
-from helpers.export.preparation import find_input, find_last, keep_image, prepare, rename_outputs, select_outputs
+from helpers.export.preparation import (
+    find_input,
+    find_last,
+    keep_image,
+    prepare,
+    rename_outputs,
+    select_outputs,
+    tell_reason,
+)
 from helpers.images.decoding import Image
 from helpers.tasks import DECODERS, Arrays, suggest
 from helpers.tasks.interface import OutputError
@@ -29,10 +37,8 @@ CHECKPOINT = (
     "network to ONNX"
 )
 KERAS = "a model of Keras: write it with `model.export(FOLDER)`, and name FOLDER/saved_model.pb"
-OTHERS = {".pt": CHECKPOINT, ".pth": CHECKPOINT, ".safetensors": CHECKPOINT, ".ckpt": CHECKPOINT}
-OTHERS |= {".h5": KERAS, ".keras": KERAS}
+OTHERS = dict.fromkeys((".pt", ".pth", ".safetensors", ".ckpt"), CHECKPOINT) | dict.fromkeys((".h5", ".keras"), KERAS)
 UNKNOWN = f"no model file that can be read; there are {', '.join(SUFFIXES)}: export the model to ONNX"
-UNTOLD = ("Check ", "Exception from", "FrontEnd API failed", "Model wasn't", "Summary:")  # of OpenVINO's messages
 ACTIVATIONS = {"SoftMax": "probabilities", "Softmax": "probabilities", "Sigmoid": "multi_label"}  # in the graph
 
 
@@ -118,8 +124,8 @@ def read_graph(path: Path) -> "ov.Model":
         return ov.Core().read_model(path)
     except Exception as error:  # each framework's reader raises what it comes across
         raise BundleError(
-            f"{path} cannot be read as a model: {_reason(error)}; it is damaged, of another kind, or has layers that "
-            f"OpenVINO {ov.__version__.partition('-')[0]} lacks: export it without these, such as before quantizing"
+            f"{path} cannot be read as a model: {tell_reason(error)}; it is damaged, of another kind, or has layers "
+            f"that OpenVINO {ov.__version__.partition('-')[0]} lacks: export it without these, perhaps not quantized"
         ) from None
 
 
@@ -135,12 +141,6 @@ def _check_external_data(path: Path) -> None:
     for name in sorted({ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}):
         if not (path.parent / name).is_file():
             raise BundleError(f"{path} keeps its weights in {name!r}, which is not beside it: copy that file too")
-
-
-def _reason(error: Exception) -> str:
-    """The line of OpenVINO's message that says most; its first one names a place in its source."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(UNTOLD)]
-    return first_line(lines[0]) if lines else first_line(error)
 
 
 def _assign_roles(card: Card, outputs: Arrays, model: "ov.Model", origin: str) -> tuple[Card, dict[str, str]]:

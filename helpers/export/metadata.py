@@ -78,9 +78,9 @@ def _of_tflite(path: Path, model: "ov.Model") -> Entries:
     if not zipfile.is_zipfile(path):
         return {}
     with zipfile.ZipFile(path) as archive:
-        for name in {*ULTRALYTICS_FILES} & {*archive.namelist()}:
-            text = archive.read(name).decode("utf-8")
-            properties = _literal(text, None) or yaml.safe_load(text)  # of JSON
+        texts = [archive.read(name).decode("utf-8") for name in archive.namelist() if name in ULTRALYTICS_FILES]
+        properties = _literal(texts[0], None) or yaml.safe_load(texts[0]) if texts else {}  # Python's or JSON
+        if isinstance(properties, dict) and "names" in properties and "stride" in properties:
             return _without_scale(_from_ultralytics(properties), model)
         names = [name for name in archive.namelist() if name.endswith(".txt")]
         labels = parse_labels(archive.read(names[0]).decode("utf-8"), f"{path}: {names[0]}") if names else []

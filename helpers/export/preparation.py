@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import openvino as ov
 
 OPEN = -1
+UNTOLD = ("Check ", "Exception from", "FrontEnd API failed", "Model wasn't", "Summary:")  # of OpenVINO's messages
 SHAPING = ("Result", "Convert", "FakeQuantize", "Reshape", "Squeeze", "Unsqueeze", "Transpose")
 SIGNED_MIDDLE = 128.0  # what 8-bit models with signed input subtract from a gray level
 
@@ -155,6 +156,8 @@ def select_outputs(model: "ov.Model", names: Mapping[str, str], origin: str) -> 
         BundleError: there is no tensor of a name.
     """
     tensors = {name: port for node in model.get_ops() for port in node.outputs() for name in _names(port)}
+    if len(set(names.values())) < len(names):
+        raise BundleError(f"{origin}: its card names one output for two roles: {', '.join(names.values())}")
     missing = next((name for name in names.values() if name not in tensors), None)
     if missing is not None:
         outputs = ", ".join(_name(port, "?") for port in model.outputs)
@@ -195,6 +198,12 @@ def rename_outputs(model: "ov.Model", roles: Mapping[str, str]) -> None:
         name_output(output, role)
 
 
+def tell_reason(error: Exception) -> str:
+    """The line of OpenVINO's message that says most; its first ones name places in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(UNTOLD)]
+    return first_line(lines[0]) if lines else first_line(error)
+
+
 def name_output(output: "ov.Output", name: str) -> None:
     """Give an output of a graph one name, which is that of the tensor it shows too."""
     output.get_node().input_value(0).set_names({name})
@@ -204,7 +213,8 @@ def name_output(output: "ov.Output", name: str) -> None:
 def _defaults_of(model: "ov.Model", given: CardInput, spec: InputSpec, origin: str) -> InputSpec:
     """Of a graph of whole numbers the normalization is its own."""
     kind = model.input().get_element_type().get_type_name()
-    if kind == "u8" and any((*spec.mean, *(value - 1 for value in spec.std))):
+    is_real = model.input().get_element_type().is_real()
+    if not is_real and (any(value != 1 for value in spec.std) or kind != "i8" and any(spec.mean)):
         raise BundleError(
             f"{origin} takes whole numbers and normalizes them itself: leave mean and std out of its card"
         )
@@ -264,7 +274,7 @@ def _reshape(model: "ov.Model", sides: list[int], batches: list[int], origin: st
             model.reshape([batch, *sides])
             return
         except RuntimeError as error:
-            reason = first_line(error)
+            reason = tell_reason(error)
     raise BundleError(
         f"{origin} takes {model.input().get_partial_shape()} and cannot take {sides} ({reason}): correct height, "
         "width and layout in the input of its card"

@@ -168,16 +168,16 @@ def suggest(task: str, samples: Arrays, labels: int = 0) -> str:
             decoder.assign_roles(samples, labels)
             return name
         except AmbiguityError as error:
-            ambiguities.append(f"of decoder {name}, {error}")
+            if not labels or len({samples[output].shape for output in error.names}) == 1:
+                ambiguities.append(f"of decoder {name}, {error}")
         except OutputError:
             continue
     shapes = ", ".join(f"{name} {list(values.shape[1:])}" for name, values in samples.items())
-    are_alike = len({values.shape for values in samples.values()}) == 1
     if count := _count_labels(task, samples, labels):
         remedy = f"they fit {count} labels: correct these"
     elif other := _find_other(task, samples, labels):
         remedy = f"they fit {other}: correct the task"
-    elif ambiguities and (are_alike or not labels):
+    elif ambiguities:
         remedy = ambiguities[0]
     else:
         remedy = "export the model with its post-processing in it, or name other `outputs`"
@@ -207,7 +207,9 @@ def _find_other(task: str, samples: Arrays, labels: int) -> str:
 
     Those of other tasks take outputs of too many shapes.
     """
-    for other in {"detection", "instance_segmentation"} - {task} if labels else ():
+    for other in ("detection", "instance_segmentation") if labels else ():
+        if other == task:
+            continue
         for name, roles in _fitting(other, samples, labels).items():
             if len(roles) == len(samples):
                 return f"decoder {name} of task {other}"

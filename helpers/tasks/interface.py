@@ -21,7 +21,11 @@ class OutputError(ValueError):
 
 
 class AmbiguityError(OutputError):
-    """Several outputs fit a role equally well."""
+    """Several outputs fit a role equally well; `names` are theirs."""
+
+    def __init__(self, message: str, names: Sequence[str]):
+        super().__init__(message)
+        self.names = names
 
 
 @dataclass(frozen=True)

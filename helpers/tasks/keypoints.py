@@ -21,7 +21,7 @@ from helpers.tasks.detection import (
     suggest_end_to_end,
     suggest_ssd,
 )
-from helpers.tasks.interface import Arrays, Prediction
+from helpers.tasks.interface import Arrays, OutputError, Prediction
 from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
 
 Order = Literal["xy", "yx"]
@@ -130,8 +130,8 @@ def _decode_yolo(
     outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: yolo.Parameters, arrays: Arrays
 ) -> list[Prediction]:
     predictions = outputs["predictions"]
-    others = min(predictions.shape) - 4 - len(manifest.labels)
-    others -= others % 3  # one more is objectness
+    rests = (side - 4 - len(manifest.labels) for side in sorted(predictions.shape))
+    others = next(rest - rest % 3 for rest in rests if rest >= 3 and rest % 3 < 2)  # one more is objectness
     detections, numbers = yolo.find_objects(predictions, size, manifest, parameters, others)
     points = numbers.reshape(len(numbers), others // 3, 3)
     places = points[..., :2]
@@ -211,6 +211,20 @@ def _decode_heatmap(
     cells = np.stack([x + 0.5 + across / 4, y + 0.5 + down / 4], axis=1)
     points = (cells * np.divide(placement.input, (columns, rows))).astype(np.float32)
     return _tell_single(points, flat[each, best], placement, manifest, parameters)
+
+
+def _decode_simcc(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SingleParameters, arrays: Arrays
+) -> list[Prediction]:
+    placement = place(manifest.input, size)
+    places = []
+    for role, side in zip(("simcc_x", "simcc_y"), placement.input, strict=True):
+        bins = outputs[role].shape[1]
+        if bins % side:
+            raise OutputError(f"{role} has {bins} bins, and the input {side} pixels: mend the outputs or that")
+        places.append(outputs[role].argmax(axis=1) * side / bins)
+    scores = np.minimum(outputs["simcc_x"].max(axis=1), outputs["simcc_y"].max(axis=1))
+    return _tell_single(np.stack(places, axis=1).astype(np.float32), scores, placement, manifest, parameters)
 
 
 def _decode_centernet(
@@ -305,6 +319,7 @@ DECODERS = {
         [Role("offsets", ("A 4+2K",)), SCORES],
         suggest=suggest_ssd,
     ),
+    "simcc": make_decoder(_decode_simcc, SingleParameters, [Role("simcc_x", ("K X",)), Role("simcc_y", ("K Y",))]),
     "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
     "centernet": make_decoder(_decode_centernet, CenterParameters, CENTERNET),
     "heatmap": make_decoder(_decode_heatmap, SingleParameters, [Role("heatmap", ("K H W",))]),

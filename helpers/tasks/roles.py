@@ -93,17 +93,17 @@ def assign_roles(alternatives: Sequence[Sequence[Role]], samples: Arrays, labels
     Raises:
         OutputError: a role fits no output, or several outputs fit equally well.
     """
-    problems = []
+    problems: list[OutputError] = []
     for roles in alternatives:
         try:
             return _assign(roles, samples, labels)
-        except AmbiguityError:
-            raise
         except OutputError as error:
-            problems.append(str(error))
+            problems.append(error)
+    if ambiguity := next((problem for problem in problems if isinstance(problem, AmbiguityError)), None):
+        raise ambiguity
     remedy = "the card's `outputs: {ROLE: NAME}` can name the output of a role"
     shapes = _list({name: values.shape[1:] for name, values in samples.items()})
-    raise OutputError(f"{', and '.join(problems)}; the model has {shapes}: {remedy}")
+    raise OutputError(f"{', and '.join(map(str, problems))}; the model has {shapes}: {remedy}")
 
 
 def check_shapes(alternatives: Sequence[Sequence[Role]], shapes: Shapes, labels: int) -> None:
@@ -139,9 +139,8 @@ def _assign(roles: Sequence[Role], samples: Arrays, labels: int) -> dict[str, st
     if len(best) > 1:
         role = next(role for role in roles if len({choice.get(role.name) for choice in best}) > 1)
         names = sorted({choice[role.name] for choice in best if role.name in choice})
-        raise AmbiguityError(
-            f"outputs {' and '.join(names)} could each be {role}: name it in the card, `outputs: {{{role.name}: NAME}}`"
-        )
+        remedy = f"name it in the card, `outputs: {{{role.name}: NAME}}`"
+        raise AmbiguityError(f"outputs {' and '.join(names)} could each be {role}: {remedy}", names)
     return best[0]
 
 
