@@ -746,7 +746,7 @@ def test_an_archive_that_could_not_be_read_leaves_its_rows_and_is_tried_again(
     output = tmp_path / "out"
     pipeline.run(spark, str(source), bundle_uri, str(output), settings())
     before = set(comparable(output, source))
-    expand, error = pipeline.driver.expand, "the file cannot be read: permission denied"
+    expand, error = pipeline.runs.expand, "the file cannot be read: permission denied"
 
     def unreadable(*arguments):
         images = expand(*arguments)
@@ -758,7 +758,7 @@ def test_an_archive_that_could_not_be_read_leaves_its_rows_and_is_tried_again(
         )
 
     with monkeypatch.context() as context:
-        context.setattr("helpers.pipeline.driver.expand", unreadable)
+        context.setattr("helpers.pipeline.runs.expand", unreadable)
         pipeline.run(spark, str(source), bundle_uri, str(output), settings())
     assert set(comparable(output, source)) == before | {"shard.tar"}
     assert comparable(output, source)["shard.tar"]["error"] == error

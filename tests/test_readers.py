@@ -280,7 +280,7 @@ def test_a_file_that_goes_while_spark_reads_is_a_row(spark, photos, bundle_uri, 
         (photos / "clothes" / "sample 002.bmp").unlink()
         return read_by_spark(*arguments)
 
-    monkeypatch.setattr("helpers.pipeline.driver.read_by_spark", remove_then_read)
+    monkeypatch.setattr("helpers.pipeline.runs.read_by_spark", remove_then_read)
     rows = run(spark, photos, bundle_uri, tmp_path / "out", reader="spark")
     assert len(rows) == 65
     gone = next(row for row in rows if row["path"].endswith("sample 002.bmp"))

@@ -3,25 +3,34 @@
     ingest -> preprocess -> infer -> postprocess        DataFrames, for a notebook
     run                                                 the same code, fused; results written by the tasks
 
-    driver       these, their results, and what a run's tasks share      on the driver
-    models       bundles, parameters, names in the results     on the driver
-    sources      tables as sources                             on the driver
-    listing      which files are images, and the plan          on the driver
-    known        what of it an earlier run has found settled   on the driver
-    frames       videos to frames                              in tasks, and on the driver
-    readers      who reads the files                           on the driver
-    stages       the stages as functions of record batches     in tasks
-    views        tiles of images, crops of detections, and
-                 several models                            in tasks
-    pyfunc       a bundle as a model of MLflow                 in its tasks, and anywhere
-    task         the stages fused, results written             in tasks
-    results      exactly-once results                          on the driver
-    table        the Delta table that they are in              on the driver
-    catalog      the same results in a table of Spark's        on the driver
-    records      what a run took                               on the driver
-    survey       results counted, and a sample chosen          on the driver
-    report       the page of results                           on the driver
-    exports      results in the formats of other tools         on the driver
+on the driver
+    driver       the functions above, and what a run's tasks share
+    runs         a run from slice to slice, and what it tells
+    models       bundles, parameters, names in the results
+    sources      tables as sources
+    listing      which files are images, and the plan
+    known        what of it an earlier run has found settled
+    readers      who reads the files
+    sail         what differs on an engine without a JVM
+    results      exactly-once results
+    table        the Delta table that they are in
+    catalog      the same results in a table of Spark's
+    records      what a run took
+    sample       annotated pictures
+    survey       results counted, and a sample chosen
+    report       the page of results
+    exports      results in the formats of other tools
+in tasks
+    task         the stages fused, results written
+    stages       the stages as functions of record batches
+    reading      bytes of files, frames and members
+    views        tiles of images, crops of detections, several models
+    frames       videos to frames, archives to members
+    drift        how predictions are distributed
+    pyfunc       a bundle as a model of MLflow, in its tasks
+both
+    rows         keys of results, and comparisons of them
+    schemas      the columns of all of this
 
 Executors import modules of this package, so importing it imports nothing.
 """

@@ -1,0 +1,139 @@
+"""The pipeline on Sail, a Spark Connect server in its own process: the rows that Spark has, whatever goes wrong.
+
+A process cannot hold a classic and a Connect session at once, so every run here is a process of its own.
+"""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from cluster import Finished, Run, start_run
+from test_video import pictures, write_clip
+
+from helpers.pipeline import sail
+
+STAGES = """
+import sys
+import pyarrow as pa
+import pyarrow.parquet as pq
+from helpers import pipeline
+from helpers.config import load_config
+from helpers.errors import HostError
+from helpers.session import get_slots, get_spark
+
+source, model, target = sys.argv[1:]
+config = load_config("local", source={"path": "path"}, spark={"mode": "sail", "master": "local[2]"})
+spark = get_spark(config)
+assert get_slots(spark) == 2
+frame = pipeline.ingest(spark, source, config)
+for stage in (pipeline.preprocess, pipeline.infer, pipeline.postprocess):
+    frame = stage(frame, model, config)
+pq.write_table(frame.toArrow(), target)
+try:
+    pipeline.run_frame(spark.createDataFrame(pa.table({"path": ["a.png"]})), model, target + ".out", config)
+except HostError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(samples, tmp_path_factory) -> Path:
+    """Images of several formats, files that are none, and a video."""
+    folder = shutil.copytree(samples, tmp_path_factory.mktemp("source") / "images")
+    write_clip(folder / "clip.mp4", "mpeg4", pictures(20))
+    return folder
+
+
+def start(source: Path, model: str, work: Path, *settings: str, mode: str = "sail", name: str = "first") -> Run:
+    told = (f"spark.mode={mode}", "pictures=0", "report=0", f"paths.runs={work / 'runs'}")
+    return start_run(source, model, work / "out", work / f"{name}.log", "spark.master=local[2]", *told, *settings)
+
+
+def sorted_rows(finished: Finished) -> list[dict]:
+    assert finished.code == 0, finished.errors
+    return sorted(finished.rows(), key=lambda row: row["path"])
+
+
+@pytest.fixture(scope="module")
+def expected(source, bundle_uri, tmp_path_factory) -> list[dict]:
+    """The rows that Spark has."""
+    return sorted_rows(start(source, bundle_uri, tmp_path_factory.mktemp("spark"), mode="local").finish())
+
+
+def test_all_rows_are_those_of_spark_and_a_second_run_does_what_is_new(source, bundle_uri, expected, tmp_path):
+    images = shutil.copytree(source, tmp_path / "images")
+    first = start(images, bundle_uri, tmp_path).finish()
+    assert (first.summary["ok"], first.summary["failed"]) == (80, 4)
+    names = [row["path"].removeprefix(str(source)) for row in expected]
+    assert [row["path"].removeprefix(str(images)) for row in sorted_rows(first)] == names
+    columns = ("width", "height", "predictions", "model", "length")
+    for name in columns:
+        assert [row[name] for row in sorted_rows(first)] == [row[name] for row in expected], name
+    shutil.copy(images / "clothes" / "sample 000.png", images / "new.png")
+    second = start(images, bundle_uri, tmp_path, name="second").finish()
+    assert [second.summary[key] for key in ("ok", "failed", "skipped")] == [1, 0, 84], second.errors
+    assert "Traceback" not in second.errors and "INFO sail" not in second.errors
+
+
+def test_a_killed_run_loses_nothing(source, bundle_uri, expected, tmp_path):
+    few = ("spark.master=local[1]", "partitioning.partitions=16")
+    first = start(source, bundle_uri, tmp_path, *few)
+    first.wait_until_staged(2)
+    first.process.kill()
+    second = start(source, bundle_uri, tmp_path, *few, name="second").finish()
+    assert sorted_rows(second) == expected
+    assert second.summary["skipped"] > 0
+
+
+def test_stages_one_by_one_give_the_rows_of_the_run(source, bundle_uri, expected, tmp_path):
+    target = tmp_path / "rows.parquet"
+    command = [sys.executable, "-c", STAGES, str(source), bundle_uri, str(target)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(pq.read_table(target).to_pylist(), key=lambda row: row["path"]) == expected
+    assert "set spark.mode=local" in ended.stdout  # for a table as a source
+
+
+class Counting:
+    """Tasks that note how many of them run at once, and fail a number of times."""
+
+    def __init__(self, failures: int = 0):
+        self.lock, self.running, self.most, self.calls, self.failures = threading.Lock(), 0, 0, 0, failures
+
+    def __call__(self, batches):
+        with self.lock:
+            self.running, self.calls = self.running + 1, self.calls + 1
+            self.most = max(self.most, self.running)
+        time.sleep(0.02)
+        with self.lock:
+            self.running -= 1
+            self.failures -= 1
+            if self.failures >= 0:
+                raise OSError("busy")
+        yield from batches
+
+
+BATCH = pa.RecordBatch.from_pydict({"a": [1]})
+
+
+def test_as_many_tasks_run_at_once_as_there_are_slots():
+    task = Counting()
+    threads = [threading.Thread(target=lambda: list(sail.OneOfFew(task, 3, 1)([BATCH]))) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert task.calls == 12 and task.most == 3
+
+
+def test_a_task_is_tried_as_often_as_sparks_are():
+    task = Counting(failures=3)
+    assert list(sail.OneOfFew(task, 2, 4)([BATCH])) == [BATCH] and task.calls == 4
+    with pytest.raises(OSError, match="busy"):
+        list(sail.OneOfFew(Counting(failures=4), 2, 4)([BATCH]))
