@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from helpers.errors import ConfigError
 from helpers.options import StorageOptions
 
-DISTRIBUTION = "spark-vision-notebooks"
+DISTRIBUTION = "spark-vision"
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED = not (PACKAGE.parent / "conf" / "base.yaml").is_file()  # by pip, without a checkout around it
 PROJECT = Path.cwd() if INSTALLED else PACKAGE.parent  # where relative locations begin
@@ -280,12 +280,17 @@ def _from_environment() -> dict[str, Any]:
 
 
 def _from_widgets() -> dict[str, Any]:
-    """The widgets of a Databricks notebook that are named like settings, such as `paths.data`; filled ones only."""
+    """The widgets of a Databricks notebook that are named like settings, such as `paths.data`; filled ones only.
+
+    A widget with the name of a whole section is none: `source` may be a job's own parameter.
+    """
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     dbutils = shell.user_ns.get("dbutils") if shell else None
     widgets = dbutils.widgets.getAll() if dbutils else {}
-    names = set(Config.model_fields) - {"profile"}
-    return {key: _value(key, text) for key, text in widgets.items() if text and key.partition(".")[0] in names}
+    kinds = {name: field.annotation for name, field in Config.model_fields.items() if name != "profile"}
+    sections = {name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, _Section)}
+    names = {key for key in widgets if key.partition(".")[0] in kinds} - sections
+    return {key: _value(key, text) for key, text in widgets.items() if text and key in names}
 
 
 def _value(key: str, text: str) -> Any:
