@@ -743,7 +743,7 @@ def test_members_have_the_rows_that_they_have_as_files_and_a_changed_archive_is_
 def test_an_archive_that_could_not_be_read_leaves_its_rows_and_is_tried_again(
     spark, places, bundle_uri, tmp_path, monkeypatch
 ):
-    source, output = tmp_path / "source", tmp_path / "out"
+    source, output = tmp_path / "copy", tmp_path / "out"
     shutil.copytree(places[0], source)
     pipeline.run(spark, str(source), bundle_uri, str(output), settings())
     write(source, new_png=picture(0))  # else nothing is looked at again
