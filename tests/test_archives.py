@@ -5,6 +5,7 @@ In a copy of the repository each protection was taken out alone, and a test fail
 
 import io
 import os
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -742,10 +743,11 @@ def test_members_have_the_rows_that_they_have_as_files_and_a_changed_archive_is_
 def test_an_archive_that_could_not_be_read_leaves_its_rows_and_is_tried_again(
     spark, places, bundle_uri, tmp_path, monkeypatch
 ):
-    source, _ = places
-    output = tmp_path / "out"
+    source, output = tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(places[0], source)
     pipeline.run(spark, str(source), bundle_uri, str(output), settings())
-    before = set(comparable(output, source))
+    write(source, new_png=picture(0))  # else nothing is looked at again
+    before = set(comparable(output, source)) | {"new.png"}
     expand, error = pipeline.driver.expand, "the file cannot be read: permission denied"
 
     def unreadable(*arguments):

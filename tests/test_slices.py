@@ -146,7 +146,8 @@ def told(files: LocalStorage, *failed: tuple[str, str], config: Config | None = 
     """What a commit tells after a run that found such errors."""
     known = Known(Seen(), ["net@1"], config or settings())
     (part,) = slices(files)
-    known.add(part.chunks, part.images, failures(*failed) if failed else failures(("", "")).slice(1))
+    images = pa.concat_tables([part.images, part.archives])
+    known.add(part, images, failures(*failed) if failed else failures(("", "")).slice(1))
     return Seen(3, change=3, listed=known.tell("run1"))
 
 
@@ -167,6 +168,14 @@ def test_a_chunk_with_a_passing_error_is_looked_at_again(files, small_chunks):
     known = Known(told(files, (files.join("b/007.png"), "permission denied")), ["net@1"], settings())
     (part,) = slices(files, known)
     assert [files.join("b/007.png") in chunk.paths.to_pylist() for chunk in part.chunks] == [True]
+
+
+def test_an_archive_that_cannot_be_read_is_looked_at_again(files, small_chunks):
+    """It may be mended in place, with its length and time as they were."""
+    files.write("b/007.zip", b"")
+    known = Known(told(files, (files.join("b/007.zip"), "the archive is damaged")), ["net@1"], settings())
+    (part,) = slices(files, known)
+    assert part.archives.num_rows == 1 and len(part.chunks) == 1
 
 
 @pytest.mark.parametrize(

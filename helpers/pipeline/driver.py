@@ -379,7 +379,7 @@ class _Run:
         with contextlib.suppress(FileNotFoundError):
             tried = self.store.rows(record["file"] for record in records if record["failed"])
             failed = pa.concat_tables([failed, tried.filter(tried["error"].is_valid())])
-            self.known.add(listed.chunks, images, failed)
+            self.known.add(listed, images, failed)
         gone = outdated(seen.rows, images, listed.videos, listed.archives)
         files = {record["file"]: File(record["file_bytes"], record["statistics"]) for record in records}
         if not self.config.resume:

@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 
 from helpers.config import Config
 from helpers.images.boundary import LASTING
-from helpers.pipeline.listing import Chunk
+from helpers.pipeline.listing import Listing
 from helpers.pipeline.results import Seen
-from helpers.pipeline.rows import file_paths, index_in, is_lasting
+from helpers.pipeline.rows import file_paths, index_in, is_in, is_lasting
 from helpers.pipeline.task import error_kind
 
 MOST_CHUNKS = 4000  # 65 million files
@@ -69,16 +69,18 @@ class Known:
             self._earlier, self._chunks = {}, {}
             self.commit = (seen.change, seen.listed)
 
-    def add(self, chunks: Iterable[Chunk], images: pa.Table, failed: pa.Table) -> None:
+    def add(self, listed: Listing, images: pa.Table, failed: pa.Table) -> None:
         """Remember chunks of which every image is settled when the next commit is made.
 
+        A video or an archive that cannot be read, or not to its end, is looked at by every run.
+
         Args:
-            chunks: of a slice.
-            images: all that are in them, `KEY`.
+            listed: a slice; of a source that has no chunks, nothing is remembered.
+            images: all that are in it, `KEY`.
             failed: path and error of those with one; an image may come twice.
         """
-        chunks = list(chunks)
-        if not chunks:  # another source's
+        chunks = listed.chunks
+        if not chunks:
             return
         starts = np.cumsum([0, *(len(chunk.paths) for chunk in chunks)])
         paths = pa.chunked_array([chunk.paths for chunk in chunks], pa.string())
@@ -96,7 +98,9 @@ class Known:
         rows = zip(places(failed), failed["path"].to_pylist(), failed["error"].to_pylist(), strict=True)
         for place, path, error in rows:
             errors[place][path] = error_kind(error)
-        unsettled = set(places(failed.filter(pc.invert(is_lasting(failed["error"])))).tolist())
+        files = [is_in(failed["path"], part["path"]) for part in (listed.videos, listed.archives)]
+        is_open = pc.or_(pc.or_(*files), pc.invert(is_lasting(failed["error"])))
+        unsettled = set(places(failed.filter(is_open)).tolist())
         for number, chunk in enumerate(chunks):
             kinds = dict(Counter(errors[number].values()))
             if number not in unsettled and len(kinds) <= MOST_KINDS and len(self._chunks) < MOST_CHUNKS:
