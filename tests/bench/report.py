@@ -1,6 +1,6 @@
 """Time, memory and size of the page of results, and time and memory of an export, for 100,000 images.
 
-    PYTHONPATH=notebooks:tests .venv/bin/python tests/bench/report.py [--images 100000]
+    PYTHONPATH=notebooks:tests .venv/bin/python tests/bench/report.py [--images 100000] [--export]
 
 The results are made: 8 detections with masks per image, of 80 classes of which some are rare. One image in a hundred
 has an error, and a file has 1,000 rows; after ten files the same come again. The images are links to four photographs
@@ -30,15 +30,18 @@ ROWS, DETECTIONS, CLASSES, PHOTOGRAPHS, TABLES = 1000, 8, 80, 4, 10
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=100_000)
-    images = parser.parse_args().images
+    parser.add_argument("--export", action="store_true", help="measure the export too, which takes minutes")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        output = write(Path(place), images)
+        output = write(Path(place), options.images)
         helpers = [sys.executable, "-m", "helpers"]
-        for name, command in {
+        commands = {
             "page": ["report", str(output)],
             "page against another output": ["report", str(output), "--against", str(output)],
-            "coco": ["results", str(output), "--format", "coco", "--to", str(Path(place, "coco"))],
-        }.items():
+        }
+        if options.export:
+            commands["coco"] = ["results", str(output), "--format", "coco", "--to", str(Path(place, "coco"))]
+        for name, command in commands.items():
             taken = measure([*helpers, *command])
             page = (output / "report" / "index.html").stat().st_size
             print(
