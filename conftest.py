@@ -11,6 +11,7 @@ SLOW = (
     "test_adls_pipeline.py",
     "test_faults.py",
     "test_pack.py",
+    "test_yarn.py",
     "test_yolact_pipeline.py",
     "test_table_output.py",
     "test_training_faults.py",

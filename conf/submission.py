@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,13 +31,13 @@ import pyspark
 
 from helpers.config import CONF
 from helpers.errors import ConfigError, HostError, RunError, UserError, first_line
-from helpers.redaction import redact
 from helpers.session import spark_cause
 
 SPARK_HOME = Path(pyspark.__file__).parent
 LOG = f"-Dlog4j2.configurationFile={(CONF / 'log4j2.properties').as_uri()}"
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 30.0  # until a pod or an application that does not start is told of, and again
+LAG_SECONDS = 6.0  # after which a pod whose log has ended says that it has ended too
 LOGS_SECONDS = 60.0  # in which YARN has gathered the logs of an application that has ended
 # What Kubernetes says of a container that no waiting mends.
 HOPELESS = {"ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError"}
@@ -117,45 +118,53 @@ def run_on_yarn(arguments: list[str]) -> int:
         HostError: the application was refused.
         RunError: the driver was lost.
     """
-    lines, application, state, told = list[str](), "", "", time.monotonic()
+    told_so_far: deque[str] = deque(maxlen=2000)
+    application, state, told = "", "", time.monotonic()
     with _spark_submit(arguments, client_level="info") as process:
         for line in process.stderr:
-            lines = [*lines[-2000:], line]
+            told_so_far.append(line)
             match = YARN_STATE.search(line)
             if match and (match[2] != state or (state == "ACCEPTED" and time.monotonic() - told > PATIENCE_SECONDS)):
                 application, state, told = match[1], match[2], time.monotonic()
                 waits = "; it waits for the queue, or for its files" if state == "ACCEPTED" else ""
                 print(f"{application}: {state.lower()}{waits}", file=sys.stderr)
-    text = "".join(lines)
+    text = "".join(told_so_far)
     if not application:
         raise HostError(f"YARN refused the run: {spark_cause(text)}")
     status = YARN_STATUS.findall(text)
     code = 0 if not process.returncode else int(status[-1]) if status else None
-    logs = _yarn_logs(application)
-    if logs is None:
-        print(f"{application}: its log was not to be had; try yarn logs -applicationId {application}", file=sys.stderr)
-        logs = {}
+    logs = _yarn_logs(application) if _gathers_logs() else {}
+    if not logs:
+        print(f"{application}: YARN has not gathered its log (yarn.log-aggregation-enable)", file=sys.stderr)
     # YARN's driver writes what Python says of errors beside its answer, which is the last line.
-    lines = f"{logs.get('stderr', '')}\n{logs.get('stdout', '')}".splitlines()
-    *said, last = [line for line in lines if line.strip()] or [""]
+    lines = [line for name in ("stderr", "stdout") for line in logs.get(name, "").splitlines() if line.strip()]
+    *said, last = lines or [""]
     for line in said:
         print(line, file=sys.stderr)
-    if code is None:
+    if code not in (0, 1, 2) or (code == 1 and not last.startswith("{")):
+        print(last, file=sys.stderr)
         found = re.findall(r"Application diagnostics message: (.+)", text) or ["it was killed, or its node was lost"]
-        raise RunError(f"{application}: the driver did not end by itself: {first_line(found[-1])}")
+        raise RunError(f"{application}: the driver did not end well: {first_line(found[-1])}")
     _tell_last(last, code)
     return code
 
 
-def _yarn_logs(application: str) -> dict[str, str] | None:
-    """The driver's log by its files' names; None where YARN does not gather logs."""
+def _gathers_logs() -> bool:
+    """Whether the cluster keeps the logs of applications that have ended, as its configuration on this machine says."""
+    site = Path(os.environ.get("HADOOP_CONF_DIR", ""), "yarn-site.xml")
+    text = site.read_text(encoding="utf-8") if site.is_file() else ""
+    return bool(re.search(r"<name>\s*yarn\.log-aggregation-enable\s*</name>\s*<value>\s*true", text))
+
+
+def _yarn_logs(application: str) -> dict[str, str]:
+    """The driver's log by its files' names; nothing where YARN has not gathered them in time."""
     command = ["org.apache.hadoop.yarn.client.cli.LogsCLI", "-applicationId", application, "-am", "1"]
     deadline = time.monotonic() + LOGS_SECONDS
     while True:
         answer = _spark_class(*command, "-log_files", "stdout,stderr")
         files = re.findall(r"^LogType:(\w+)\n(?:Log[^\n]*\n)*?LogContents:\n(.*?)^End of LogType:", answer, re.M | re.S)
-        if files or time.monotonic() > deadline or "is not enabled" in answer:
-            return dict(files) or None
+        if files or time.monotonic() > deadline:
+            return dict(files)
         time.sleep(POLL_SECONDS)
 
 
@@ -235,7 +244,7 @@ class Kubernetes:
             if reason := _hopeless(pod):
                 message = self._warning(self.pod) or reason
                 self._kubectl("delete", "pod", self.pod, "--wait=false")
-                raise HostError(f"the driver's pod cannot start with the image {self.image}: {message}; correct that")
+                raise HostError(f"the driver's pod cannot start (image {self.image}): {message}; correct that")
             if time.monotonic() - told > PATIENCE_SECONDS:
                 told = time.monotonic()
                 waited = f"waits since {told - started:.0f} s"
@@ -257,10 +266,12 @@ class Kubernetes:
             command = self._command("logs", "--follow", self.pod, *since)
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
                 yield from process.stdout or ()
-            if self._json("get", "pod", self.pod).get("status", {}).get("phase") != "Running":
-                return
-            since = [f"--since={POLL_SECONDS:.0f}s"]
-            time.sleep(POLL_SECONDS)
+            broken = time.monotonic()
+            while time.monotonic() - broken < LAG_SECONDS:
+                if self._json("get", "pod", self.pod).get("status", {}).get("phase") != "Running":
+                    return
+                time.sleep(POLL_SECONDS)
+            since = [f"--since={time.monotonic() - broken:.0f}s"]
 
     def _exit_code(self) -> int:
         pod = self._json("get", "pod", self.pod)
@@ -342,7 +353,7 @@ def _spark_submit(arguments: list[str], client_level: str = "error") -> Iterator
     environment = {**os.environ, "SPARK_HOME": str(SPARK_HOME)}
     environment["SPARK_SUBMIT_OPTS"] = f"{_java_options()} -Dsubmission.level={client_level}"
     command = [str(SPARK_HOME / "bin" / "spark-submit"), *arguments]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=environment, stdout=sys.stderr, stderr=subprocess.PIPE, text=True) as process:
         yield process
 
 
@@ -362,5 +373,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RunError) else 2)
     except KeyboardInterrupt:
-        print(redact("the run goes on in the cluster; end it there"), file=sys.stderr)
+        print("the run goes on in the cluster; end it there", file=sys.stderr)
         sys.exit(130)

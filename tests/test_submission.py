@@ -81,7 +81,7 @@ def stubs(tmp_path, monkeypatch) -> Stubs:
     made.write("pyspark/bin/spark-submit", "exit 0\n")
     made.write("kubectl", KUBECTL)
     monkeypatch.setenv("IMAGE", "registry/image")
-    for name in ("API", "DEPLOY", "MASTER", "PREPARED", "ARCHIVE"):
+    for name in ("API", "DEPLOY", "MASTER", "PREPARED", "ARCHIVE", "HADOOP_CONF_DIR"):
         monkeypatch.delenv(name, raising=False)
     return made
 
@@ -201,6 +201,18 @@ def test_executors_that_cannot_be_scheduled_are_told_of(follower, monkeypatch, c
     assert capfd.readouterr().err == "1 of 2 executors wait: 0/3 nodes are available: 3 Insufficient memory.\n"
 
 
+def test_a_broken_connection_is_no_end_of_the_log(stubs, follower, monkeypatch):
+    """The API server closes it after some hours, and where the kubelet rotates the log."""
+    monkeypatch.setattr(submission, "LAG_SECONDS", 0.05)
+    monkeypatch.setenv("BEGUN", pod("Running"))
+    monkeypatch.setenv("ENDED", pod("Succeeded"))
+    first, then = 'touch "$CALLS/broken"; echo first', 'touch "$CALLS/ended"; echo last'
+    logs = f'*"logs --follow"*) if [ -e "$CALLS/broken" ]; then {then}; else {first}; fi ;;\n'
+    stubs.write("kubectl", KUBECTL.replace('*"logs --follow"*)', f'{logs}*"never"*)'))
+    assert list(follower._log()) == ["first\n", "last\n"]
+    assert [call for call in stubs.calls("kubectl") if call.startswith("--since=")] == ["--since=0s"]
+
+
 def test_a_refusal_of_the_api_server_is_one_sentence(stubs):
     refusal = """Exception in thread "main" io.fabric8.kubernetes.client.KubernetesClientException: Failure executing: \
 POST at: https://h:6443/api/v1/namespaces/nope/pods. Message: namespaces "nope" not found. Received status: Status(x)"""
@@ -214,7 +226,6 @@ POST at: https://h:6443/api/v1/namespaces/nope/pods. Message: namespaces "nope" 
 
 
 def test_the_driver_on_yarn_runs_from_the_archive_too(stubs):
-    stubs.write("pyspark/bin/spark-class", "echo Log aggregation is not enabled\n")
     stubs.write("pyspark/bin/spark-submit", "echo 'Application report for application_1_1 (state: FINISHED)' >&2\n")
     queue = ["--conf", "spark.yarn.queue=q"]
     answer = stubs.run("yarn.sh", *LOCATIONS, *queue, DEPLOY="cluster", PREPARED="hdfs:///p")
@@ -280,20 +291,22 @@ def test_the_answer_of_a_driver_on_yarn_is_that_of_the_run(stubs, code, last, an
     log = f"LogType:stderr\nLogLength:9\nLogContents:\nJava here\n\nEnd of LogType:stderr\n***\n\n\
 LogType:stdout\nLogLength:9\nLogContents:\n07:00 here\n{last}\n\nEnd of LogType:stdout\n"
     stubs.write("pyspark/bin/spark-class", f"cat <<'END'\n{log}END\n")
+    site = "<property><name>yarn.log-aggregation-enable</name>\n<value>true</value></property>"
+    (stubs.folder / "yarn-site.xml").write_text(site)
     report = "Application report for application_1_1 (state: FINISHED)"
     if code:
         report += (
             f"\n12:00:00 ERROR Client: Application diagnostics message: User application exited with status {code}"
         )
     stubs.write("pyspark/bin/spark-submit", f"cat >&2 <<'END'\n{report}\nEND\nexit {min(code, 1)}\n")
-    answer = stubs.run("yarn.sh", *LOCATIONS, DEPLOY="cluster", PREPARED="hdfs:///p")
+    places = {"PREPARED": "hdfs:///p", "HADOOP_CONF_DIR": str(stubs.folder)}
+    answer = stubs.run("yarn.sh", *LOCATIONS, DEPLOY="cluster", **places)
     assert (answer.returncode, answer.stdout) == (code, f"{last}\n" if answered else ""), answer.stderr
     assert answer.stderr.splitlines()[1:3] == ["Java here", "07:00 here"]
     assert (last in answer.stderr) != answered
 
 
 def test_a_driver_on_yarn_that_was_killed_is_no_success(stubs):
-    stubs.write("pyspark/bin/spark-class", "echo Log aggregation is not enabled\n")
     report = """Application report for application_1_1 (state: KILLED)
 12:00:00 ERROR Client: Application diagnostics message: Application killed by user."""
     stubs.write("pyspark/bin/spark-submit", f"cat >&2 <<'END'\n{report}\nEND\nexit 1\n")
