@@ -338,7 +338,8 @@ def _compare(
     store: ResultStore, records: list[dict[str, Any]], config: Config
 ) -> tuple[Distributions, dict[str, dict[str, float]]]:
     """How a run's predictions are distributed, and how far that is from those of earlier runs of the same models."""
-    distributions, distances = Distributions().merge(record["distribution"] for record in records), {}
+    distributions = Distributions().merge(record["distribution"] for record in records)
+    distances: dict[str, dict[str, float]] = {}
     if not records:
         return distributions, distances
     with only_warn("the run's predictions were not compared with earlier ones"):
