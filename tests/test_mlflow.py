@@ -32,7 +32,9 @@ from helpers import pipeline
 from helpers.bundle.manifest import load_bundle
 from helpers.config import load_config
 from helpers.errors import BundleError, ConfigError
+from helpers.pipeline.pyfunc import OUTPUT_SCHEMA
 from helpers.pipeline.results import ResultStore
+from helpers.session import spark_schema
 from helpers.storage import open_storage
 from helpers.tracking import registry
 from helpers.tracking.mlflow import MLflow, open_writers, server, track
@@ -433,9 +435,11 @@ def test_spark_udf_predicts_what_the_pipeline_predicts(spark, uri, versions, sam
     config = load_config("local", **settings_of(uri, tmp_path, **{"spark.master": "local[2]"}))
     pipeline.run(spark, str(samples), "models:/fashion/1", str(tmp_path / "out"), config)
     expected = ResultStore(open_storage(str(tmp_path / "out"))).read().to_pylist()
-    predict = mlflow.pyfunc.spark_udf(spark, "models:/fashion/1", env_manager="local")
+    as_json = {"result_type": "string", "params": {"format": "json"}}
+    predict = mlflow.pyfunc.spark_udf(spark, "models:/fashion/1", env_manager="local", **as_json)
     table = spark.createDataFrame([(row["path"],) for row in expected], "path string").repartition(2)
-    rows = table.select("path", predict(functions.struct("path")).alias("p")).select("path", "p.*").collect()
+    parsed = functions.from_json(predict(functions.struct("path")), spark_schema(OUTPUT_SCHEMA)).alias("row")
+    rows = table.select("path", parsed).select("path", "row.*").collect()
     assert predictions_of([row.asDict(recursive=True) for row in rows]) == predictions_of(expected)
 
 

@@ -16,7 +16,7 @@ from helpers.bundle.manifest import MANIFEST, Bundle
 from helpers.config import PROJECT, Config
 from helpers.errors import BundleError, HostError, first_line
 from helpers.export.conversion import PREVIEW
-from helpers.pipeline.pyfunc import CONTENT, OUTPUT_SCHEMA, PATH
+from helpers.pipeline.pyfunc import COLUMNS, CONTENT, FORMAT, OUTPUT_SCHEMA, PATH
 from helpers.tracking.mlflow import MLflow, connect
 from helpers.tracking.registry import DIGEST, LOADER
 
@@ -85,11 +85,12 @@ def _register(bundle: Bundle, run: str, name: str, alias: str | None, config: Co
 def signature() -> "ModelSignature":
     """Paths or bytes in, and the results' own columns out."""
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     inputs = [ColSpec(DataType.string, PATH, required=False), ColSpec(DataType.binary, CONTENT, required=False)]
     outputs = [ColSpec(_type_of(field.type), field.name, required=False) for field in OUTPUT_SCHEMA]
-    return ModelSignature(Schema(inputs), Schema(outputs))
+    params = ParamSchema([ParamSpec(FORMAT, DataType.string, COLUMNS)])
+    return ModelSignature(Schema(inputs), Schema(outputs), params)
 
 
 def _type_of(kind: pa.DataType) -> Any:

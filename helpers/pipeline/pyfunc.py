@@ -1,9 +1,11 @@
 """A bundle as a model of MLflow: a table of paths or bytes in, their predictions out, by the stages of the pipeline.
 
 MLflow loads it by the name of this module. Tasks of its Spark UDF import it, so it needs what executors have, and
-pandas.
+pandas. The UDF knows no nulls in structures, and predictions have some: with the parameter `format` as `json`, a row is
+one text, which `from_json` reads.
 """
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,7 @@ from helpers.storage import LocalStorage, open_storage
 from helpers.tasks import parameters_for
 
 PATH, CONTENT = "path", "content"  # the columns of its input; one of them is enough
+FORMAT, COLUMNS, JSON = "format", "columns", "json"  # a parameter and its values
 OUTPUTS = ("error", "width", "height", "predictions", "embedding")
 OUTPUT_SCHEMA = pa.schema([RESULT_SCHEMA.field(name) for name in OUTPUTS])
 # As conf/base.yaml has them: a model that is loaded by its name has no configuration.
@@ -37,10 +40,10 @@ class Predictor:
 
         Args:
             model_input: with a column `path` of locations, or `content` of the images' bytes, which comes first.
-            params: of no use here; MLflow gives them.
+            params: `format`, `columns` by default or `json`.
 
         Returns:
-            The columns of `OUTPUT_SCHEMA`, row by row.
+            The columns of `OUTPUT_SCHEMA`, row by row, or one column of the same as JSON.
         """
         manifest = self.bundle.manifest
         size = batch_size(self.bundle, BATCH_MEGABYTES, MAX_BATCH)
@@ -48,6 +51,9 @@ class Predictor:
         batches = stages.infer(batches, self.bundle, None, threads=1)
         batches = stages.postprocess(batches, manifest, self.parameters, manifest.model, self.bundle.read)
         rows = [row for batch in batches for row in batch.to_pylist()]
+        if (params or {}).get(FORMAT) == JSON:
+            texts = [json.dumps({name: row[name] for name in OUTPUTS}) for row in rows]
+            return pd.DataFrame({JSON: texts}, model_input.index)
         values = {name: pd.Series([row[name] for row in rows], dtype=object) for name in OUTPUTS}
         return pd.DataFrame(values).set_index(model_input.index)
 

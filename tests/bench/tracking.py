@@ -42,7 +42,8 @@ def main() -> None:
         configs = {name: load_config("local", **settings, **{"tracking.mlflow": at}) for name, at in servers.items()}
         publish(load_bundle(open_storage(str(options.work / "light"))), configs["on"], "light")
         spark = get_spark(configs["off"])
-        predict = mlflow.pyfunc.spark_udf(spark, "models:/light/1", env_manager="local")
+        as_json = {"result_type": "string", "params": {"format": "json"}}
+        predict = mlflow.pyfunc.spark_udf(spark, "models:/light/1", env_manager="local", **as_json)
         for turn in range(options.repeats + 1):
             for name, config in configs.items():
                 start = time.perf_counter()
