@@ -158,11 +158,19 @@ def _gathers_logs() -> bool:
 
 def _yarn_logs(application: str) -> dict[str, str]:
     """The driver's log by its files' names; nothing where YARN has not gathered them in time."""
-    command = ["org.apache.hadoop.yarn.client.cli.LogsCLI", "-applicationId", application, "-am", "1"]
+    command = [
+        "org.apache.hadoop.yarn.client.cli.LogsCLI",
+        "-applicationId",
+        application,
+        "-log_files",
+        "stdout,stderr",
+    ]
     deadline = time.monotonic() + LOGS_SECONDS
     while True:
-        answer = _spark_class(*command, "-log_files", "stdout,stderr")
-        files = re.findall(r"^LogType:(\w+)\n(?:Log[^\n]*\n)*?LogContents:\n(.*?)^End of LogType:", answer, re.M | re.S)
+        _, *parts = re.split(r"^Container: (\S+) on .*$", _spark_class(*command), flags=re.MULTILINE)
+        # The first container of an application is its driver's.
+        driver = "".join(text for name, text in zip(parts[::2], parts[1::2], strict=True) if name.endswith("_000001"))
+        files = re.findall(r"^LogType:(\w+)\n(?:Log[^\n]*\n)*?LogContents:\n(.*?)^End of LogType:", driver, re.M | re.S)
         if files or time.monotonic() > deadline:
             return dict(files)
         time.sleep(POLL_SECONDS)
@@ -342,9 +350,8 @@ def _spark_class(*arguments: str) -> str:
     """What a class of Spark's or Hadoop's prints."""
     environment = {**os.environ, "SPARK_HOME": str(SPARK_HOME), "SPARK_SUBMIT_OPTS": LOG}
     command = [str(SPARK_HOME / "bin" / "spark-class"), *arguments]
-    return subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    ).stdout
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.run(command, env=environment, text=True, check=False, **pipes).stdout
 
 
 @contextlib.contextmanager

@@ -288,8 +288,14 @@ def test_the_driver_on_this_machine_is_a_process_of_its_own_python(monkeypatch):
 @pytest.mark.parametrize("said", ["User application exited with status", "AM Container for x exited with  exitCode:"])
 @pytest.mark.parametrize(("code", "last", "answered"), [(0, SUMMARY, True), (1, SUMMARY, True), (2, "error: x", False)])
 def test_the_answer_of_a_driver_on_yarn_is_that_of_the_run(stubs, code, last, answered, said):
-    log = f"LogType:stderr\nLogLength:9\nLogContents:\nJava here\n\nEnd of LogType:stderr\n***\n\n\
-LogType:stdout\nLogLength:9\nLogContents:\n07:00 here\n{last}\n\nEnd of LogType:stdout\n"
+    def container(number: int, errors: str, answer: str) -> str:
+        files = {"stderr": errors, "stdout": answer}
+        parts = [f"LogType:{n}\nLogLength:9\nLogContents:\n{f}\n\nEnd of LogType:{n}\n***\n" for n, f in files.items()]
+        return f"Container: container_1_1_01_00000{number} on host_1\nLogAggregationType: AGGREGATED\n" + "\n".join(
+            parts
+        )
+
+    log = container(2, "an executor", "here") + container(1, "Java here", f"07:00 here\n{last}")
     stubs.write("pyspark/bin/spark-class", f"cat <<'END'\n{log}END\n")
     site = "<property><name>yarn.log-aggregation-enable</name>\n<value>true</value></property>"
     (stubs.folder / "yarn-site.xml").write_text(site)
