@@ -81,6 +81,12 @@ def test_rows_without_predictions_count_nothing():
     assert counts["m"] == Distribution() and counts.distances(counts) == {"m": {"classes": 0.0, "scores": 0.0}}
 
 
+def test_a_prediction_without_a_score_or_a_label_stops_nothing():
+    counts = Distributions()
+    counts.add(pa.Table.from_pylist([{"path": "a", "model": "m", "predictions": [{}, {"score": 2.0}]}], RESULT_SCHEMA))
+    assert counts["m"].classes == {"": 2} and sum(counts["m"].scores) == counts["m"].scores[-1] == 1
+
+
 def test_what_a_commit_tells_is_bounded():
     counts = Distributions(m=Distribution(Counter({f"class {n}": n + 1 for n in range(5000)})))
     text = counts.to_json()

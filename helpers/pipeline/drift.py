@@ -48,7 +48,7 @@ class Distributions(dict[str, Distribution]):
         for model in count_values(rows["model"]):
             of_model = rows.filter(pc.equal(rows["model"], model))
             predictions = pc.list_flatten(of_model["predictions"])
-            scores = pc.struct_field(predictions, "score").to_numpy()
+            scores = pc.drop_null(pc.struct_field(predictions, "score")).to_numpy()
             labels = pc.fill_null(pc.struct_field(predictions, "label"), "")
             histogram = np.histogram(np.clip(scores, 0, 1), BINS, (0, 1))[0]
             self._of(model).add(Distribution(Counter(count_values(labels)), histogram.tolist()))
