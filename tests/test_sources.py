@@ -22,9 +22,10 @@ from helpers.cli import main
 from helpers.config import PROJECT, Config, load_config
 from helpers.errors import ConfigError, RunError, StorageError
 from helpers.options import StorageOptions
+from helpers.pipeline.reading import read_parquet
 from helpers.pipeline.records import read_runs
 from helpers.pipeline.results import ResultStore
-from helpers.pipeline.sources import open_files
+from helpers.pipeline.sources import _delta_files, open_files
 from helpers.pipeline.task import KeptColumns
 from helpers.storage import open_storage
 from helpers.storage.uris import UriStorage
@@ -297,6 +298,44 @@ def test_the_newest_version_of_a_delta_table_is_a_source_with_its_partitions(spa
     assert (summary.images, summary.ok) == (6, 6)
     found = {path: row["part"] for path, row in rows_of(tmp_path / "out").items()}
     assert found == dict(zip(NAMES[:6], ["x y"] * 4 + ["ü/1"] * 2, strict=True))
+
+
+def test_tasks_read_the_columns_that_are_wanted_and_those_that_the_log_tells(tmp_path):
+    write_deltalake(tmp_path / "t", contents(part=["x y"] * 4 + ["ü/1"] * 4), partition_by=["part"])
+    write_deltalake(tmp_path / "t", contents(["8.png"], part=["z"], new=[1]), mode="append", schema_mode="merge")
+    DeltaTable(tmp_path / "t").delete("number in (6, 7)")
+    storage = open_storage(str(tmp_path / "t"))
+    schema, files = _delta_files(storage)
+    wanted = pa.schema([schema.field(name) for name in ("part", "id", "new")])
+    rows = pa.Table.from_batches(read_parquet(files.to_batches(), storage, wanted), wanted).sort_by("id").to_pylist()
+    parts = ["x y"] * 4 + ["ü/1"] * 2 + ["z"]
+    assert [(row["id"], row["part"]) for row in rows] == list(zip([*NAMES[:6], "8.png"], parts, strict=True))
+    assert [row["new"] for row in rows] == [None] * 6 + [1]
+
+
+@pytest.mark.parametrize("form", ["delta", "parquet"])
+def test_a_table_on_object_storage_is_read_by_tasks(model, tmp_path, s3, s3_settings, s3_root, form):
+    bucket = open_storage(s3_root, settings(**s3_settings))
+    place = tmp_path / "table"
+    if form == "delta":
+        write_deltalake(place, contents(part=["x y"] * 4 + ["ü/1"] * 4), partition_by=["part"])
+        DeltaTable(place).delete("number >= 6")
+    else:
+        (place / "_hidden").mkdir(parents=True)
+        pq.write_table(contents(NAMES[:4], part=["x y"] * 4), place / "a.parquet", row_group_size=3)
+        pq.write_table(contents(NAMES[4:6], part=["ü/1"] * 2), place / "b.parquet")
+        (place / "_hidden" / "c.parquet").write_bytes(b"no table")
+    for file in (path for path in place.rglob("*") if path.is_file()):
+        bucket.write(f"table/{file.relative_to(place)}", file.read_bytes())
+    reached = [f"{name}={value}" for name, value in s3_settings.items()]
+    given = ("spark.master=local[1]", "postprocess.top_k=1", f"paths.runs={tmp_path / 'runs'}", "source.key=id")
+    given += ("source.content=bytes", "source.keep=[part]", *reached)
+    for ok, skipped in ((6, 0), (0, 6)):
+        run = start_run(bucket.join("table"), model, tmp_path / "out", tmp_path / f"{ok}.log", *given).finish()
+        assert (run.summary["ok"], run.summary["skipped"]) == (ok, skipped), run.errors
+    rows = rows_of(tmp_path / "out")
+    assert labels(rows) == {name: is_bright(name) for name in NAMES[:6]}
+    assert [rows[name]["part"] for name in NAMES[:6]] == ["x y"] * 4 + ["ü/1"] * 2
 
 
 def test_a_delta_table_that_plain_files_do_not_tell_is_refused(spark, model, tmp_path):

@@ -102,13 +102,17 @@ def run_killed(when: str, *arguments) -> None:
 
 
 def run_at_once(sources: list[Path], *arguments) -> list[pipeline.RunSummary | Exception]:
-    """Runs that merge in the same moment."""
-    barrier, merge, results = threading.Barrier(len(sources)), CatalogStore._merge, []
+    """Runs that find the same table when they begin, and merge in the same moment."""
+    begun, done = threading.Barrier(len(sources)), threading.Barrier(len(sources))
+    resume, publish, results = CatalogStore.resume, CatalogStore.publish, []
 
-    def wait(*given, **named):
-        with contextlib.suppress(threading.BrokenBarrierError):
-            barrier.wait(60)
-        merge(*given, **named)
+    def resume_together(store, *models):
+        resume(store, *models)
+        begun.wait(100)
+
+    def publish_together(store, work):
+        done.wait(100)
+        return publish(store, work)
 
     def start(source: Path):
         try:
@@ -117,7 +121,8 @@ def run_at_once(sources: list[Path], *arguments) -> list[pipeline.RunSummary | E
             results.append(error)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CatalogStore, "_merge", wait)
+        patch.setattr(CatalogStore, "resume", resume_together)
+        patch.setattr(CatalogStore, "publish", publish_together)
         threads = [threading.Thread(target=start, args=(source,)) for source in sources]
         for thread in threads:
             thread.start()

@@ -129,9 +129,7 @@ def run(
     """
     watch = Stopwatch()
     task = make_task(source, model, output, config)
-    table = None
-    if is_table(source, config):
-        table = TableSource.of(source, open_table(spark, source, config), task.source, config)
+    table = open_table(spark, source, config) if is_table(source, config) else None
     return _run(spark, task, table, output, config, watch, session_seconds)
 
 

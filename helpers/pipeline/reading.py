@@ -11,20 +11,22 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from helpers.images.archive import MARK, Member, find_members, read_member, split_member
 from helpers.images.boundary import attempt
 from helpers.images.decoding import Image
 from helpers.images.video import find_frames, frame_pixels, read_frames, split_paths
 from helpers.memory import bounded
-from helpers.pipeline.schemas import BESIDE, IMAGE_SCHEMA, KEPT, PLACE, Batches, extend
-from helpers.storage.interface import Files
+from helpers.pipeline.schemas import BESIDE, IMAGE_SCHEMA, KEPT, PLACE, Batches, conform, extend
+from helpers.storage.interface import Files, Storage
 from helpers.storage.prefetch import map_groups
 
 FRAME_ERROR = "the frame cannot be decoded: the video is damaged here, or cut short"
 GONE = "the member is gone: its archive has changed since it was listed"
 FRAMES_BYTES = 16 * 2**20  # of decoded frames at once, which are large against their files
 ARROW_BYTES = 2**31 - 2  # of one value in a column of bytes, at most
+ROWS_PER_BATCH = 64  # of a table, which may hold images
 GROWTH_BYTES = 2**20  # a file may have grown to so many since it was listed; a longer one waits for the next run
 
 Read = tuple[bytes | None, str | None]  # an image's bytes, or why there are none
@@ -119,6 +121,27 @@ def _read_text(storage: Files, text: tuple[str, dict[str, Any] | None]) -> str |
         return None
     content, _ = attempt(read_member, partial(storage.read_range, archive), *place.values())
     return None if content is None else content.decode("utf-8", "replace")
+
+
+def read_parquet(batches: Batches, storage: Storage, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Read the rows of Parquet files, for a Spark that has no connector for their storage.
+
+    Args:
+        batches: paths, and in further columns what all rows of a file have in common.
+        storage: where the files lie.
+        schema: the columns that are wanted; what a file lacks is null.
+    """
+    for batch in batches:
+        for row in batch.to_pylist():
+            with storage.open(row.pop("path")) as content:
+                file = pq.ParquetFile(content)
+                names = [name for name in schema.names if name in file.schema_arrow.names]
+                for group in range(file.num_row_groups):
+                    # Without threads, which may outlive the interpreter and the file.
+                    rows = file.read_row_group(group, names, use_threads=False)
+                    for name, value in row.items():
+                        rows = rows.append_column(name, pa.array([value] * rows.num_rows, schema.field(name).type))
+                    yield from conform(rows, schema).to_batches(max_chunksize=ROWS_PER_BATCH)
 
 
 def _runs(lengths: list[int], max_images: int, batch_bytes: int) -> Iterator[slice]:

@@ -15,7 +15,7 @@ The kept columns (`source.keep`) never come to the driver.
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from urllib.parse import unquote
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from deltalake import Schema
 
 from helpers.config import Config, SourceSettings
@@ -33,12 +34,13 @@ from helpers.images.boundary import too_long
 from helpers.images.video import MARK as FRAME_MARK
 from helpers.pipeline.frames import list_files
 from helpers.pipeline.listing import Listing
+from helpers.pipeline.reading import read_parquet
 from helpers.pipeline.schemas import KEPT, KEY_NAMES, LISTED_SCHEMA, RESULT_SCHEMA
 from helpers.pipeline.table import LOG, Table
 from helpers.session import get_slots, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
 from helpers.storage.interface import Files
-from helpers.storage.local import NO_TIME
+from helpers.storage.local import NO_TIME, LocalStorage
 from helpers.storage.uris import UriStorage
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 TABLE = "table:"
 FILE = re.compile(r"/[^/]*\.parquet$")
+HIDDEN = re.compile(r"/[._][^/]*(/|$)")  # as Spark has it
 FILE_NAME = "_file_name"  # a column of ours beside the user's
 # Of a Delta table: what must be known to read its files, and which of it plain Parquet files have too.
 READ_AS_FILES = {"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"}
@@ -92,22 +95,29 @@ def text_columns(config: Config) -> pa.Schema:
     return pa.schema([pa.field(name, pa.string()) for name in config.source.keep])
 
 
-def open_table(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
-    """The rows of a table of Spark's catalog, or at a location.
+def open_table(spark: "SparkSession", source: str, config: Config) -> "TableSource":
+    """A table of Spark's catalog, or at a location, as a source of images.
 
     Raises:
+        ConfigError: as for `TableSource.of`.
         RunError: there is no such table, or Spark cannot read it.
         StorageError: the location cannot be used.
     """
+    files = open_files(source, config)
     try:
         if source.startswith(TABLE):
-            return _checked(spark.table(source.removeprefix(TABLE)))
-        storage = open_storage(source, config)
-        is_delta = storage.exists(LOG)
-        if config.spark.mode == "databricks":
-            return _checked(spark.read.format("delta" if is_delta else "parquet").load(source))
-        return _read_delta(spark, storage) if is_delta else _checked(spark.read.parquet(storage.root))
-    except (RunError, StorageError):
+            rows = spark.table(source.removeprefix(TABLE))
+        else:
+            storage = open_storage(source, config)
+            is_delta = storage.exists(LOG)
+            if config.spark.mode == "databricks":
+                rows = spark.read.format("delta" if is_delta else "parquet").load(source)
+            elif isinstance(storage, LocalStorage):
+                rows = _read_delta(spark, storage) if is_delta else spark.read.parquet(storage.root)
+            else:
+                return _read_by_tasks(spark, source, storage, is_delta, files, config)
+        return TableSource.of(source, rows, files, config)
+    except (ConfigError, RunError, StorageError):
         raise
     except Exception as error:
         raise RunError(f"{source} cannot be read as a table: {spark_failure(error)}") from None
@@ -120,6 +130,7 @@ class TableSource:
     Attributes:
         name: what the records say of it.
         rows: the user's.
+        keys: the same, of which the paths or keys may be asked for without reading all else.
         columns: which of them are what.
         files: reads the files that rows name.
         kept: the columns for the results, as these have them.
@@ -130,6 +141,7 @@ class TableSource:
 
     name: str
     rows: "DataFrame"
+    keys: "DataFrame"
     columns: SourceSettings
     files: Files
     kept: pa.Schema
@@ -138,7 +150,9 @@ class TableSource:
     listed: int = 0
 
     @classmethod
-    def of(cls, name: str, rows: "DataFrame", files: Files, config: Config) -> "TableSource":
+    def of(
+        cls, name: str, rows: "DataFrame", files: Files, config: Config, keys: "DataFrame | None" = None
+    ) -> "TableSource":
         """Look at a table.
 
         Raises:
@@ -149,7 +163,15 @@ class TableSource:
         for setting, expected in types.items():
             if column := getattr(columns, setting):
                 _check_column(rows, f"source.{setting}", column, expected)
-        return cls(name, rows, columns, files, _kept_schema(rows, columns.keep), config.max_image_bytes)
+        return cls(
+            name,
+            rows,
+            rows if keys is None else keys,
+            columns,
+            files,
+            _kept_schema(rows, columns.keep),
+            config.max_image_bytes,
+        )
 
     @property
     def key(self) -> list[str]:
@@ -165,7 +187,7 @@ class TableSource:
         Raises:
             RunError: two rows name the same image, there is no row, or Spark cannot read the table.
         """
-        names = self.rows.select(self._name.alias("path"), self._modified.alias("modified"))
+        names = self.keys.select(self._name.alias("path"), self._modified.alias("modified"))
         try:
             if self.columns.content:
                 table = names.toArrow()
@@ -220,7 +242,10 @@ class TableSource:
             return images
         file = F.regexp_replace("path", rf"(?s){FRAME_MARK}[0-9]+\z", "")
         images = images.withColumn("file", F.regexp_replace(file, rf"(?s){MEMBER_MARK}.*", ""))
-        return images.join(self._named().withColumnRenamed("path", "file"), "file", "left").drop("file")
+        kept = self._named().withColumnRenamed("path", "file")
+        if "content" in images.columns:  # images stay where they are read
+            kept = F.broadcast(kept)
+        return images.join(kept, "file", "left").drop("file")
 
     def _named(self, **columns: "Column") -> "DataFrame":
         """The kept columns of all rows, and others, with the image's path; those without one get the listing's."""
@@ -270,16 +295,12 @@ def _existing(source: str, config: Config) -> Storage:
     return storage
 
 
-def _checked(rows: "DataFrame") -> "DataFrame":
-    """The same, looked for by Spark now, over Connect too."""
-    assert rows.columns is not None
-    return rows
+def _delta_files(storage: Storage) -> tuple[pa.Schema, pa.Table]:
+    """The columns of the newest version of a Delta table, and its files: `path`, and the columns it is divided by.
 
-
-def _read_delta(spark: "SparkSession", storage: Storage) -> "DataFrame":
-    """The newest version of a Delta table, whose files Spark reads as Parquet: it may lack Delta itself."""
-    from pyspark.sql import functions as F
-
+    Raises:
+        RunError: its files do not tell all of it.
+    """
     table = Table(storage, "", pa.schema([]), may_have_more=True).open().table
     assert table is not None
     protocol = table.protocol()
@@ -293,20 +314,60 @@ def _read_delta(spark: "SparkSession", storage: Storage) -> "DataFrame":
         )
     schema, partitions = pa.schema(table.schema().to_arrow()), table.metadata().partition_columns
     files = pa.table(table.get_add_actions())
-    paths = [unquote(path) for path in files["path"].to_pylist()]
-    if not paths:
-        return spark.createDataFrame([], spark_schema(schema))
-    in_files = spark_schema(pa.schema([field for field in schema if field.name not in partitions]))
     # The log says what is the same in all of a file. The names of folders say it too, each library's in its own way.
-    reader = spark.read.schema(in_files).option("recursiveFileLookup", "true")
-    rows = reader.parquet(*map(storage.join, paths))
+    values = [pc.struct_field(files["partition"], name).cast(schema.field(name).type) for name in partitions]
+    paths = pa.array([storage.join(unquote(path)) for path in files["path"].to_pylist()], pa.string())
+    return schema, pa.table([paths, *values], names=["path", *partitions])
+
+
+def _read_delta(spark: "SparkSession", storage: Storage) -> "DataFrame":
+    """A Delta table whose files Spark reads as Parquet: it may lack Delta itself."""
+    from pyspark.sql import functions as F
+
+    schema, files = _delta_files(storage)
+    if not files.num_rows:
+        return spark.createDataFrame([], spark_schema(schema))
+    paths, partitions = files["path"].to_pylist(), files.schema.names[1:]
+    in_files = spark_schema(pa.schema([field for field in schema if field.name not in partitions]))
+    rows = spark.read.schema(in_files).option("recursiveFileLookup", "true").parquet(*paths)
     if not partitions:
         return rows
-    values = [pc.struct_field(files["partition"], name).cast(schema.field(name).type) for name in partitions]
     names = pa.array([path.rpartition("/")[2] for path in paths])
-    said = spark.createDataFrame(pa.table([names, *values], names=[FILE_NAME, *partitions]))
+    said = spark.createDataFrame(files.set_column(0, FILE_NAME, names))
     rows = rows.withColumn(FILE_NAME, F.col("_metadata.file_name")).join(F.broadcast(said), FILE_NAME)
     return rows.select(*(F.col(f"`{name}`") for name in schema.names))
+
+
+def _read_by_tasks(
+    spark: "SparkSession", source: str, storage: Storage, is_delta: bool, files: Files, config: Config
+) -> TableSource:
+    """The columns that are wanted of a Delta table, or of Parquet files, on object storage: Spark may not reach it."""
+    from pyspark.sql.pandas.types import to_arrow_schema
+
+    if is_delta:
+        schema, parts = _delta_files(storage)
+    else:
+        below = [entry.path for entry in storage.list() if entry.path.endswith(".parquet")]
+        paths = sorted(path for path in below if not HIDDEN.search(path.removeprefix(storage.root)))
+        if not paths:
+            raise RunError(f"{storage.root} has no file that ends in .parquet, and is no Delta table")
+        with storage.open(paths[0]) as content:
+            schema = pq.ParquetFile(content).schema_arrow
+        parts = pa.table({"path": paths})
+    schema = to_arrow_schema(spark_schema(schema))  # the types that Spark has for these
+    everything = spark.createDataFrame([], spark_schema(schema))
+    TableSource.of(source, everything, files, config)  # mistakes are told before anything is read
+
+    def read(names: Iterable[str | None]) -> "DataFrame":
+        tops = {name if name in schema.names else name.partition(".")[0] for name in names if name}
+        wanted = pa.schema([field for field in schema if field.name in tops])
+        columns = parts.select(["path", *(name for name in parts.schema.names[1:] if name in tops)])
+        paths = spark.createDataFrame(columns).repartition(max(1, columns.num_rows))
+        return paths.mapInArrow(partial(read_parquet, storage=storage, schema=wanted), spark_schema(wanted))
+
+    columns = config.source
+    keys = [columns.key or columns.path, columns.modified]
+    return TableSource.of(source, read([*keys, columns.content, *columns.keep]), files, config, read(keys))
 
 
 def _column(rows: "DataFrame", name: str) -> "Column":
