@@ -101,7 +101,11 @@ class CatalogStore(ResultStore):
         with only_warn("what killed runs have left could not be removed"):
             self._tidy()
         columns = spark_schema(self._schema)
-        self._sql(f"CREATE TABLE IF NOT EXISTS {self._name} ({columns.toDDL()}) USING DELTA")
+        try:
+            self._sql(f"CREATE TABLE IF NOT EXISTS {self._name} ({columns.toDDL()}) USING DELTA")
+        except RunError:
+            if not self._spark.catalog.tableExists(self._name):  # another run may have made it in the same moment
+                raise
         there = self._spark.table(self._name).schema
         if [(f.name, f.dataType.simpleString()) for f in there] != [
             (f.name, f.dataType.simpleString()) for f in columns
