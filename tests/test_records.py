@@ -84,6 +84,13 @@ def test_several_outputs_are_read_as_one_table_and_no_run_twice(output, tmp_path
     assert len(read_tasks([output, f"{output}/{RUNS}", output])) == 4
 
 
+def test_outputs_below_a_folder_named_like_that_of_records_have_their_records_read_alone(output, tmp_path):
+    shutil.copytree(output, tmp_path / RUNS / "one")
+    assert list((tmp_path / RUNS / "one").rglob("_delta_log/*.json"))
+    assert read_runs(str(tmp_path))["run"].tolist() == read_runs(str(tmp_path / RUNS))["run"].tolist() != []
+    assert read_runs(output)["run"].tolist() == read_runs(str(tmp_path))["run"].tolist()
+
+
 def test_a_driver_that_dies_before_it_publishes_has_left_the_record(spark, samples, bundle_uri, tmp_path, monkeypatch):
     """And the next run publishes what the record is about."""
     config = load_config("local", **{**LOCAL, "paths.runs": str(tmp_path / "tb")})

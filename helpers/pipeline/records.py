@@ -186,7 +186,8 @@ def _find(locations: str | Iterable[str], config: Config | None) -> list[tuple[S
         storage = open_storage(location, config)
         folder = RUNS if storage.exists(RUNS) else ""
         names = [entry.path for entry in storage.list(folder) if entry.path.endswith(".json")]
-        files += [(storage, name) for name in names if f"/{RUNS}/" in name]
+        # Of a folder above outputs, which have other files of JSON too: the log of the table.
+        files += [(storage, name) for name in names if name.rpartition("/")[0].endswith(f"/{RUNS}")]
     return files
 
 
