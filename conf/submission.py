@@ -157,17 +157,21 @@ def _gathers_logs() -> bool:
 
 
 def _yarn_logs(application: str) -> dict[str, str]:
-    """The driver's log by its files' names; nothing where YARN has not gathered them in time."""
-    command = [
-        "org.apache.hadoop.yarn.client.cli.LogsCLI",
-        "-applicationId",
-        application,
-        "-log_files",
-        "stdout,stderr",
-    ]
+    """The driver's log by its files' names; nothing where YARN has not gathered them in time.
+
+    Raises:
+        HostError: Hadoop's command is not here; Spark's own jars lack what reads logs.
+    """
+    yarn = shutil.which("yarn")
+    if not yarn:
+        raise HostError(
+            f"the driver's answer is in its log, which `yarn logs` shows, and there is no yarn on the PATH: \
+{application} has ended, and has written its results and records"
+        )
+    command = [yarn, "logs", "-applicationId", application, "-log_files", "stdout,stderr"]
     deadline = time.monotonic() + LOGS_SECONDS
     while True:
-        _, *parts = re.split(r"^Container: (\S+) on .*$", _spark_class(*command), flags=re.MULTILINE)
+        _, *parts = re.split(r"^Container: (\S+) on .*$", _output(command), flags=re.MULTILINE)
         # The first container of an application is its driver's.
         driver = "".join(text for name, text in zip(parts[::2], parts[1::2], strict=True) if name.endswith("_000001"))
         files = re.findall(r"^LogType:(\w+)\n(?:Log[^\n]*\n)*?LogContents:\n(.*?)^End of LogType:", driver, re.M | re.S)
@@ -348,8 +352,12 @@ def prepare(location: str, archive: str) -> None:
 
 def _spark_class(*arguments: str) -> str:
     """What a class of Spark's or Hadoop's prints."""
+    return _output([str(SPARK_HOME / "bin" / "spark-class"), *arguments])
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints on both of its streams."""
     environment = {**os.environ, "SPARK_HOME": str(SPARK_HOME), "SPARK_SUBMIT_OPTS": LOG}
-    command = [str(SPARK_HOME / "bin" / "spark-class"), *arguments]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.run(command, env=environment, text=True, check=False, **pipes).stdout
 

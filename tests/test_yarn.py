@@ -40,7 +40,8 @@ class Yarn:
 
     def start(self, log: Path, output: Path, *arguments: str, **settings: str) -> Run:
         """conf/yarn.sh as a user calls it; its results are below `output`."""
-        environment = {"HADOOP_CONF_DIR": str(self.conf), **SMALL, **settings}
+        path = f"{self.conf.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        environment = {"HADOOP_CONF_DIR": str(self.conf), "PATH": path, **SMALL, **settings}
         return Run(output, Process(["sh", "conf/yarn.sh", *arguments], log, environment))
 
     def stop(self) -> None:
@@ -69,6 +70,11 @@ def yarn(tmp_path_factory) -> Iterator[Yarn]:
     folder = tmp_path_factory.mktemp("yarn")
     conf = folder / "conf"
     conf.mkdir()
+    command = folder / "bin" / "yarn"  # what the nodes of a cluster have, for the logs
+    command.parent.mkdir()
+    logs = f'exec java -cp "{LIBRARIES}/*:{conf}" org.apache.hadoop.yarn.client.cli.LogsCLI "$@"'
+    command.write_text(f"#!/bin/sh\nshift\n{logs}\n")
+    command.chmod(0o755)
     opens = [f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in ("lang", "util", "io")]
     command = ["java", *opens, "-Xmx1g", "-cp", f"{LIBRARIES}/*{os.pathsep}{HERE}", f"-Duser.dir={folder}"]
     started = Yarn(Process([*command, str(HERE / "SmallYarn.java"), str(conf)], folder / "yarn.log"), conf)
