@@ -17,7 +17,7 @@ import pytest
 
 from conf import submission
 from helpers.config import PROJECT, load_config, parse_assignments
-from helpers.errors import ConfigError
+from helpers.errors import ConfigError, HostError
 from helpers.session import spark_cause
 
 LAKE = "abfss://c@a.dfs.core.windows.net"
@@ -296,7 +296,7 @@ def test_the_answer_of_a_driver_on_yarn_is_that_of_the_run(stubs, code, last, an
         )
 
     log = container(2, "an executor", "here") + container(1, "Java here", f"07:00 here\n{last}")
-    stubs.write("pyspark/bin/spark-class", f"cat <<'END'\n{log}END\n")
+    stubs.write("yarn", f"cat <<'END'\n{log}END\n")
     site = "<property><name>yarn.log-aggregation-enable</name>\n<value>true</value></property>"
     (stubs.folder / "yarn-site.xml").write_text(site)
     report = "Application report for application_1_1 (state: FINISHED)"
@@ -310,6 +310,12 @@ def test_the_answer_of_a_driver_on_yarn_is_that_of_the_run(stubs, code, last, an
     assert (answer.returncode, answer.stdout) == (code, f"{last}\n" if answered else ""), answer.stderr
     assert answer.stderr.splitlines()[1:3] == ["Java here", "07:00 here"]
     assert (last in answer.stderr) != answered
+
+
+def test_where_hadoops_command_is_missing_the_error_says_what_it_is_for(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(HostError, match="no yarn on the PATH: application_1_1 has ended"):
+        submission._yarn_logs("application_1_1")
 
 
 def test_a_driver_on_yarn_that_was_killed_is_no_success(stubs):
