@@ -18,7 +18,6 @@ import time
 import warnings
 import weakref
 import zipfile
-from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from urllib.parse import urlsplit
 from helpers.config import CONF, PACKAGE, PROJECT, Config
 from helpers.errors import HostError, first_line
 from helpers.java import check_java, local_options
+from helpers.memory import name_process
 from helpers.redaction import redact
 from helpers.temporary import user_folder
 
@@ -58,7 +58,6 @@ CAUSE_REMEDIES = {
 --clusterrole=edit --serviceaccount=NAMESPACE:ACCOUNT",
 }
 PATIENCE_SECONDS = 30.0  # in which nothing is said while a run waits for its first executor
-OVERLAP_SECONDS = 0.5  # that two tasks last, so that they run at the same time where they can
 UNPACKED = "environment"  # the folder of a packed environment in an executor's working directory
 
 _told: "weakref.WeakKeyDictionary[SparkSession, int]" = weakref.WeakKeyDictionary()  # executors, where some lack
@@ -111,12 +110,18 @@ def get_slots(spark: "SparkSession") -> int:
     """How many tasks run at once, on the executors that are there; waits for the first one.
 
     Spark itself waits for the others, up to `spark.wait_seconds`, before it starts the first job.
+
+    Raises:
+        HostError: the workers cannot run a task.
     """
     local = local_slots(spark)
     if local is not None:
         return local
     with ThreadPoolExecutor(1) as pool:
-        cores = _patiently(pool.submit(_cores, spark))
+        try:
+            cores = _patiently(pool.submit(_cores, spark))
+        except Exception as error:  # such as a package that the workers lack
+            raise HostError(f"the workers cannot run a task: {spark_failure(error)}") from None
     slots, asked = max(1, cores // _number(spark, "spark.task.cpus", 1)), _asked_executors(spark)
     of_each = max(1, _number(spark, "spark.executor.cores", 1) // _number(spark, "spark.task.cpus", 1))
     if slots // of_each < asked and _told.get(spark) != slots // of_each:
@@ -327,17 +332,8 @@ def _cores(spark: "SparkSession") -> int:
     if cores != 2 or not _has_executors(spark):
         return cores
     # Spark says two of a cluster of one core, too. Two tasks then run one after the other in one process.
-    tasks = spark.range(2, numPartitions=2).mapInArrow(_name_process, "process string")
+    tasks = spark.range(2, numPartitions=2).mapInArrow(name_process, "process string")
     return len({row.process for row in tasks.collect()})
-
-
-def _name_process(batches: "Iterable[pa.RecordBatch]") -> "Iterator[pa.RecordBatch]":
-    """The host and the process of a task that lasts for a moment."""
-    import pyarrow as pa
-
-    rows = sum(batch.num_rows for batch in batches)
-    time.sleep(OVERLAP_SECONDS)
-    yield pa.RecordBatch.from_pydict({"process": [f"{socket.gethostname()} {os.getpid()}"] * rows})
 
 
 def _asked_executors(spark: "SparkSession") -> int:
