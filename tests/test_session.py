@@ -316,9 +316,9 @@ def test_a_cluster_without_an_executor_is_not_waited_for_in_silence(monkeypatch)
 
 
 def test_two_tasks_at_once_are_two_processes(spark):
-    tasks = spark.range(2, numPartitions=2).mapInArrow(session._name_process, "process string")
+    tasks = spark.range(2, numPartitions=2).mapInArrow(memory.name_process, "process string")
     assert len({row.process for row in tasks.collect()}) == 2
-    tasks = spark.range(2, numPartitions=1).mapInArrow(session._name_process, "process string")
+    tasks = spark.range(2, numPartitions=1).mapInArrow(memory.name_process, "process string")
     assert len({row.process for row in tasks.collect()}) == 1
 
 
