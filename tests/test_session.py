@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import java, session
+from helpers import java, memory, session
 from helpers import temporary as temporary_module
 from helpers.config import PROJECT, load_config
 from helpers.errors import HostError
