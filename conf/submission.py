@@ -43,6 +43,7 @@ LOGS_SECONDS = 60.0  # in which YARN has gathered the logs of an application tha
 HOPELESS = {"ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError"}
 YARN_STATE = re.compile(r"Application report for (application_\w+) \(state: (\w+)\)")
 # By Spark's master of the application; by YARN where the driver ended before it had a session.
+NO_SESSION = 13  # what Spark makes of any exit code of a driver that ended before it had a session
 YARN_STATUS = re.compile(r"exited with\s+(?:status|exitCode:) (\d+)")
 
 
@@ -141,6 +142,8 @@ def run_on_yarn(arguments: list[str]) -> int:
     *said, last = lines or [""]
     for line in said:
         print(line, file=sys.stderr)
+    if code == NO_SESSION and last.startswith("error: "):
+        code = 2
     if code not in (0, 1, 2) or (code == 1 and not last.startswith("{")):
         print(last, file=sys.stderr)
         found = re.findall(r"Application diagnostics message: (.+)", text) or ["it was killed, or its node was lost"]
