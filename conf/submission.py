@@ -42,8 +42,8 @@ LOGS_SECONDS = 60.0  # in which YARN has gathered the logs of an application tha
 # What Kubernetes says of a container that no waiting mends.
 HOPELESS = {"ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError"}
 YARN_STATE = re.compile(r"Application report for (application_\w+) \(state: (\w+)\)")
-# By Spark's master of the application; by YARN where the driver ended before it had a session.
 NO_SESSION = 13  # what Spark makes of any exit code of a driver that ended before it had a session
+# By Spark's master of the application; by YARN where the driver ended before it had a session.
 YARN_STATUS = re.compile(r"exited with\s+(?:status|exitCode:) (\d+)")
 
 
