@@ -158,6 +158,8 @@ def test_a_driver_that_owns_nothing_but_its_working_directory_runs_from_the_arch
             tar.extractall(place / "environment", filter="tar")
         shutil.copytree(samples, place / "samples", copy_function=shutil.copyfile)
         shutil.copytree(bundle_uri, place / "model", copy_function=shutil.copyfile)
+        for path in (*place.glob("samples/**"), *place.glob("model/**")):  # folders, which pytest keeps to itself
+            path.chmod(0o755)
         working = place / "working"
         working.mkdir()
         os.chown(working, NOBODY, NOBODY)
