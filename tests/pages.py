@@ -98,7 +98,8 @@ def write_output(folder: Path, rows: list[dict], source: str, files: int = 3, **
         "config": shown_settings(config),
         **about,
     }
-    record = dict.fromkeys(RECORD_SCHEMA.names, 1) | dict.fromkeys(("host", "file", "statistics"), "here")
+    texts = ("host", "file", "statistics", "distribution")
+    record = dict.fromkeys(RECORD_SCHEMA.names, 1) | dict.fromkeys(texts, "here")
     record |= {"started": began + timedelta(seconds=2), "seconds": 3.0, "reasons": []}
     record |= {f"{stage}_seconds": 0.5 for stage in STAGES}
     write_record(storage, run, [record, {**record, "process": 2, "failed": 0}])

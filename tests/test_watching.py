@@ -189,7 +189,9 @@ def test_each_line_of_the_log_is_json(watched):
     lines = [line for line in watched[0].stderr.splitlines() if line.startswith("{")]
     records = [json.loads(line) for line in lines]
     assert all(set(record) == {"time", "level", "logger", "message"} for record in records)
-    assert any(record["level"] == "INFO" and "64 images, 0 done already" in record["message"] for record in records)
+    assert any(
+        record["level"] == "INFO" and "64 images, 0 of them done already" in record["message"] for record in records
+    )
     assert sum("images: " in record["message"] and record["logger"] == "helpers.cli" for record in records) > 0
 
 
