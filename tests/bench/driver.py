@@ -89,6 +89,7 @@ def write_results(run: Any, images: pa.Table, plan: Any, is_last: bool) -> list[
             "file": path,
             "file_bytes": write_table(task.output, path, table),
             "statistics": Statistics.of(table).to_json(),
+            "distribution": "{}",
             "images": rows.num_rows,
             "reasons": [],
         }
