@@ -31,7 +31,7 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable
 
 from helpers.config import load_config
-from helpers.pipeline import driver
+from helpers.pipeline import driver, runs
 from helpers.pipeline.rows import Statistics
 from helpers.pipeline.schemas import RESULT_SCHEMA
 from helpers.pipeline.task import RECORD_SCHEMA, RunModel, Task, staging
@@ -109,7 +109,7 @@ def run(output: str, images: int, new: int) -> dict[str, Any]:
         mock.patch.multiple(
             driver, make_task=lambda *_: task, get_slots=lambda _: SLOTS, _start_workers=lambda _: None
         ),
-        mock.patch.object(driver._Run, "_run_tasks", write_results),
+        mock.patch.object(runs.Run, "_run_tasks", write_results),
     ):
         start = time.perf_counter()
         summary = driver.run(SimpleNamespace(version="none"), "", "", output, config)
