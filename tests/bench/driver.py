@@ -106,9 +106,8 @@ def run(output: str, images: int, new: int) -> dict[str, Any]:
     task = Task(Simulated(images, new), LocalStorage(output), name, (model,), *[0, 0, None, 1, 1, 1, 0, "CPU"])
     config = load_config("local", **{"paths.runs": f"{output}/dashboards"})
     with (
-        mock.patch.multiple(
-            driver, make_task=lambda *_: task, get_slots=lambda _: SLOTS, _start_workers=lambda _: None
-        ),
+        mock.patch.object(driver, "make_task", lambda *_: task),
+        mock.patch.multiple(runs, get_slots=lambda _: SLOTS, expected_slots=lambda _: 0, _start_workers=lambda _: None),
         mock.patch.object(runs.Run, "_run_tasks", write_results),
     ):
         start = time.perf_counter()
