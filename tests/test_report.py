@@ -15,6 +15,7 @@ from pages import prediction, row
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
+from test_results import publish, stage, table
 
 from helpers import pipeline
 from helpers.cli import main
@@ -497,6 +498,22 @@ def test_of_a_long_table_few_rows_are_held_and_all_are_counted(tmp_path, monkeyp
     monkeypatch.undo()
     everything = survey.Survey([store])
     assert len(everything.choose(100)) == 100
+
+
+def test_the_page_of_a_run_counts_the_newest_rows_of_a_long_table_and_says_so(tmp_path):
+    storage = open_storage(str(tmp_path))
+    store = ResultStore(storage)
+    for day, names in enumerate((["/a.jpg", "/b.jpg"], ["/c.jpg"], ["/d.jpg"])):
+        publish(store, stage(store, f"2026010{day + 1}T000000-0000000{day}", 0, table(*names)))
+    for most, images, start in (
+        (1, 1, "The newest 1 "),
+        (2, 2, "The newest 2 "),
+        (3, 4, "All 4 "),
+        (None, 4, "All 4 "),
+    ):
+        make_report(storage, load_config("local"), most_rows=most)
+        data = data_of(tmp_path / "report" / "index.html")
+        assert data["sample"]["total"] == images and data["counted"].startswith(start), most
 
 
 def test_a_sample_is_of_few_archives_and_videos_because_each_is_read_whole(tmp_path):

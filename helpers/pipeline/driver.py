@@ -9,8 +9,6 @@ Only the DataFrame calls that Spark Connect has too are used.
 import time
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,7 +16,6 @@ import pyarrow as pa
 
 from helpers.bundle.runtime import batch_size
 from helpers.config import Config
-from helpers.errors import HostError
 from helpers.pipeline import listing, stages
 from helpers.pipeline.catalog import CatalogStore, open_output, open_results
 from helpers.pipeline.models import cascade_of, model_identity, open_bundle, open_models, parameters_of
@@ -28,7 +25,7 @@ from helpers.pipeline.runs import Run, RunSummary
 from helpers.pipeline.sources import TableSource, is_table, open_files, open_table, text_columns
 from helpers.pipeline.task import Task
 from helpers.pipeline.views import Tiling
-from helpers.session import get_slots, is_sail, spark_schema
+from helpers.session import get_slots, spark_schema
 from helpers.storage import open_storage
 
 if TYPE_CHECKING:
@@ -130,7 +127,7 @@ def run(
     watch = Stopwatch()
     task = make_task(source, model, output, config)
     table = open_table(spark, source, config) if is_table(source, config) else None
-    return _run(spark, task, table, output, config, watch, session_seconds)
+    return Run(spark, task, output, config, watch, table, session_seconds).complete()
 
 
 def run_frame(frame: "DataFrame", model: str | Sequence[str], output: str, config: Config) -> RunSummary:
@@ -141,27 +138,7 @@ def run_frame(frame: "DataFrame", model: str | Sequence[str], output: str, confi
     watch = Stopwatch()
     task = make_task(None, model, output, config)
     table = TableSource.of("a DataFrame", frame, task.source, config)
-    return _run(frame.sparkSession, task, table, output, config, watch, None)
-
-
-def _run(
-    spark: "SparkSession",
-    task: Task,
-    table: TableSource | None,
-    output: str,
-    config: Config,
-    watch: Stopwatch,
-    session_seconds: float | None,
-) -> RunSummary:
-    if table and is_sail(spark):
-        raise HostError("a table as a source needs Spark itself: set spark.mode=local, which needs Java")
-    if table:
-        task = replace(task, kept=table.kept)
-    with ThreadPoolExecutor(1) as pool:
-        current = Run(spark, task, table, output, config, watch, session_seconds, pool)
-        for listed in current.slices():
-            current.work_on(listed)
-        return current.end(listed)
+    return Run(frame.sparkSession, task, output, config, watch, table).complete()
 
 
 def read_results(spark: "SparkSession", output: str, config: Config, version: int | None = None) -> "DataFrame":

@@ -1,6 +1,7 @@
 """The page of results, `OUTPUT/report/index.html`: what runs did, and a sample of the images with their predictions.
 
-All rows are counted (`helpers.pipeline.survey`). Only those of the sample are read whole, and only its images at all.
+All rows, or the newest ones, are counted (`helpers.pipeline.survey`). Only those of the sample are read whole, and only
+its images at all.
 """
 
 import base64
@@ -73,7 +74,11 @@ Thumbnail = tuple[str | None, str | None]  # a `data:` URI, or why there is none
 
 
 def make_report(
-    output: Storage, config: Config, against: Storage | None = None, sources: Iterable[Storage] = ()
+    output: Storage,
+    config: Config,
+    against: Storage | None = None,
+    sources: Iterable[Storage] = (),
+    most_rows: int | None = None,
 ) -> str:
     """Write the page of an output, and return its location.
 
@@ -82,13 +87,14 @@ def make_report(
         config: settings; `report` says of how many images the sample is.
         against: another output, whose results are shown beside these where both have an image.
         sources: where the images lie, besides the places that the records of runs name.
+        most_rows: of the table, the newest; by default all are counted.
 
     Raises:
         RunError: there are no results.
         StorageError: a location cannot be used.
     """
     outputs = [output] if against is None else [output, against]
-    survey = Survey([ResultStore(storage) for storage in outputs])
+    survey = Survey([ResultStore(storage) for storage in outputs], most_rows)
     for number, storage in enumerate(outputs):
         if not any(side.store == number for side in survey.sides):
             raise RunError(f"no run has results in {storage.root}; name the --output of one")
@@ -231,6 +237,7 @@ def _data(survey: Survey, outputs: list[Storage], runs: pd.DataFrame, items: lis
     names, first = _names(survey, outputs), survey.sides[0]
     newest = runs.iloc[-1] if len(runs) else None
     images = first.images
+    which = f"All {images:,}" if survey.is_whole else f"The newest {images:,} (`python -m helpers report` counts all)"
     tiles: list[list[Any]] = [["images", images], ["failed", first.errors.total(), "bad" if first.errors else ""]]
     for side, name in zip(survey.sides, names, strict=True):
         tiles.append([f"predictions{f' of {name}' if len(names) > 1 else ''}", side.predictions])
@@ -250,7 +257,7 @@ def _data(survey: Survey, outputs: list[Storage], runs: pd.DataFrame, items: lis
         "title": redact(outputs[0].root.rstrip("/").rpartition("/")[2] or outputs[0].root),
         "subtitle": " against ".join(redact(storage.root) for storage in outputs),
         "footer": f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; charts by Vega-Lite (BSD 3-Clause)",
-        "counted": f"All {images:,} images. Every prediction with a box counts, and of a classification the best.",
+        "counted": f"{which} images. Every prediction with a box counts, and of a classification the best.",
         "shown_score": DRAWN_SCORE,
         "bands": BANDS,
         "classes": list(survey.classes),

@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -242,6 +242,18 @@ class ResultStore:
         version = self._table.open(number)
         paths = self._list(RESULTS)[0] if version is NONE else [f"{RESULTS}/{name}" for name in version.files]
         return sorted(paths)
+
+    def newest_files(self, rows: int) -> tuple[list[str], bool]:
+        """The files of the last runs, as many as it takes to have so many rows, and whether these are all files.
+
+        Raises:
+            StorageError: the table is damaged.
+        """
+        spans = self._table.open().files
+        names = sorted(spans, reverse=True)  # which begin with the time of their run
+        before = accumulate((spans[name].rows or 0 for name in names), initial=0)
+        newest = [f"{RESULTS}/{name}" for name, earlier in zip(names, before, strict=False) if earlier < rows]
+        return sorted(newest), len(newest) == len(names)
 
     def read(self, number: int | None = None) -> pa.Table:
         """All results of a version in this process's memory; of millions of images, see `driver.read_results`.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pyarrow as pa
 
 from helpers.config import Config
-from helpers.errors import RunError, only_warn
+from helpers.errors import HostError, RunError, only_warn
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, sail
 from helpers.pipeline.catalog import CatalogStore, open_results
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 REASONS_SHOWN = 5
 NOWHERE = ("", "")  # a range without any path
+PAGE_ROWS = 100_000  # that a run's page counts, some seconds' worth: a nightly run costs what is new
 DISTRIBUTION = "distribution"  # of the predictions, in the table's history
 
 _started: "weakref.WeakSet[SparkSession]" = weakref.WeakSet()  # sessions whose workers have imported all they need
@@ -102,16 +103,19 @@ class Run:
         self,
         spark: "SparkSession",
         task: Task,
-        table: TableSource | None,
         output: str,
         config: Config,
         watch: Stopwatch,
-        session_seconds: float | None,
-        pool: ThreadPoolExecutor,
+        table: TableSource | None = None,
+        session_seconds: float | None = None,
     ):
+        if table and is_sail(spark):
+            raise HostError("a table as a source needs Spark itself: set spark.mode=local, which needs Java")
+        if table:
+            task = replace(task, kept=table.kept)
         self.spark, self.task, self.config, self.watch = spark, task, config, watch
         self.table, self.key = table, table.key if table else KEY_NAMES
-        self.session_seconds, self.pool = session_seconds, pool
+        self.session_seconds, self.pool = session_seconds, ThreadPoolExecutor(1)
         self.models = tuple(model.identity for model in task.models)
         self.store = open_results(spark, output, config, task.kept)
         self.records: list[dict[str, Any]] = []
@@ -121,19 +125,30 @@ class Run:
         self.skipped_errors = Counter[str]()
         self.committed_seconds = 0.0
         self.earlier: list[str] | None = None  # how predictions were distributed in the commits before this run's
-        self.tracked = MLflow(config.tracking.mlflow, task.run) if server(config.tracking.mlflow) else None
-        if config.resume:
+        self.tracked: MLflow | None = None
+        self._start: Future[None] | None = None
+        self._reader: str | None = None
+
+    def complete(self) -> RunSummary:
+        """Do all there is to do; takes and raises what `driver.run` does."""
+        with self.pool:
+            self._open()
+            for listed in self.slices():
+                self.work_on(listed)
+            return self.end(listed)
+
+    def _open(self) -> None:
+        """Look at the results, and keep what killed runs have finished."""
+        if self.config.resume:
             self.store.resume(*self.models)
             seen = self.store.look(NOWHERE)
         else:
             self.store.prepare()
             seen = Seen()
-        self.known = Known(seen, self.models, config)
-        self._start: Future[None] | None = None
-        self._reader: str | None = None
+        self.known = Known(seen, self.models, self.config)
         if not self.known:  # else there may be nothing to do
             self._warm_up()
-        watch.lap("open")
+        self.watch.lap("open")
 
     @property
     def processed(self) -> int:
@@ -232,7 +247,7 @@ class Run:
             if config.report and not isinstance(store, CatalogStore):
                 places = [] if self.table else [cast(Storage, self.task.source)]
                 with only_warn("the run has no page"):
-                    make_report(self.task.output, config, sources=places)
+                    make_report(self.task.output, config, sources=places, most_rows=PAGE_ROWS)
             watch.lap("log")
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(self.task.output, {**about, **watch.laps})
@@ -252,6 +267,8 @@ class Run:
             todo: those images.
             is_last: whether no slice follows.
         """
+        if self.tracked is None and server(self.config.tracking.mlflow):
+            self.tracked = MLflow(self.config.tracking.mlflow, self.task.run)  # which starts beside the tasks
         self.slots = get_slots(self.spark)  # executors come and go between slices
         seconds, later = _image_seconds(self.task, self.config), expected_slots(self.spark)
         plan = listing.plan(todo, self.slots, self.config, seconds, later)

@@ -63,12 +63,15 @@ class Survey:
 
     Attributes:
         files: of each output, as `ResultStore.files` names them.
+        is_whole: whether these are all of them.
         sides: the results of each model in each output.
         classes: numbers of all classes by their labels.
     """
 
-    def __init__(self, stores: list[ResultStore]):
-        self.files = [store.files() for store in stores]
+    def __init__(self, stores: list[ResultStore], most_rows: int | None = None):
+        """Count the tables, or so many rows of each that the last runs have brought."""
+        parts = [(store.files(), True) if most_rows is None else store.newest_files(most_rows) for store in stores]
+        self.files, self.is_whole = [files for files, _ in parts], all(are_all for _, are_all in parts)
         self.sides: list[Side] = []
         self.classes: dict[str, int] = {}
         self._kinds: dict[str, int] = {}  # numbers of the kinds of errors, from 1
