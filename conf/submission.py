@@ -31,7 +31,7 @@ import pyspark
 
 from helpers.config import CONF
 from helpers.errors import ConfigError, HostError, RunError, UserError, first_line
-from helpers.session import spark_cause
+from helpers.session import YARN_DIAGNOSTICS, spark_cause
 
 SPARK_HOME = Path(pyspark.__file__).parent
 LOG = f"-Dlog4j2.configurationFile={(CONF / 'log4j2.properties').as_uri()}"
@@ -147,6 +147,8 @@ def run_on_yarn(arguments: list[str]) -> int:
     if code not in (0, 1, 2) or (code == 1 and not last.startswith("{")):
         print(last, file=sys.stderr)
         found = re.findall(r"Application diagnostics message: (.+)", text) or ["it was killed, or its node was lost"]
+        if why := YARN_DIAGNOSTICS.search(text):
+            found.append(why[1])
         raise RunError(f"{application}: the driver did not end well: {first_line(found[-1])}")
     _tell_last(last, code)
     return code

@@ -55,6 +55,9 @@ class Redacting(logging.Filter):
         record.msg, record.args = redact(record.getMessage()), None
         if record.exc_info:
             record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+            kind, error, trace = record.exc_info
+            # Formatters that write JSON, as pyspark's, print the error itself.
+            record.exc_info = (kind, Exception(redact(str(error))), trace) if kind else (None, None, None)
         return True
 
 

@@ -49,6 +49,8 @@ REDACTED_NAMES = "(?i)secret|password|passwd|pwd|token|credential|signature|sas|
 PACKAGES_REMEDY = "the workers lack packages of requirements.txt; install them on every worker, or send them along: \
 `make pack`, then --set spark.environment=out/pack/vision.tar.gz"
 CAUSE = re.compile(r"^(?:Caused by: |Exception in thread \"main\" |: )?(?:[\w$]+\.)+[\w$]*(?:Exception|Error): (?=\S)")
+# How YARN tells why an application failed, beside which attempt it was.
+YARN_DIAGNOSTICS = re.compile(r"Failing this attempt\.Diagnostics: (?:\[[^\]]*\]\s*)?(\S.*)")
 CAUSE_REMEDIES = {
     r"unknown queue": "name one that is there: --conf spark.yarn.queue=NAME",
     r"cannot submit applications to queue": "ask for the right to, or name another: --conf spark.yarn.queue=NAME",
@@ -212,6 +214,8 @@ def spark_cause(text: str) -> str:
     causes = [line for line in named if line.startswith("Caused by: ")] or named[:1] or [first_line(text)]
     # Kubernetes' client repeats the answer as a structure.
     message = re.sub(r"^.* Message: (.+?)\.? Received status: .*", r"\1", CAUSE.sub("", causes[-1]))
+    if why := YARN_DIAGNOSTICS.search(text):
+        message = f"{message.rstrip()}: {why[1]}"
     remedy = next((remedy for pattern, remedy in CAUSE_REMEDIES.items() if re.search(pattern, message)), "")
     return redact(f"{message}: {remedy}" if remedy else message)
 
@@ -274,6 +278,9 @@ def ship_helpers(spark: "SparkSession") -> None:
     archive = pack_helpers()
     if _shipped.get(spark) != archive.name:
         spark.addArtifacts(str(archive), pyfile=True)
+        # Of this process Spark does the same, where the archive, without `conf`, would hide the package it is made of
+        # from what this process starts.
+        sys.path[:] = [place for place in sys.path if Path(place).name != archive.name]
         _shipped[spark] = archive.name
 
 

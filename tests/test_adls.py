@@ -493,6 +493,7 @@ class Secrets:
 
 @pytest.fixture
 def databricks(monkeypatch) -> None:
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "17.3")
     runtime = types.ModuleType("databricks.sdk.runtime")
     runtime.dbutils = types.SimpleNamespace(secrets=Secrets({("storage", "the/key"): KEY}))
     monkeypatch.setitem(sys.modules, "databricks.sdk.runtime", runtime)

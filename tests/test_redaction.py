@@ -14,6 +14,7 @@ from urllib.parse import quote
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from pyspark.logger.logger import JSONFormatter
 
 import helpers.config
 from helpers import cli, redaction
@@ -123,7 +124,9 @@ def test_the_logs_handler_hides_secrets_in_messages_arguments_and_tracebacks(cap
         logging.getLogger("other").exception("a %s", "https://h/?sig=PLANTED")
     finally:
         caplog.handler.filters.clear()
-    assert "PLANTED" not in caplog.text and caplog.text.count(HIDDEN) >= 2
+    as_json = JSONFormatter().format(caplog.records[-1])
+    for text in (caplog.text, as_json):
+        assert "PLANTED" not in text and text.count(HIDDEN) >= 2
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,11 @@ def test_a_clusters_slots_are_not_guessed_from_its_name(master):
     assert local_slots(FakeSpark(spark_master=master)) is None
 
 
+def test_what_a_process_with_a_session_starts_finds_the_package_with_its_settings(spark):
+    code = f"import sys; sys.path[:] = {sys.path!r}; from helpers.config import load_config; load_config('local')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_sessions_slots_are_what_spark_itself_says(spark):
     from pyspark.sql.functions import spark_partition_id
 

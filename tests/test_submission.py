@@ -360,6 +360,14 @@ def test_a_conf_without_a_value_is_named():
             ": org.apache.hadoop.yarn.exceptions.YarnException: submitted to unknown queue: q\n\tat a.b(c)",
             "submitted to unknown queue: q: name one that is there: --conf spark.yarn.queue=NAME",
         ),
+        (
+            "An error occurred while calling None.org.apache.spark.api.java.JavaSparkContext.\n"
+            ": org.apache.spark.SparkException: Application a_1 failed 1 times due to AM Container for b_1 exited "
+            "with  exitCode: -1000\nFailing this attempt.Diagnostics: [2026-11-29 10:00:00.000]File file:/a does "
+            "not exist\nFor more detailed output, check the application tracking page\n\tat a.b(c)",
+            "Application a_1 failed 1 times due to AM Container for b_1 exited with  exitCode: -1000: "
+            "File file:/a does not exist",
+        ),
         ("[JAVA_GATEWAY_EXITED] Java ended.\nMore of it", "[JAVA_GATEWAY_EXITED] Java ended."),
     ],
 )

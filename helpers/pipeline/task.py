@@ -121,7 +121,9 @@ class Task:
         if context:
             partition, attempt = context.partitionId() + self.first_partition, context.attemptNumber()
         elif not self.on_driver:  # of Sail's, where the rows know it
-            first = next(batches)
+            first = next(batches, None)
+            if first is None:
+                return
             partition, batches = first["partition"][0].as_py() + self.first_partition, chain([first], batches)
         started, clock, loaded = datetime.now(UTC), Clock(), loading_seconds()
         # The budget is of Spark's workers; the driver has much else in memory.

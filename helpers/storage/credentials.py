@@ -23,6 +23,7 @@ from typing import Any
 from helpers.errors import StorageError, first_line
 from helpers.redaction import remember
 
+ELSEWHERE = "only Databricks has secret scopes, elsewhere use env:NAME, keyvault:VAULT/NAME or default"
 STORAGE_SCOPE = "https://storage.azure.com/.default"
 
 
@@ -112,16 +113,15 @@ def _from_databricks(name: str) -> str:
 
         return dbutils.secrets.get(scope=scope, key=key)
     except ImportError:
-        raise StorageError(
-            f"secret:{name}: there is no dbutils here; only Databricks has secret scopes, elsewhere use env:NAME, "
-            "keyvault:VAULT/NAME or default"
-        ) from None
+        raise StorageError(f"secret:{name}: there is no dbutils here; {ELSEWHERE}") from None
     except Exception as error:  # dbutils raises Java's errors, and on executors its own
         remedy = (
             f"Databricks gives secrets to the driver only: set the cluster's environment variable "
             f"NAME={{{{secrets/{scope}/{key}}}}} and use env:NAME"
             if _in_task()
             else "check the scope, the key and your permission to read it"
+            if "DATABRICKS_RUNTIME_VERSION" in os.environ
+            else ELSEWHERE
         )
         raise StorageError(f"secret:{name} cannot be read ({first_line(error)}); {remedy}") from None
 
