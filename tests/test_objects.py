@@ -13,6 +13,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,6 +171,35 @@ def test_a_folder_of_more_than_a_page_is_listed_and_deleted(storage):
     assert len(list(storage.list())) == objects.PAGE + 51
     storage.delete("folder")
     assert [entry.path for entry in storage.list()] == [storage.join("folder too")]
+
+
+@pytest.mark.parametrize("inside", ["", "one/"])
+def test_folders_are_listed_at_once_where_there_is_more_than_a_page(storage, s3, monkeypatch, inside):
+    for path in ("a/1", "a/deep/2", "a-b/3", "a0", "b/4", "c/5"):
+        storage.write(f"{inside}{path}", b"")
+    s3.client().put_object(Bucket=storage.root.split("/")[2], Key=f"a folder/{inside}a/")
+    in_one_pass = list(storage.list(directories=True))
+    monkeypatch.setattr(objects, "PAGE", 5)
+    both = threading.Barrier(2)
+
+    def meet(request: Request) -> None:
+        if "delimiter" not in request.query and request.query.get("prefix", "").endswith(("a/", "c/")):
+            both.wait(30)
+
+    with s3.relay.disturb(meet):
+        assert list(storage.list(directories=True)) == in_one_pass
+    assert len(in_one_pass) == 11 + bool(inside)
+
+
+def test_a_level_of_many_folders_is_listed_in_one_pass(storage, s3, monkeypatch):
+    paths = ["a/1", "b/2", "c/3"]
+    for path in paths:
+        storage.write(path, b"")
+    monkeypatch.setattr(objects, "PAGE", 3)
+    monkeypatch.setattr(objects, "MOST_FOLDERS", 2)
+    s3.relay.requests.clear()
+    assert [entry.path for entry in storage.list()] == [storage.join(path) for path in paths]
+    assert len(s3.relay.requests) == 3  # a page, the level, and all
 
 
 # ---------------------------------------------------------------- names

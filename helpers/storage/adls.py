@@ -10,13 +10,15 @@ instead of writing error rows for images that are all right. Executors import th
 
 import contextlib
 import errno
+import functools
+import itertools
 import os
 import posixpath
 import re
 import uuid
 from collections.abc import Collection, Iterator
 from datetime import UTC
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
 from azure.core.exceptions import (
@@ -25,13 +27,22 @@ from azure.core.exceptions import (
     ResourceExistsError,
     ResourceNotFoundError,
 )
-from azure.storage.filedatalake import DataLakeFileClient, FileSystemClient
+from azure.storage.filedatalake import DataLakeFileClient, FileSystemClient, PathProperties
 
 from helpers.errors import StorageError, first_line
 from helpers.options import StorageOptions
 from helpers.storage.client import forget_clients, get_client
 from helpers.storage.interface import Entry
-from helpers.storage.objects import IS_FOLDER, NO_CONTAINER, SECRET, ObjectStorage, credential_value
+from helpers.storage.objects import (
+    IS_FOLDER,
+    LISTINGS,
+    MOST_FOLDERS,
+    NO_CONTAINER,
+    SECRET,
+    ObjectStorage,
+    credential_value,
+)
+from helpers.storage.prefetch import chain_ahead
 
 URI = re.compile(r"abfss://([^@/?#]+)@([^@/?#]+)(/.*)?", re.DOTALL)
 # The hosts that may get a credential: of the public and the sovereign clouds, and of accounts with DNS zones.
@@ -68,10 +79,10 @@ class AdlsStorage(ObjectStorage):
         prefix: str = "",
         directories: bool = False,
         skip: Collection[str] = (),
-        tolerant: bool = False,  # one request lists all folders, and there are no links
+        tolerant: bool = False,  # who may list one folder may list all, and there are no links
         outside_links: bool = True,
     ) -> Iterator[Entry]:
-        """List a page at a time, in one pass; modification times are of whole seconds.
+        """List a page at a time, several folders at once; modification times are of whole seconds.
 
         Raises:
             StorageError: there is no such folder, or it cannot be listed.
@@ -83,12 +94,40 @@ class AdlsStorage(ObjectStorage):
                 if start and not _is_folder(properties := self._file(start).get_file_properties()):
                     yield Entry(self._uri(start), properties.size, properties.last_modified)
                     return
-                for path in self._files.get_paths(start or None, recursive=True, max_results=PAGE):
+                for path in self._paths(start):
                     if (directories or not path.is_directory) and not f"{path.name}/".startswith(skipped):
                         modified = path.last_modified.replace(tzinfo=UTC)
                         yield Entry(self._uri(path.name), path.content_length or 0, modified, path.is_directory)
         except FileNotFoundError:
             raise StorageError(f"{self._uri(start)}: no such folder; check the location, or create it first") from None
+
+    def _paths(self, start: str) -> Iterator[PathProperties]:
+        """What is below a folder; where that is more than a page, the folders of one level are listed at once."""
+        get_paths = functools.partial(self._files.get_paths, max_results=PAGE)
+
+        def below(folder: PathProperties) -> Iterator[PathProperties]:
+            yield folder
+            with contextlib.suppress(ResourceNotFoundError):  # it is gone since its level was listed
+                yield from get_paths(folder.name, recursive=True)
+
+        pages = cast(Any, get_paths(start or None, recursive=True).by_page())
+        first = list(next(pages, []))
+        if not pages.continuation_token:
+            yield from first
+            return
+        above = list[PathProperties]()
+        level = list(itertools.islice(get_paths(start or None, recursive=False), PAGE))
+        while [path.is_directory for path in level] == [True]:
+            above += level
+            level = list(itertools.islice(get_paths(above[-1].name, recursive=False), PAGE))
+        if len(level) == PAGE or not 2 <= sum(path.is_directory for path in level) <= MOST_FOLDERS:
+            yield from first
+            yield from itertools.chain.from_iterable(pages)
+            return
+        level.sort(key=lambda path: f"{path.name}/" if path.is_directory else path.name)
+        yield from above
+        streams = [functools.partial(below if path.is_directory else lambda file: [file], path) for path in level]
+        yield from chain_ahead(streams, LISTINGS)
 
     def read(self, path: str, limit: int | None = None) -> bytes:  # noqa: D102
         name = self._name(path)

@@ -16,14 +16,16 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import json
+import operator
 import os
 import posixpath
 import re
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -45,6 +47,7 @@ from helpers.redaction import remember
 from helpers.storage.credentials import STORAGE_SCOPE, fetch, forget_identity, resolve
 from helpers.storage.interface import Entry
 from helpers.storage.local import NO_TIME
+from helpers.storage.prefetch import chain_ahead
 
 URI = re.compile(r"((?:s3|gs)://[a-z0-9][\w.-]+|https?://[\w.-]+(?::\d+)?)(/.*)?", re.DOTALL | re.ASCII)
 SECRET = re.compile(r"[?&;](sig|x-(amz|goog)-signature)(=|%3d)", re.IGNORECASE)
@@ -55,6 +58,8 @@ TIMEOUTS = {name: timedelta(seconds=s) for name, s in (("connect_timeout", 10), 
 TIMEOUTS["timeout"] = timedelta(hours=1)  # of a whole answer, which may be long; one that stands still ends sooner
 CERTIFICATES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")  # as Azure's SDK looks for them
 PAGE = 1000  # objects of a listing at once
+LISTINGS = 8  # of folders, under way at once ...
+MOST_FOLDERS = 256  # ... where there are no more than so many: each costs a request, and may be small
 FIRST_BYTES = 256 * 2**10  # of a file that is opened, and after a jump in it ...
 MOST_BYTES = 8 * 2**20  # ... and, twice as many each time, in one request while it is read on
 CHUNK_BYTES = 8 * 2**20  # of a file written; a longer one is sent in parts, and appears when all are there
@@ -68,6 +73,8 @@ NO_CONTAINER = {"NoSuchBucket", "ContainerNotFound", "FilesystemNotFound"}
 BEHIND_END = re.compile(r"status code: 416|Wanted range starting at")
 NO_IDENTITY = re.compile(r"/latest/api/token|/computeMetadata/")  # where AWS and GCP say who a machine is
 OTHER_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
+
+Streams = list[Callable[[], Iterable[Entry]]]
 
 _opening = threading.Lock()  # threads that read ahead would otherwise open a store each
 
@@ -174,7 +181,7 @@ class ObjectStorage:
         left_out = tuple(f"{self._name(folder)}/" for folder in skip if folder.startswith(f"{self._base}/"))
         is_empty, previous = True, ""
         with self._explained(self._uri(start)):
-            for entry in _without_markers(self._objects(start, tolerant)):
+            for entry in _without_markers(self._objects_at_once(start, tolerant)):
                 is_empty = False
                 if f"{self._name(entry.path)}/".startswith(left_out):
                     continue
@@ -363,6 +370,36 @@ class ObjectStorage:
         if self._is_web:
             why = "no such file; a web server does not list its folders, so name one image, video or archive"
         raise StorageError(f"{self._uri(name)}: {why}")
+
+    def _objects_at_once(self, start: str, tolerant: bool) -> Iterator[Entry]:
+        """What is below a folder, in the order of names; the folders in it at the same time, if that is worth it."""
+        streams: Streams = []
+        with contextlib.suppress(InvalidPathError):
+            pages: Iterable[Any] = [] if self._is_web else obstore.list(self._store, start or None, chunk_size=PAGE)
+            first: list[Any] = next(iter(pages), [])
+            depth = len(start) + 1 if start else 0
+            # Where a page has no folder, the level may have any number of objects.
+            if len(first) == PAGE and any("/" in item["path"][depth:] for item in first):
+                streams = self._streams(start, tolerant)
+        yield from chain_ahead(streams, LISTINGS) if streams else self._objects(start, tolerant)
+
+    def _streams(self, start: str, tolerant: bool) -> Streams:
+        """What lists the folders of the first level that has several, each by itself, and the objects between them."""
+        level = obstore.list_with_delimiter(self._store, start or None)
+        while len(level["common_prefixes"]) == 1 and not level["objects"]:
+            level = obstore.list_with_delimiter(self._store, level["common_prefixes"][0])
+        if not 2 <= len(level["common_prefixes"]) <= MOST_FOLDERS:
+            return []
+        parts: Any = [(f"{folder}/", None) for folder in level["common_prefixes"]]
+        parts += [(item["path"], self._entry(item)) for item in level["objects"]]
+        parts.sort(key=operator.itemgetter(0))
+        streams: Streams = []
+        for is_folder, group in itertools.groupby(parts, lambda part: part[1] is None):
+            if is_folder:
+                streams += [functools.partial(self._objects, name[:-1], tolerant) for name, _ in group]
+            else:
+                streams.append(functools.partial(iter, [entry for _, entry in group]))
+        return streams
 
     def _objects(self, folder: str, tolerant: bool, after: str = "") -> Iterator[Entry]:
         """What is below a folder, in the order of names, from after a name on."""

@@ -1,11 +1,20 @@
 """Waiting for a distant storage while other work goes on. Executors import this module."""
 
+import contextlib
+import queue
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+BATCH = 1000  # items that a thread hands over at once
+BATCHES_AHEAD = 40  # of one stream, that wait for the caller
+LOOK_SECONDS = 0.5  # after which a thread that waits looks whether the caller still wants its items
 
 
 def map_groups(function: Callable[[T], R], groups: Iterable[Sequence[T]], threads: int) -> Iterator[list[R]]:
@@ -37,3 +46,50 @@ def map_groups(function: Callable[[T], R], groups: Iterable[Sequence[T]], thread
 def _results(coming: list[Future[R]]) -> list[R]:
     """Wait for them, and keep none: what was read may be large."""
     return [coming.pop(0).result() for _ in range(len(coming))]
+
+
+def chain_ahead(streams: Iterable[Callable[[], Iterable[T]]], threads: int) -> Iterator[T]:
+    """The items of one stream after the other, while threads go through the next ones.
+
+    Args:
+        streams: each begins one; what a stream raises is raised here when its turn comes.
+        threads: how many streams are under way at once; each waits with `BATCHES_AHEAD` batches for its turn.
+    """
+    is_closed = threading.Event()
+    begin = iter(streams)
+    coming: deque[queue.Queue[list[T] | BaseException | None]] = deque()
+
+    def fill(stream: Callable[[], Iterable[T]], batches: queue.Queue[list[T] | BaseException | None]) -> None:
+        last = None
+        try:
+            items = iter(stream())
+            while not is_closed.is_set() and (batch := list(islice(items, BATCH))):
+                _put(batches, batch, is_closed)
+        except BaseException as error:
+            last = error
+        _put(batches, last, is_closed)
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="chain")
+    try:
+        while True:
+            for stream in islice(begin, threads - len(coming)):
+                coming.append(queue.Queue(BATCHES_AHEAD))
+                pool.submit(fill, stream, coming[-1])
+            if not coming:
+                return
+            while batch := coming[0].get():
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield from batch
+            coming.popleft()
+    finally:
+        is_closed.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _put(batches: queue.Queue[T], batch: T, is_closed: threading.Event) -> None:
+    """Hand a batch over; once nobody takes any, return at once."""
+    while not is_closed.is_set():
+        with contextlib.suppress(queue.Full):
+            batches.put(batch, timeout=LOOK_SECONDS)
+            return
