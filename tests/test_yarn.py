@@ -88,18 +88,22 @@ def yarn(tmp_path_factory) -> Iterator[Yarn]:
         yield started
     finally:
         started.stop()
+        shutil.rmtree(folder, ignore_errors=True)  # the nodes' unpacked archives are 6 GB
 
 
 @pytest.fixture(scope="module")
-def prepared(yarn, tmp_path_factory) -> str:
+def prepared(yarn, tmp_path_factory) -> Iterator[str]:
     """A place of the nodes' with Spark and the archive."""
-    archive = pack.pack(tmp_path_factory.mktemp("pack") / "vision.tar.gz", compression=1)
-    place = (tmp_path_factory.mktemp("prepared") / "place").as_uri()
+    folder = tmp_path_factory.mktemp("prepared")
+    archive = pack.pack(folder / "vision.tar.gz", compression=1)
+    place = (folder / "place").as_uri()
     environment = {**os.environ, "HADOOP_CONF_DIR": str(yarn.conf), "ARCHIVE": str(archive)}
     command = ["sh", "conf/yarn.sh", "--prepare", place]
     answer = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
     assert (answer.returncode, answer.stdout) == (0, f"PREPARED={place} conf/yarn.sh SOURCE MODEL OUTPUT\n"), answer
-    return place
+    archive.unlink()
+    yield place
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
