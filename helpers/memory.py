@@ -1,9 +1,10 @@
 """The memory of this process: what it has, and a limit to what a file that somebody made may take. And its name.
 
-Executors import this module; it needs the standard library, and for the name pyarrow.
+Executors import this module; it needs the standard library, and in places pyarrow.
 """
 
 import contextlib
+import ctypes
 import os
 import resource
 import socket
@@ -48,6 +49,15 @@ def bounded(megabytes: int | None) -> Iterator[int | None]:
         yield left
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def trim_heap() -> None:
+    """Give free memory back to the system, which Arrow and GNU's C library keep where large tables have been."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _memory() -> tuple[int | None, int]:

@@ -16,7 +16,7 @@ from selenium.webdriver.chrome.service import Service
 
 from helpers.config import load_config
 from helpers.images import rle
-from helpers.pipeline.records import PHASES, shown_settings, write_record
+from helpers.pipeline.records import PHASES, shown_settings, task_table, write_record
 from helpers.pipeline.schemas import RESULT_SCHEMA
 from helpers.pipeline.task import RECORD_SCHEMA, STAGES
 from helpers.storage import open_storage
@@ -102,7 +102,7 @@ def write_output(folder: Path, rows: list[dict], source: str, files: int = 3, **
     record = dict.fromkeys(RECORD_SCHEMA.names, 1) | dict.fromkeys(texts, "here")
     record |= {"started": began + timedelta(seconds=2), "seconds": 3.0, "reasons": []}
     record |= {f"{stage}_seconds": 0.5 for stage in STAGES}
-    write_record(storage, run, [record, {**record, "process": 2, "failed": 0}])
+    write_record(storage, run, task_table([record, {**record, "process": 2, "failed": 0}]))
     return folder
 
 

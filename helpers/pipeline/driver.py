@@ -41,7 +41,7 @@ def ingest(spark: "SparkSession", source: str, config: Config) -> "DataFrame":
     storage = open_storage(source, config)
     listed = listing.list_images(storage, config)
     images = expand(spark, storage, listed, config)
-    listing.check_any(images.num_rows, listed, storage, config)
+    listing.check_any(images.num_rows, str(listed), storage, config)
     plan = listing.plan(images, get_slots(spark), config)
     assigned = listing.assign(images, plan)
     if choose_reader(spark, storage, assigned, config) == "spark":

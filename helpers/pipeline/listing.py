@@ -128,7 +128,7 @@ def list_slices(
     yield last
 
 
-def check_any(images: int, listed: Listing, storage: Files, config: Config) -> None:
+def check_any(images: int, listed: str, storage: Files, config: Config) -> None:
     """Raise RunError where archives are all that is listed, and there is no image in them."""
     if not images:
         raise RunError(
@@ -187,8 +187,8 @@ def _chunks(
         skip: folders to leave out.
         left_out: counts what is.
     """
-    kinds = _suffixes(config)
-    suffixes = sum(kinds.values(), ())
+    root, kinds = len(storage.root), _suffixes(config)
+    suffixes, images, videos = sum(kinds.values(), ()), kinds["image"], kinds["video"]
     most, max_bytes = min(MAX_CHUNK_FILES, config.partitioning.slice_images), config.max_image_bytes
     rows = list[tuple]()
     entries = storage.list(directories=True, skip=skip, tolerant=True, outside_links=config.ingest.outside_links)
@@ -198,7 +198,7 @@ def _chunks(
         if not unlisted and not name.endswith(suffixes):
             kind = "not followed or unreadable" if entry.error else "with another suffix"
             left_out[kind] += not entry.is_directory
-        elif "/." in f"/{entry.path.removeprefix(storage.root)}":
+        elif entry.path.find("/.", root - 1) >= 0:
             left_out["hidden"] += 1
         elif unlisted:
             left_out[UNLISTED] += 1
@@ -207,7 +207,7 @@ def _chunks(
         elif MARK in entry.path:
             left_out[LIKE_MEMBERS] += 1
         else:
-            kind = next(kind for kind, ends in kinds.items() if name.endswith(ends))
+            kind = "image" if name.endswith(images) else "video" if name.endswith(videos) else "archive"
             error = entry.error or (too_long(entry.length, max_bytes) if kind == "image" else None)
             rows.append((entry.path, entry.length, entry.modified, error, kind))
             if len(rows) == most or _ends_chunk(entry.path):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from helpers.config import Config
 from helpers.errors import DataError
@@ -73,7 +74,7 @@ def describe(
     config: Config,
     slots: int,
     watch: Stopwatch,
-    records: list[dict[str, Any]],
+    tasks: pa.Table,
     session_seconds: float | None,
 ) -> dict[str, Any]:
     """What `RUN.json` holds.
@@ -84,7 +85,7 @@ def describe(
         config: its settings; those that cannot hold a secret are taken.
         slots: how many tasks ran at once.
         watch: what its phases have taken so far.
-        records: of its tasks.
+        tasks: what they have told, `task.RECORD_SCHEMA`.
         session_seconds: from the start of the process until there was a session; None where one was there already.
     """
     return {
@@ -96,10 +97,10 @@ def describe(
         "bundle": " and ".join(model.bundle.manifest.digest for model in task.models),
         "flops": task.flops,
         "slots": slots,  # as planned for
-        "workers": len({(record["host"], record["process"]) for record in records}),
-        "partitions": len(records),
-        **{name: sum(record[name] for record in records) for name in ("images", "failed", "bytes")},
-        "retries": sum(record["attempt"] for record in records),
+        "workers": tasks.select(["host", "process"]).group_by(["host", "process"]).aggregate([]).num_rows,
+        "partitions": tasks.num_rows,
+        **{name: pc.sum(tasks[name]).as_py() or 0 for name in ("images", "failed", "bytes")},
+        "retries": pc.sum(tasks["attempt"]).as_py() or 0,
         "session_seconds": session_seconds,
         **dict.fromkeys(PHASES[1:]),
         **watch.laps,
@@ -125,12 +126,23 @@ def shown_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def write_record(storage: Storage, run: dict[str, Any], records: list[dict[str, Any]] | None = None) -> None:
-    """Write `RUN.json`, in place of what it said before, and `RUN.parquet` ahead of it where records are given."""
-    if records:
-        # Spark gives naive timestamps in the driver's zone, Arrow would take them for UTC.
-        rows = [{**record, "started": record["started"].astimezone(UTC)} for record in records]
-        write_table(storage, f"{RUNS}/{run['run']}.parquet", pa.Table.from_pylist(rows, schema=RECORD_SCHEMA))
+def task_table(records: Iterable[dict[str, Any]]) -> pa.Table:
+    """What tasks have told, as a table (`task.RECORD_SCHEMA`)."""
+    # Spark gives naive timestamps in the driver's zone, Arrow would take them for UTC.
+    rows = [{**record, "started": record["started"].astimezone(UTC)} for record in records]
+    return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA)
+
+
+def write_record(storage: Storage, run: dict[str, Any], tasks: pa.Table | None = None) -> None:
+    """Write `RUN.json`, in place of what it said before, and `RUN.parquet` ahead of it where tasks have told something.
+
+    Args:
+        storage: the output.
+        run: what `describe` says.
+        tasks: `task.RECORD_SCHEMA`.
+    """
+    if tasks:
+        write_table(storage, f"{RUNS}/{run['run']}.parquet", tasks)
     storage.write(f"{RUNS}/{run['run']}.json", json.dumps(run, indent=2).encode())
 
 

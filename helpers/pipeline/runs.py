@@ -9,15 +9,17 @@ import logging
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from helpers.config import Config
 from helpers.errors import HostError, RunError, only_warn
+from helpers.memory import trim_heap
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, sail
 from helpers.pipeline.catalog import CatalogStore, open_results
@@ -25,7 +27,7 @@ from helpers.pipeline.drift import Distributions
 from helpers.pipeline.known import Known
 from helpers.pipeline.listing import Listing
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_by_spark
-from helpers.pipeline.records import PHASES, Stopwatch, describe, write_record
+from helpers.pipeline.records import PHASES, Stopwatch, describe, task_table, write_record
 from helpers.pipeline.report import make_report
 from helpers.pipeline.results import Seen, Work
 from helpers.pipeline.rows import is_among, outdated, path_range, settled, without
@@ -118,7 +120,7 @@ class Run:
         self.session_seconds, self.pool = session_seconds, ThreadPoolExecutor(1)
         self.models = tuple(model.identity for model in task.models)
         self.store = open_results(spark, output, config, task.kept)
-        self.records: list[dict[str, Any]] = []
+        self.tasks = RECORD_SCHEMA.empty_table()  # what they have told; as dictionaries it would be ten times as much
         self.waiting: dict[str, File] = {}  # staged by a run that starts over
         self.published: list[str] = []  # files
         self.images = self.unlisted = self.first_partition = self.slots = 0
@@ -135,7 +137,10 @@ class Run:
             self._open()
             for listed in self.slices():
                 self.work_on(listed)
-            return self.end(listed)
+                last = str(listed)
+                del listed  # while the next slice is listed, none is held
+                trim_heap()
+            return self.end(last)
 
     def _open(self) -> None:
         """Look at the results, and keep what killed runs have finished."""
@@ -153,7 +158,15 @@ class Run:
     @property
     def processed(self) -> int:
         """Images that tasks have worked on."""
-        return sum(record["images"] for record in self.records)
+        return self._sum("images")
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What the tasks have told (`task.RECORD_SCHEMA`), made anew."""
+        return self.tasks.to_pylist()
+
+    def _sum(self, column: str) -> int:
+        return pc.sum(self.tasks[column]).as_py() or 0
 
     def slices(self) -> Iterator[Listing]:
         """What there is, a part at a time."""
@@ -200,14 +213,14 @@ class Run:
         elif files or gone.num_rows:
             if self.key != KEY_NAMES:  # a table of bytes does not say how long they are
                 todo = self.store.rows(files)
-            self._publish(seen, todo, files, gone)
+            self._publish(seen, todo, files, gone, Distributions().merge(record["distribution"] for record in records))
         self.watch.lap("publish")
 
-    def end(self, last: Listing) -> RunSummary:
+    def end(self, last: str) -> RunSummary:
         """Publish what has waited, tidy up, and write what a run leaves beside its results.
 
         Args:
-            last: the last slice.
+            last: what the last slice says it lists.
 
         Raises:
             RunError: there was no image.
@@ -217,7 +230,8 @@ class Run:
         listing.check_any(self.images, last, self.task.source, config)
         if not config.resume:
             nothing = Seen()
-            self._publish(nothing, nothing.rows, self.waiting, nothing.rows)
+            distributions = Distributions().merge(self.tasks["distribution"].to_pylist())
+            self._publish(nothing, nothing.rows, self.waiting, nothing.rows, distributions)
         elif self.known.has_news:
             with only_warn("the next run has to look at all images again"):
                 store.note(self.known.tell(self.task.run), self.known.commit)
@@ -236,9 +250,10 @@ class Run:
             store.vacuum(config.results.retention_days)
         watch.lap("publish")
         about = self._describe() | {"drift": {}}
-        if self.records:
+        if self.tasks.num_rows:
             with only_warn("the run's predictions were not compared with earlier ones"):
-                about["drift"] = self._distributions(self.records).compare(self.earlier or [], config.tracking.drift)
+                own = Distributions().merge(self.tasks["distribution"].to_pylist())
+                about["drift"] = own.compare(self.earlier or [], config.tracking.drift)
             with only_warn("the run has no dashboard", "set paths.runs to a place that can be written"):
                 board = TensorBoard(open_storage(f"{config.paths.runs}/pipeline/{self.task.run}", config), live=False)
                 for writer in filter(None, (board, self.tracked)):
@@ -278,10 +293,10 @@ class Run:
         self._warm_up().exception()  # if it failed, so will the run, and say why
         self.watch.lap("open")
         records = self._run_tasks(assigned, plan, is_last)
-        self.records += records
+        self.tasks = pa.concat_tables([self.tasks, task_table(records)])
         self.watch.lap("pass")
         with only_warn("the run has no record"):
-            write_record(self.task.output, self._describe(), self.records)
+            write_record(self.task.output, self._describe(), self.tasks)
         self.watch.lap("log")
         return records
 
@@ -337,15 +352,18 @@ class Run:
     def _count(self) -> tuple[int, int]:
         """Images and failed images so far."""
         # What waits is still staged, and what has been published is not.
-        records = self.records if self.config.resume else []
         images, failed = self.store.progress(self.task.run)
-        return images + sum(r["images"] for r in records), failed + sum(r["failed"] for r in records)
+        if not self.config.resume:
+            return images, failed
+        return images + self.processed, failed + self._sum("failed")
 
-    def _publish(self, seen: Seen, todo: pa.Table, files: dict[str, File], gone: pa.Table) -> None:
+    def _publish(
+        self, seen: Seen, todo: pa.Table, files: dict[str, File], gone: pa.Table, distributions: Distributions
+    ) -> None:
         if self.earlier is None:
             self.earlier = self.store.told(DISTRIBUTION)
         run, seconds, over = self.task.run, self.watch.laps["seconds"], not self.config.resume
-        listed, distributions = self.known.tell(run), self._distributions(r for r in self.records if r["file"] in files)
+        listed = self.known.tell(run)
         told = {DISTRIBUTION: distributions.to_json()} if distributions else {}
         took = seconds - self.committed_seconds
         work = Work(run, self.models, seen, todo, files, gone, over, took, listed, told)
@@ -354,23 +372,19 @@ class Run:
         self.known.told(listed, seen)
 
     def _describe(self) -> dict[str, Any]:
-        own = self.slots, self.watch, self.records, self.session_seconds
+        own = self.slots, self.watch, self.tasks, self.session_seconds
         about = describe(self.task, self.spark, self.config, *own)
         return about | {"source": self.table.name} if self.table else about
 
-    @staticmethod
-    def _distributions(records: Iterable[dict[str, Any]]) -> Distributions:
-        return Distributions().merge(record["distribution"] for record in records)
-
     def _summarize(self) -> RunSummary:
-        failed = sum(record["failed"] for record in self.records)
+        failed = self._sum("failed")
         laps = self.watch.laps
         return RunSummary(
             images=self.images,
             ok=self.processed - failed,
             failed=failed,
             skipped=self.images - self.processed,
-            partitions=len(self.records),
+            partitions=self.tasks.num_rows,
             seconds=round(laps["seconds"], 3),
             images_per_second=round(self.processed / laps["pass_seconds"], 2) if self.processed else 0.0,
             results=self.store.location,

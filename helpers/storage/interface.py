@@ -3,17 +3,15 @@
 import contextlib
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from datetime import datetime
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 from helpers.errors import StorageError
 
 UNFINISHED = re.compile(r"\.[0-9a-f]{8,}\.tmp")  # the name of a file that is written, or was when its writer was killed
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A file, or a directory where directories were asked for.
 
     `modified` is in UTC; a broken link has length 0 and the modification time of the link. `error` says why a file is
