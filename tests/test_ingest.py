@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from helpers.config import load_config
@@ -138,6 +139,22 @@ def test_the_manifest_has_every_image_once_in_its_planned_partition(samples, con
     assert dict(zip(table["path"].to_pylist(), table["partition"].to_pylist(), strict=True)) == partitions
     assert table.num_rows == len(partitions) == 64
     assert table["partition"].to_pylist() == sorted(table["partition"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("count", "targets", "partitions"),
+    [
+        (4_000, {"target_seconds": 0.03}, 126),  # 32 images each, and not 10
+        (4_000, {"target_bytes": 5_000}, 128),  # and not 800
+        (1_000, {"target_seconds": 0.03}, 100),
+        (4_000, {"target_images": 10}, 400),
+    ],
+)
+def test_a_slot_has_64_tasks_or_as_many_as_the_images_of_one_ask_for(count, targets, partitions):
+    paths = pa.array([f"/{number}.jpg" for number in range(count)])
+    columns = {"path": paths, "length": pa.array([1000] * count), "error": pa.nulls(count, pa.string())}
+    config = load_config("local", partitioning=targets)
+    assert plan(pa.table(columns), 2, config).partitions == partitions
 
 
 def test_an_image_that_is_too_long_is_listed_with_its_error_and_takes_no_part_in_the_plan(storage, config):

@@ -5,6 +5,7 @@ A listing comes in slices, so that the driver's memory does not depend on how ma
 
 import hashlib
 import logging
+import math
 import zlib
 from collections import Counter
 from collections.abc import Collection, Container, Iterator
@@ -31,6 +32,7 @@ CHUNK_FILES, MAX_CHUNK_FILES = 2**14, 2**16  # of a chunk: the mean, and the mos
 CONTAINER_IMAGES = 1000  # for how many images a video or an archive stands, whose own number is not known yet
 UNLISTED = "folders that cannot be listed"
 LIKE_MEMBERS = f"with {MARK} in the path, which is for members of archives"
+WAVES = 64  # tasks per slot, beyond which more of them do no good
 WARNINGS = 10  # of such folders, at most
 
 
@@ -142,6 +144,9 @@ def plan(
 ) -> PartitionPlan:
     """Plan the partitions of a listing, as the `partitioning` section says.
 
+    Where a slot would have more than `WAVES` of them, they take more time and bytes than their targets, and no more
+    images: further ones would hardly end closer to each other, and each leaves a file that the driver has to know.
+
     Args:
         images: what was listed, or with the frames of videos and the members of archives (`frames.ROWS_SCHEMA`).
         slots: tasks that run at once.
@@ -149,14 +154,15 @@ def plan(
         image_seconds: what an image takes; by default what one without a model does.
         expected: slots that there may be later.
     """
-    settings = config.partitioning
-    seconds = image_seconds or settings.image_seconds
-    sizes = images["bytes" if "bytes" in images.schema.names else "length"]
+    settings, most = config.partitioning, WAVES * slots
+    in_time = round(settings.target_seconds / (image_seconds or settings.image_seconds))
+    column = images["bytes" if "bytes" in images.schema.names else "length"]
+    sizes = pc.if_else(images["error"].is_null(), column, 0).to_numpy()  # what is not read takes no time
     return plan_partitions(
-        pc.if_else(images["error"].is_null(), sizes, 0).to_numpy(),  # what is not read takes no time
+        sizes,
         slots,
-        target_bytes=settings.target_bytes,
-        target_images=max(1, min(settings.target_images, round(settings.target_seconds / seconds))),
+        target_bytes=max(settings.target_bytes, math.ceil(sizes.sum() / most)),
+        target_images=max(1, min(settings.target_images, max(in_time, math.ceil(len(sizes) / most)))),
         partitions=settings.partitions,
         in_order=split_paths(images["path"])[1].is_valid().to_numpy(),
         at_least=expected,

@@ -658,7 +658,8 @@ class ResultStore:
         file = self._open(path)
         schema = pa.schema([*self._schema, *list(file.schema_arrow)[len(self._schema) :]])
         try:
-            return conform(file.read(columns), pa.schema([schema.field(name) for name in columns or schema.names]))
+            rows = file.read(columns, use_threads=False)  # of one task: too few for threads
+            return conform(rows, pa.schema([schema.field(name) for name in columns or schema.names]))
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(path, first_line(error)) from None
 
