@@ -140,7 +140,7 @@ def _load(spark: "SparkSession", storage: Files, paths: list[str]) -> "DataFrame
     reader = reader.option("ignoreMissingFiles", "true").option("ignoreCorruptFiles", "true")
     while paths:
         try:
-            files = reader.load([_literal(path) for path in paths])
+            files = reader.load([literal(path) for path in paths])
             assert files.schema.names  # which has Spark look for the files now, over Connect too
             return files
         except AnalysisException as error:
@@ -236,7 +236,7 @@ def _find(
     return paths.mapInArrow(find, spark_schema(schema)).toArrow().cast(schema)
 
 
-def _literal(path: str) -> str:
+def literal(path: str) -> str:
     """Escape what Spark takes for a pattern in a path."""
     return re.sub(PATTERN, r"\\\1", path)
 
