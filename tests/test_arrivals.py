@@ -1,13 +1,13 @@
 """New files from Auto Loader as a source.
 
-Only Databricks has it. Here Spark's own stream of files stands in its place, by the name of its format alone. It keeps a
-checkpoint too, and unlike Auto Loader never tells of a changed file again. Spark, Delta and the runs are real.
+Only Databricks has it. Here Spark's own stream of files stands in its place, by the name of its format alone. It keeps
+a checkpoint too, and unlike Auto Loader never tells of a changed file again. Spark, Delta and the runs are real.
 """
 
 import os
 import shutil
 import tarfile
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import graphs
@@ -19,9 +19,11 @@ from test_sources import NAMES, is_bright, png
 from helpers import pipeline
 from helpers.errors import ConfigError, HostError, RunError
 from helpers.pipeline import arrivals
-from helpers.pipeline.arrivals import ARRIVALS, Arrivals
+from helpers.pipeline.arrivals import ARRIVALS, Arrivals, listed_path
 from helpers.pipeline.records import read_runs
 from helpers.pipeline.results import ResultStore
+from helpers.pipeline.runs import Run
+from helpers.storage import open_storage
 from helpers.storage.interface import Entry
 
 ODD_NAMES = ["a b.png", "ä%20.PNG", "x#y.png", "[z]{1}.png", "deep/er/q=1/0.png"]
@@ -84,18 +86,53 @@ def run_killed(owner: type, method: str, *arguments) -> None:
 
 def run_beside_another(*arguments) -> None:
     """A run during which another one's table of arrivals grows."""
-    settle = Arrivals.settle
+    forget = Arrivals.forget
 
-    def grow(self, *others):
-        settle(self, *others)
-        for run, table in self._tables.items():
-            if run != self._run and len(table.commits) == 1:
-                rows = session().read.format("delta").load(self._place(run))
-                rows.write.format("delta").mode("append").save(self._place(run))
+    def grow(self):
+        (run,) = self._tables
+        rows = session().read.format("delta").load(self._place(run))
+        rows.write.format("delta").mode("append").save(self._place(run))
+        forget(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Arrivals, "settle", grow)
+        patch.setattr(Arrivals, "forget", grow)
         run(*arguments)
+
+
+def run_without_workers(*arguments) -> pipeline.RunSummary:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_warm_up", lambda _: pytest.fail("there is nothing to do"))
+        return run(*arguments)
+
+
+def run_with_files_taken(*arguments) -> pipeline.RunSummary:
+    """A run that does not learn which images have failed, because another one has taken its files."""
+    rows = ResultStore.rows
+
+    def take(store, files=None, *others):
+        files = list(files)
+        if any(file.startswith("_staging/") for file in files):
+            patch.setattr(ResultStore, "rows", rows)
+            raise FileNotFoundError
+        return rows(store, files, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResultStore, "rows", take)
+        return run(*arguments)
+
+
+def entries(photos: Path, model: str, output: Path, more: list[tuple] = ()) -> list[Entry]:
+    """What arrives in a storage that is no file system, beside a table of an earlier run."""
+    config = settings()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrivals, "FORMAT", "binaryFile")
+        patch.setattr(arrivals, "LocalStorage", ())
+        task = pipeline.make_task(f"cloudFiles:{photos}", model, str(output), config)
+        source = Arrivals(session(), task, config)
+        if more:
+            rows = session().createDataFrame(more, "path string, length long, modified timestamp")
+            rows.write.format("delta").save(source._place("20260101T000000-00000000"))
+        return list(source.take([]))
 
 
 def rows_in_catalog(name: str) -> int:
@@ -160,7 +197,7 @@ def test_a_run_works_on_the_files_that_are_new(delta, model, photos, tmp_path):
 
 def test_a_location_without_files_is_nothing_new(delta, model, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert counts(delta(run, tmp_path / "empty", model, tmp_path / "out")) == (0, 0, 0, 0)
+    assert counts(delta(run_without_workers, tmp_path / "empty", model, tmp_path / "out")) == (0, 0, 0, 0)
     with pytest.raises(RunError, match="0 images below"):  # instead of an empty table in the place of the results
         delta(run, tmp_path / "empty", model, tmp_path / "out", resume=False)
 
@@ -181,22 +218,51 @@ def test_the_keys_are_those_of_a_listing(delta, model, photos, tmp_path):
     assert keys(one) == keys(other)
 
 
-def test_a_time_to_the_millisecond_is_that_of_object_storage(delta, model, photos, tmp_path):
-    entries = delta(entries_without_a_file_system, photos, model, tmp_path / "out")
-    assert [entry.path for entry in entries] == [str(photos / name) for name in NAMES]
-    for entry in entries:
+def test_spark_tells_each_file_in_the_order_of_paths_with_its_time(delta, model, photos, tmp_path):
+    old = [
+        (f"file:{photos}/0.png", 1, datetime(2020, 1, 1, tzinfo=UTC)),
+        (f"{photos}/-1.png", 1, datetime(2020, 1, 1, tzinfo=UTC)),
+    ]
+    first, *others = delta(entries, photos, model, tmp_path / "out", old)
+    assert first == Entry(f"{photos}/-1.png", 1, datetime(2020, 1, 1, tzinfo=UTC))
+    assert [entry.path for entry in others] == [str(photos / name) for name in NAMES]
+    for entry in others:
         status = os.stat(entry.path)
         assert entry.length == status.st_size
         assert entry.modified.timestamp() == pytest.approx(status.st_mtime_ns // 10**6 / 1e3, abs=1e-6)
 
 
-def entries_without_a_file_system(photos: Path, model: str, output: Path) -> list[Entry]:
-    config = settings()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrivals, "FORMAT", "binaryFile")
-        patch.setattr(arrivals, "LocalStorage", ())
-        task = pipeline.make_task(f"cloudFiles:{photos}", model, str(output), config)
-        return list(Arrivals(session(), task, config).take([]))
+@pytest.mark.parametrize(
+    ("source", "path", "listed"),
+    [
+        ("/Volumes/a/b/c", "dbfs:/Volumes/a/b/c/d e.png", "/Volumes/a/b/c/d e.png"),
+        ("dbfs:/a", "dbfs:/a/b.png", "/dbfs/a/b.png"),
+        ("dbfs:/a", "/dbfs/a/b.png", "/dbfs/a/b.png"),
+        ("/", "file:/b.png", "/b.png"),
+        ("s3://bucket/a/", "s3://bucket/a/%20.png", "s3://bucket/a/%20.png"),
+        ("abfss://c@a.dfs.core.windows.net", "abfss://c@a.dfs.core.windows.net/b.png", None),
+        ("abfss://c@a.dfs.core.windows.net/a", "abfss://c@a.dfs.core.windows.net/a/b.png", None),
+    ],
+)
+def test_a_file_has_the_path_that_its_storage_lists(source, path, listed):
+    assert listed_path(path, open_storage(source, settings())) == (listed or path)
+
+
+def test_a_file_of_another_location_is_one_clear_error():
+    with pytest.raises(RunError, match="tells of /ab/c.png, which is not below /a/; name another --source"):
+        listed_path("file:/ab/c.png", open_storage("/a"))
+
+
+def test_spark_is_told_databricks_names_of_places():
+    places = [arrivals._spark_path(open_storage(uri), name) for uri in ("dbfs:/a", "/Volumes/a") for name in ("", "b")]
+    assert places == ["dbfs:/a", "dbfs:/a/b", "/Volumes/a", "/Volumes/a/b"]
+
+
+def test_all_rows_have_come_before_the_first_is_taken():
+    rows = iter([(number, "a") for number in range(25_000)])
+    taken = arrivals._on_disk(rows)
+    assert next(rows, None) is None
+    assert list(taken) == [(number, "a") for number in range(25_000)]
 
 
 def test_an_output_below_the_source_is_none_of_it(delta, model, photos):
@@ -214,12 +280,11 @@ def test_members_of_archives_are_images(delta, model, photos, tmp_path):
     assert counts(delta(run, photos, model, tmp_path / "out")) == (0, 0, 0, 0)
 
 
-def test_files_come_in_slices_in_the_order_of_paths(delta, model, photos, tmp_path):
+def test_files_come_in_slices(delta, model, photos, tmp_path):
     assert counts(delta(run, photos, model, tmp_path / "out", **{"partitioning.slice_images": 3})) == (8, 8, 0, 0)
     assert labels(tmp_path / "out") == expected()
-    statistics = DeltaTable(tmp_path / "out/results").get_add_actions(flatten=True).to_pydict()
-    spans = sorted(zip(statistics["min.path"], statistics["max.path"], strict=True))
-    assert len(spans) > 2 and all(last < first for (_, last), (first, _) in zip(spans, spans[1:], strict=False))
+    commits = DeltaTable(tmp_path / "out/results").history()
+    assert [commit["images"] for commit in commits if "images" in commit] == [2, 3, 3]
 
 
 def test_options_reach_the_stream(delta, model, photos, tmp_path):
@@ -269,6 +334,23 @@ def test_a_file_whose_error_may_pass_is_looked_at_again(delta, model, photos, tm
     assert counts(delta(run, photos, model, output)) == (2, 2, 0, 0)
     assert counts(delta(run, photos, model, output)) == (0, 0, 0, 0) and waiting(output) == []
     assert labels(output) == {**expected([*NAMES, "8.png"]), "a.tar#member=long.png": "dark", "9.png": None}
+
+
+def test_what_arrives_again_beside_what_is_left_is_worked_on_once(delta, model, photos, tmp_path):
+    output = tmp_path / "out"
+    (photos / "8.png").write_bytes(png(False) + b" " * 1000)
+    delta(run, photos, model, output, **{"ingest.max_bytes": 1000})
+    for checkpoint in output.glob(f"{ARRIVALS}/*/checkpoint"):
+        shutil.rmtree(checkpoint)
+    assert counts(delta(run, photos, model, output)) == (9, 1, 0, 8)
+    assert labels(output) == expected([*NAMES, "8.png"])
+
+
+def test_files_of_which_nobody_knows_how_they_went_are_looked_at_again(delta, model, photos, tmp_path):
+    output = tmp_path / "out"
+    (photos / "8.png").write_bytes(b"no image")
+    assert counts(delta(run_with_files_taken, photos, model, output)) == (9, 8, 1, 0)
+    assert counts(delta(run, photos, model, output)) == (9, 0, 0, 9) and waiting(output) == []
 
 
 def test_a_file_that_is_gone_is_not_looked_at_again(delta, model, photos, tmp_path):
@@ -342,7 +424,7 @@ def test_two_locations_of_one_output_have_a_checkpoint_each(delta, model, photos
 
 
 def test_a_spark_without_auto_loader_is_one_clear_error(spark, model, photos, tmp_path):
-    with pytest.raises(HostError, match=rf"only Databricks has .*; name {photos} itself as the --source") as caught:
+    with pytest.raises(HostError, match=rf"only Databricks has .*NOT_FOUND.*; name {photos} itself"):
         pipeline.run(spark, f"cloudFiles:{photos}", model, str(tmp_path / "out"), settings())
     assert not (tmp_path / "out").exists()
 

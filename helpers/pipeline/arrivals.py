@@ -15,6 +15,7 @@ Auto Loader tells of files that come, and of none that go. Empty files and names
 all of Spark does. A run over the URI itself, into the same output, finds these.
 """
 
+import contextlib
 import errno
 import hashlib
 import pickle
@@ -30,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from helpers.config import Config
-from helpers.errors import HostError, RunError
+from helpers.errors import HostError, RunError, UserError
 from helpers.images.boundary import READ_ERRORS
 from helpers.pipeline.listing import Listing
 from helpers.pipeline.readers import literal
@@ -57,6 +58,7 @@ OPTIONS = {
     "recursiveFileLookup": "true",
 }
 ARRIVALS, CHECKPOINT = "_arrivals", "checkpoint"
+PREFIX = "^(file:/+|dbfs:/+|/dbfs/)"  # of a path in a file system, by Spark or by Databricks' mount
 COMMIT = re.compile(rf"{LOG}/(\d{{20}})\.json")
 GROUP = 10_000  # files, read back from the disk at once
 
@@ -107,6 +109,8 @@ class Arrivals:
             self._write_down()
             self._tables = {run: table for run, table in self._present().items() if table.is_whole}
             files = _on_disk(self._newest().toLocalIterator()) if self._tables else iter(())
+        except UserError:
+            raise
         except Exception as error:
             raise RunError(
                 f"{self.name} cannot be read: {spark_failure(error)}; Spark itself must reach the source and "
@@ -115,9 +119,9 @@ class Arrivals:
             ) from None
         left_out = tuple(f"{folder}/" for folder in skip)
         for path, length, microseconds in files:
-            entry = self._entry(path, length, NO_TIME + timedelta(microseconds=microseconds))
-            if not entry.path.startswith(left_out):
-                yield entry
+            place = listed_path(path, self._files)
+            if not place.startswith(left_out):
+                yield self._look(place, length, NO_TIME + timedelta(microseconds=microseconds))
 
     def settle(self, listed: Listing, failed: pa.Table | None) -> None:
         """Take note of which files of a slice the next run has to look at again.
@@ -141,9 +145,8 @@ class Arrivals:
         """
         left = pa.concat_tables(self._left) if self._left else pa.table({})
         if left.num_rows:
-            paths = pc.replace_substring_regex(left["path"], "^/dbfs/", "dbfs:/")
-            rows = self._spark.createDataFrame(left.set_column(0, "path", paths))
-            rows.write.format("delta").mode("overwrite").save(self._place(self._run))
+            rows = self._spark.createDataFrame(left).write.format("delta")
+            rows.mode("overwrite").save(self._place(self._run))
         for run, table in self._present().items():
             is_read = self._tables[run].commits == table.commits if run in self._tables else False
             is_waste = not table.is_whole and table.changed < datetime.now(UTC) - ABANDONED
@@ -159,8 +162,8 @@ class Arrivals:
         except Exception as error:
             raise HostError(
                 f"{self.name}: Spark cannot take new files from Auto Loader, which only Databricks has "
-                f"({spark_cause(str(error))}); name {self._files.root} itself as the --source: that lists all files, and "
-                "works everywhere"
+                f"({spark_cause(str(error))}); name {self._files.root} itself as the --source: that lists all files, "
+                "and works everywhere"
             ) from None
         return files.select("path", "length", F.col("modificationTime").alias("modified"))
 
@@ -189,40 +192,39 @@ class Arrivals:
 
     def _newest(self) -> "DataFrame":
         """Path, length and time in microseconds of each file that has arrived, in the order of paths."""
-        from pyspark.sql import DataFrame
         from pyspark.sql import functions as F
 
         tables = [self._spark.read.format("delta").load(self._place(run)) for run in self._tables]
-        rows = reduce(DataFrame.unionByName, tables)
+        rows = reduce(lambda one, other: one.unionByName(other), tables)
+        rows = rows.withColumn("path", F.regexp_replace("path", PREFIX, "/"))
         files = rows.groupBy("path").agg(F.max(F.struct("modified", "length")).alias("file"))
         return files.select("path", "file.length", F.unix_micros("file.modified")).sort("path")
 
-    def _entry(self, path: str, length: int, modified: datetime) -> Entry:
-        """A file as the location's storage lists it.
-
-        Args:
-            path: as Spark has it.
-            length: in bytes.
-            modified: to the millisecond, which is finer than the times of object storage.
-
-        Raises:
-            RunError: the file is not below the location.
-        """
-        path, root = (re.sub("^(file|dbfs):/+", "/", name) for name in (path, _spark_path(self._files)))
-        if not path.startswith(f"{root.rstrip('/')}/"):
-            raise RunError(
-                f"{self.name}: Auto Loader tells of {path}, which is not below {root}; name another --source"
-            )
-        place = self._files.join(path.removeprefix(root).lstrip("/"))
-        if isinstance(self._files, LocalStorage):  # whose times may be finer
-            try:
+    def _look(self, place: str, length: int, modified: datetime) -> Entry:
+        """A file as the location's storage lists it, from what Spark knows: its time to the millisecond."""
+        if isinstance(self._files, LocalStorage):  # whose times are finer than those of object storage
+            with contextlib.suppress(OSError):  # it has gone: the task that reads it says so
                 return self._files.stat(place)
-            except OSError:
-                pass
         return Entry(place, length, modified)
 
     def _place(self, name: str) -> str:
         return _spark_path(self._output, f"{self._folder}/{name}")
+
+
+def listed_path(path: str, files: Storage) -> str:
+    """What a storage calls a file below its location.
+
+    Args:
+        path: what Spark calls it.
+        files: the storage.
+
+    Raises:
+        RunError: the file is not below the location.
+    """
+    path, root = (re.sub(PREFIX, "/", name) for name in (path, f"{files.root.rstrip('/')}/"))
+    if not path.startswith(root):
+        raise RunError(f"Auto Loader tells of {path}, which is not below {root}; name another --source")
+    return files.join(path.removeprefix(root))
 
 
 def _spark_path(storage: Storage, name: str = "") -> str:
