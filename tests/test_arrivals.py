@@ -26,6 +26,7 @@ from helpers.pipeline.runs import Run
 from helpers.storage import open_storage
 from helpers.storage.interface import Entry
 
+ADLS = "abfss://container@account.dfs.core.windows.net"
 ODD_NAMES = ["a b.png", "ä%20.PNG", "x#y.png", "[z]{1}.png", "deep/er/q=1/0.png"]
 
 
@@ -240,12 +241,12 @@ def test_spark_tells_each_file_in_the_order_of_paths_with_its_time(delta, model,
         ("dbfs:/a", "/dbfs/a/b.png", "/dbfs/a/b.png"),
         ("/", "file:/b.png", "/b.png"),
         ("s3://bucket/a/", "s3://bucket/a/%20.png", "s3://bucket/a/%20.png"),
-        ("abfss://c@a.dfs.core.windows.net", "abfss://c@a.dfs.core.windows.net/b.png", None),
-        ("abfss://c@a.dfs.core.windows.net/a", "abfss://c@a.dfs.core.windows.net/a/b.png", None),
+        (ADLS, f"{ADLS}/b.png", f"{ADLS}/b.png"),
+        (f"{ADLS}/a", f"{ADLS}/a/b c.png", f"{ADLS}/a/b c.png"),
     ],
 )
 def test_a_file_has_the_path_that_its_storage_lists(source, path, listed):
-    assert listed_path(path, open_storage(source, settings())) == (listed or path)
+    assert listed_path(path, open_storage(source, settings())) == listed
 
 
 def test_a_file_of_another_location_is_one_clear_error():
@@ -458,5 +459,5 @@ def test_settings_that_do_not_fit_are_told_before_spark_starts(model, photos, tm
 def test_options_are_of_auto_loader_alone(model, photos, tmp_path):
     values = {"source.options": {"cloudFiles.useNotifications": True}}
     assert settings(**values).source.options == {"cloudFiles.useNotifications": "true"}
-    with pytest.raises(ConfigError, match="source.options are Auto Loader's"):
+    with pytest.raises(ConfigError, match="source.options are for Auto Loader: name a source cloudFiles:URI"):
         pipeline.make_task(str(photos), model, str(tmp_path / "out"), settings(**values))

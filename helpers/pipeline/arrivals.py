@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from helpers.config import Config
-from helpers.errors import HostError, RunError, UserError
+from helpers.errors import HostError, RunError
 from helpers.images.boundary import READ_ERRORS
 from helpers.pipeline.listing import Listing
 from helpers.pipeline.readers import literal
@@ -41,7 +41,7 @@ from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.sources import AUTO_LOADER
 from helpers.pipeline.table import LOG
 from helpers.pipeline.task import Task
-from helpers.session import spark_cause, spark_failure
+from helpers.session import spark_failure
 from helpers.storage import Storage
 from helpers.storage.interface import Entry
 from helpers.storage.local import NO_TIME, LocalStorage
@@ -60,6 +60,7 @@ OPTIONS = {
 ARRIVALS, CHECKPOINT = "_arrivals", "checkpoint"
 PREFIX = "^(file:/+|dbfs:/+|/dbfs/)"  # of a path in a file system, by Spark or by Databricks' mount
 COMMIT = re.compile(rf"{LOG}/(\d{{20}})\.json")
+CONDITION = re.compile(r"\[[A-Z_.]+\] .*")  # in an exception of Spark, which may begin with the call that failed
 GROUP = 10_000  # files, read back from the disk at once
 
 
@@ -109,8 +110,6 @@ class Arrivals:
             self._write_down()
             self._tables = {run: table for run, table in self._present().items() if table.is_whole}
             files = _on_disk(self._newest().toLocalIterator()) if self._tables else iter(())
-        except UserError:
-            raise
         except Exception as error:
             raise RunError(
                 f"{self.name} cannot be read: {spark_failure(error)}; Spark itself must reach the source and "
@@ -148,7 +147,7 @@ class Arrivals:
             rows = self._spark.createDataFrame(left).write.format("delta")
             rows.mode("overwrite").save(self._place(self._run))
         for run, table in self._present().items():
-            is_read = self._tables[run].commits == table.commits if run in self._tables else False
+            is_read = run in self._tables and self._tables[run].commits == table.commits
             is_waste = not table.is_whole and table.changed < datetime.now(UTC) - ABANDONED
             if (is_read or is_waste) and not (run == self._run and left.num_rows):
                 self._output.delete(f"{self._folder}/{run}")
@@ -160,10 +159,11 @@ class Arrivals:
             files = self._spark.readStream.format(FORMAT).options(**options).load(literal(_spark_path(self._files)))
             assert files.schema.names  # which has Spark look for the format now, over Connect too
         except Exception as error:
+            condition = CONDITION.search(str(error))
+            why = condition[0] if condition else spark_failure(error)
             raise HostError(
-                f"{self.name}: Spark cannot take new files from Auto Loader, which only Databricks has "
-                f"({spark_cause(str(error))}); name {self._files.root} itself as the --source: that lists all files, "
-                "and works everywhere"
+                f"{self.name}: Spark cannot take new files from Auto Loader, which only Databricks has ({why}); name "
+                f"{self._files.root} itself as the --source: that lists all files, and works everywhere"
             ) from None
         return files.select("path", "length", F.col("modificationTime").alias("modified"))
 

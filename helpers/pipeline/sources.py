@@ -80,7 +80,7 @@ def open_files(source: str | None, config: Config) -> Files:
         _check_options(config.source)
         return _existing(source.removeprefix(AUTO_LOADER), config)
     if config.source.options:
-        raise ConfigError(f"source.options are Auto Loader's, which the source {AUTO_LOADER}URI takes new files from")
+        raise ConfigError(f"source.options are for Auto Loader: name a source {AUTO_LOADER}URI, or leave them out")
     if source is not None and not is_table(source, config):
         if odd := [name for name in ("key", "modified", "root") if getattr(config.source, name)]:
             raise ConfigError(f"source.{odd[0]} is for tables: name the column of URIs, source.path, or source.content")
