@@ -265,7 +265,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("run", parents=[shared], help="the four stages over every image below a location")
     command.add_argument(
-        "--source", required=True, metavar="URI", help="folder, container or archive of images and videos, or a table"
+        "--source",
+        required=True,
+        metavar="URI",
+        help="folder, container or archive of images and videos, a table, or cloudFiles:URI",
     )
     command.add_argument(
         "--model", required=True, action="append", metavar="URI", help="bundle, or models:/NAME@ALIAS; may repeat"

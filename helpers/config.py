@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from helpers.errors import ConfigError
 from helpers.options import StorageOptions
@@ -33,6 +33,7 @@ Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Large = Annotated[int, Field(gt=0, lt=2**50)]
 Seconds = Annotated[float, Field(ge=1e-6, le=10**6)]
 Value = float | int | str | bool | list[float | int | str]
+NAMES_WITH_DOTS = ("spark.conf.", "source.options.")  # what is below these stays one key each
 COPIES = 4  # of a file in a task's memory, at most: as it was read, in Arrow, in a decoder, and the next one read ahead
 
 
@@ -40,6 +41,16 @@ class _Section(BaseModel):
     """A frozen group of settings that refuses unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _as_text(values: Any) -> Any:
+    # Spark takes text; YAML and Python give true, 2 and 0.5.
+    if not isinstance(values, Mapping):
+        return values
+    return {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in values.items()}
+
+
+SparkOptions = Annotated[dict[str, str], BeforeValidator(_as_text)]
 
 
 class SparkSettings(_Section):
@@ -52,15 +63,7 @@ class SparkSettings(_Section):
     task_attempts: Positive
     wait_seconds: Positive
     environment: str | None
-    conf: dict[str, str]
-
-    @field_validator("conf", mode="before")
-    @classmethod
-    def _as_text(cls, conf: Any) -> Any:
-        # Spark takes text; YAML and Python give true, 2 and 0.5.
-        if not isinstance(conf, Mapping):
-            return conf
-        return {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in conf.items()}
+    conf: SparkOptions
 
 
 class PathSettings(_Section):
@@ -91,7 +94,7 @@ class IngestSettings(_Section):
 
 
 class SourceSettings(_Section):
-    """The columns of a source that is a table."""
+    """The columns of a source that is a table, and how Auto Loader looks for new files."""
 
     path: str | None
     content: str | None
@@ -99,6 +102,7 @@ class SourceSettings(_Section):
     modified: str | None
     root: str | None
     keep: tuple[str, ...]
+    options: SparkOptions
 
 
 class VideoSettings(_Section):
@@ -305,8 +309,7 @@ def _value(key: str, text: str) -> Any:
 def _flatten(layer: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     items = []
     for key, value in layer.items():
-        # Spark's own settings have dots in their names, so what is below spark.conf stays one key each.
-        if isinstance(value, Mapping) and value and prefix != "spark.conf.":
+        if isinstance(value, Mapping) and value and prefix not in NAMES_WITH_DOTS:
             items += _flatten(value, f"{prefix}{key}.")
         else:
             items.append((f"{prefix}{key}", value))
@@ -314,8 +317,8 @@ def _flatten(layer: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
 
 
 def _assign(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
-    head, _, option = key.partition("spark.conf.")
-    parts = ["spark", "conf", option] if option and not head else key.split(".")
+    prefix = next((name for name in NAMES_WITH_DOTS if key.startswith(name) and key != name), None)
+    parts = [*prefix.split(".")[:2], key.removeprefix(prefix)] if prefix else key.split(".")
     for position, part in enumerate(parts[:-1]):
         values = values.setdefault(part, {})
         if not isinstance(values, dict):

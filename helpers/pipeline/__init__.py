@@ -8,6 +8,7 @@ on the driver
     runs         a run from slice to slice, and what it tells
     models       bundles, parameters, names in the results
     sources      tables as sources
+    arrivals     new files as a source
     listing      which files are images, and the plan
     known        what of it an earlier run has found settled
     readers      who reads the files

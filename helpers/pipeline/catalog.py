@@ -135,6 +135,10 @@ class CatalogStore(ResultStore):
             rows = rows.where(F.col("path").between(*within))
         return Seen(rows=conform(rows.toArrow(), ROWS_SCHEMA))
 
+    def is_empty(self) -> bool:
+        """Whether no image has results."""
+        return self._spark.table(self._name).isEmpty()
+
     def note(self, listed: str, commit: tuple[int, str]) -> None:
         """Do nothing: the table tells nothing of a listing, and the next run compares with its rows."""
 

@@ -17,12 +17,13 @@ import pyarrow as pa
 from helpers.bundle.runtime import batch_size
 from helpers.config import Config
 from helpers.pipeline import listing, stages
+from helpers.pipeline.arrivals import Arrivals
 from helpers.pipeline.catalog import CatalogStore, open_output, open_results
 from helpers.pipeline.models import cascade_of, model_identity, open_bundle, open_models, parameters_of
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_all_by_spark, reading
 from helpers.pipeline.records import Stopwatch
 from helpers.pipeline.runs import Run, RunSummary
-from helpers.pipeline.sources import TableSource, is_table, open_files, open_table, text_columns
+from helpers.pipeline.sources import AUTO_LOADER, TableSource, is_table, open_files, open_table, text_columns
 from helpers.pipeline.task import Task
 from helpers.pipeline.views import Tiling
 from helpers.session import get_slots, spark_schema
@@ -116,10 +117,12 @@ def run(
 
     Other runs may work in the same output meanwhile: an image then has the row of one of them (`results`).
 
-    Source and output may be tables too, at a location or of Spark's catalog (`sources`, `catalog`).
+    Source and output may be tables too, at a location or of Spark's catalog (`sources`, `catalog`). `cloudFiles:URI` is
+    the files that are new since the last run, of which there may be none (`arrivals`).
 
     Raises:
         RunError: no image, results of another model in the output, or a failed job.
+        HostError: Spark lacks what the source needs.
         BundleError: the model cannot be used.
         StorageError: a location cannot be used.
         ConfigError: a table lacks a column, or settings do not go together.
@@ -127,7 +130,8 @@ def run(
     watch = Stopwatch()
     task = make_task(source, model, output, config)
     table = open_table(spark, source, config) if is_table(source, config) else None
-    return Run(spark, task, output, config, watch, table, session_seconds).complete()
+    arrivals = Arrivals(spark, task, config) if source.startswith(AUTO_LOADER) else None
+    return Run(spark, task, output, config, watch, table, session_seconds, arrivals).complete()
 
 
 def run_frame(frame: "DataFrame", model: str | Sequence[str], output: str, config: Config) -> RunSummary:

@@ -8,7 +8,7 @@ import logging
 import math
 import zlib
 from collections import Counter
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from helpers.images.video import split_paths
 from helpers.partitioning import PartitionPlan, plan_partitions
 from helpers.pipeline.schemas import ASSIGNED_SCHEMA, LISTED_SCHEMA, conform
 from helpers.storage import Storage
-from helpers.storage.interface import Files
+from helpers.storage.interface import Entry, Files
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,11 @@ def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) ->
 
 
 def list_slices(
-    storage: Storage, config: Config, skip: Collection[str] = (), known: Container[str] = frozenset()
+    storage: Storage,
+    config: Config,
+    skip: Collection[str] = (),
+    known: Container[str] = frozenset(),
+    arrived: Iterable[Entry] | None = None,
 ) -> Iterator[Listing]:
     """List the files with the suffix of an image, a video or an archive, nested folders included, a slice at a time.
 
@@ -95,6 +99,8 @@ def list_slices(
             video or an archive.
         skip: folders to leave out, such as a run's own below its source.
         known: digests of chunks to leave out.
+        arrived: files to take in the place of all that the storage lists (`arrivals`). Then there may be none, unless
+            the run starts over.
 
     Yields:
         Slices in the storage's order, of whole chunks. Only the last one may be empty.
@@ -108,7 +114,10 @@ def list_slices(
     waiting: list[tuple[str, pa.Table]] = []
     digests: list[str] = []
     size = total = 0
-    for digest, files in _chunks(storage, config, skip, left_out):
+    entries = arrived
+    if entries is None:
+        entries = storage.list(directories=True, skip=skip, tolerant=True, outside_links=config.ingest.outside_links)
+    for digest, files in _chunks(entries, storage.root, config, left_out):
         total += files.num_rows
         if digest in known:
             digests.append(digest)
@@ -120,7 +129,7 @@ def list_slices(
         waiting.append((digest, files))
         size += images
     last = _slice(waiting, left_out, digests, is_last=True)
-    if not total:
+    if not total and (arrived is None or not config.resume):
         suffixes = (", ".join(names) for names in _suffixes(config).values())
         raise RunError(
             "{} below {}; images are files that end in {}, videos in {}, archives in {}".format(
@@ -183,28 +192,27 @@ def _suffixes(config: Config) -> dict[str, tuple[str, ...]]:
 
 
 def _chunks(
-    storage: Storage, config: Config, skip: Collection[str], left_out: Counter[str]
+    entries: Iterable[Entry], root: str, config: Config, left_out: Counter[str]
 ) -> Iterator[tuple[str, pa.Table]]:
     """The files to work on, a chunk at a time with its digest: `LISTED_SCHEMA` and their `kind`.
 
     Args:
-        storage: where to look.
+        entries: what there is.
+        root: where it lies.
         config: as for `list_slices`.
-        skip: folders to leave out.
-        left_out: counts what is.
+        left_out: counts what is left out.
     """
-    root, kinds = len(storage.root), _suffixes(config)
+    within, kinds = len(root) - 1, _suffixes(config)
     suffixes, images, videos = sum(kinds.values(), ()), kinds["image"], kinds["video"]
     most, max_bytes = min(MAX_CHUNK_FILES, config.partitioning.slice_images), config.max_image_bytes
     rows = list[tuple]()
-    entries = storage.list(directories=True, skip=skip, tolerant=True, outside_links=config.ingest.outside_links)
     for entry in entries:
         unlisted = entry.is_directory and entry.error is not None
         name = entry.path.lower()
         if not unlisted and not name.endswith(suffixes):
             kind = "not followed or unreadable" if entry.error else "with another suffix"
             left_out[kind] += not entry.is_directory
-        elif entry.path.find("/.", root - 1) >= 0:
+        elif entry.path.find("/.", within) >= 0:
             left_out["hidden"] += 1
         elif unlisted:
             left_out[UNLISTED] += 1

@@ -105,6 +105,11 @@ def read_all_by_spark(spark: "SparkSession", storage: Files, rows: pa.Table, con
     return reduce(lambda one, other: one.unionByName(other), parts)
 
 
+def literal(path: str) -> str:
+    """Escape what Spark takes for a pattern in a path."""
+    return re.sub(PATTERN, r"\\\1", path)
+
+
 def _kinds(rows: pa.Table) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.ChunkedArray]:
     """Which rows are frames or members, which are files to read, and which of these Spark's reader passes over.
 
@@ -140,7 +145,7 @@ def _load(spark: "SparkSession", storage: Files, paths: list[str]) -> "DataFrame
     reader = reader.option("ignoreMissingFiles", "true").option("ignoreCorruptFiles", "true")
     while paths:
         try:
-            files = reader.load([_literal(path) for path in paths])
+            files = reader.load([literal(path) for path in paths])
             assert files.schema.names  # which has Spark look for the files now, over Connect too
             return files
         except AnalysisException as error:
@@ -234,11 +239,6 @@ def _find(
     plan = make_plan(files, get_slots(spark), config)
     paths = planned_paths(spark, assign(files, plan), plan)
     return paths.mapInArrow(find, spark_schema(schema)).toArrow().cast(schema)
-
-
-def _literal(path: str) -> str:
-    """Escape what Spark takes for a pattern in a path."""
-    return re.sub(PATTERN, r"\\\1", path)
 
 
 def _tasks_can_read(spark: "SparkSession", storage: Files, rows: pa.Table, config: Config) -> bool:

@@ -304,6 +304,14 @@ class ResultStore:
         """
         return [commit[name] for commit in self._table.history(REMEMBERED) if name in commit]
 
+    def is_empty(self) -> bool:
+        """Whether no image has results.
+
+        Raises:
+            StorageError: the table is damaged.
+        """
+        return not self._table.open().files
+
     def stage(self, run: str, starts_over: bool = False) -> None:
         """Make a run's staging folder, or have it again where another run has removed it as empty."""
         self.storage.write(f"{staging(run)}/{ALONE if starts_over else KEEP}", b"")

@@ -22,6 +22,7 @@ from helpers.errors import HostError, RunError, only_warn
 from helpers.memory import trim_heap
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, sail
+from helpers.pipeline.arrivals import ARRIVALS, Arrivals
 from helpers.pipeline.catalog import CatalogStore, open_results
 from helpers.pipeline.drift import Distributions
 from helpers.pipeline.known import Known
@@ -110,6 +111,7 @@ class Run:
         watch: Stopwatch,
         table: TableSource | None = None,
         session_seconds: float | None = None,
+        arrivals: Arrivals | None = None,
     ):
         if table and is_sail(spark):
             raise HostError("a table as a source needs Spark itself: set spark.mode=local, which needs Java")
@@ -117,6 +119,7 @@ class Run:
             task = replace(task, kept=table.kept)
         self.spark, self.task, self.config, self.watch = spark, task, config, watch
         self.table, self.key = table, table.key if table else KEY_NAMES
+        self.arrivals = arrivals
         self.session_seconds, self.pool = session_seconds, ThreadPoolExecutor(1)
         self.models = tuple(model.identity for model in task.models)
         self.store = open_results(spark, output, config, task.kept)
@@ -150,8 +153,10 @@ class Run:
         else:
             self.store.prepare()
             seen = Seen()
+        if not self.config.resume or (self.arrivals and self.store.is_empty()):
+            self.task.output.delete(ARRIVALS)  # because the results will lack, or lack already, what has arrived before
         self.known = Known(seen, self.models, self.config)
-        if not self.known:  # else there may be nothing to do
+        if not self.known and not self.arrivals:  # else there may be nothing to do
             self._warm_up()
         self.watch.lap("open")
 
@@ -172,7 +177,9 @@ class Run:
         """What there is, a part at a time."""
         if self.table:
             return self.table.list(self.config)
-        return listing.list_slices(cast(Storage, self.task.source), self.config, self.store.folders, self.known)
+        source, skip = cast(Storage, self.task.source), self.store.folders
+        arrived = self.arrivals.take(skip) if self.arrivals else None
+        return listing.list_slices(source, self.config, skip, self.known, arrived)
 
     def work_on(self, listed: Listing) -> None:
         """Do what is new in one slice, and publish it unless the run starts over."""
@@ -201,11 +208,14 @@ class Run:
         # One error per image.
         skipped = dict(zip(failed["path"].to_pylist(), failed["error"].to_pylist(), strict=True))
         self.skipped_errors.update(map(error_kind, skipped.values()))
+        all_failed: pa.Table | None = None
         # A file is gone where another run has taken it: then the commit tells nothing in any case.
         with contextlib.suppress(FileNotFoundError):
             tried = self.store.rows(record["file"] for record in records if record["failed"])
-            failed = pa.concat_tables([failed, tried.filter(tried["error"].is_valid())])
-            self.known.add(listed, images, failed)
+            all_failed = pa.concat_tables([failed, tried.filter(tried["error"].is_valid())])
+            self.known.add(listed, images, all_failed)
+        if self.arrivals:
+            self.arrivals.settle(listed, all_failed)
         gone = outdated(seen.rows, images, listed.videos, listed.archives)
         files = {record["file"]: File(record["file_bytes"], record["statistics"]) for record in records}
         if not self.config.resume:
@@ -227,7 +237,8 @@ class Run:
             StorageError: the results cannot be written.
         """
         config, watch, store = self.config, self.watch, self.store
-        listing.check_any(self.images, last, self.task.source, config)
+        if not self.arrivals or not config.resume:
+            listing.check_any(self.images, last, self.task.source, config)
         if not config.resume:
             nothing = Seen()
             distributions = Distributions().merge(self.tasks["distribution"].to_pylist())
@@ -235,6 +246,9 @@ class Run:
         elif self.known.has_news:
             with only_warn("the next run has to look at all images again"):
                 store.note(self.known.tell(self.task.run), self.known.commit)
+        if self.arrivals:
+            with only_warn("the next run looks at what has arrived once more"):
+                self.arrivals.forget()
         watch.lap("publish")
         pictures: list[str] = []
         with only_warn("there are no pictures"):
@@ -374,7 +388,8 @@ class Run:
     def _describe(self) -> dict[str, Any]:
         own = self.slots, self.watch, self.tasks, self.session_seconds
         about = describe(self.task, self.spark, self.config, *own)
-        return about | {"source": self.table.name} if self.table else about
+        source = self.table or self.arrivals
+        return about | {"source": source.name} if source else about
 
     def _summarize(self) -> RunSummary:
         failed = self._sum("failed")

@@ -47,8 +47,10 @@ if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
 TABLE = "table:"
+AUTO_LOADER = "cloudFiles:"  # begins a source of new files (`arrivals`)
 FILE = re.compile(r"/[^/]*\.parquet$")
 HIDDEN = re.compile(r"/[._][^/]*(/|$)")  # as Spark has it
+SECRET_OPTION = re.compile("(?i)secret|key|token|password|connectionstring")
 FILE_NAME = "_file_name"  # a column of ours beside the user's
 # Of a Delta table: what must be known to read its files, and which of it plain Parquet files have too.
 READ_AS_FILES = {"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"}
@@ -74,6 +76,11 @@ def open_files(source: str | None, config: Config) -> Files:
         ConfigError: settings that do not go together.
         StorageError: there is no such location.
     """
+    if source is not None and source.startswith(AUTO_LOADER):
+        _check_options(config.source)
+        return _existing(source.removeprefix(AUTO_LOADER), config)
+    if config.source.options:
+        raise ConfigError(f"source.options are for Auto Loader: name a source {AUTO_LOADER}URI, or leave them out")
     if source is not None and not is_table(source, config):
         if odd := [name for name in ("key", "modified", "root") if getattr(config.source, name)]:
             raise ConfigError(f"source.{odd[0]} is for tables: name the column of URIs, source.path, or source.content")
@@ -286,6 +293,19 @@ def _check_settings(columns: SourceSettings) -> None:
     if not columns.content and (columns.key or columns.modified):
         name = "key" if columns.key else "modified"
         raise ConfigError(f"source.{name} is for source.content: a file is known by its path, length and time")
+
+
+def _check_options(columns: SourceSettings) -> None:
+    """Raise ConfigError where there are settings of tables, or where a secret would get into Spark's plans."""
+    for name, value in columns.model_dump().items():
+        if value and name not in ("options", "keep"):
+            raise ConfigError(f"source.{name} is for tables, and {AUTO_LOADER}URI is of files")
+    for name in columns.options:
+        if SECRET_OPTION.search(name):
+            raise ConfigError(
+                f"source.options.{name} is a secret: let Auto Loader use a credential of Unity Catalog, which "
+                "source.options.databricks.serviceCredential names"
+            )
 
 
 def _existing(source: str, config: Config) -> Storage:
