@@ -5,9 +5,16 @@ python -m helpers.java    which Java Spark will start; exits with 1 and the reme
 
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 from helpers.errors import HostError
@@ -16,7 +23,107 @@ MINIMUM_JAVA = 17
 JAVA_REMEDY = "install it with `apt-get install openjdk-17-jre-headless` (Debian), `brew install openjdk@17` (macOS) \
 or from adoptium.net, and set JAVA_HOME if it is not on the PATH"
 
+POLL_SECONDS = 0.01
 ARCHIVE = Path(sys.prefix, "spark-classes.jsa")  # made by `conf/classes.py`
+
+# What Spark's launcher gives every JVM, less the module of vector instructions, whose use by MLlib Java warns of.
+OPTIONS = ["-XX:+IgnoreUnrecognizedVMOptions", "--enable-native-access=ALL-UNNAMED"]
+OPTIONS += [
+    f"--add-opens={module}=ALL-UNNAMED"
+    for module in (
+        "java.base/java.lang",
+        "java.base/java.lang.invoke",
+        "java.base/java.lang.reflect",
+        "java.base/java.io",
+        "java.base/java.net",
+        "java.base/java.nio",
+        "java.base/java.util",
+        "java.base/java.util.concurrent",
+        "java.base/java.util.concurrent.atomic",
+        "java.base/jdk.internal.ref",
+        "java.base/sun.nio.ch",
+        "java.base/sun.nio.cs",
+        "java.base/sun.security.action",
+        "java.base/sun.util.calendar",
+        "java.security.jgss/sun.security.krb5",
+    )
+]
+OPTIONS += [
+    "-Djdk.reflect.useDirectMethodHandle=false",
+    "-Dio.netty.tryReflectionSetAccessible=true",
+    "-Dio.netty.allocator.type=pooled",
+    "-Dio.netty.handler.ssl.defaultEndpointVerificationAlgorithm=NONE",
+    "-Dderby.connection.requireAuthentication=false",
+]
+# Variables and settings that only the launcher knows how to take.
+OTHERS_VARIABLES = ("SPARK_", "HADOOP_", "YARN_", "PYSPARK_SUBMIT_ARGS", "PYSPARK_GATEWAY_")
+OTHERS_SETTINGS = ("spark.driver.defaultJavaOptions", "spark.driver.extraClassPath", "spark.driver.extraLibraryPath")
+
+
+class Jvm:
+    """A JVM of Spark's that starts beside what this process does, for pyspark to connect to.
+
+    It ends with this process, which holds the other end of its standard input.
+    """
+
+    def __init__(self, command: list[str], spark_home: str):
+        self._folder = tempfile.TemporaryDirectory(prefix="spark-vision-")
+        self._answer = Path(self._folder.name, "gateway")
+        own = {"SPARK_HOME": spark_home, "SPARK_CONNECT_MODE": "0", "PYTHONHASHSEED": "0"}
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            env={**os.environ, **own, "_PYSPARK_DRIVER_CONN_INFO_PATH": str(self._answer)},
+            # Ctrl-C is for this process.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
+
+    @cached_property
+    def gateway(self) -> dict[str, str]:
+        """The variables by which pyspark finds the JVM, once it has started; none if it has ended instead."""
+        while not self._answer.exists():
+            if self._process.poll() is not None:
+                return {}
+            time.sleep(POLL_SECONDS)
+        answer = self._answer.read_bytes()  # a port, and a text after its length
+        self._folder.cleanup()
+        port, secret = int.from_bytes(answer[:4], "big"), answer[8:].decode()
+        return {"PYSPARK_GATEWAY_PORT": str(port), "PYSPARK_GATEWAY_SECRET": secret}
+
+    def end(self) -> None:
+        """End it, whatever it does."""
+        self._process.terminate()
+        self._process.wait()
+        self._folder.cleanup()
+
+
+def start_jvm(settings: Mapping[str, str]) -> Jvm | None:
+    """Start the JVM of a local session without Spark's launcher, which is two scripts, a Python and another JVM.
+
+    Args:
+        settings: of the session.
+
+    Returns:
+        None where the launcher is needed, or better tells what is wrong: on Windows, with other settings and variables
+        than this project's, and without a Java that surely is new enough.
+    """
+    java, spark = _find_java(), find_spec("pyspark")
+    if java is None or spark is None or os.name != "posix":
+        return None
+    if any(name.startswith(OTHERS_VARIABLES) for name in os.environ) or settings.keys() & set(OTHERS_SETTINGS):
+        return None
+    home = Path(str(spark.origin)).parent
+    release = Path(java).resolve().parent.parent / "release"
+    version = re.search(r'^JAVA_VERSION="(\d+)', release.read_text(), re.M) if release.is_file() else None
+    if version is None or int(version[1]) < MINIMUM_JAVA or (home / "conf").exists():
+        return None
+    # In the launcher's order, or the archive of classes would be of others.
+    places = [str(home / "conf"), *map(str, (home / "jars").glob("slf4j-api-*.jar")), str(home / "jars" / "*")]
+    options = shlex.split(settings.get("spark.driver.extraJavaOptions", ""))
+    command = [java, "-cp", os.pathsep.join(places), f"-Xmx{settings['spark.driver.memory']}", *options, *OPTIONS]
+    command += ["org.apache.spark.deploy.SparkSubmit"]
+    command += [part for item in settings.items() for part in ("--conf", "=".join(item))]
+    return Jvm([*command, "pyspark-shell"], str(home))
 
 
 def local_options() -> str:
@@ -33,8 +140,7 @@ def check_java() -> str:
     Raises:
         HostError: there is none, or it is older than Spark needs.
     """
-    home = os.environ.get("JAVA_HOME")
-    java = str(Path(home, "bin", "java")) if home else shutil.which("java")
+    home, java = os.environ.get("JAVA_HOME"), _find_java()
     if not java or not Path(java).exists():
         where = f"JAVA_HOME is {home}, which has no bin/java" if home else "there is no java on the PATH"
         raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {where}: {JAVA_REMEDY}.")
@@ -47,6 +153,11 @@ def check_java() -> str:
         description = version[1] if version else answer.strip()
         raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {java} is {description}: {JAVA_REMEDY}.")
     return version[1]
+
+
+def _find_java() -> str | None:
+    home = os.environ.get("JAVA_HOME")
+    return str(Path(home, "bin", "java")) if home else shutil.which("java")
 
 
 if __name__ == "__main__":

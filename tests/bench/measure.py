@@ -14,12 +14,17 @@ POLL_SECONDS = 0.5  # looking costs processor time too
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds and megabytes of one command; `answer` is the JSON of its last line."""
+    """Seconds and megabytes of one command; `answer` is the JSON of its last line.
+
+    `started` is when it was, in seconds since 1970; `children` are names and starts of the processes that it started.
+    """
 
     wall_seconds: float
     cpu_seconds: float
     peak_megabytes: float
     answer: dict
+    started: float
+    children: list[tuple[str, float]]
 
 
 def measure(command: list[str]) -> Measurement:
@@ -28,14 +33,15 @@ def measure(command: list[str]) -> Measurement:
     Processor time is summed over what each process was last seen with, because Spark's workers end without anyone
     waiting for them, and what the system keeps for waited-for children lacks theirs.
     """
-    start, peak, seconds = time.perf_counter(), 0.0, {}
+    start, started, peak, seconds, children = time.perf_counter(), time.time(), 0.0, {}, {}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=output, stderr=errors)
         root = psutil.Process(process.pid)
         while process.poll() is None:
             tree = _tree(root)
-            seconds.update({p.pid: cpu for p, cpu, _ in tree})
-            peak = max(peak, sum(megabytes for _, _, megabytes in tree))
+            seconds.update({pid: cpu for pid, _, _, cpu, _ in tree})
+            children.update({pid: (name, began) for pid, name, began, _, _ in tree if pid != root.pid})
+            peak = max(peak, sum(megabytes for *_, megabytes in tree))
             time.sleep(POLL_SECONDS)
         wall = time.perf_counter() - start
         output.seek(0)
@@ -43,18 +49,18 @@ def measure(command: list[str]) -> Measurement:
         if process.returncode:
             raise RuntimeError(f"{command} ended with {process.returncode}:\n{errors.read()[-3000:]}")
         answer = json.loads(output.read().strip().splitlines()[-1])
-    return Measurement(wall, sum(seconds.values()), peak, answer)
+    return Measurement(wall, sum(seconds.values()), peak, answer, started, list(children.values()))
 
 
-def _tree(root: psutil.Process) -> list[tuple[psutil.Process, float, float]]:
-    """Each process with its processor seconds and its proportional set size, which counts shared pages once."""
+def _tree(root: psutil.Process) -> list[tuple[int, str, float, float, float]]:
+    """Of each process: number, name, start, processor seconds, proportional set size, which counts shared pages once."""
     found = []
     for process in [root, *root.children(recursive=True)]:
         try:
-            times = process.cpu_times()
+            name, times = process.name(), process.cpu_times()
             rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
         except (psutil.Error, OSError):
             continue  # it has ended meanwhile
         kilobytes = next((int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")), 0)
-        found.append((process, times.user + times.system, kilobytes / 1024))
+        found.append((process.pid, name, process.create_time(), times.user + times.system, kilobytes / 1024))
     return found
