@@ -56,8 +56,10 @@ OPTIONS += [
     "-Dderby.connection.requireAuthentication=false",
 ]
 # Variables and settings that only the launcher knows how to take.
-OTHERS_VARIABLES = ("SPARK_", "HADOOP_", "YARN_", "PYSPARK_SUBMIT_ARGS", "PYSPARK_GATEWAY_")
-OTHERS_SETTINGS = ("spark.driver.defaultJavaOptions", "spark.driver.extraClassPath", "spark.driver.extraLibraryPath")
+OTHERS_VARIABLES = {"HADOOP_CONF_DIR", "YARN_CONF_DIR", "PYSPARK_GATEWAY_PORT", "PYSPARK_SUBMIT_ARGS"}
+OTHERS_VARIABLES |= {"SPARK_CONF_DIR", "SPARK_DIST_CLASSPATH", "SPARK_DRIVER_MEMORY", "SPARK_HOME", "SPARK_JARS_DIR"}
+OTHERS_VARIABLES |= {"SPARK_LAUNCHER_OPTS", "SPARK_PREPEND_CLASSES", "SPARK_SUBMIT_OPTS", "SPARK_TESTING"}
+OTHERS_SETTINGS = {"spark.driver.defaultJavaOptions", "spark.driver.extraClassPath", "spark.driver.extraLibraryPath"}
 
 
 class Jvm:
@@ -66,10 +68,10 @@ class Jvm:
     It ends with this process, which holds the other end of its standard input.
     """
 
-    def __init__(self, command: list[str], spark_home: str):
+    def __init__(self, command: list[str]):
         self._folder = tempfile.TemporaryDirectory(prefix="spark-vision-")
         self._answer = Path(self._folder.name, "gateway")
-        own = {"SPARK_HOME": spark_home, "SPARK_CONNECT_MODE": "0", "PYTHONHASHSEED": "0"}
+        own = {"SPARK_HOME": str(_spark_home()), "SPARK_CONNECT_MODE": "0", "PYTHONHASHSEED": "0"}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -97,40 +99,42 @@ class Jvm:
         self._folder.cleanup()
 
 
-def start_jvm(settings: Mapping[str, str]) -> Jvm | None:
-    """Start the JVM of a local session without Spark's launcher, which is two scripts, a Python and another JVM.
+def jvm_command(settings: Mapping[str, str]) -> list[str] | None:
+    """The command of a local session's JVM, to be started without Spark's launcher: two scripts, a Python and a JVM.
 
     Args:
         settings: of the session.
 
     Returns:
-        None where the launcher is needed, or better tells what is wrong: on Windows, with other settings and variables
-        than this project's, and without a Java that surely is new enough.
+        None where the launcher is needed, or better tells what is wrong: on Windows, with settings and variables that
+        are not this project's, and without a Java that surely is new enough.
     """
-    java, spark = _find_java(), find_spec("pyspark")
-    if java is None or spark is None or os.name != "posix":
+    java, home = _find_java(), _spark_home()
+    if java is None or home is None or os.name != "posix" or (home / "conf").exists():
         return None
-    if any(name.startswith(OTHERS_VARIABLES) for name in os.environ) or settings.keys() & set(OTHERS_SETTINGS):
+    if OTHERS_VARIABLES & os.environ.keys() or OTHERS_SETTINGS & settings.keys():
         return None
-    home = Path(str(spark.origin)).parent
     release = Path(java).resolve().parent.parent / "release"
     version = re.search(r'^JAVA_VERSION="(\d+)', release.read_text(), re.M) if release.is_file() else None
-    if version is None or int(version[1]) < MINIMUM_JAVA or (home / "conf").exists():
+    if version is None or int(version[1]) < MINIMUM_JAVA:
         return None
-    # In the launcher's order, or the archive of classes would be of others.
-    places = [str(home / "conf"), *map(str, (home / "jars").glob("slf4j-api-*.jar")), str(home / "jars" / "*")]
+    # In the launcher's order: to the JVM, the archive of classes would else be of others.
+    places = [home / "conf", *(home / "jars").glob("slf4j-api-*.jar"), home / "jars" / "*"]
     options = shlex.split(settings.get("spark.driver.extraJavaOptions", ""))
-    command = [java, "-cp", os.pathsep.join(places), f"-Xmx{settings['spark.driver.memory']}", *options, *OPTIONS]
-    command += ["org.apache.spark.deploy.SparkSubmit"]
-    command += [part for item in settings.items() for part in ("--conf", "=".join(item))]
-    return Jvm([*command, "pyspark-shell"], str(home))
+    return [
+        *(java, "-cp", os.pathsep.join(map(str, places)), f"-Xmx{settings['spark.driver.memory']}"),
+        *(*options, *OPTIONS, "org.apache.spark.deploy.SparkSubmit"),
+        *(part for name, value in settings.items() for part in ("--conf", f"{name}={value}")),
+        "pyspark-shell",
+    ]
 
 
 def local_options() -> str:
     """Options of a JVM that is master and executor in one."""
     # Short jobs on few cores: the optimizing compiler and the parallel collector start threads that cost more
-    # processor time than they save, because the images are worked on in Python, not in the JVM.
-    options = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+    # processor time than they save, because the images are worked on in Python, not in the JVM. And the JVM would give
+    # a 192nd of the machine's memory to new objects, and use it all before it collects the first time.
+    options = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Xmn32m"
     return f'{options} "-XX:SharedArchiveFile={ARCHIVE}"' if ARCHIVE.exists() else options
 
 
@@ -153,6 +157,11 @@ def check_java() -> str:
         description = version[1] if version else answer.strip()
         raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {java} is {description}: {JAVA_REMEDY}.")
     return version[1]
+
+
+def _spark_home() -> Path | None:
+    spark = find_spec("pyspark")
+    return Path(spark.origin).parent if spark and spark.origin else None
 
 
 def _find_java() -> str | None:

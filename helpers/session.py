@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from helpers.config import CONF, PACKAGE, PROJECT, Config
 from helpers.errors import HostError, first_line
-from helpers.java import Jvm, check_java, local_options, start_jvm
+from helpers.java import Jvm, check_java, jvm_command, local_options
 from helpers.memory import name_process
 from helpers.redaction import redact
 from helpers.temporary import user_folder
@@ -83,8 +83,8 @@ def starting(config: Config) -> Iterator[None]:
     """
     global _jvm
     check_master(config)
-    if config.spark.mode == "local":
-        _jvm = start_jvm(_settings(config))
+    if config.spark.mode == "local" and (command := jvm_command(_settings(config))):
+        _jvm = Jvm(command)
     try:
         yield
     except BaseException:

@@ -16,7 +16,8 @@ POLL_SECONDS = 0.5  # looking costs processor time too
 class Measurement:
     """Seconds and megabytes of one command; `answer` is the JSON of its last line.
 
-    `started` is when it was, in seconds since 1970; `children` are names and starts of the processes that it started.
+    It was `started` so many seconds after 1970. `children` are the processes that it started: their names, and when, in
+    seconds after it.
     """
 
     wall_seconds: float
@@ -33,17 +34,19 @@ def measure(command: list[str]) -> Measurement:
     Processor time is summed over what each process was last seen with, because Spark's workers end without anyone
     waiting for them, and what the system keeps for waited-for children lacks theirs.
     """
-    start, started, peak, seconds, children = time.perf_counter(), time.time(), 0.0, {}, {}
+    began, started, peak, seconds, children = time.perf_counter(), time.time(), 0.0, {}, {}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=output, stderr=errors)
         root = psutil.Process(process.pid)
         while process.poll() is None:
             tree = _tree(root)
             seconds.update({pid: cpu for pid, _, _, cpu, _ in tree})
-            children.update({pid: (name, began) for pid, name, began, _, _ in tree if pid != root.pid})
+            children.update(
+                {pid: (name, start - root.create_time()) for pid, name, start, *_ in tree if pid != root.pid}
+            )
             peak = max(peak, sum(megabytes for *_, megabytes in tree))
             time.sleep(POLL_SECONDS)
-        wall = time.perf_counter() - start
+        wall = time.perf_counter() - began
         output.seek(0)
         errors.seek(0)
         if process.returncode:
@@ -53,7 +56,7 @@ def measure(command: list[str]) -> Measurement:
 
 
 def _tree(root: psutil.Process) -> list[tuple[int, str, float, float, float]]:
-    """Of each process: number, name, start, processor seconds, proportional set size, which counts shared pages once."""
+    """Each process: number, name, start, processor seconds, and proportional set size, which divides shared pages."""
     found = []
     for process in [root, *root.children(recursive=True)]:
         try:

@@ -60,15 +60,14 @@ def time_run(project: Path, photographs: Path, model: Path, output: Path) -> dic
     python = sorted(start for name, start in taken.children if name.startswith("python"))
     first = pc.min(tasks["started"]).as_py().replace(tzinfo=UTC)
     moments = {
-        "Java started": min(start for _, start in taken.children),
         "session": datetime.fromisoformat(run["started"]).timestamp(),
-        "daemon of workers started": python[0],
-        "workers started": python[1],
         **{step: datetime.fromisoformat(run[f"{phase}_ended"]).timestamp() for phase, step in STEPS.items()},
         "first task": first.timestamp(),
     }
-    steps = {step: moment - taken.started for step, moment in sorted(moments.items(), key=lambda item: item[1])}
-    steps |= {"end of the command": taken.wall_seconds}
+    steps = {step: moment - taken.started for step, moment in moments.items()}
+    steps |= {"first process": min(start for _, start in taken.children), "end of the command": taken.wall_seconds}
+    steps["first worker"] = python[-run["workers"]]  # the others before it are Spark's daemon, and its launcher's
+    steps = dict(sorted(steps.items(), key=lambda item: item[1]))
     loading = pc.max(tasks["load_seconds"]).as_py()
     return {**steps, "of it loading the model": loading, "CPU, s": taken.cpu_seconds, "peak, MB": taken.peak_megabytes}
 
