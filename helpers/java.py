@@ -23,7 +23,7 @@ MINIMUM_JAVA = 17
 JAVA_REMEDY = "install it with `apt-get install openjdk-17-jre-headless` (Debian), `brew install openjdk@17` (macOS) \
 or from adoptium.net, and set JAVA_HOME if it is not on the PATH"
 
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.01  # for a file that a starting JVM writes
 ARCHIVE = Path(sys.prefix, "spark-classes.jsa")  # made by `conf/classes.py`
 
 # What Spark's launcher gives every JVM, less the module of vector instructions, whose use by MLlib Java warns of.
@@ -110,7 +110,7 @@ def jvm_command(settings: Mapping[str, str]) -> list[str] | None:
         are not this project's, and without a Java that surely is new enough.
     """
     java, home = _find_java(), _spark_home()
-    if java is None or home is None or os.name != "posix" or (home / "conf").exists():
+    if java is None or not os.access(java, os.X_OK) or home is None or (home / "conf").exists() or os.name != "posix":
         return None
     if OTHERS_VARIABLES & os.environ.keys() or OTHERS_SETTINGS & settings.keys():
         return None

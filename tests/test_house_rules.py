@@ -90,6 +90,13 @@ for name in {EXECUTOR_MODULES}:
     assert answer.stdout.splitlines() == EXECUTOR_MODULES
 
 
+def test_the_driver_of_a_run_imports_no_openvino():
+    """Which would hold up the start: only tasks load models."""
+    script = "import sys, helpers.cli, helpers.pipeline.driver as d; print(d.run.__name__, 'openvino' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["run", "False"]
+
+
 def test_importing_the_package_imports_nothing_else():
     script = "import sys; before = set(sys.modules); import helpers; print(*sorted(set(sys.modules) - before))"
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -472,6 +472,12 @@ def test_only_a_java_that_says_it_is_new_enough_is_started_ahead(alone, monkeypa
     assert (java.jvm_command(SETTINGS) is not None) == starts
 
 
+def test_a_java_home_without_java_is_not_started_ahead(alone, monkeypatch, tmp_path):
+    (tmp_path / "release").write_text('JAVA_VERSION="21.0.1"\n')
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    assert java.jvm_command(SETTINGS) is None
+
+
 def test_a_jvm_that_started_ahead_is_the_sessions_and_its_workers_have_imported_what_they_need():
     answer = run_program("""
         import os, sys, psutil

@@ -41,9 +41,8 @@ class Model:
     outputs: tuple[str, ...]
     load_seconds: float
     single: bool = False  # compiled for one image at a time
-    idle: "list[ov.InferRequest]" = field(
-        default_factory=list
-    )  # making one takes milliseconds, and each task needs two
+    # Making a request takes milliseconds, and each task needs two.
+    idle: "list[ov.InferRequest]" = field(default_factory=list)
     shapes: set[tuple[int, ...]] = field(default_factory=set)  # of batches that were inferred
 
     def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:

@@ -387,14 +387,9 @@ def _start_workers(spark: "SparkSession") -> None:
     """
     slots = local_slots(spark)
     if slots is not None and not is_sail(spark) and spark not in _started:  # on a cluster executors may come and go
-        numbers = spark.range(slots, numPartitions=slots)
-        with ThreadPoolExecutor(1) as pool:
-            # Of a plan so simple that the workers start to import while the JVM still looks at the other one.
-            first = pool.submit(numbers.mapInArrow(pass_through, numbers.schema).collect)
-            table = pa.table({"partition": pa.array(range(slots), pa.int32())})
-            rows = spark.createDataFrame(table).repartitionById(slots, "partition")
-            rows.mapInArrow(pass_through, rows.schema).collect()
-            first.result()
+        table = pa.table({"partition": pa.array(range(slots), pa.int32())})
+        rows = spark.createDataFrame(table).repartitionById(slots, "partition")
+        rows.mapInArrow(pass_through, rows.schema).collect()
         _started.add(spark)
 
 
