@@ -69,8 +69,9 @@ class Jvm:
     """
 
     def __init__(self, command: list[str]):
-        self._folder = tempfile.TemporaryDirectory(prefix="spark-vision-")
-        self._answer = Path(self._folder.name, "gateway")
+        # It must outlive this process: a JVM that cannot write there would not end.
+        self._folder = Path(tempfile.mkdtemp(prefix="spark-vision-"))
+        self._answer = self._folder / "gateway"
         own = {"SPARK_HOME": str(_spark_home()), "SPARK_CONNECT_MODE": "0", "PYTHONHASHSEED": "0"}
         self._process = subprocess.Popen(
             command,
@@ -88,7 +89,7 @@ class Jvm:
                 return {}
             time.sleep(POLL_SECONDS)
         answer = self._answer.read_bytes()  # a port, and a text after its length
-        self._folder.cleanup()
+        shutil.rmtree(self._folder)
         port, secret = int.from_bytes(answer[:4], "big"), answer[8:].decode()
         return {"PYSPARK_GATEWAY_PORT": str(port), "PYSPARK_GATEWAY_SECRET": secret}
 
@@ -96,7 +97,7 @@ class Jvm:
         """End it, whatever it does."""
         self._process.terminate()
         self._process.wait()
-        self._folder.cleanup()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def jvm_command(settings: Mapping[str, str]) -> list[str] | None:

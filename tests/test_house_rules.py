@@ -15,7 +15,7 @@ from helpers.config import PROJECT
 EXECUTOR_MODULES = ["pipeline.stages", "pipeline.task", "pipeline.frames", "images.decoding", "images.video", "tasks"]
 EXECUTOR_MODULES += ["bundle.runtime", "bundle.onnx_model", "redaction", "temporary", "memory", "options"]
 EXECUTOR_MODULES += ["storage", "storage.adls", "storage.objects", "storage.credentials", "storage.prefetch"]
-EXECUTOR_MODULES += ["storage.uris", "training.shards", "training.rank", "pipeline.pyfunc"]
+EXECUTOR_MODULES += ["storage.uris", "training.shards", "training.rank", "pipeline.pyfunc", "pipeline.daemon"]
 # From the top down; a room uses rooms of floors below only. Modules of the lowest floor may use one another.
 FLOORS = [
     {"__main__"},

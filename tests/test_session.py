@@ -519,7 +519,17 @@ def test_a_jvm_that_started_ahead_ends_with_what_was_to_be_checked_meanwhile(tmp
         TMPDIR=str(tmp_path),
     )
     assert answer == ["1", "0"]
-    assert not list(tmp_path.glob("spark-vision-*/gateway"))
+    assert not list(tmp_path.glob("spark-vision-*"))
+
+
+def test_a_jvm_that_started_ahead_ends_with_a_process_that_does_not_use_it():
+    answer = run_program("""
+        from helpers.config import load_config
+        from helpers.session import starting
+        with starting(load_config("local")):
+            pass
+    """)
+    assert answer == []  # which the JVM could still write to
 
 
 def test_a_jvm_that_ends_ahead_of_its_session_is_told_as_ever():
