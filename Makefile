@@ -37,7 +37,7 @@ java: .venv/.ready
 	  || { $(BIN)/python -m helpers.java; exit 1; }
 
 # Spark starts without the archive too, but more slowly. So a JVM that cannot make it stops nothing.
-$(CLASSES): .venv/.ready | java
+$(CLASSES): .venv/.ready conf/classes.py | java
 	@echo "== Spark's classes, archived =="
 	-@$(BIN)/python conf/classes.py
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from helpers import pipeline
 from helpers.config import load_config
 from helpers.errors import HostError
 from helpers.java import ARCHIVE, check_java
@@ -35,9 +36,14 @@ def make_archive() -> None:
 
 
 def _load(archive: str) -> None:
-    """Start a session, which does what a run does, in a JVM that writes an archive when it ends."""
+    """Do with Spark what a run does, in a JVM that writes an archive when it ends."""
     options = f'-XX:+UseSerialGC "-XX:ArchiveClassesAtExit={archive}"'
-    get_spark(load_config("local", spark={"conf": {"spark.driver.extraJavaOptions": options}})).stop()
+    config = load_config("local", spark={"conf": {"spark.driver.extraJavaOptions": options}})
+    spark = get_spark(config)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "any.jpg").write_bytes(b"which only a later stage decodes")
+        pipeline.ingest(spark, folder, config).collect()
+    spark.stop()
 
 
 if __name__ == "__main__":

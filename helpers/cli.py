@@ -14,13 +14,14 @@ import traceback
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
-
-import numpy as np
+from typing import TYPE_CHECKING, NoReturn
 
 from helpers.config import Config, load_config, parse_assignments
 from helpers.errors import TRAIN_REMEDY, ConfigError, RunError, UserError, explain
 from helpers.redaction import Redacting, redact
+
+if TYPE_CHECKING:
+    import numpy as np
 
 log = logging.getLogger(__name__)
 
@@ -56,15 +57,17 @@ def run(options: argparse.Namespace, config: Config) -> int:
     """The four stages over every image below `--source`."""
     import psutil
 
-    from helpers import pipeline
-    from helpers.pipeline.results import ResultStore
-    from helpers.session import get_spark
-    from helpers.tracking import registry
+    from helpers.session import get_spark, starting
 
-    # Mistakes are told before Spark starts.
-    models = [registry.pin(uri, config) for uri in options.model]  # an alias may move meanwhile
-    task = pipeline.make_task(options.source, models, options.output, config)
-    ResultStore(task.output).check()
+    # Mistakes are told before Spark is up; its JVM starts beside the imports, which take as long.
+    with starting(config):
+        from helpers import pipeline
+        from helpers.pipeline.results import ResultStore
+        from helpers.tracking import registry
+
+        models = [registry.pin(uri, config) for uri in options.model]  # an alias may move meanwhile
+        task = pipeline.make_task(options.source, models, options.output, config)
+        ResultStore(task.output).check()
     spark = get_spark(config)
     started = time.time() - psutil.Process().create_time()
     summary = pipeline.run(spark, options.source, models, options.output, config, started)

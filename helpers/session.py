@@ -4,6 +4,7 @@ Differences between hosts live in `conf/` and here. Only DataFrame calls that Sp
 """
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import io
@@ -18,6 +19,7 @@ import time
 import warnings
 import weakref
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ from urllib.parse import urlsplit
 
 from helpers.config import CONF, PACKAGE, PROJECT, Config
 from helpers.errors import HostError, first_line
-from helpers.java import check_java, local_options
+from helpers.java import Jvm, check_java, jvm_command, local_options
 from helpers.memory import name_process
 from helpers.redaction import redact
 from helpers.temporary import user_folder
@@ -60,13 +62,36 @@ CAUSE_REMEDIES = {
 --clusterrole=edit --serviceaccount=NAMESPACE:ACCOUNT",
 }
 PATIENCE_SECONDS = 30.0  # in which nothing is said while a run waits for its first executor
+DAEMON = "helpers.pipeline.daemon"  # which this machine's workers are forked from
+PYTHONPATH = "spark.executorEnv.PYTHONPATH"
 UNPACKED = "environment"  # the folder of a packed environment in an executor's working directory
 
 _told: "weakref.WeakKeyDictionary[SparkSession, int]" = weakref.WeakKeyDictionary()  # executors, where some lack
 SAIL_REMEDY = "install it with `pip install pysail==0.7.2`, or set spark.mode=local, which needs Java"
 
 _shipped: "weakref.WeakKeyDictionary[SparkSession, str]" = weakref.WeakKeyDictionary()
+_jvm: Jvm | None = None  # which `get_spark` is to connect to
 _sail_slots: "weakref.WeakKeyDictionary[SparkSession, int]" = weakref.WeakKeyDictionary()  # of sessions on Sail
+
+
+@contextlib.contextmanager
+def starting(config: Config) -> Iterator[None]:
+    """Have the JVM of a local session start beside the block, for `get_spark`; it ends where the block fails.
+
+    Raises:
+        HostError: `spark.master` is no address of a master, or has a user or password in it.
+    """
+    global _jvm
+    check_master(config)
+    if config.spark.mode == "local" and (command := jvm_command(_settings(config))):
+        _jvm = Jvm(command)
+    try:
+        yield
+    except BaseException:
+        if _jvm:
+            _jvm.end()
+            _jvm = None
+        raise
 
 
 def get_spark(config: Config) -> "SparkSession":
@@ -86,12 +111,14 @@ def get_spark(config: Config) -> "SparkSession":
         builder = builder.remote("sc://127.0.0.1:{1}".format(*_start_sail().listening_address))
     elif config.spark.mode in ("local", "cluster"):
         builder = builder.master(_master(config))
-    own_jvm = config.spark.mode in ("local", "cluster") or _is_local_connect(config)
-    settings = {**_jvm_settings(config), **SESSION_SETTINGS} if own_jvm else {}
-    for key, value in {**settings, **config.spark.conf}.items():
+    own_jvm = _has_own_jvm(config)
+    if own_jvm:
+        check_java()
+    for key, value in _settings(config).items():
         builder = builder.config(key, value)
+    gateway = _jvm.gateway if _jvm else {}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _variables(gateway):
             if _is_local_connect(config):
                 # The server has taken them when it was started; its first session then cannot take them once more.
                 warnings.filterwarnings("ignore", "Failed to set", UserWarning)
@@ -394,9 +421,30 @@ def _master(config: Config) -> str:
     return f"local[{local[1] or 1},{config.spark.task_attempts}]" if local else config.spark.master
 
 
+@contextlib.contextmanager
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    """Set variables of this process's environment for the block only: nothing else that it starts is to see them."""
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name in values:
+            del os.environ[name]
+
+
+def _has_own_jvm(config: Config) -> bool:
+    """Whether this process starts the JVM of its session."""
+    return config.spark.mode in ("local", "cluster") or _is_local_connect(config)
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """What Spark is told of a session."""
+    own = {**_jvm_settings(config), **SESSION_SETTINGS} if _has_own_jvm(config) else {}
+    return {**own, **config.spark.conf}
+
+
 def _jvm_settings(config: Config) -> dict[str, str]:
     """What Spark is told where this process starts its JVM, and how its workers find their Python."""
-    check_java()
     packed = {}
     if config.spark.environment and config.spark.mode == "cluster":
         packed = {"spark.archives": f"{find_environment(config)}#{UNPACKED}"}
@@ -408,6 +456,10 @@ def _jvm_settings(config: Config) -> dict[str, str]:
     if config.spark.mode == "cluster" and config.inference.device in ("GPU", "CUDA"):
         share = str(config.inference.gpu_share)
         gpu = {"spark.executor.resource.gpu.amount": "1", "spark.task.resource.gpu.amount": share}
+    daemon = {}
+    if config.spark.mode == "local" and PYTHONPATH not in config.spark.conf:
+        # It must find this package, which the archive of `ship_helpers` brings with the first task only.
+        daemon = {"spark.python.daemon.module": DAEMON, PYTHONPATH: str(PACKAGE.parent)}
     log4j = f"-Dlog4j2.configurationFile={(CONF / 'log4j2.properties').as_uri()}"
     wait = {}
     if config.spark.mode == "cluster":
@@ -418,6 +470,7 @@ def _jvm_settings(config: Config) -> dict[str, str]:
         **packed,
         **gpu,
         **wait,
+        **daemon,
         "spark.driver.memory": config.spark.driver_memory,
         "spark.driver.extraJavaOptions": f"{log4j} {local_options()}" if config.spark.mode != "cluster" else log4j,
         "spark.task.maxFailures": str(config.spark.task_attempts),

@@ -15,7 +15,7 @@ from helpers.config import PROJECT
 EXECUTOR_MODULES = ["pipeline.stages", "pipeline.task", "pipeline.frames", "images.decoding", "images.video", "tasks"]
 EXECUTOR_MODULES += ["bundle.runtime", "bundle.onnx_model", "redaction", "temporary", "memory", "options"]
 EXECUTOR_MODULES += ["storage", "storage.adls", "storage.objects", "storage.credentials", "storage.prefetch"]
-EXECUTOR_MODULES += ["storage.uris", "training.shards", "training.rank", "pipeline.pyfunc"]
+EXECUTOR_MODULES += ["storage.uris", "training.shards", "training.rank", "pipeline.pyfunc", "pipeline.daemon"]
 # From the top down; a room uses rooms of floors below only. Modules of the lowest floor may use one another.
 FLOORS = [
     {"__main__"},
@@ -88,6 +88,13 @@ for name in {EXECUTOR_MODULES}:
 """
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert answer.stdout.splitlines() == EXECUTOR_MODULES
+
+
+def test_the_driver_of_a_run_imports_no_openvino():
+    """Which would hold up the start: only tasks load models."""
+    script = "import sys, helpers.cli, helpers.pipeline.driver as d; print(d.run.__name__, 'openvino' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["run", "False"]
 
 
 def test_importing_the_package_imports_nothing_else():

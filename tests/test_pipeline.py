@@ -69,7 +69,8 @@ def earlier(finished, tmp_path) -> Finished:
     return Finished(finished.source, output, finished.summary)
 
 
-# A driver of its own in another folder: workers start in the driver's folder and would find this project's there.
+# A driver of its own in another folder: workers start in the driver's folder and would find this project's there. And
+# with Spark's own daemon, as on a cluster: that of one machine has this project's modules imported already.
 FRESH_WORKER = """
 import json, sys
 from helpers.config import load_config
@@ -78,7 +79,8 @@ from helpers.pipeline import make_task
 from helpers.session import get_spark, pack_helpers
 import pyarrow as pa
 
-config = load_config("local", **{"spark.master": "local[1]"})
+daemon = {"spark.python.daemon.module": "pyspark.daemon"}
+config = load_config("local", spark={"master": "local[1]", "conf": daemon})
 spark = get_spark(config)
 task = make_task(*sys.argv[1:], config)
 

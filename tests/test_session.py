@@ -3,10 +3,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import zipfile
 from pathlib import Path
 
+import pyspark
 import pytest
 
 from helpers import java, memory, session
@@ -403,12 +405,152 @@ def test_a_local_jvm_takes_its_classes_from_the_archive_that_the_set_up_made(tmp
     assert java.ARCHIVE.exists(), "run `make setup`"
     loaded = tmp_path / "classes.log"
     options = f'{java.local_options()} "-Xlog:class+load:file={loaded}"'
-    program = "import sys; from helpers.config import load_config; from helpers.session import get_spark; \
-get_spark(load_config('local', spark={'conf': {'spark.driver.extraJavaOptions': sys.argv[1]}})).stop()"
-    subprocess.run([sys.executable, "-c", program, options], check=True, capture_output=True)
+    run_program(f"""
+        import pyarrow as pa
+        from helpers.config import load_config
+        from helpers.session import get_spark
+        spark = get_spark(load_config("local", spark={{"conf": {{"spark.driver.extraJavaOptions": {options!r}}}}}))
+        rows = spark.createDataFrame(pa.table({{"partition": pa.array([0], pa.int32())}}))
+        rows.repartitionById(1, "partition").mapInArrow(lambda rows: rows, rows.schema).collect()
+        spark.stop()
+    """)
     classes = [line for line in loaded.read_text().splitlines() if " org.apache.spark.sql." in line]
     archived = [line for line in classes if "shared objects file (top)" in line]
-    assert len(archived) > 0.5 * len(classes) > 500  # what Spark generates as it runs is in no archive
+    assert len(archived) > 0.7 * len(classes) > 2000  # what Spark generates as it runs is in no archive
+
+
+def run_program(text: str, **environment: str) -> list[str]:
+    """What a Python program says, in a process that knows of no session."""
+    inherited = {name: value for name, value in os.environ.items() if name not in java.OTHERS_VARIABLES}
+    command = [sys.executable, "-c", textwrap.dedent(text)]
+    answer = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.splitlines()
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Without what would have Spark's launcher start the JVM."""
+    for name in java.OTHERS_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+SETTINGS = {"spark.driver.memory": "1g", "spark.driver.extraJavaOptions": '-Da=b "-Dc=d e"', "spark.app.name": "x y"}
+
+
+def test_a_jvm_is_started_as_sparks_launcher_starts_it(alone):
+    command = java.jvm_command(SETTINGS)
+    home = Path(pyspark.__file__).parent
+    launcher = [command[0], "-cp", str(home / "jars" / "*"), "org.apache.spark.launcher.Main"]
+    environment = {**os.environ, "SPARK_HOME": str(home), "SPARK_SCALA_VERSION": "2.13"}
+    arguments = command[command.index("org.apache.spark.deploy.SparkSubmit") :]
+    answer = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, check=True)
+    theirs = answer.stdout.strip("\0\n").split("\0")
+    assert theirs[1:3] == command[1:3]  # the class path
+    assert set(theirs[1:]) ^ set(command[1:]) == {"--add-modules=jdk.incubator.vector"}
+
+
+@pytest.mark.parametrize("name", sorted(java.OTHERS_VARIABLES))
+def test_a_variable_of_sparks_launcher_is_left_to_it(alone, monkeypatch, name):
+    monkeypatch.setenv(name, "set")
+    assert java.jvm_command(SETTINGS) is None
+
+
+@pytest.mark.parametrize("name", sorted(java.OTHERS_SETTINGS))
+def test_a_setting_of_sparks_launcher_is_left_to_it(alone, name):
+    assert java.jvm_command({**SETTINGS, name: "set"}) is None
+
+
+@pytest.mark.parametrize(
+    ("release", "starts"),
+    [('JAVA_VERSION="21.0.1"', True), ('JAVA_VERSION="11.0.24"', False), ("IMPLEMENTOR=x", False), (None, False)],
+)
+def test_only_a_java_that_says_it_is_new_enough_is_started_ahead(alone, monkeypatch, tmp_path, release, starts):
+    monkeypatch.setenv("JAVA_HOME", str(install_java(tmp_path, "")))
+    if release:
+        (tmp_path / "release").write_text(f"{release}\n")
+    assert (java.jvm_command(SETTINGS) is not None) == starts
+
+
+def test_a_java_home_without_java_is_not_started_ahead(alone, monkeypatch, tmp_path):
+    (tmp_path / "release").write_text('JAVA_VERSION="21.0.1"\n')
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    assert java.jvm_command(SETTINGS) is None
+
+
+def test_a_jvm_that_started_ahead_is_the_sessions_and_its_workers_have_imported_what_they_need():
+    answer = run_program("""
+        import os, sys, psutil
+        from helpers.config import load_config
+        from helpers.session import get_spark, starting
+
+        def look(batches):
+            import pyarrow as pa
+            for batch in batches:
+                imported = {"helpers.pipeline.task", "openvino", "cv2"} <= set(sys.modules)
+                daemon = " ".join(psutil.Process().parent().cmdline()[1:])
+                yield pa.RecordBatch.from_pydict({"worker": [f"{imported} {daemon}"]})
+
+        config = load_config("local", spark={"master": "local[1]"})
+        with starting(config):
+            (ahead,) = psutil.Process().children()
+        spark = get_spark(config)
+        (child,) = psutil.Process().children()
+        print(child == ahead, [name for name in os.environ if name.startswith("PYSPARK_GATEWAY")])
+        print(spark.range(1, numPartitions=1).mapInArrow(look, "worker string").first().worker)
+        spark.stop()
+    """)
+    assert answer == ["True []", "True -m helpers.pipeline.daemon pyspark.worker"]
+
+
+def test_a_jvm_that_started_ahead_ends_with_what_was_to_be_checked_meanwhile(tmp_path):
+    answer = run_program(
+        """
+        import psutil
+        from helpers.config import load_config
+        from helpers.session import starting
+        try:
+            with starting(load_config("local")):
+                print(len(psutil.Process().children()))
+                raise ValueError
+        except ValueError:
+            print(len(psutil.Process().children()))
+        """,
+        TMPDIR=str(tmp_path),
+    )
+    assert answer == ["1", "0"]
+    assert not list(tmp_path.glob("spark-vision-*"))
+
+
+def test_a_jvm_that_started_ahead_ends_with_a_process_that_does_not_use_it():
+    answer = run_program("""
+        from helpers.config import load_config
+        from helpers.session import starting
+        with starting(load_config("local")):
+            pass
+    """)
+    assert answer == []  # which the JVM could still write to
+
+
+def test_a_jvm_that_ends_ahead_of_its_session_is_told_as_ever():
+    with pytest.raises(AssertionError, match="HostError: no Spark session"):
+        run_program("""
+            from helpers.config import load_config
+            from helpers.session import get_spark, starting
+            config = load_config("local", spark={"conf": {"spark.driver.extraJavaOptions": "-Xms1x"}})
+            with starting(config):
+                pass
+            get_spark(config)
+        """)
+
+
+@pytest.mark.parametrize("mode", ["cluster", "connect", "databricks", "sail"])
+def test_nothing_is_started_ahead_but_a_local_jvm(alone, monkeypatch, mode):
+    monkeypatch.setattr(session, "Jvm", lambda command: pytest.fail("a JVM was started"))
+    config = load_config(None, spark={"mode": mode, "master": "sc://host" if mode == "connect" else "local"})
+    with session.starting(config):
+        assert session._jvm is None
+    assert not {"spark.python.daemon.module", session.PYTHONPATH} & session._settings(config).keys()
 
 
 def test_without_an_archive_a_jvm_starts_as_it_is(monkeypatch, tmp_path):

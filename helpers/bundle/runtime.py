@@ -10,15 +10,17 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import openvino as ov
 
 from helpers.bundle.manifest import MANIFEST, OPEN, Bundle
 from helpers.errors import BundleError, HostError, first_line
 from helpers.memory import resident_megabytes
 from helpers.temporary import user_folder
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ class Model:
     outputs: tuple[str, ...]
     load_seconds: float
     single: bool = False  # compiled for one image at a time
-    idle: list[ov.InferRequest] = field(default_factory=list)  # making one takes milliseconds, and each task needs two
+    # Making a request takes milliseconds, and each task needs two.
+    idle: "list[ov.InferRequest]" = field(default_factory=list)
     shapes: set[tuple[int, ...]] = field(default_factory=set)  # of batches that were inferred
 
     def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
@@ -59,7 +62,7 @@ class Model:
         while pending:
             yield self._finish(*pending.popleft())
 
-    def _start(self, pixels: np.ndarray) -> ov.InferRequest:
+    def _start(self, pixels: np.ndarray) -> "ov.InferRequest":
         try:
             request = self.idle.pop()
         except IndexError:
@@ -70,7 +73,7 @@ class Model:
             self.shapes.add(pixels.shape)
         return request
 
-    def _finish(self, item: Any, _: np.ndarray, request: ov.InferRequest | None) -> tuple[Any, dict[str, np.ndarray]]:
+    def _finish(self, item: Any, _: np.ndarray, request: "ov.InferRequest | None") -> tuple[Any, dict[str, np.ndarray]]:
         if request is None:
             return item, {}
         request.wait()
@@ -131,7 +134,7 @@ def batch_size(bundle: Bundle, megabytes: int, max_images: int) -> int:
     return max(1, min(max_images, megabytes * 2**20 // (manifest.input.nbytes + outputs)))
 
 
-def read_graph(core: ov.Core, bundle: Bundle) -> tuple[ov.Model, bool]:
+def read_graph(core: "ov.Core", bundle: Bundle) -> "tuple[ov.Model, bool]":
     """Read a bundle's graph, and say whether it takes one image at a time.
 
     Large inputs and outputs gain nothing from batches, and a graph of fixed shapes is faster. Other graphs give right
@@ -194,10 +197,12 @@ def compile_options(precision: str, threads: int, device: str = "CPU") -> dict[s
 
 def has_bf16() -> bool:
     """Whether this CPU has bfloat16 units; without them OpenVINO computes in 32 bits what asks for bf16."""
+    import openvino as ov
+
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def check_device(core: ov.Core, device: str) -> None:
+def check_device(core: "ov.Core", device: str) -> None:
     """Raises HostError where OpenVINO has no such device on this host."""
     names = core.available_devices
     if device != "AUTO" and not any(name in (device, f"{device}.0") for name in names):
@@ -227,6 +232,8 @@ def _load_for(bundle: Bundle, precision: str, threads: int, device: str) -> Mode
 
 def _load(bundle: Bundle, precision: str, threads: int, device: str) -> Model:
     start = time.perf_counter()
+    import openvino as ov  # the driver of a run loads no model, and so does without
+
     core = ov.Core()
     check_device(core, device)
     if folder := user_folder():

@@ -295,6 +295,8 @@ def _with_number(device: str) -> str:
 
 def pass_through(batches: Batches) -> Iterator[pa.RecordBatch]:
     """Do nothing with them: a worker that is given this has imported all that a run needs."""
+    import openvino  # noqa: F401
+
     yield from batches
 
 
