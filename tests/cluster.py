@@ -20,6 +20,7 @@ import pytest
 from deltalake import DeltaTable
 
 from helpers.java import local_options
+from helpers.session import DAEMON
 from studies.cluster import PATIENCE, Process, arguments_of, wait_for
 
 # What pyspark's own daemon prints in local mode when Spark closes the pipe of a task because another one has failed.
@@ -41,7 +42,9 @@ def python_workers(process: psutil.Process) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         tree = process.children(recursive=True)
         daemons = {
-            p.pid for p in tree if "pyspark.daemon" in arguments_of(p) and arguments_of(p.parent()) != arguments_of(p)
+            p.pid
+            for p in tree
+            if {"pyspark.daemon", DAEMON} & set(arguments_of(p)) and arguments_of(p.parent()) != arguments_of(p)
         }
         return [p for p in tree if p.ppid() in daemons]
     return []

@@ -26,7 +26,8 @@ from studies.cluster import LOOPBACK, SPARK_HOME, Cluster, Process
 
 MEGABYTES = 300  # the most that the archive may have
 NOBODY = 65534  # a user who owns nothing
-MODULES = [f"helpers.{name}" for name in EXECUTOR_MODULES] + [
+# The daemon is of this machine's workers, and nodes have Spark's.
+MODULES = [f"helpers.{name}" for name in EXECUTOR_MODULES if name != "pipeline.daemon"] + [
     "av",
     "azure.identity",
     "azure.storage.filedatalake",
