@@ -146,10 +146,9 @@ def run_on_yarn(arguments: list[str]) -> int:
         code = 2
     if code not in (0, 1, 2) or (code == 1 and not last.startswith("{")):
         print(last, file=sys.stderr)
-        found = re.findall(r"Application diagnostics message: (.+)", text) or ["it was killed, or its node was lost"]
-        if why := YARN_DIAGNOSTICS.search(text):
-            found.append(why[1])
-        raise RunError(f"{application}: the driver did not end well: {first_line(found[-1])}")
+        found = YARN_DIAGNOSTICS.findall(text) or re.findall(r"Application diagnostics message: (.+)", text)
+        why = first_line(found[-1]) if found else "it was killed, or its node was lost"
+        raise RunError(f"{application}: the driver did not end well: {why}")
     _tell_last(last, code)
     return code
 

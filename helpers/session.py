@@ -112,7 +112,7 @@ def get_spark(config: Config) -> "SparkSession":
     elif config.spark.mode in ("local", "cluster"):
         builder = builder.master(_master(config))
     own_jvm = _has_own_jvm(config)
-    if own_jvm:
+    if own_jvm and not _jvm:
         check_java()
     for key, value in _settings(config).items():
         builder = builder.config(key, value)

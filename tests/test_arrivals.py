@@ -14,9 +14,9 @@ import graphs
 import pytest
 from delta_spark import delta_process, session, settings
 from deltalake import DeltaTable
-from test_sources import NAMES, is_bright, png
+from test_sources import NAMES, is_bright, png, write_photos
 
-from helpers import pipeline
+from helpers import pipeline, temporary
 from helpers.errors import ConfigError, HostError, RunError
 from helpers.pipeline import arrivals
 from helpers.pipeline.arrivals import ARRIVALS, Arrivals, listed_path
@@ -44,11 +44,7 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for name in NAMES:
-        (folder / name).write_bytes(png(is_bright(name)))
-    return folder
+    return write_photos(tmp_path / "photos")
 
 
 # ---------------------------------------------------------------- what runs in the process with Delta
@@ -261,7 +257,7 @@ def test_spark_is_told_databricks_names_of_places():
 
 def test_all_rows_have_come_before_the_first_is_taken():
     rows = iter([(number, "a") for number in range(25_000)])
-    taken = arrivals._on_disk(rows)
+    taken = temporary.on_disk(rows)
     assert next(rows, None) is None
     assert list(taken) == [(number, "a") for number in range(25_000)]
 

@@ -199,7 +199,13 @@ def test_a_level_of_many_folders_is_listed_in_one_pass(storage, s3, monkeypatch)
     monkeypatch.setattr(objects, "MOST_FOLDERS", 2)
     s3.relay.requests.clear()
     assert [entry.path for entry in storage.list()] == [storage.join(path) for path in paths]
-    assert len(s3.relay.requests) == 3  # a page, the level, and all
+    assert len(s3.relay.requests) == 2  # all, and the level
+
+
+def test_a_listing_of_less_than_a_page_is_one_request(storage, s3):
+    storage.write("a/1", b"")
+    s3.relay.requests.clear()
+    assert len(list(storage.list())) == 1 == len(s3.relay.requests)
 
 
 # ---------------------------------------------------------------- names

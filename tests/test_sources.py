@@ -47,6 +47,14 @@ def is_bright(name: str) -> bool:
     return int(Path(name).stem) % 2 == 1
 
 
+def write_photos(folder: Path) -> Path:
+    """A folder with the images."""
+    folder.mkdir()
+    for name in NAMES:
+        (folder / name).write_bytes(png(is_bright(name)))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     return graphs.brightness(tmp_path_factory.mktemp("brightness")).storage.root

@@ -407,7 +407,7 @@ def test_an_unknown_scheme_is_named_with_what_works(uri):
 
 def test_a_folder_of_more_names_than_are_sorted_at_once_is_sorted_on_the_disk(local, monkeypatch):
     monkeypatch.setattr("helpers.storage.local.SORTED_AT_ONCE", 3)
-    monkeypatch.setattr("helpers.storage.local.READ_AT_ONCE", 2)
+    monkeypatch.setattr("helpers.temporary.READ_AT_ONCE", 2)
     names = sorted(f"{number:x}" for number in range(1, 60, 5))
     for name in reversed(names):
         local.write(name, b"")

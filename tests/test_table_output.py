@@ -13,7 +13,7 @@ import graphs
 import pytest
 from delta_spark import delta_process, session, settings
 from deltalake import DeltaTable
-from test_sources import NAMES, contents, is_bright, png
+from test_sources import NAMES, contents, is_bright, png, write_photos
 
 from helpers import pipeline
 from helpers.cli import main
@@ -36,11 +36,7 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for name in NAMES:
-        (folder / name).write_bytes(png(is_bright(name)))
-    return folder
+    return write_photos(tmp_path / "photos")
 
 
 @pytest.fixture

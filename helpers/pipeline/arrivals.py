@@ -18,14 +18,11 @@ all of Spark does. A run over the URI itself, into the same output, finds these.
 import contextlib
 import errno
 import hashlib
-import pickle
 import re
-import tempfile
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import reduce
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -45,6 +42,7 @@ from helpers.session import spark_failure
 from helpers.storage import Storage
 from helpers.storage.interface import Entry
 from helpers.storage.local import NO_TIME, LocalStorage
+from helpers.temporary import on_disk
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -61,7 +59,6 @@ ARRIVALS, CHECKPOINT = "_arrivals", "checkpoint"
 PREFIX = "^(file:/+|dbfs:/+|/dbfs/)"  # of a path in a file system, by Spark or by Databricks' mount
 COMMIT = re.compile(rf"{LOG}/(\d{{20}})\.json")
 CONDITION = re.compile(r"\[[A-Z_.]+\] .*")  # in an exception of Spark, which may begin with the call that failed
-GROUP = 10_000  # files, read back from the disk at once
 
 
 class _Table(NamedTuple):
@@ -109,7 +106,8 @@ class Arrivals:
         try:
             self._write_down()
             self._tables = {run: table for run, table in self._present().items() if table.is_whole}
-            files = _on_disk(self._newest().toLocalIterator()) if self._tables else iter(())
+            # Spark does not keep the rows while the tasks of a slice run.
+            files = on_disk(map(tuple, self._newest().toLocalIterator())) if self._tables else iter(())
         except Exception as error:
             raise RunError(
                 f"{self.name} cannot be read: {spark_failure(error)}; Spark itself must reach the source and "
@@ -236,19 +234,3 @@ def _pattern(suffixes: Collection[str]) -> str:
     """Spark's pattern of file names that end in a suffix, in capitals or not."""
     ends = ("".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in suffix) for suffix in suffixes)
     return "{" + ",".join(f"*{end}" for end in ends) + "}"
-
-
-def _on_disk(rows: Iterator[Any]) -> Iterator[Any]:
-    """The same rows, once all have come: Spark does not keep them while the tasks of a slice run."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the iterator
-    while group := [tuple(row) for row in islice(rows, GROUP)]:
-        pickle.dump(group, file)
-    end = file.tell()
-    file.seek(0)
-
-    def read() -> Iterator[Any]:
-        with file:
-            while file.tell() < end:
-                yield from pickle.load(file)
-
-    return read()

@@ -4,11 +4,9 @@ import contextlib
 import errno
 import heapq
 import os
-import pickle
 import re
 import shutil
 import stat
-import tempfile
 import uuid
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -18,11 +16,12 @@ from typing import BinaryIO, NamedTuple
 
 from helpers.errors import StorageError, explain
 from helpers.storage.interface import Entry
+from helpers.temporary import on_disk
 
 MOUNTS = ("/Volumes/", "/dbfs/")  # of Databricks: a rename there may replace what another process has just written
 ESCAPES = re.compile(r"%[0-9A-Fa-f]{2}|\\")
 DELETED = re.compile(r"\.[0-9a-f]{32}\.deleted")
-SORTED_AT_ONCE, READ_AT_ONCE = 200_000, 1000  # names of a folder, in memory and of what is sorted on the disk
+SORTED_AT_ONCE = 200_000  # names of a folder, in memory
 NO_TIME = datetime.fromtimestamp(0, UTC)
 SYSTEM_ERROR = re.compile(r"(?:os error|code:) (\d+)")  # in the words of Rust
 ODD_TIME = "its modification time is in no year from 1 to 9999: set another, for example with `touch`"
@@ -294,25 +293,9 @@ def _in_order(folder: str) -> Iterator[_Item]:
             is_folder = _is_directory(item)
             items.append(_Item(_to_text(item.name) + "/" * is_folder, item.path, item.is_symlink(), is_folder))
             if len(items) == SORTED_AT_ONCE:
-                sorted_parts.append(_on_disk(sorted(items)))
+                sorted_parts.append(on_disk(sorted(items)))
                 items.clear()
     return heapq.merge(*sorted_parts, sorted(items))
-
-
-def _on_disk(items: list[_Item]) -> Iterator[_Item]:
-    """The same items, read back as they are taken from a file without a name."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the iterator
-    for start in range(0, len(items), READ_AT_ONCE):
-        pickle.dump(items[start : start + READ_AT_ONCE], file)
-    end = file.tell()
-    file.seek(0)
-
-    def read() -> Iterator[_Item]:
-        with file:
-            while file.tell() < end:
-                yield from pickle.load(file)
-
-    return read()
 
 
 def _look(item: _Item, folder: str, within: str | None) -> tuple[Entry | None, str | None]:

@@ -373,15 +373,19 @@ class ObjectStorage:
 
     def _objects_at_once(self, start: str, tolerant: bool) -> Iterator[Entry]:
         """What is below a folder, in the order of names; the folders in it at the same time, if that is worth it."""
+        pages: Iterator[Any] = iter(() if self._is_web else obstore.list(self._store, start or None, chunk_size=PAGE))
+        first: list[Any] = []
         streams: Streams = []
         with contextlib.suppress(InvalidPathError):
-            pages: Iterable[Any] = [] if self._is_web else obstore.list(self._store, start or None, chunk_size=PAGE)
-            first: list[Any] = next(iter(pages), [])
+            first = list(next(pages, []))
             depth = len(start) + 1 if start else 0
             # Where a page has no folder, the level may have any number of objects.
             if len(first) == PAGE and any("/" in item["path"][depth:] for item in first):
                 streams = self._streams(start, tolerant)
-        yield from chain_ahead(streams, LISTINGS) if streams else self._objects(start, tolerant)
+        if streams:
+            yield from chain_ahead(streams, LISTINGS)
+        else:
+            yield from self._objects(start, tolerant, pages=itertools.chain([first], pages) if first else None)
 
     def _streams(self, start: str, tolerant: bool) -> Streams:
         """What lists the folders of the first level that has several, each by itself, and the objects between them."""
@@ -401,11 +405,15 @@ class ObjectStorage:
                 streams.append(functools.partial(iter, [entry for _, entry in group]))
         return streams
 
-    def _objects(self, folder: str, tolerant: bool, after: str = "") -> Iterator[Entry]:
-        """What is below a folder, in the order of names, from after a name on."""
+    def _objects(
+        self, folder: str, tolerant: bool, after: str = "", pages: Iterable[Any] | None = None
+    ) -> Iterator[Entry]:
+        """What is below a folder, in the order of names, from after a name on; its pages may be there already."""
         last = after
+        if pages is None:
+            pages = () if self._is_web else obstore.list(self._store, folder or None, chunk_size=PAGE)
         try:
-            for page in [] if self._is_web else obstore.list(self._store, folder or None, chunk_size=PAGE):
+            for page in pages:
                 for item in page:
                     if item["path"] > last:
                         last = item["path"]

@@ -13,7 +13,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 BATCH = 1000  # items that a thread hands over at once
-BATCHES_AHEAD = 40  # of one stream, that wait for the caller
+BATCHES_AHEAD = 40  # of one stream, that wait for the caller: of files in 8 folders, 100 MB at most
 LOOK_SECONDS = 0.5  # after which a thread that waits looks whether the caller still wants its items
 
 
