@@ -1,7 +1,7 @@
-"""Print pip's option for PyTorch without CUDA, where it serves: 0.2 GB to download in place of 2, 4 GB less on disk.
+"""Print uv's option for PyTorch without CUDA, where it serves: 0.2 GB to download in place of 2, 4 GB less on disk.
 
 PyTorch's own index has such wheels for Linux, whose versions sort after those of the same name with CUDA. Nothing is
-printed, and pip installs as usual, where there is an NVIDIA driver, on other systems (whose wheels have no CUDA), and
+printed, and uv installs as usual, where there is an NVIDIA driver, on other systems (whose wheels have no CUDA), and
 where the index does not answer or lacks the pinned version.
 """
 
@@ -17,12 +17,12 @@ SECONDS = 5  # to wait for an answer
 
 
 def option(index: str = INDEX, driver: Path = DRIVER, platform: str = sys.platform) -> str:
-    """Pip's option, or nothing."""
+    """uv's option, or nothing."""
     if platform != "linux" or driver.exists():
         return ""
     pins = re.findall(r"^(torch|torchvision)==(\S+)", REQUIREMENTS.read_text(encoding="utf-8"), re.MULTILINE)
     served = all(f"{name}-{version}%2Bcpu-" in _page(f"{index}/{name}/") for name, version in pins)
-    return f"--extra-index-url={index}" if served else ""
+    return "--torch-backend=cpu" if served else ""
 
 
 def _page(address: str) -> str:

@@ -126,7 +126,7 @@ def index(tmp_path) -> Iterator[str]:
 
 def test_torch_comes_without_cuda_where_there_is_no_gpu_and_the_index_answers(index, tmp_path):
     none = tmp_path / "version"
-    assert option(index, none, "linux") == f"--extra-index-url={index}"
+    assert option(index, none, "linux") == "--torch-backend=cpu"
     assert (
         option(index, none, "darwin") == option(index + "/other", none, "linux") == option(CLOSED, none, "linux") == ""
     )
