@@ -240,7 +240,7 @@ class ResultStore:
             StorageError: there is no such version, or the table is damaged.
         """
         version = self._table.open(number)
-        paths = self._list(RESULTS)[0] if version is NONE else [f"{RESULTS}/{name}" for name in version.files]
+        paths = self._list(RESULTS)[0] if version is NONE else [f"{RESULTS}/{name}" for name in version.names]
         return sorted(paths)
 
     def newest_files(self, rows: int) -> tuple[list[str], bool]:
@@ -249,9 +249,9 @@ class ResultStore:
         Raises:
             StorageError: the table is damaged.
         """
-        spans = self._table.open().files
-        names = sorted(spans, reverse=True)  # which begin with the time of their run
-        before = accumulate((spans[name].rows or 0 for name in names), initial=0)
+        files = self._table.open().files.sort_by([("name", "descending")])  # which begins with the time of the run
+        names = files["name"].to_pylist()
+        before = accumulate(files["rows"].fill_null(0).to_pylist(), initial=0)
         newest = [f"{RESULTS}/{name}" for name, earlier in zip(names, before, strict=False) if earlier < rows]
         return sorted(newest), len(newest) == len(names)
 
@@ -310,7 +310,7 @@ class ResultStore:
         Raises:
             StorageError: the table is damaged.
         """
-        return not self._table.open().files
+        return not self._table.open().files.num_rows
 
     def stage(self, run: str, starts_over: bool = False) -> None:
         """Make a run's staging folder, or have it again where another run has removed it as empty."""
@@ -382,7 +382,7 @@ class ResultStore:
                 plan(version, change)
                 if version is NONE:
                     version = self._table.create()
-                    if version.number or version.files:
+                    if version.number or version.files.num_rows:
                         raise Conflict
                 for source, target in change.moves.items():
                     self._move(source, target)
@@ -393,8 +393,9 @@ class ResultStore:
                 break
             except (Conflict, FileNotFoundError) as error:
                 newer = self._table.open()
+                names = newer.names
                 for path in change.written:
-                    if _name(path) not in newer.files:  # it is, where only the answer to the commit was lost
+                    if _name(path) not in names:  # it is, where only the answer to the commit was lost
                         self.storage.delete(path)
                 if newer.number > version.number:
                     version, looks = newer, 0
@@ -413,14 +414,14 @@ class ResultStore:
         if not work.starts_over and max(version.number, 0) != max(work.seen.version, 0):
             self._plan_again(work, version, change)
             return
-        staged, results = self._list(STAGING, work.run)[0], self._list(RESULTS)[0]
+        staged, names = self._list(STAGING, work.run)[0], version.names
         for path, file in work.files.items():
             target = _target(path)
             if path in staged:
                 change.moves[path] = target
-            elif target not in results:
+            elif not self.storage.exists(target):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.storage.join(path))
-            if _name(target) not in version.files:
+            if _name(target) not in names:
                 change.adds[target] = file
         counts = [staged_counts(path) for path in work.files]
         images, failed = sum(images for images, _ in counts), sum(failed for _, failed in counts)
@@ -428,7 +429,7 @@ class ResultStore:
         change.about |= {"listed": work.listed} if work.listed else {}
         if work.starts_over:
             change.marks = {STARTED_OVER: time_of(work.run)}
-            change.removes = {f"{RESULTS}/{name}" for name in version.files} - set(map(_target, work.files))
+            change.removes = {f"{RESULTS}/{name}" for name in names} - set(map(_target, work.files))
         else:
             self._remove(change, version, work.seen.rows, _paths(work.todo, work.gone))
 
@@ -438,11 +439,11 @@ class ResultStore:
         A row is not, if it is in the table, or if a run that began later has worked on its image meanwhile.
         """
         log.info("another run has changed %s; looking again at what is new", self.location)
-        staged, results = self._list(STAGING, work.run)[0], self._list(RESULTS)[0]
+        staged, results, names = self._list(STAGING, work.run)[0], self._list(RESULTS)[0], version.names
         files = {}
         for path, file in work.files.items():
             place = path if path in staged else _target(path)
-            if path in staged or (place in results and _name(place) not in version.files):
+            if path in staged or (place in results and _name(place) not in names):
                 files[place] = file.size
         own = self.rows(files)
         rows = self._rows_of(version, path_range(own, work.todo, work.gone))
@@ -531,8 +532,11 @@ class ResultStore:
             paths: of images.
         """
         doomed = rows.filter(is_in(rows["path"], paths))
+        if not doomed.num_rows:
+            return
+        all_rows = dict(zip(version.files["name"].to_pylist(), version.files["rows"].to_pylist(), strict=True))
         for file, number in count_values(doomed["file"]).items():
-            if number != version.files[_name(file)].rows:
+            if number != all_rows[_name(file)]:
                 table = self._load(file)
                 rest = table.filter(pc.invert(is_in(table["path"], paths)))
                 if rest.num_rows:
@@ -567,9 +571,10 @@ class ResultStore:
         Those who compact a table shorten long texts in the log. What lies between a file's first and last model is
         checked when its rows are looked at.
         """
-        for name, span in sorted(version.files.items()):
-            if span.models is None or not set(span.models) <= set(models):
-                self._check_models(self.rows([f"{RESULTS}/{name}"])["model"].unique().to_pylist(), models)
+        ends, ours = (version.files[name] for name in ("first_model", "last_model")), pa.array(models, pa.string())
+        are_ours = pc.and_(*(pc.is_in(end, ours) for end in ends))
+        for name in sorted(version.files["name"].filter(pc.invert(are_ours)).to_pylist()):
+            self._check_models(self.rows([f"{RESULTS}/{name}"])["model"].unique().to_pylist(), models)
 
     def _check_newer(self, version: Version, error: Exception) -> None:
         """Raise StorageError unless a file is gone because the table has a newer version."""
@@ -615,8 +620,8 @@ class ResultStore:
 
     def _rows_of(self, version: Version, within: tuple[str, str] | None) -> pa.Table:
         """The rows of a version, or those in a range of paths."""
-        names = sorted(name for name, span in version.files.items() if within is None or span.may_hold(*within))
-        return self.rows((f"{RESULTS}/{name}" for name in names), within)
+        files = version.files if within is None else version.between(*within)
+        return self.rows((f"{RESULTS}/{name}" for name in sorted(files["name"].to_pylist())), within)
 
     def _leftovers(self, version: Version) -> tuple[dict[str, int], set[str]]:
         """Files that other runs have finished and nobody has committed, and the files of no use to anybody.
@@ -631,7 +636,8 @@ class ResultStore:
         files = {path: entry.length for path, entry in staged.items() if _run(path) not in runs[ALONE]}
         began = version.mark(STARTED_OVER)
         useless = {path for path in files if time_of(_run(path)) < began}
-        untracked = {path for path in results if version is not NONE and _name(path) not in version.files}
+        names = version.names
+        untracked = {path for path in results if version is not NONE and _name(path) not in names}
         removed = version.removed() if untracked else set()
         for path in untracked:
             name = _name(path)
@@ -642,7 +648,7 @@ class ResultStore:
                 files[path] = results[path].length
             elif run or OURS.fullmatch(name):
                 useless.add(path)
-            elif name not in self._table.open().files:  # it may have been added just now
+            elif name not in self._table.open().names:  # it may have been added just now
                 raise self._strange(path)
         last_first = sorted(sorted(files.keys() - useless), key=_run, reverse=True)
         return {path: files[path] for path in last_first}, useless

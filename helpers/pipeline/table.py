@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
@@ -30,6 +31,17 @@ LOG = "_delta_log"
 # Databricks' default, instead of the library's 100: a version is read from this many small files at most.
 CONFIGURATION = {"delta.checkpointInterval": "10"}
 COMMIT = b'{"commitInfo"'  # begins the line of the log on a commit itself
+FILES_SCHEMA = pa.schema(
+    {
+        "name": pa.string(),
+        "rows": pa.int64(),
+        "first": pa.string(),
+        "last": pa.string(),
+        "first_model": pa.string(),
+        "last_model": pa.string(),
+    }
+)
+TOLD = ("path", "num_records", "min.path", "max.path", "min.model", "max.model")  # what the library calls them
 COLORS = re.compile(r"\x1b\[\d*m")
 
 
@@ -44,24 +56,26 @@ class File(NamedTuple):
     statistics: str
 
 
-class Span(NamedTuple):
-    """What the log says of the rows of a file; None where it says nothing."""
-
-    rows: int | None = None
-    paths: tuple[str, str] | None = None  # the first and the last, or before and after these
-    models: tuple[str, str] | None = None
-
-    def may_hold(self, first: str, last: str) -> bool:
-        """Whether a path between two may be among the rows."""
-        return self.paths is None or (self.paths[0] <= last and first <= self.paths[1])
-
-
 class Version(NamedTuple):
-    """One version of the table."""
+    """One version of the table.
+
+    `files` are those in it (`FILES_SCHEMA`), with what the log says of their rows: how many, the first and the last of
+    their paths, or texts before and after these, and the same of the models. Null is what it does not say.
+    """
 
     number: int
-    files: Mapping[str, Span]  # by name; all lie in the table's folder
+    files: pa.Table
     table: DeltaTable | None  # None before there is a table, at version -1
+
+    @property
+    def names(self) -> set[str]:
+        """Of the files; all lie in the table's folder."""
+        return set(self.files["name"].to_pylist())
+
+    def between(self, first: str, last: str) -> pa.Table:
+        """The files that may have rows of paths between two."""
+        within = pc.and_(pc.less_equal(self.files["first"], last), pc.greater_equal(self.files["last"], first))
+        return self.files.filter(within.fill_null(True))
 
     def removed(self) -> set[str]:
         """Names of files that earlier commits have removed, whether or not they have been deleted."""
@@ -81,7 +95,7 @@ class Version(NamedTuple):
         return -1 if value is None else value
 
 
-NONE = Version(-1, {}, None)
+NONE = Version(-1, FILES_SCHEMA.empty_table(), None)
 
 
 class Table:
@@ -105,7 +119,7 @@ class Table:
                     raise
                 return NONE
             self._check(table)
-            return Version(table.version(), _spans(pa.table(table.get_add_actions(flatten=True))), table)
+            return Version(table.version(), _files(pa.table(table.get_add_actions(flatten=True))), table)
 
     def create(self, files: Mapping[str, File] | None = None, about: Mapping[str, Any] | None = None) -> Version:
         """Make the table, of files that lie there, unless another process has just made it; return its newest version.
@@ -239,18 +253,13 @@ class Table:
         return StorageError(f"{self.storage.join(self.folder)}: {otherwise} ({first_line(why)})")
 
 
-def _spans(adds: pa.Table) -> dict[str, Span]:
-    """Of each file that is in the table."""
-
-    def values(name: str) -> list[Any]:
-        return adds[name].to_pylist() if name in adds.column_names else [None] * adds.num_rows
-
-    def bounds(name: str) -> list[tuple[str, str] | None]:
-        both = zip(values(f"min.{name}"), values(f"max.{name}"), strict=True)
-        return [None if None in (first, last) else (first, last) for first, last in both]
-
-    spans = map(Span, values("num_records"), bounds("path"), bounds("model"))
-    return dict(zip(values("path"), spans, strict=True))
+def _files(adds: pa.Table) -> pa.Table:
+    """What the library says of the files in a table, without all that nobody asks for: there may be many."""
+    columns = [
+        adds[told].cast(column.type) if told in adds.column_names else pa.nulls(adds.num_rows, column.type)
+        for column, told in zip(FILES_SCHEMA, TOLD, strict=True)
+    ]
+    return pa.table(columns, schema=FILES_SCHEMA)
 
 
 def _added(name: str, file: File) -> AddAction:
