@@ -10,3 +10,7 @@ __version__ = "0.1.0"
 # OpenCV reads it when it is first imported. Its own limit, 2^30, would be 3 GB of pixels, should a file ever have more
 # of them than its header was understood to say.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))
+
+# deltalake's allocator reads it when that is first imported. By default it keeps what it has freed for 10 s, so that a
+# driver that commits many slices needs the memory of several versions of the table.
+os.environ.setdefault("_RJEM_MALLOC_CONF", "dirty_decay_ms:0,muzzy_decay_ms:0")
