@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # of them than its header was understood to say.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))
 
-# deltalake's allocator reads it when that is first imported. By default it keeps what it has freed for 10 s, so that a
-# driver that commits many slices needs the memory of several versions of the table.
+# Arrow's and deltalake's allocators read these when they are first imported. By default they keep what was freed for a
+# while, and a driver that works slice after slice then has the memory of several of them.
+os.environ.setdefault("MIMALLOC_PURGE_DELAY", "0")
 os.environ.setdefault("_RJEM_MALLOC_CONF", "dirty_decay_ms:0,muzzy_decay_ms:0")

@@ -28,6 +28,7 @@ from unittest import mock
 
 import numpy as np
 import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable
 
 from helpers.config import load_config
 from helpers.pipeline import driver, runs
@@ -143,8 +144,6 @@ def in_a_process(*arguments: Any) -> dict[str, Any]:
 
 
 def main(millions: list[int]) -> None:
-    from deltalake import CommitProperties, DeltaTable  # after helpers, which sets up its memory
-
     with tempfile.TemporaryDirectory() as folder:
         for count in millions:
             in_a_process(f"{folder}/{count}", count * 10**6, 0)
