@@ -218,7 +218,7 @@ def test_raw_grids_are_decoded_as_yolox_defines_them():
         table[row, 4], table[row, 5 + class_id] = 1, score
     (found,) = predict({"predictions": table[None]}, [SIZE], manifest, {"grid": "strides"})
     assert_scene(found, tolerance=0.1)
-    with pytest.raises(OutputError, match=r"96 x 64 have not 125 cells"):
+    with pytest.raises(OutputError, match=r"an input of 96 x 64 have 125 cells: mend"):
         predict({"predictions": table[None, :125]}, [SIZE], manifest, {"grid": "strides"})
 
 

@@ -4,8 +4,11 @@ The graph normalizes the images itself, so that a quarter of the bytes of float3
 normalize them differently.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import zip_longest
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +16,8 @@ import numpy as np
 from helpers.errors import BundleError, first_line
 from helpers.export.cards import CardInput
 from helpers.images.spec import COLORS, InputSpec
+from helpers.tasks.boxes import make_cells
+from helpers.tasks.interface import OutputError
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -144,24 +149,32 @@ def prepare(model: "ov.Model", spec: InputSpec, layout: str = "NCHW", origin: st
     return graph.build()
 
 
-def select_outputs(model: "ov.Model", names: Mapping[str, str], origin: str) -> None:
+def select_outputs(
+    model: "ov.Model", outputs: Mapping[str, str | tuple[str, ...]], origin: str
+) -> dict[str, tuple[str, ...]]:
     """Let a graph have the outputs that a card names, in place; any tensor of the graph can be one.
 
     Args:
         model: as it was read.
-        names: by role, as the file has them; without any, the graph stays as it is.
+        outputs: by role, as the file has them; without any, the graph stays as it is.
         origin: of the model, for errors.
+
+    Returns:
+        The new names of the outputs that stand for one role, see `join_strides`.
 
     Raises:
         BundleError: there is no tensor of a name.
     """
+    parts = {role: given for role, given in outputs.items() if not isinstance(given, str)}
+    names = {role: given for role, given in outputs.items() if isinstance(given, str)}
+    names |= {f"{role}/{i}": name for role, given in parts.items() for i, name in enumerate(given)}
     tensors = {name: port for node in model.get_ops() for port in node.outputs() for name in _names(port)}
     if len(set(names.values())) < len(names):
         raise BundleError(f"{origin}: its card names one output for two roles: {', '.join(names.values())}")
     missing = next((name for name in names.values() if name not in tensors), None)
     if missing is not None:
-        outputs = ", ".join(_name(port, "?") for port in model.outputs)
-        raise BundleError(f"{origin} has no output {missing!r}, which its card names; its outputs are {outputs}")
+        known = ", ".join(_name(port, "?") for port in model.outputs)
+        raise BundleError(f"{origin} has no output {missing!r}, which its card names; its outputs are {known}")
     results = model.get_results()
     if names:
         for name in names.values():
@@ -173,6 +186,86 @@ def select_outputs(model: "ov.Model", names: Mapping[str, str], origin: str) -> 
     roles = {tensors[name]: role for role, name in names.items()}
     for output in model.outputs if names else ():
         name_output(output, roles[output.get_node().input_value(0)])
+    return {role: tuple(f"{role}/{i}" for i in range(len(given))) for role, given in parts.items()}
+
+
+def find_strides(shapes: Mapping[str, tuple[int, ...]], input_size: tuple[int, int]) -> dict[str, tuple[str, ...]]:
+    """Tell which outputs are the same numbers for the cells of one grid each, as detectors without a last layer give.
+
+    Args:
+        shapes: of one image's outputs, by name.
+        input_size: width and height, in pixels; zeros if anchors say where cells are, whatever their number.
+
+    Returns:
+        The outputs' names by one for all, such as `[cls_8, cls_16, cls_32]`, the smallest stride's first; without any
+        where outputs are not of several strides.
+    """
+    readings = []
+    for position in (-1, 0):  # of the channels
+        kinds: dict[tuple[int, int], list[tuple[int, str]]] = {}
+        for name, shape in shapes.items():
+            channels = shape[position] if len(shape) in (2, 3) else 0
+            cells = int(np.prod(shape)) // channels if channels > 0 else 0
+            kinds.setdefault((len(shape), channels), []).append((cells, name))
+        grids = sorted({cells for outputs in kinds.values() for cells, _ in outputs}, reverse=True)
+        if len(grids) == 1:  # one for all outputs, which are not of several strides then
+            return {}
+        readings.append((grids, kinds.values()))
+    for grids, outputs_of_kinds in readings:
+        groups: list[tuple[str, ...]] = []
+        for outputs in outputs_of_kinds:
+            groups += zip_longest(*[[name for cells, name in outputs if cells == grid] for grid in grids])
+        if 0 not in grids and all(None not in group for group in groups):
+            with contextlib.suppress(OutputError):
+                if any(input_size):
+                    make_cells(sum(grids), input_size, len(grids))
+                return {f"[{', '.join(group)}]": group for group in groups}
+    return {}
+
+
+def join_strides(model: "ov.Model", groups: Mapping[str, tuple[str, ...]], labels: int, origin: str) -> None:
+    """Join outputs of one stride each, the smallest first, to one output `[B, A, n]` with a row per anchor; in place.
+
+    Args:
+        model: as `checks.settle_batch` leaves it.
+        groups: names of outputs, by what they become.
+        labels: how many there are.
+        origin: of the model, for errors.
+
+    Raises:
+        BundleError: outputs are not the same numbers for several grids.
+    """
+    from openvino import opset13 as ops
+
+    results = {result.output(0).get_any_name(): result for result in model.get_results()}
+    rows: dict[str, list[tuple[int, Any]]] = {}
+    for name, group in groups.items():
+        ports = [results[one].input_value(0) for one in group]
+        shapes = [[_length(side) for side in port.get_partial_shape()][1:] for port in ports]
+        ranks, first, last = ({measure(shape) for shape in shapes} for measure in (len, itemgetter(0), itemgetter(-1)))
+        if len(shapes) < 2 or ranks - {2, 3} or len(ranks) > 1 or (len(first) == 1) == (len(last) == 1):
+            raise BundleError(
+                f"{origin}: {name} is outputs of {', '.join(map(str, shapes))} in its card, which are not the same "
+                "numbers for the cells of several grids"
+            )
+        axes = [0, *range(2, len(shapes[0]) + 1), 1] if len(first) == 1 else [*range(len(shapes[0]) + 1)]
+        rows[name] = [
+            (-int(np.prod(shape)), ops.transpose(port, ops.constant(axes)))
+            for port, shape in zip(ports, shapes, strict=True)
+        ]
+    widths = {name: _length(parts[0][1].get_output_partial_shape(0)[-1]) for name, parts in rows.items()}
+    # Where each cell has several anchors, their numbers stand side by side, as many as scores say.
+    counts = [width // labels for width in widths.values() if labels and width % labels == 0]
+    anchors = min((n for n in counts if all(width % n == 0 for width in widths.values())), default=1)
+    for name, parts in rows.items():
+        shape = ops.constant([0, -1, widths[name] // anchors])
+        parts = [ops.reshape(part, shape, True) for _, part in sorted(parts, key=itemgetter(0))]
+        result = ops.result(ops.concat(parts, 1))
+        model.add_results([result])
+        name_output(result.output(0), name)
+    for one in [one for group in groups.values() for one in group]:
+        model.remove_result(results[one])
+    model.validate_nodes_and_infer_types()
 
 
 def find_last(model: "ov.Model", name: str) -> str:

@@ -151,23 +151,26 @@ def has_boxes(task: str) -> bool:
     return task not in FILTERS
 
 
-def suggest(task: str, samples: Arrays, labels: int = 0) -> str:
+def suggest(task: str, samples: Arrays, labels: int = 0, first: str = "") -> str:
     """The first decoder of a task that a network's outputs fit.
 
     Args:
         task: of `DECODERS`.
         samples: outputs of real images by name, float32 `[B, ...]`.
         labels: how many there are; 0 if nobody has said.
+        first: a decoder to try before the others.
 
     Raises:
         OutputError: they fit none; the message says what they would fit, or what to look at.
     """
     ambiguities = []
-    for name, decoder in DECODERS[task].items():
+    for name, decoder in sorted(DECODERS[task].items(), key=lambda item: item[0] != first):
         try:
             decoder.assign_roles(samples, labels)
             return name
         except AmbiguityError as error:
+            if name == first:
+                raise
             if not labels or len({samples[output].shape for output in error.names}) == 1:
                 ambiguities.append(f"of decoder {name}, {error}")
         except OutputError:
@@ -180,7 +183,9 @@ def suggest(task: str, samples: Arrays, labels: int = 0) -> str:
     elif ambiguities:
         remedy = ambiguities[0]
     else:
-        remedy = "export the model with its post-processing in it, or name other `outputs`"
+        remedy = (
+            "name other `outputs`, those of several strides as a list, or export the model with its post-processing"
+        )
     raise OutputError(
         f"the outputs {shapes} fit no decoder of task {task}{f' for {labels} labels' if labels else ''}; {remedy}; "
         "conf/cards/README.md lists what decoders take"
