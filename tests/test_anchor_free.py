@@ -1,5 +1,6 @@
 """Detectors whose ONNX files end at the outputs of each stride: a bundle finds what the published decoding finds."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,7 @@ from torchvision.ops import batched_nms
 from helpers.errors import UserError
 from helpers.export.checks import generate_pictures
 from helpers.export.preparation import find_strides
+from helpers.images.spec import InputSpec
 from helpers.tasks.boxes import make_cells
 from helpers.tasks.interface import OutputError
 
@@ -316,16 +318,26 @@ def test_a_card_may_name_the_outputs_of_each_stride(tmp_path):
         ({"a": (84, 16), "b": (84, 1)}, []),  # of one grid or of all
         ({"a": (3, 16, 16), "b": (2, 16, 16)}, []),
         ({"a": (64, 3), "b": (16, 3), "c": (64, 4)}, []),  # one is missing
-        ({"a": (100, 4), "b": (300, 4)}, []),  # of no grids
+        ({"a": (100, 4), "b": (310, 4)}, []),  # of no grids
         ({"a": (3, 8, 8, 85), "b": (3, 4, 4, 85)}, []),
         ({"a": (64,), "b": (16,)}, []),
     ],
 )
 def test_outputs_are_of_strides_only_where_their_cells_are_those_of_grids(shapes, groups):
-    assert [*find_strides(shapes, (SIDE, SIDE))] == groups
-    if len(groups) == 1:
-        assert [*find_strides(shapes, (SIDE + 100, SIDE))] == []
-        assert [*find_strides(shapes, (0, 0))] == groups
+    spec = InputSpec(SIDE, SIDE, "rgb", (0.0,) * 3, (1.0,) * 3)
+    assert [*find_strides(shapes, spec, False)] == groups
+    if groups:
+        assert [*find_strides(shapes, replace(spec, width=3 * SIDE, height=5 * SIDE), False)] == []
+
+
+def test_outputs_of_one_class_need_no_anchor_more(tmp_path):
+    table = np.zeros((84, 6), np.float32)  # YOLOX
+    table[5] = 0.5, 0.5, 0.5, 0, 0.9, 0.9
+    outputs = {f"out_{n}": part for n, part in enumerate(np.split(table, [64, 80]))}
+    outputs["out_0"][0, 2] = -1
+    path = save_onnx(tmp_path / "model.onnx", outputs, ("n", 3, SIDE, SIDE))
+    bundle = bundle_of(path, {**OBJECTS, "labels": ["cat"]}, tmp_path / "bundle")
+    assert [p["label"] for p in predict(bundle, pictures((SIDE, SIDE)))[0]] == ["cat"]
 
 
 def test_cells_of_grids_are_told_by_their_number():

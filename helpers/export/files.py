@@ -78,9 +78,9 @@ def read_file(
     batch, outputs = settle_batch(model, spec, pictures, str(path))
     if not description.outputs and "anchor_free" in DECODERS[description.task]:
         shapes = {name: values.shape[1:] for name, values in outputs[0].items()}
-        strides = find_strides(shapes, (0, 0) if description.priors else (spec.width, spec.height))
+        strides = find_strides(shapes, spec, bool(description.priors))
     if strides:
-        join_strides(model, strides, len(description.labels), str(origin))
+        join_strides(model, strides, spec, len(description.labels), str(origin))
         outputs = infer(model, spec, pictures, str(path))
     description, roles = _assign_roles(description, stack(outputs), model, str(origin), bool(strides))
     if "offsets" in roles and description.decoder == "ssd" and not description.priors:
