@@ -281,6 +281,11 @@ WRONG = {
         {"outputs": {name: np.full((1, 8, 8), 0.3, np.float32) for name in ("a", "b")}},
         r"outputs a and b could each be scores .*add|`outputs: {scores: NAME}`",
     ),
+    "several outputs of points": (
+        {"task": "keypoints", "labels": ["a"]},
+        {"outputs": {"brows": np.arange(213, dtype=np.float32), "iris": np.arange(15, dtype=np.float32)}},
+        r"outputs brows and iris could each be points .*name it in the card, `outputs: {points: NAME}`",
+    ),
     "no finite values": (CLASSIFICATION, {"outputs": {"logits": np.float32([np.nan, 1, 2])}}, "not finite"),
     "another size": (
         {**CLASSIFICATION, "input": {"color": "gray"}},

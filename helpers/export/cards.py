@@ -285,9 +285,9 @@ def _nearest(name: str, known: Any) -> str:
 
 
 def _to_text(value: Any) -> Any:
-    return (
-        [_to_text(item) for item in value] if isinstance(value, list) else str(value) if type(value) is int else value
-    )
+    if isinstance(value, list):
+        return [_to_text(item) for item in value]
+    return str(value) if type(value) is int else value
 
 
 def _spread(given: Any) -> Any:

@@ -207,7 +207,7 @@ def find_strides(shapes: Mapping[str, tuple[int, ...]], spec: InputSpec, has_anc
         channels = shape[0 if has_maps else -1]
         kinds.setdefault((len(shape), channels), []).append((int(np.prod(shape)) // channels, name))
     grids = sorted({cells for outputs in kinds.values() for cells, _ in outputs}, reverse=True)
-    groups = []
+    groups: list[tuple[str, ...]] = []
     for outputs in kinds.values():  # with several outputs of a kind per grid, as cls_8 and obj_8, those in order
         groups += zip_longest(*[[name for cells, name in outputs if cells == grid] for grid in grids])
     if len(grids) < 2 or any(None in group for group in groups):

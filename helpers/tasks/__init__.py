@@ -171,11 +171,12 @@ def suggest(task: str, samples: Arrays, labels: int = 0, first: str = "") -> str
         except AmbiguityError as error:
             if name == first:
                 raise
-            if not labels or len({samples[output].shape for output in error.names}) == 1:
+            shapes = {samples[output].shape[1:] for output in error.names}
+            if not labels or len(shapes) == 1 or max(map(len, shapes)) == 1:  # others are one stride's, and a part
                 ambiguities.append(f"of decoder {name}, {error}")
         except OutputError:
             continue
-    shapes = ", ".join(f"{name} {list(values.shape[1:])}" for name, values in samples.items())
+    given = ", ".join(f"{name} {list(values.shape[1:])}" for name, values in samples.items())
     if count := _count_labels(task, samples, labels):
         remedy = f"they fit {count} labels: correct these"
     elif other := _find_other(task, samples, labels):
@@ -183,11 +184,10 @@ def suggest(task: str, samples: Arrays, labels: int = 0, first: str = "") -> str
     elif ambiguities:
         remedy = ambiguities[0]
     else:
-        remedy = (
-            "name other `outputs`, those of several strides as a list, or export the model with its post-processing"
-        )
+        lists = ", those of several strides as a list" if "anchor_free" in DECODERS[task] else ""
+        remedy = f"export the model with its post-processing in it, or name other `outputs`{lists}"
     raise OutputError(
-        f"the outputs {shapes} fit no decoder of task {task}{f' for {labels} labels' if labels else ''}; {remedy}; "
+        f"the outputs {given} fit no decoder of task {task}{f' for {labels} labels' if labels else ''}; {remedy}; "
         "conf/cards/README.md lists what decoders take"
     )
 

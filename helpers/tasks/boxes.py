@@ -5,7 +5,7 @@ Boxes are corners x1, y1, x2, y2, float32, in pixels. Executors import this modu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import combinations
 from typing import Any, Literal
 
@@ -59,7 +59,7 @@ def to_input(boxes: np.ndarray, placement: Placement) -> np.ndarray:
     return boxes * np.array(placement.input * 2, np.float32)
 
 
-@cache
+@lru_cache(maxsize=8)  # of images of any size each has its own
 def make_cells(rows: int, input_size: tuple[int, int], levels: int = 0) -> np.ndarray:
     """The cells of a network's grids, whose strides the number of candidates tells.
 

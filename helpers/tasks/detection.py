@@ -163,7 +163,8 @@ class AnchorFreeParameters(ChoiceParameters):
         """The candidates' points, in pixels of the input, and their units, float32 `[rows, 2]` and `[rows, 1]`."""
         cells = make_cells(rows, input_size)
         strides = cells[:, 2:]
-        return (cells[:, :2] + np.float32(self.center)) * strides, strides if self.unit == "stride" else strides**0
+        units = strides if self.unit == "stride" else np.ones_like(strides)
+        return (cells[:, :2] + np.float32(self.center)) * strides, units
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,8 @@ def _decode_candidates(
     placement = place(manifest.input, size)
     boxes = to_corners(outputs["boxes"].reshape(-1, 4), parameters.box_format)
     boxes = to_input(boxes, placement) if parameters.relative else boxes
-    scores = parameters.activate(outputs["scores"])
+    scores = outputs["scores"] if len(outputs["scores"]) == len(boxes) else outputs["scores"].T
+    scores = parameters.activate(scores)
     return to_predictions(_choose(boxes, scores, size, manifest, parameters), manifest.labels)
 
 
@@ -487,7 +489,7 @@ TABLE = [
 ]
 CANDIDATES = [
     Role("boxes", ("A 4", "A 1 4"), _are_corners),
-    Role("scores", ("A C", "A 1+C"), are_shares, values="from 0 to 1"),
+    Role("scores", ("A C", "A 1+C", "C A"), are_shares, values="from 0 to 1"),
 ]
 SCORES = Role("scores", ("A C", "A 1+C"))
 SSD = [Role("offsets", ("A 4",)), SCORES]
