@@ -26,8 +26,8 @@ LABELS = ["cat", "dog", "cup"]
 FACES = {"task": "keypoints", "labels": ["face"], "input": {"mean": 127.5, "std": 128}}
 OBJECTS = {"task": "detection", "labels": LABELS, "input": {"std": 255}}
 POSTPROCESS = {"score_threshold": 0.3, "nms_threshold": 0.5}
-# What each network's paper and code say: strides, anchors of a cell, where in a cell its point is, and the numbers that
-# follow each other in an output, whose sides are those of `shape`: anchors A, cells H and W.
+# What each network's paper and code say: shapes of a stride's outputs (anchors A, cells H and W), how many anchors a
+# cell has, where in it a box's point is, what distances are counted in, and the power of scores times objectness.
 NETWORKS = {
     "SCRFD": {
         "card": {**FACES, "postprocess": {**POSTPROCESS, "center": 0}},
@@ -181,6 +181,17 @@ def test_outputs_of_each_stride_are_decoded_as_the_networks_define_them(tmp_path
         assert_same(found, find_by_definition(network, levels))
 
 
+def test_one_table_of_all_strides_is_read_as_nanodet_plus_has_it(tmp_path):
+    network = {**NETWORKS["PicoDet"], "center": 0}
+    levels = generate(network)
+    rows = [np.concatenate([arrange(values, "A") for values in level.values()], axis=1) for level in levels]
+    path = save_onnx(tmp_path / "model.onnx", {"output": np.concatenate(rows)}, ("n", 3, SIDE, SIDE))
+    card = {**OBJECTS, "postprocess": {**POSTPROCESS, "center": 0}}
+    bundle = bundle_of(path, card, tmp_path / "bundle")
+    assert bundle.manifest.postprocess == {**card["postprocess"], "first": "scores"}
+    assert_same(predict(bundle, pictures((SIDE, SIDE)))[0], find_by_definition(network, levels))
+
+
 class Levels(nn.Module):
     """A detector of torchvision without its last layer: the heads' outputs for each level of its pyramid."""
 
@@ -328,6 +339,13 @@ def test_outputs_are_of_strides_only_where_their_cells_are_those_of_grids(shapes
     assert [*find_strides(shapes, spec, False)] == groups
     if groups:
         assert [*find_strides(shapes, replace(spec, width=3 * SIDE, height=5 * SIDE), False)] == []
+
+
+def test_anchors_of_a_card_may_be_of_any_number_per_grid():
+    spec = InputSpec(128, 128, "rgb", (0.0,) * 3, (1.0,) * 3)
+    blazeface = {"s8": (512, 1), "s16": (384, 1), "o8": (512, 16), "o16": (384, 16)}
+    assert find_strides(blazeface, spec, True) == {"[s8, s16]": ["s8", "s16"], "[o8, o16]": ["o8", "o16"]}
+    assert find_strides(blazeface, spec, False) == {}
 
 
 def test_outputs_of_one_class_need_no_anchor_more(tmp_path):
