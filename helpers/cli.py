@@ -123,7 +123,10 @@ def export(options: argparse.Namespace, config: Config) -> int:
         else conversion.convert(options.architecture, options.checkpoint, options.opset, options.card)
     )
     if (options.keep_onnx or options.onnx) and converted.onnx is None:
-        raise ConfigError("--keep-onnx and --onnx need a network, or an ONNX file that takes float32 [B, C, H, W]")
+        raise ConfigError(
+            "--keep-onnx and --onnx need a network, or an ONNX file that takes float32 [B, C, H, W] and has no outputs "
+            "per stride"
+        )
     if options.onnx and converted.onnx:
         options.onnx.write_bytes(converted.onnx.SerializeToString())
     calibration: Iterable[np.ndarray] = ()

@@ -88,6 +88,7 @@ LABEL_FILES = {
         ("config.json", '{"architectures": ["Net"], "id2label": {"0": "a", "2": "c", "1": "b"}}'),
         ("data.yaml", "path: images\nnames:\n  0: a\n  1: b\n  2: c"),
         ("numbers.yml", "{2: c, 1: b, 0: a}"),
+        ("class_indices.json", '{"a": 0, "c": 2, "b": 1}'),
     ],
 )
 def test_labels_of_other_programs_files_are_read(folder, name, text):
@@ -96,7 +97,7 @@ def test_labels_of_other_programs_files_are_read(folder, name, text):
     assert get_architecture(write(folder, labels={1: "b", 0: "a", 2: "c"})).labels == ("a", "b", "c")
     for wrong, message in (
         ("{1: a, 2: b}", "labels lack class 0"),
-        ("{a: 0}", "a map from each"),
+        ("{a: b}", "a map from each"),
         ("a: [", "holds no"),
     ):
         (folder / name).write_text(wrong)

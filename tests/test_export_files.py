@@ -39,18 +39,21 @@ def save_onnx(
     sides: tuple[Any, ...] = ("batch", 3, 8, 8),
     metadata: dict[str, str] | None = None,
     first_only: bool = False,
+    has_batch: bool = True,
 ) -> Path:
-    """A network that gives the same outputs for every image, or for the first image of a batch only."""
+    """A network that gives the same outputs for every image, or for the first image of a batch only.
+
+    Outputs may lack the dimension of a batch, which is of one image then.
+    """
     nodes, constants = [], [helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0])]
     axes = [0, 1, 2, 3] if first_only else [1, 2, 3]
     constants.append(helper.make_tensor("axes", TensorProto.INT64, [len(axes)], axes))
     nodes.append(helper.make_node("ReduceMean", ["images", "axes"], ["mean"], keepdims=1))
     nodes.append(helper.make_node("Mul", ["mean", "zero"], ["nothing"]))
     for name, values in outputs.items():
+        rank = values.ndim + has_batch
         constants.append(numpy_helper.from_array(values, f"{name}_values"))
-        constants.append(
-            helper.make_tensor(f"{name}_shape", TensorProto.INT64, [1 + values.ndim], [-1] + [1] * values.ndim)
-        )
+        constants.append(helper.make_tensor(f"{name}_shape", TensorProto.INT64, [rank], [-1] + [1] * (rank - 1)))
         nodes.append(helper.make_node("Reshape", ["nothing", f"{name}_shape"], [f"{name}_nothing"]))
         nodes.append(helper.make_node("Add", [f"{name}_nothing", f"{name}_values"], [name]))
     images = helper.make_tensor_value_info("images", TensorProto.FLOAT, sides)
@@ -278,6 +281,11 @@ WRONG = {
         {"outputs": {name: np.full((1, 8, 8), 0.3, np.float32) for name in ("a", "b")}},
         r"outputs a and b could each be scores .*add|`outputs: {scores: NAME}`",
     ),
+    "several outputs of points": (
+        {"task": "keypoints", "labels": ["a"]},
+        {"outputs": {"brows": np.arange(213, dtype=np.float32), "iris": np.arange(15, dtype=np.float32)}},
+        r"outputs brows and iris could each be points .*name it in the card, `outputs: {points: NAME}`",
+    ),
     "no finite values": (CLASSIFICATION, {"outputs": {"logits": np.float32([np.nan, 1, 2])}}, "not finite"),
     "another size": (
         {**CLASSIFICATION, "input": {"color": "gray"}},
@@ -470,6 +478,16 @@ def test_one_number_is_that_of_every_channel(tmp_path):
         card = {**CLASSIFICATION, "input": {"mean": 100, "std": [50, 50, 50]}}
         spec = bundle_of(path, card, tmp_path / "bundle").manifest.input
         assert (spec.mean, spec.std) == ((100.0,) * channels, (50.0,) * channels)
+
+
+def test_outputs_without_a_role_are_said(tmp_path, caplog):
+    outputs = {"logits": np.float32([0, 3, 1]), "features": np.ones((4, 2, 2), np.float32)}
+    path = save_onnx(tmp_path / "model.onnx", outputs)
+    bundle_of(path, CLASSIFICATION, tmp_path / "bundle")
+    assert "outputs features have no role" in caplog.text
+    caplog.clear()
+    bundle_of(path, {**CLASSIFICATION, "outputs": {"logits": "logits"}}, tmp_path / "other")
+    assert "no role" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", [TensorProto.UINT8, TensorProto.INT32])

@@ -132,7 +132,7 @@ def test_boxes_are_clipped_to_the_image_and_those_outside_of_it_are_left_out():
     assert [list(p["box"].values()) for p in found] == [[0, 100, 220, 200]]
 
 
-@pytest.mark.parametrize("decoder", ["end_to_end", "candidates", "ssd", "yolo", "detr"])
+@pytest.mark.parametrize("decoder", DETECTION)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, 0])
 def test_a_damaged_networks_numbers_give_no_detection_that_is_no_box(decoder, value):
     shapes = {
@@ -141,6 +141,8 @@ def test_a_damaged_networks_numbers_give_no_detection_that_is_no_box(decoder, va
         "ssd": {"offsets": (5, 4), "scores": (5, 4)},
         "yolo": {"predictions": (7, 20)},
         "detr": {"logits": (5, 4), "boxes": (5, 4)},
+        "anchor_free": {"scores": (126, 3), "distances": (126, 4)},
+        "centernet": {"heatmap": (3, 8, 8), "sizes": (2, 8, 8), "offsets": (2, 8, 8)},
     }[decoder]
     outputs = {name: np.full((1, *shape), value, np.float32) for name, shape in shapes.items()}
     if decoder == "end_to_end":
@@ -218,7 +220,7 @@ def test_raw_grids_are_decoded_as_yolox_defines_them():
         table[row, 4], table[row, 5 + class_id] = 1, score
     (found,) = predict({"predictions": table[None]}, [SIZE], manifest, {"grid": "strides"})
     assert_scene(found, tolerance=0.1)
-    with pytest.raises(OutputError, match=r"96 x 64 have not 125 cells"):
+    with pytest.raises(OutputError, match=r"an input of 96 x 64 have 125 cells: mend"):
         predict({"predictions": table[None, :125]}, [SIZE], manifest, {"grid": "strides"})
 
 
@@ -305,7 +307,10 @@ def test_decoded_candidates_are_suppressed_within_each_class():
     for row in range(9):
         class_id, score, _ = SCENE[row // 3]
         scores[row, class_id] = score - 0.1 * (row % 3)
-    assert_scene(predict({"boxes": boxes[None], "scores": scores[None]}, [SIZE], manifest, {})[0])
+    for own in (scores, scores.T):  # PP-YOLOE has a row per class
+        outputs = {"boxes": boxes[None], "scores": own[None]}
+        assert suggest("detection", outputs, 3) == "candidates"
+        assert_scene(predict(outputs, [SIZE], manifest, {})[0])
 
 
 def test_anchors_must_be_there_and_as_many_as_offsets():

@@ -157,6 +157,7 @@ def test_a_damaged_networks_numbers_give_points_within_the_image_or_none(value):
         "yolo": {"predictions": (14, 100)},
         "points": {"points": (3, 3)},
         "ssd": {"offsets": (5, 10), "scores": (5, 1)},
+        "anchor_free": {"scores": (420, 1), "distances": (420, 4), "landmarks": (420, 6)},
         "simcc": {"simcc_x": (3, 320), "simcc_y": (3, 256)},
         "heatmap": {"heatmap": (3, 8, 8)},
         "centernet": {"heatmap": (1, 8, 8), "sizes": (2, 8, 8), "offsets": (2, 8, 8), "landmarks": (6, 8, 8)},

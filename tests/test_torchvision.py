@@ -23,6 +23,7 @@ from helpers.export import checks, library
 from helpers.export.architectures import get_architecture
 from helpers.export.conversion import export
 from helpers.images import rle
+from helpers.images.decoding import fit
 from helpers.pipeline import stages
 from helpers.storage import open_storage
 from helpers.tasks import parameters_for
@@ -294,3 +295,16 @@ def test_a_card_gives_the_classes_of_a_network_that_was_trained_further(tmp_path
     assert architecture.build().fc.out_features == 2
     detector = get_architecture("torchvision:ssdlite320_mobilenet_v3_large", card=card)
     assert detector.labels == ("cat", "dog") and detector.postprocess == {"first_class": 1, "top_k": 1}
+
+
+@pytest.mark.parametrize("name", ["torchvision:squeezenet1_1", "timm:test_efficientnet"])
+def test_a_librarys_network_becomes_one_of_8_bits(tmp_path, name):
+    torch.manual_seed(0)
+    architecture, pictures = get_architecture(name), checks.generate_pictures()
+    torch.save(architecture.build().state_dict(), tmp_path / "weights.pt")
+    images, target = [fit(picture, architecture.input) for picture in pictures], open_storage(str(tmp_path / "bundle"))
+    bundle = export(name, tmp_path / "weights.pt", target, "int8", images)
+    assert b"FakeQuantize" in bundle.read("model.xml")
+    assert bundle.manifest.quantization["before"] == 1 and bundle.manifest.quantization["after"] >= 0.5
+    (predictions,) = predict(bundle, [cv2.imencode(".png", pictures[0])[1].tobytes()])
+    assert predictions and all(prediction["label"] in architecture.labels for prediction in predictions)

@@ -101,7 +101,8 @@ class Card:
     priors: str = ""  # file of anchors, float [A, 4]: center and size, relative to the input
     input: CardInput = field(default_factory=CardInput)
     postprocess: Mapping[str, Any] = field(default_factory=dict)
-    outputs: Mapping[str, str] = field(default_factory=dict)  # role -> name in the file, or in the order of a network
+    # Role -> name in the file, or names of each stride's; or in the order of a network.
+    outputs: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)  # name of an input other than the image -> its constant
 
     def __post_init__(self) -> None:
@@ -185,8 +186,10 @@ def read_labels(path: Path) -> list[str]:
 
 
 def _order_labels(labels: Any, origin: Any) -> list[str]:
-    """The labels of a map from each class's number, counted from 0."""
+    """The labels of a map from each class's number, counted from 0, or to it, as Keras has them."""
     try:
+        if not any(str(key).isdigit() for key in labels):
+            labels = {number: label for label, number in labels.items()}
         numbered = {int(number): str(label) for number, label in labels.items()}
     except (AttributeError, ValueError):
         raise BundleError(f"{origin}: labels are a list, or a map from each class's number to its label") from None
@@ -282,6 +285,8 @@ def _nearest(name: str, known: Any) -> str:
 
 
 def _to_text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_to_text(item) for item in value]
     return str(value) if type(value) is int else value
 
 

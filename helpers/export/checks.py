@@ -93,7 +93,13 @@ def settle_batch(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], 
     Raises:
         BundleError: the graph fails, or its outputs are not finite.
     """
-    compiled, tensors = _compile(model, origin), [fit(picture, spec)[None] for picture in pictures]
+    try:
+        compiled = _compile(model, origin)
+    except BundleError:
+        # Some of OpenVINO's own steps fail on an open number of images only.
+        model.reshape([1, *list(model.input().get_partial_shape())[1:]])
+        compiled = _compile(model, origin)
+    tensors = [fit(picture, spec)[None] for picture in pictures]
     alone = [_infer(compiled, tensor, origin) for tensor in tensors]
     for name, values in ((name, values) for outputs in alone for name, values in outputs.items()):
         if not np.isfinite(values).all():

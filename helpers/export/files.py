@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from helpers.errors import BundleError, first_line
 from helpers.export.architectures import Architecture
 from helpers.export.cards import HELP, Card, merge, parse_card, read_arrays, read_entries
-from helpers.export.checks import settle_batch, stack
+from helpers.export.checks import infer, settle_batch, stack
 from helpers.export.metadata import read_metadata
 from helpers.export.preparation import (
     find_input,
     find_last,
+    find_strides,
+    join_strides,
     keep_image,
     prepare,
     rename_outputs,
@@ -67,16 +69,24 @@ def read_file(
     description = parse_card(entries, origin)
     if description.network:
         raise BundleError(f"{origin}: network is of PyTorch checkpoints: leave it out for a model's file")
-    select_outputs(model, description.outputs, str(path))
+    strides = select_outputs(model, description.outputs, str(path))
     model = keep_image(model, description.inputs, str(path))
     spec, layout = find_input(model, description.input, str(path))
     if model.input().get_element_type().is_real() and not (description.input.mean or description.input.std):
         log.warning("%s gets gray levels of 0 to 255: its card has no mean and std, which most networks need", path)
     model = prepare(model, spec, layout, str(path))
     batch, outputs = settle_batch(model, spec, pictures, str(path))
-    description, roles = _assign_roles(description, stack(outputs), model, str(origin))
+    if not description.outputs and "anchor_free" in DECODERS[description.task]:
+        shapes = {name: values.shape[1:] for name, values in outputs[0].items()}
+        strides = find_strides(shapes, spec, bool(description.priors))
+    if strides:
+        join_strides(model, strides, spec, len(description.labels), str(origin))
+        outputs = infer(model, spec, pictures, str(path))
+    description, roles = _assign_roles(description, stack(outputs), model, str(origin), bool(strides))
     if "offsets" in roles and description.decoder == "ssd" and not description.priors:
         raise BundleError(f"{origin}: boxes are offsets from anchors: add `priors: FILE.npy` with them; {HELP}")
+    if unused := sorted({output.get_any_name() for output in model.outputs} - {*roles.values()}):
+        log.warning("%s: outputs %s have no role; if it is theirs, name the card's `outputs`", path, ", ".join(unused))
     rename_outputs(model, roles)
     architecture = Architecture(
         name=path.stem,
@@ -88,8 +98,10 @@ def read_file(
         postprocess=dict(description.postprocess),
         arrays=partial(read_arrays, description),
     )
-    named = {role: description.outputs.get(role, name) for role, name in roles.items()}
-    return model, architecture, path, _read_onnx(path, named) if layout == "NCHW" else None
+    if layout != "NCHW" or strides:
+        return model, architecture, path, None
+    named = {role: str(description.outputs.get(role, name)) for role, name in roles.items()}
+    return model, architecture, path, _read_onnx(path, named)
 
 
 def read_graph(path: Path) -> "ov.Model":
@@ -143,10 +155,16 @@ def _check_external_data(path: Path) -> None:
             raise BundleError(f"{path} keeps its weights in {name!r}, which is not beside it: copy that file too")
 
 
-def _assign_roles(card: Card, outputs: Arrays, model: "ov.Model", origin: str) -> tuple[Card, dict[str, str]]:
-    """A card with its decoder, labels and the parameters that the outputs tell, and the name of each role's output."""
+def _assign_roles(
+    card: Card, outputs: Arrays, model: "ov.Model", origin: str, has_cells: bool
+) -> tuple[Card, dict[str, str]]:
+    """A card with its decoder, labels and the parameters that the outputs tell, and the name of each role's output.
+
+    `has_cells` says that rows of the outputs are cells of grids, which have boxes around them unless there are anchors.
+    """
     try:
-        decoder = card.decoder or suggest(card.task, outputs, len(card.labels))
+        first = "ssd" if card.priors else "anchor_free" if has_cells else ""
+        decoder = card.decoder or suggest(card.task, outputs, len(card.labels), first)
         if not card.decoder and card.task == "classification":
             # Numbers from 0 to 1 that do not come to 1 may be anything, but for what the graph computes them with.
             (output,) = DECODERS[card.task][decoder].assign_roles(outputs, len(card.labels)).values()

@@ -4,8 +4,9 @@ The graph normalizes the images itself, so that a quarter of the bytes of float3
 normalize them differently.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy as np
 from helpers.errors import BundleError, first_line
 from helpers.export.cards import CardInput
 from helpers.images.spec import COLORS, InputSpec
+from helpers.tasks.boxes import STRIDES, make_cells
+from helpers.tasks.interface import OutputError
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -144,24 +147,32 @@ def prepare(model: "ov.Model", spec: InputSpec, layout: str = "NCHW", origin: st
     return graph.build()
 
 
-def select_outputs(model: "ov.Model", names: Mapping[str, str], origin: str) -> None:
+def select_outputs(
+    model: "ov.Model", outputs: Mapping[str, str | tuple[str, ...]], origin: str
+) -> dict[str, list[str]]:
     """Let a graph have the outputs that a card names, in place; any tensor of the graph can be one.
 
     Args:
         model: as it was read.
-        names: by role, as the file has them; without any, the graph stays as it is.
+        outputs: by role, as the file has them; without any, the graph stays as it is.
         origin: of the model, for errors.
+
+    Returns:
+        The new names of the outputs that stand for one role, see `join_strides`.
 
     Raises:
         BundleError: there is no tensor of a name.
     """
+    parts = {role: given for role, given in outputs.items() if not isinstance(given, str)}
+    names = {role: given for role, given in outputs.items() if isinstance(given, str)}
+    names |= {f"{role}/{i}": name for role, given in parts.items() for i, name in enumerate(given)}
     tensors = {name: port for node in model.get_ops() for port in node.outputs() for name in _names(port)}
     if len(set(names.values())) < len(names):
         raise BundleError(f"{origin}: its card names one output for two roles: {', '.join(names.values())}")
     missing = next((name for name in names.values() if name not in tensors), None)
     if missing is not None:
-        outputs = ", ".join(_name(port, "?") for port in model.outputs)
-        raise BundleError(f"{origin} has no output {missing!r}, which its card names; its outputs are {outputs}")
+        known = ", ".join(_name(port, "?") for port in model.outputs)
+        raise BundleError(f"{origin} has no output {missing!r}, which its card names; its outputs are {known}")
     results = model.get_results()
     if names:
         for name in names.values():
@@ -173,6 +184,89 @@ def select_outputs(model: "ov.Model", names: Mapping[str, str], origin: str) -> 
     roles = {tensors[name]: role for role, name in names.items()}
     for output in model.outputs if names else ():
         name_output(output, roles[output.get_node().input_value(0)])
+    return {role: [f"{role}/{i}" for i in range(len(given))] for role, given in parts.items()}
+
+
+def find_strides(shapes: Mapping[str, tuple[int, ...]], spec: InputSpec, has_anchors: bool) -> dict[str, list[str]]:
+    """Tell which outputs are the same numbers for the cells of one grid each, as detectors without a last layer give.
+
+    Args:
+        shapes: of one image's outputs, by name.
+        spec: the network's input.
+        has_anchors: the card has anchors, of which there may be any number per grid.
+
+    Returns:
+        The outputs' names by one for all, such as `[cls_8, cls_16, cls_32]`, the smallest stride's first; without any
+        where outputs are not of several strides.
+    """
+    if any(len(shape) not in (2, 3) or 0 in shape for shape in shapes.values()):
+        return {}
+    kinds: dict[tuple[int, int], list[tuple[int, str]]] = {}
+    has_maps = _are_maps(shapes.values(), spec)
+    for name, shape in shapes.items():
+        channels = shape[0 if has_maps else -1]
+        kinds.setdefault((len(shape), channels), []).append((int(np.prod(shape)) // channels, name))
+    grids = sorted({cells for outputs in kinds.values() for cells, _ in outputs}, reverse=True)
+    groups: list[tuple[str, ...]] = []
+    for outputs in kinds.values():  # with several outputs of a kind per grid, as cls_8 and obj_8, those in order
+        groups += zip_longest(*[[name for cells, name in outputs if cells == grid] for grid in grids])
+    if len(grids) < 2 or any(None in group for group in groups):
+        return {}
+    try:
+        if not has_anchors:
+            make_cells(sum(grids), (spec.width, spec.height), len(grids))
+    except OutputError:
+        return {}
+    return {f"[{', '.join(group)}]": list(group) for group in groups}
+
+
+def join_strides(
+    model: "ov.Model", groups: Mapping[str, Sequence[str]], spec: InputSpec, labels: int, origin: str
+) -> None:
+    """Join outputs of one stride each, the smallest first, to one output `[B, A, n]` with a row per anchor; in place.
+
+    Args:
+        model: as `checks.settle_batch` leaves it.
+        groups: names of outputs, by what they become.
+        spec: the network's input.
+        labels: how many there are.
+        origin: of the model, for errors.
+
+    Raises:
+        BundleError: outputs are not the same numbers for several grids.
+    """
+    from openvino import opset13 as ops
+
+    results = {result.output(0).get_any_name(): result for result in model.get_results()}
+    ports = {name: [results[one].input_value(0) for one in group] for name, group in groups.items()}
+    shapes = {
+        name: [tuple(_length(side) for side in port.get_partial_shape())[1:] for port in own]
+        for name, own in ports.items()
+    }
+    has_maps = _are_maps(chain(*shapes.values()), spec)
+    widths: dict[str, int] = {}
+    for name, own in shapes.items():
+        channels = {shape[0 if has_maps else -1] if len(shape) in (2, 3) else OPEN for shape in own}
+        if len(own) < 2 or len(channels) > 1 or OPEN in channels:
+            raise BundleError(
+                f"{origin}: {name} is outputs of {', '.join(str(list(shape)) for shape in own)} in its card, which are "
+                "not the same numbers for the cells of several grids"
+            )
+        (widths[name],) = channels
+    # Where each cell has several anchors, their numbers stand side by side, as many as scores say.
+    counts = [width // labels for width in widths.values() if labels and len(widths) > 1 and width % labels == 0]
+    anchors = min((count for count in counts if not any(width % count for width in widths.values())), default=1)
+    for name, width in widths.items():
+        order = np.argsort([-np.prod(shape) for shape in shapes[name]])
+        parts = [ops.transpose(port, ops.constant([0, 2, 3, 1])) if has_maps else port for port in ports[name]]
+        parts = [ops.reshape(parts[i], ops.constant([0, -1, width // anchors]), True) for i in order]
+        result = ops.result(ops.concat(parts, 1))
+        model.add_results([result])
+        name_output(result.output(0), name)
+    for group in groups.values():
+        for one in group:
+            model.remove_result(results[one])
+    model.validate_nodes_and_infer_types()
 
 
 def find_last(model: "ov.Model", name: str) -> str:
@@ -250,6 +344,12 @@ def _make_constant(parameter: Any, value: Any, origin: str) -> "ov.Output":
     if not shape.compatible(ov.PartialShape(list(array.shape))):
         raise BundleError(f"{problem}{_name(parameter.output(0), '?')}, which takes {shape}")
     return ops.constant(array).output(0)
+
+
+def _are_maps(shapes: Iterable[tuple[int, ...]], spec: InputSpec) -> bool:
+    """Whether shapes are `[n, H, W]` of an input's grids, and not `[H, W, n]` or `[A, n]`."""
+    grids = {(-(-spec.height // stride), -(-spec.width // stride)) for stride in STRIDES}
+    return all(len(shape) == 3 and shape[1:] in grids for shape in shapes)
 
 
 def _add_batch(model: "ov.Model") -> None:

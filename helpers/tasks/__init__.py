@@ -151,28 +151,32 @@ def has_boxes(task: str) -> bool:
     return task not in FILTERS
 
 
-def suggest(task: str, samples: Arrays, labels: int = 0) -> str:
+def suggest(task: str, samples: Arrays, labels: int = 0, first: str = "") -> str:
     """The first decoder of a task that a network's outputs fit.
 
     Args:
         task: of `DECODERS`.
         samples: outputs of real images by name, float32 `[B, ...]`.
         labels: how many there are; 0 if nobody has said.
+        first: a decoder to try before the others.
 
     Raises:
         OutputError: they fit none; the message says what they would fit, or what to look at.
     """
     ambiguities = []
-    for name, decoder in DECODERS[task].items():
+    for name, decoder in sorted(DECODERS[task].items(), key=lambda item: item[0] != first):
         try:
             decoder.assign_roles(samples, labels)
             return name
         except AmbiguityError as error:
-            if not labels or len({samples[output].shape for output in error.names}) == 1:
+            if name == first:
+                raise
+            shapes = {samples[output].shape[1:] for output in error.names}
+            if not labels or len(shapes) == 1 or max(map(len, shapes)) == 1:  # others are one stride's, and a part
                 ambiguities.append(f"of decoder {name}, {error}")
         except OutputError:
             continue
-    shapes = ", ".join(f"{name} {list(values.shape[1:])}" for name, values in samples.items())
+    given = ", ".join(f"{name} {list(values.shape[1:])}" for name, values in samples.items())
     if count := _count_labels(task, samples, labels):
         remedy = f"they fit {count} labels: correct these"
     elif other := _find_other(task, samples, labels):
@@ -180,9 +184,10 @@ def suggest(task: str, samples: Arrays, labels: int = 0) -> str:
     elif ambiguities:
         remedy = ambiguities[0]
     else:
-        remedy = "export the model with its post-processing in it, or name other `outputs`"
+        lists = ", those of several strides as a list" if "anchor_free" in DECODERS[task] else ""
+        remedy = f"export the model with its post-processing in it, or name other `outputs`{lists}"
     raise OutputError(
-        f"the outputs {shapes} fit no decoder of task {task}{f' for {labels} labels' if labels else ''}; {remedy}; "
+        f"the outputs {given} fit no decoder of task {task}{f' for {labels} labels' if labels else ''}; {remedy}; "
         "conf/cards/README.md lists what decoders take"
     )
 

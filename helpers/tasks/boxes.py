@@ -5,6 +5,8 @@ Boxes are corners x1, y1, x2, y2, float32, in pixels. Executors import this modu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
 from typing import Any, Literal
 
 import cv2
@@ -15,8 +17,11 @@ from helpers.images.geometry import Placement, place
 from helpers.images.rle import Mask
 from helpers.tasks.interface import OutputError, Prediction
 
+Order = Literal["xy", "yx"]
 BoxFormat = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
 SIDES = ("x1", "y1", "x2", "y2")
+STRIDES = (4, 8, 16, 32, 64, 128)  # of grids, in pixels of the input; a network has some that follow each other
+MOST_ANCHORS = 9  # of a cell
 LARGEST_RELATIVE = 1.5  # coordinates relative to the input reach so far at most; boxes may reach beyond it
 
 
@@ -52,6 +57,42 @@ def to_corners(boxes: np.ndarray, box_format: BoxFormat) -> np.ndarray:
 def to_input(boxes: np.ndarray, placement: Placement) -> np.ndarray:
     """Boxes `[n, 4]` relative to the network's input, 0 to 1, in its pixels."""
     return boxes * np.array(placement.input * 2, np.float32)
+
+
+@lru_cache(maxsize=8)  # of images of any size each has its own
+def make_cells(rows: int, input_size: tuple[int, int], levels: int = 0) -> np.ndarray:
+    """The cells of a network's grids, whose strides the number of candidates tells.
+
+    Args:
+        rows: the number of candidates: of all cells, the smallest stride's first, each once or once per anchor.
+        input_size: width and height of the network's input, in pixels.
+        levels: the number of grids; 0 if nobody has said.
+
+    Returns:
+        For each candidate the column and the row of its cell, and the stride in pixels, float32 `[rows, 3]`.
+
+    Raises:
+        OutputError: no grids have so many cells.
+    """
+    runs = [STRIDES[first:stop] for first, stop in combinations(range(len(STRIDES) + 1), 2)]
+    grids = [
+        [(s, *(-(-side // s) for side in input_size)) for s in run] for run in runs if len(run) == (levels or len(run))
+    ]
+    for anchors in range(1, MOST_ANCHORS + 1):
+        for sizes in grids:
+            if rows == anchors * sum(width * height for _, width, height in sizes):
+                cells = [np.stack([*np.meshgrid(range(w), range(h)), np.full((h, w), s)], -1) for s, w, h in sizes]
+                places = np.concatenate([grid.reshape(-1, 3) for grid in cells])
+                return np.repeat(places, anchors, axis=0).astype(np.float32)
+    raise OutputError(
+        f"no grids of {', '.join(map(str, STRIDES))} pixels in an input of {' x '.join(map(str, input_size))} have "
+        f"{rows} cells: mend the input's size"
+    )
+
+
+def in_order(points: np.ndarray, order: Order) -> np.ndarray:
+    """Points `[..., 2]` of either order as x, y."""
+    return points[..., ::-1] if order == "yx" else points
 
 
 def clip(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:

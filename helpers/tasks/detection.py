@@ -8,13 +8,14 @@ import numpy as np
 from helpers.bundle.manifest import Manifest
 from helpers.errors import BundleError, ConfigError, check_parameters
 from helpers.images.geometry import place
-from helpers.tasks import yolo
+from helpers.tasks import centernet, yolo
 from helpers.tasks.boxes import (
     LARGEST_RELATIVE,
     BoxFormat,
     Detections,
     clip,
     locate,
+    make_cells,
     suggest_format,
     suppress,
     to_corners,
@@ -60,7 +61,7 @@ class EndToEndParameters:
 
 
 @dataclass(frozen=True)
-class CandidateParameters:
+class ChoiceParameters:
     """How detections are chosen from candidates that are many.
 
     Attributes:
@@ -70,8 +71,6 @@ class CandidateParameters:
         max_detections: of an image.
         background: where the scores of no object stand among the classes', if anywhere.
         activation: from the output to scores.
-        box_format: order of a box's numbers.
-        relative: the numbers are relative to the network's input, 0 to 1, and not its pixels.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -83,24 +82,36 @@ class CandidateParameters:
     max_detections: int = 200
     background: Literal["first", "last", "none"] = "first"
     activation: Literal["softmax", "sigmoid", "none"] = "none"
-    box_format: BoxFormat = "xyxy"
-    relative: bool = False
 
     def __post_init__(self) -> None:
         check_parameters(self)
 
+    def activate(self, outputs: np.ndarray) -> np.ndarray:
+        """The scores of outputs `[A, C]`."""
+        return outputs if self.activation == "none" else ACTIVATIONS[self.activation](outputs)
+
 
 @dataclass(frozen=True)
-class SsdParameters:
+class CandidateParameters(ChoiceParameters):
+    """What candidates' boxes mean, and which are chosen.
+
+    Attributes:
+        box_format: order of a box's numbers.
+        relative: the numbers are relative to the network's input, 0 to 1, and not its pixels.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    box_format: BoxFormat = "xyxy"
+    relative: bool = False
+
+
+@dataclass(frozen=True)
+class SsdParameters(ChoiceParameters):
     """How offsets from anchors become boxes (Liu et al., SSD, section 2.2), and which are chosen.
 
     Attributes:
-        score_threshold: a class's score at an anchor is above.
-        nms_threshold: intersection over union above which a box is suppressed, within a class.
-        top_k: candidates per class.
-        max_detections: of an image.
-        background: where the scores of no object stand among the classes', if anywhere.
-        activation: from the output to scores.
         variances: the scale of offsets of centers and of sizes, two numbers or one per number of a box.
         order: of the offsets: `xy`, or `yx` as TensorFlow has them.
         sizes: `log` if offsets of sizes are logarithms of growth; `linear` if they are growth itself.
@@ -109,11 +120,6 @@ class SsdParameters:
         ConfigError: a value is of the wrong type or out of range.
     """
 
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
-    top_k: int = 400
-    max_detections: int = 200
-    background: Literal["first", "last", "none"] = "first"
     activation: Literal["softmax", "sigmoid", "none"] = "softmax"
     variances: tuple[float, ...] = (0.1, 0.1, 0.2, 0.2)
     order: Literal["xy", "yx"] = "xy"
@@ -128,6 +134,37 @@ class SsdParameters:
     def scale(self) -> np.ndarray:
         """Of each number of a box, float32 `[4]`."""
         return np.repeat(self.variances, 4 // len(self.variances)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class AnchorFreeParameters(ChoiceParameters):
+    """How the cells of grids become boxes (Tian et al., FCOS, section 3.1), and which are chosen.
+
+    Attributes:
+        center: where in its cell a candidate's point is: 0.5 for the middle, 0 for the left upper corner.
+        boxes: `distances` from the point to the left, top, right and bottom; or `offsets` of the center from the point
+            and logarithms of width and height.
+        unit: of distances, offsets and landmarks: the cell's `stride`, or a `pixel` of the input.
+        objectness: how scores are combined with it: `root` of the product, or `product`.
+        first: of one table of `predictions`: the columns of `boxes` or of `scores`.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    background: Literal["first", "last", "none"] = "none"
+    center: float = 0.5
+    boxes: Literal["distances", "offsets"] = "distances"
+    unit: Literal["stride", "pixel"] = "stride"
+    objectness: Literal["root", "product"] = "root"
+    first: Literal["boxes", "scores"] = "boxes"
+
+    def locate(self, rows: int, input_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """The candidates' points, in pixels of the input, and their units, float32 `[rows, 2]` and `[rows, 1]`."""
+        cells = make_cells(rows, input_size)
+        strides = cells[:, 2:]
+        units = strides if self.unit == "stride" else np.ones_like(strides)
+        return (cells[:, :2] + np.float32(self.center)) * strides, units
 
 
 @dataclass(frozen=True)
@@ -217,7 +254,9 @@ def _decode_candidates(
     placement = place(manifest.input, size)
     boxes = to_corners(outputs["boxes"].reshape(-1, 4), parameters.box_format)
     boxes = to_input(boxes, placement) if parameters.relative else boxes
-    return to_predictions(_choose(boxes, outputs["scores"], size, manifest, parameters), manifest.labels)
+    scores = outputs["scores"] if len(outputs["scores"]) == len(boxes) else outputs["scores"].T
+    scores = parameters.activate(scores)
+    return to_predictions(_choose(boxes, scores, size, manifest, parameters), manifest.labels)
 
 
 def find_anchored(
@@ -246,7 +285,64 @@ def find_anchored(
         centers = priors[:, :2] + steps[:, :2] * priors[:, 2:]
         growth = np.exp(np.minimum(steps[:, 2:], LARGEST_GROWTH)) if parameters.sizes == "log" else steps[:, 2:]
         boxes = to_corners(np.concatenate([centers, priors[:, 2:] * growth], axis=1), "cxcywh")
-    return _choose(to_input(boxes, place(manifest.input, size)), outputs["scores"], size, manifest, parameters)
+    scores = parameters.activate(outputs["scores"])
+    return _choose(to_input(boxes, place(manifest.input, size)), scores, size, manifest, parameters)
+
+
+def find_around_cells(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: AnchorFreeParameters
+) -> Detections:
+    """The detections of one image from a network that gives boxes around the cells of grids.
+
+    Args:
+        outputs: `scores [A, C]`, and `distances [A, 4]` or their distributions `[A, 4 * bins]` (Li et al., Generalized
+            Focal Loss); or `predictions` with both side by side; perhaps `objectness [A]` or `[A, 1]`.
+        size: of the image: width and height.
+        manifest: for the input and the labels.
+        parameters: of the boxes and scores.
+
+    Raises:
+        OutputError: no grids have so many cells.
+    """
+    if "predictions" in outputs:
+        outputs = {**outputs, **_divide(outputs["predictions"], len(manifest.labels), parameters.first)}
+    scores = parameters.activate(outputs["scores"])
+    if "objectness" in outputs:
+        scores = scores * parameters.activate(outputs["objectness"].reshape(-1, 1))
+        scores = np.sqrt(np.maximum(scores, 0)) if parameters.objectness == "root" else scores
+    points, units = parameters.locate(len(scores), place(manifest.input, size).input)
+    rows = np.flatnonzero(scores.max(axis=1) > parameters.score_threshold)
+    with np.errstate(over="ignore", invalid="ignore"):
+        numbers = outputs["distances"][rows].reshape(len(rows), 4, outputs["distances"].shape[1] // 4)
+        bins = numbers.shape[2]
+        sides = softmax(numbers, axis=2) @ np.arange(bins, dtype=np.float32) if bins > 1 else numbers[:, :, 0]
+        if parameters.boxes == "offsets":
+            centers, half = points[rows] + sides[:, :2] * units[rows], np.exp(sides[:, 2:]) * units[rows] / 2
+            boxes = np.concatenate([centers - half, centers + half], axis=1)
+        else:
+            low, high = sides[:, :2] * units[rows], sides[:, 2:] * units[rows]
+            boxes = np.concatenate([points[rows] - low, points[rows] + high], axis=1)
+    detections = _choose(boxes, scores[rows], size, manifest, parameters)
+    return replace(detections, rows=rows[detections.rows])
+
+
+def _decode_anchor_free(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: AnchorFreeParameters, arrays: Arrays
+) -> list[Prediction]:
+    return to_predictions(find_around_cells(outputs, size, manifest, parameters), manifest.labels)
+
+
+def _decode_centernet(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: centernet.Parameters, arrays: Arrays
+) -> list[Prediction]:
+    detections, _ = centernet.find_objects(outputs, size, manifest, parameters)
+    return to_predictions(detections, manifest.labels)
+
+
+def _divide(table: np.ndarray, labels: int, first: str) -> dict[str, np.ndarray]:
+    """The scores and distances of a table `[..., labels + 4 * bins]`."""
+    columns = np.split(table, [labels if first == "scores" else table.shape[-1] - labels], axis=-1)
+    return dict(zip(("scores", "distances") if first == "scores" else ("distances", "scores"), columns, strict=True))
 
 
 def _decode_ssd(
@@ -257,21 +353,20 @@ def _decode_ssd(
 
 def _choose(
     boxes: np.ndarray,
-    outputs: np.ndarray,
+    scores: np.ndarray,
     size: tuple[int, int],
     manifest: Manifest,
-    parameters: CandidateParameters | SsdParameters,
+    parameters: ChoiceParameters,
 ) -> Detections:
     """Non-maximum suppression within each class; a box may be of several.
 
     Args:
         boxes: float32 `[A, 4]`, in pixels of the input.
-        outputs: float32 `[A, C]`, or one column more for the background.
+        scores: float32 `[A, C]`, or one column more for the background.
         size: of the image: width and height.
         manifest: for the input and the labels.
         parameters: thresholds.
     """
-    scores = outputs if parameters.activation == "none" else ACTIVATIONS[parameters.activation](outputs)
     if scores.shape[1] > len(manifest.labels):
         scores = scores[:, :-1] if parameters.background == "last" else scores[:, 1:]
     inside = clip(boxes, place(manifest.input, size).input)
@@ -338,6 +433,17 @@ def suggest_ssd(samples: Arrays, labels: int) -> dict[str, Any]:
     return {"activation": "sigmoid"} if samples["scores"].shape[-1] == labels else {}
 
 
+def suggest_anchor_free(samples: Arrays, labels: int) -> dict[str, Any]:
+    """The order of a table's columns and the activation, which scores tell; see `Decoder`."""
+    parameters = {}
+    if "predictions" in samples:
+        tables = {first: _divide(samples["predictions"], labels, first) for first in ("boxes", "scores")}
+        if are_shares(tables["scores"]["scores"]):
+            parameters["first"] = "scores"
+        samples = tables[parameters.get("first", "boxes")]
+    return parameters if are_shares(samples["scores"]) else {**parameters, "activation": "sigmoid"}
+
+
 def _suggest_detr(samples: Arrays, labels: int) -> dict[str, Any]:
     return {"activation": "sigmoid"} if samples["logits"].shape[-1] == labels else {}
 
@@ -383,10 +489,14 @@ TABLE = [
 ]
 CANDIDATES = [
     Role("boxes", ("A 4", "A 1 4"), _are_corners),
-    Role("scores", ("A C", "A 1+C"), are_shares, values="from 0 to 1"),
+    Role("scores", ("A C", "A 1+C", "C A"), are_shares, values="from 0 to 1"),
 ]
 SCORES = Role("scores", ("A C", "A 1+C"))
 SSD = [Role("offsets", ("A 4",)), SCORES]
+OBJECTNESS = Role("objectness", ("A 1", "A"), optional=True, word="obj")
+# Distances from 0 on, or their distributions over 8, 16 or 17 bins.
+DISTANCES = [Role("scores", ("A C",)), Role("distances", ("A 4", "A 32", "A 64", "A 68"))]
+DISTANCE_TABLE = Role("predictions", ("A 4+C", "A 32+C", "A 64+C", "A 68+C"))
 # Networks with objectness give a row per anchor: a column more of the others is a class that lacks a label.
 YOLO = [Role("predictions", ("4+C A", "A 4+C", "A 5+C"))]
 DETR = [
@@ -407,4 +517,14 @@ DECODERS = {
     ),
     "ssd": make_decoder(_decode_ssd, SsdParameters, SSD, suggest=suggest_ssd),
     "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
+    "anchor_free": make_decoder(
+        _decode_anchor_free,
+        AnchorFreeParameters,
+        [*DISTANCES, OBJECTNESS],
+        [DISTANCE_TABLE, OBJECTNESS],
+        suggest=suggest_anchor_free,
+    ),
+    "centernet": make_decoder(
+        _decode_centernet, centernet.Parameters, centernet.ROLES, suggest=centernet.suggest_parameters
+    ),
 }

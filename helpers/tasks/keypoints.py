@@ -8,23 +8,27 @@ import numpy as np
 from helpers.bundle.manifest import Manifest
 from helpers.errors import check_parameters
 from helpers.images.geometry import Placement, place
-from helpers.tasks import yolo
-from helpers.tasks.boxes import LARGEST_RELATIVE, Detections, clip, locate, suppress, to_predictions
+from helpers.tasks import centernet, yolo
+from helpers.tasks.boxes import LARGEST_RELATIVE, Detections, Order, clip, in_order, to_predictions
 from helpers.tasks.classification import sigmoid
 from helpers.tasks.detection import (
     BOXES,
+    DISTANCES,
+    OBJECTNESS,
     SCORES,
+    AnchorFreeParameters,
     EndToEndParameters,
     SsdParameters,
     find_anchored,
+    find_around_cells,
     find_end_to_end,
+    suggest_anchor_free,
     suggest_end_to_end,
     suggest_ssd,
 )
 from helpers.tasks.interface import Arrays, OutputError, Prediction
 from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
 
-Order = Literal["xy", "yx"]
 FEWEST_NUMBERS = 3  # of an output; fewer are no points of an object
 
 
@@ -81,42 +85,12 @@ class PointParameters(SingleParameters):
     activation: Literal["none", "sigmoid"] = "none"
 
 
-@dataclass(frozen=True)
-class CenterParameters:
-    """How centers on a map become objects; the defaults are those of CenterFace (Xu et al., 2019).
-
-    Attributes:
-        score_threshold: a center's probability is above.
-        nms_threshold: intersection over union above which a box is suppressed, within a class.
-        max_detections: of an image.
-        order: of sizes, offsets and landmarks.
-        sizes: `log` if they are logarithms, of a unit of 4 pixels of the input; `cells` if they are cells of the map.
-        center: where in its cell a center is that has no offset.
-        landmarks: `box` if they are relative to the box, from its left upper corner; `center` if they are cells of the
-            map, from the center's own.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
-    """
-
-    score_threshold: float = 0.3
-    nms_threshold: float = 0.3
-    max_detections: int = 300
-    order: Order = "yx"
-    sizes: Literal["log", "cells"] = "log"
-    center: float = 0.5
-    landmarks: Literal["box", "center"] = "box"
-
-    def __post_init__(self) -> None:
-        check_parameters(self)
-
-
 def _decode_end_to_end(
     outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: KeypointParameters, arrays: Arrays
 ) -> list[Prediction]:
     detections = find_end_to_end(outputs, size, manifest, parameters)
     values = outputs["keypoints"][detections.rows]
-    points = _ordered(values[..., :2], parameters.order)
+    points = in_order(values[..., :2], parameters.order)
     points = points * np.array(detections.placement.input, np.float32) if parameters.relative else points
     if "keypoint_scores" in outputs:
         scores = outputs["keypoint_scores"][detections.rows]
@@ -148,10 +122,9 @@ def _decode_ssd(
     own = landmarks[detections.rows].reshape(len(detections.rows), landmarks.shape[1] // 2, 2)
     anchors = arrays["priors.npy"][detections.rows, None]
     with np.errstate(over="ignore", invalid="ignore"):
-        points = anchors[..., :2] + _ordered(own, parameters.order) * parameters.scale[:2] * anchors[..., 2:]
+        points = anchors[..., :2] + in_order(own, parameters.order) * parameters.scale[:2] * anchors[..., 2:]
         points = points * np.array(detections.placement.input, np.float32)
-    scores = np.broadcast_to(detections.scores[:, None], points.shape[:2])
-    return to_predictions(detections, manifest.labels, keypoints=_to_image(points, scores, detections.placement))
+    return to_predictions(detections, manifest.labels, keypoints=_with_score(points, detections))
 
 
 def _decode_points(
@@ -159,7 +132,7 @@ def _decode_points(
 ) -> list[Prediction]:
     values = _rows(outputs["points"], parameters.numbers)
     placement = place(manifest.input, size)
-    points = _ordered(values[:, :2], parameters.order)
+    points = in_order(values[:, :2], parameters.order)
     points = points * np.array(placement.input, np.float32) if parameters.relative else points
     scores = np.ones(len(points), np.float32)
     if "scores" in outputs:  # of each point, or of all
@@ -228,48 +201,33 @@ def _decode_simcc(
 
 
 def _decode_centernet(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: CenterParameters, arrays: Arrays
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: centernet.Parameters, arrays: Arrays
 ) -> list[Prediction]:
-    heatmap, placement = outputs["heatmap"], place(manifest.input, size)
-    stride = np.divide(placement.input, heatmap.shape[:0:-1]).astype(np.float32)
-    classes, rows, columns = np.nonzero(heatmap > parameters.score_threshold)
-    scores, cells = heatmap[classes, rows, columns], np.stack([columns, rows], axis=1).astype(np.float32)
-    roles = [role for role in outputs if role != "heatmap"]
-    values = {role: _ordered_rows(outputs[role], rows, columns, parameters.order) for role in roles}
-    with np.errstate(over="ignore", invalid="ignore"):
-        centers = (cells + values["offsets"] + np.float32(parameters.center)) * stride
-        sizes = np.exp(values["sizes"]) * 4 if parameters.sizes == "log" else values["sizes"] * stride
-        boxes = np.concatenate([centers - sizes / 2, centers + sizes / 2], axis=1)
-    usable = np.isfinite(boxes).all(axis=1)
-    kept = np.flatnonzero(usable)[suppress(boxes[usable], scores[usable], parameters.nms_threshold, classes[usable])]
-    detections = locate(boxes[kept], classes[kept], scores[kept], manifest, size, parameters.max_detections)
-    kept = kept[detections.rows]
-    keypoints = None
-    if "landmarks" in outputs:
-        landmarks = values["landmarks"][kept].reshape(len(kept), len(outputs["landmarks"]) // 2, 2)
-        if parameters.landmarks == "box":
-            points = boxes[kept, None, :2] + landmarks * sizes[kept, None]
-        else:
-            points = (cells[kept, None] + landmarks) * stride
-        keypoints = _to_image(points, np.broadcast_to(scores[kept, None], points.shape[:2]), placement)
+    detections, points = centernet.find_objects(outputs, size, manifest, parameters)
+    keypoints = _with_score(points, detections) if "landmarks" in outputs else None
     return to_predictions(detections, manifest.labels, keypoints=keypoints)
 
 
-def _ordered(points: np.ndarray, order: Order) -> np.ndarray:
-    """Points `[..., 2]` as x, y."""
-    return points[..., ::-1] if order == "yx" else points
-
-
-def _ordered_rows(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, order: Order) -> np.ndarray:
-    """The numbers of some cells of maps `[2 * n, h, w]`, as pairs x, y: `[cells, 2 * n]`."""
-    numbers = values[:, rows, columns].T
-    return _ordered(numbers.reshape(len(numbers), len(values) // 2, 2), order).reshape(numbers.shape)
+def _decode_anchor_free(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: AnchorFreeParameters, arrays: Arrays
+) -> list[Prediction]:
+    detections, landmarks = find_around_cells(outputs, size, manifest, parameters), outputs["landmarks"]
+    points, units = parameters.locate(len(landmarks), detections.placement.input)
+    own = landmarks[detections.rows].reshape(len(detections.rows), landmarks.shape[1] // 2, 2)
+    with np.errstate(over="ignore", invalid="ignore"):
+        own = points[detections.rows, None] + own * units[detections.rows, None]
+    return to_predictions(detections, manifest.labels, keypoints=_with_score(own, detections))
 
 
 def _to_image(points: np.ndarray, scores: np.ndarray, placement: Placement) -> np.ndarray:
     """Points `[n, K, 2]` in the input's pixels and their scores `[n, K]`, as `[n, K, 3]` in the image's."""
     located = clip(placement.to_image(np.ascontiguousarray(points)), placement.image)
     return np.concatenate([located, scores[..., None]], axis=-1)
+
+
+def _with_score(points: np.ndarray, detections: Detections) -> np.ndarray:
+    """Points `[n, K, 2]` in the input's pixels that have their detection's score, as `_to_image` returns them."""
+    return _to_image(points, np.broadcast_to(detections.scores[:, None], points.shape[:2]), detections.placement)
 
 
 def _tell_single(
@@ -302,13 +260,6 @@ POINTS = [
     Role("scores", ("K", "K 1", "1", "1 1 1"), optional=True),
 ]
 YOLO = [Role("predictions", ("4+C+3K A", "A 4+C+3K", "A 5+C+3K"))]
-CENTERNET = [
-    Role("heatmap", ("C H W",), are_shares, values="from 0 to 1"),
-    Role("sizes", ("2 H W",)),
-    Role("offsets", ("2 H W",), lambda values: bool(abs(values).max(initial=0) <= 1), values="from -1 to 1"),
-    Role("landmarks", ("2K H W",), optional=True),
-]
-
 DECODERS = {
     "end_to_end": make_decoder(_decode_end_to_end, KeypointParameters, KEYPOINTS, suggest=suggest_end_to_end),
     "points": make_decoder(_decode_points, PointParameters, POINTS, suggest=_suggest_points),
@@ -319,8 +270,19 @@ DECODERS = {
         [Role("offsets", ("A 4+2K",)), SCORES],
         suggest=suggest_ssd,
     ),
+    "anchor_free": make_decoder(
+        _decode_anchor_free,
+        AnchorFreeParameters,
+        [*DISTANCES, Role("landmarks", ("A 2K",)), OBJECTNESS],
+        suggest=suggest_anchor_free,
+    ),
     "simcc": make_decoder(_decode_simcc, SingleParameters, [Role("simcc_x", ("K X",)), Role("simcc_y", ("K Y",))]),
     "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
-    "centernet": make_decoder(_decode_centernet, CenterParameters, CENTERNET),
+    "centernet": make_decoder(
+        _decode_centernet,
+        centernet.Parameters,
+        [*centernet.ROLES, centernet.LANDMARKS],
+        suggest=centernet.suggest_parameters,
+    ),
     "heatmap": make_decoder(_decode_heatmap, SingleParameters, [Role("heatmap", ("K H W",))]),
 }

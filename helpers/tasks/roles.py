@@ -29,6 +29,7 @@ class Role:
         fits: whether values of real images, float32 `[B, ...]`, can be those of the role.
         optional: whether the decoder does without it.
         values: what `fits` asks for, for a message.
+        word: what makers' names of such outputs have in them; the role's own name if empty.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Role:
     fits: Callable[[np.ndarray], bool] = lambda values: True
     optional: bool = False
     values: str = ""
+    word: str = ""
 
     def __str__(self) -> str:
         shapes = " or ".join(f"[{', '.join(shape.split())}]" for shape in self.shapes)
@@ -134,7 +136,7 @@ def _assign(roles: Sequence[Role], samples: Arrays, labels: int) -> dict[str, st
     choices = [choice for choice in _choices(roles, candidates) if _agree(roles, choice, shapes, labels)]
     if not choices:
         raise OutputError(f"no outputs together are {', '.join(map(str, roles))}")
-    ranks = [_rank(choice) for choice in choices]
+    ranks = [_rank(roles, choice) for choice in choices]
     best = [choice for choice, rank in zip(choices, ranks, strict=True) if rank == max(ranks)]
     if len(best) > 1:
         role = next(role for role in roles if len({choice.get(role.name) for choice in best}) > 1)
@@ -215,9 +217,10 @@ def _agree(roles: Sequence[Role], choice: dict[str, str], shapes: Shapes, labels
     return True
 
 
-def _rank(choice: dict[str, str]) -> tuple[int, int]:
+def _rank(roles: Sequence[Role], choice: dict[str, str]) -> tuple[int, int]:
     """More roles are better; names decide only between choices that shapes and ranges cannot tell apart."""
-    return len(choice), sum(role.rstrip("s") in name.lower() for role, name in choice.items())
+    words = {role.name: role.word or role.name.rstrip("s") for role in roles}
+    return len(choice), sum(words[role] in name.lower() for role, name in choice.items())
 
 
 def _list(shapes: Shapes) -> str:

@@ -8,10 +8,8 @@ import numpy as np
 from helpers.bundle.manifest import Manifest
 from helpers.errors import check_parameters
 from helpers.images.geometry import place
-from helpers.tasks.boxes import LARGEST_RELATIVE, Detections, locate, suppress, to_corners, to_input
-from helpers.tasks.interface import Arrays, OutputError
-
-STRIDES = (8, 16, 32)  # of a raw output's grids, in pixels of the input
+from helpers.tasks.boxes import LARGEST_RELATIVE, Detections, locate, make_cells, suppress, to_corners, to_input
+from helpers.tasks.interface import Arrays
 
 
 @dataclass(frozen=True)
@@ -23,8 +21,8 @@ class Parameters:
         nms_threshold: intersection over union above which a box is suppressed.
         max_detections: of an image.
         class_agnostic: boxes suppress those of other classes too.
-        grid: `strides` if boxes are raw, as YOLOX gives them: offsets from the cells of grids of 8, 16 and 32 pixels,
-            and logarithms of sizes; `decoded` if they are boxes.
+        grid: `strides` if boxes are raw, as YOLOX gives them: offsets from the cells of grids, such as those of 8, 16
+            and 32 pixels, and logarithms of sizes; `decoded` if they are boxes.
         relative: the numbers of boxes are relative to the network's input, 0 to 1, and not its pixels.
 
     Raises:
@@ -80,7 +78,8 @@ def find_objects(
     raw = table[:4, candidates].T
     with np.errstate(over="ignore", invalid="ignore"):
         if parameters.grid == "strides":
-            raw = _decode_grid(raw, candidates, table.shape[1], placement.input)
+            cells = make_cells(table.shape[1], placement.input)[candidates]
+            raw = np.concatenate([raw[:, :2] + cells[:, :2], np.exp(raw[:, 2:])], axis=1) * cells[:, 2:]
         boxes = to_corners(raw, "cxcywh")
         boxes = to_input(boxes, placement) if parameters.relative else boxes
     usable = np.isfinite(boxes).all(axis=1)
@@ -97,17 +96,3 @@ def _orient(predictions: np.ndarray, numbers: int) -> np.ndarray:
     if all(sides):  # there are more anchors than numbers
         return predictions if predictions.shape[0] <= predictions.shape[1] else predictions.T
     return predictions if sides[0] else predictions.T
-
-
-def _decode_grid(raw: np.ndarray, candidates: np.ndarray, anchors: int, input_size: tuple[int, int]) -> np.ndarray:
-    """Offsets from cells, in cells, and logarithms of sizes to centers and sizes in pixels."""
-    width, height = input_size
-    grids = [(width // stride, height // stride, stride) for stride in STRIDES]
-    if sum(columns * rows for columns, rows, _ in grids) != anchors:
-        raise OutputError(
-            f"grids of {STRIDES} pixels in {width} x {height} have not {anchors} cells: mend the input's size"
-        )
-    cells = [np.stack([*np.meshgrid(np.arange(c), np.arange(r)), np.full((r, c), s)], -1) for c, r, s in grids]
-    places = np.concatenate([grid.reshape(-1, 3) for grid in cells]).astype(np.float32)[candidates]
-    strides = places[:, 2:]
-    return np.concatenate([(raw[:, :2] + places[:, :2]) * strides, np.exp(raw[:, 2:]) * strides], axis=1)

@@ -1,0 +1,105 @@
+"""What the decoders of centers on a map share: CenterNet (Zhou et al., Objects as Points) and CenterFace."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+
+from helpers.bundle.manifest import Manifest
+from helpers.errors import check_parameters
+from helpers.images.geometry import place
+from helpers.tasks.boxes import Detections, Order, in_order, locate, suppress
+from helpers.tasks.classification import sigmoid
+from helpers.tasks.interface import Arrays
+from helpers.tasks.roles import Role, are_shares
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How centers on a map become objects; the defaults are those of CenterFace (Xu et al., 2019).
+
+    Attributes:
+        score_threshold: a center's probability is above.
+        nms_threshold: intersection over union above which a box is suppressed, within a class; 1 suppresses none.
+        max_detections: of an image.
+        activation: from the heat map to probabilities.
+        peaks: centers are only the cells that no neighbor exceeds, as CenterNet has them.
+        order: of sizes, offsets and landmarks.
+        sizes: `log` if they are logarithms, of a unit of 4 pixels of the input; `cells` if they are cells of the map.
+        center: where in its cell a center is that has no offset.
+        landmarks: `box` if they are relative to the box, from its left upper corner; `center` if they are cells of the
+            map, from the center's own.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    score_threshold: float = 0.3
+    nms_threshold: float = 0.3
+    max_detections: int = 300
+    activation: Literal["none", "sigmoid"] = "none"
+    peaks: bool = False
+    order: Order = "yx"
+    sizes: Literal["log", "cells"] = "log"
+    center: float = 0.5
+    landmarks: Literal["box", "center"] = "box"
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+def suggest_parameters(samples: Arrays, labels: int) -> dict[str, Any]:
+    """The activation that the heat map tells; see `Decoder`."""
+    return {} if are_shares(samples["heatmap"]) else {"activation": "sigmoid"}
+
+
+def find_objects(
+    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: Parameters
+) -> tuple[Detections, np.ndarray]:
+    """Detect the objects of one image.
+
+    Args:
+        outputs: `heatmap [C, H, W]`, `sizes [2, H, W]`, `offsets [2, H, W]` and perhaps `landmarks [2 * K, H, W]`.
+        size: of the image: width and height.
+        manifest: for the input and the labels.
+        parameters: of the maps.
+
+    Returns:
+        The detections, and their landmarks in pixels of the input, float32 `[n, K, 2]`.
+    """
+    heatmap, placement = outputs["heatmap"], place(manifest.input, size)
+    heatmap = sigmoid(heatmap) if parameters.activation == "sigmoid" else heatmap
+    stride = np.divide(placement.input, heatmap.shape[:0:-1]).astype(np.float32)
+    is_center = heatmap > parameters.score_threshold
+    if parameters.peaks:
+        is_center &= heatmap == np.stack([cv2.dilate(one, np.ones((3, 3), np.uint8)) for one in heatmap])
+    classes, rows, columns = np.nonzero(is_center)
+    scores, cells = heatmap[classes, rows, columns], np.stack([columns, rows], axis=1).astype(np.float32)
+    values = {
+        role: in_order(maps[:, rows, columns].T.reshape(len(rows), len(maps) // 2, 2), parameters.order)
+        for role, maps in outputs.items()
+        if role != "heatmap"
+    }
+    with np.errstate(over="ignore", invalid="ignore"):
+        centers = (cells + values["offsets"][:, 0] + np.float32(parameters.center)) * stride
+        sizes = values["sizes"][:, 0]
+        sizes = np.exp(sizes) * 4 if parameters.sizes == "log" else sizes * stride
+        boxes = np.concatenate([centers - sizes / 2, centers + sizes / 2], axis=1)
+        landmarks = values.get("landmarks", np.zeros((len(rows), 0, 2), np.float32))
+        if parameters.landmarks == "box":
+            points = boxes[:, None, :2] + landmarks * sizes[:, None]
+        else:
+            points = (cells[:, None] + landmarks) * stride
+    usable = np.flatnonzero(np.isfinite(boxes).all(axis=1))
+    usable = usable[suppress(boxes[usable], scores[usable], parameters.nms_threshold, classes[usable])]
+    detections = locate(boxes[usable], classes[usable], scores[usable], manifest, size, parameters.max_detections)
+    return detections, points[usable[detections.rows]]
+
+
+ROLES = [
+    Role("heatmap", ("C H W",)),
+    Role("sizes", ("2 H W",)),
+    Role("offsets", ("2 H W",), lambda values: bool(abs(values).max(initial=0) <= 1), values="from -1 to 1"),
+]
+LANDMARKS = Role("landmarks", ("2K H W",), optional=True)
