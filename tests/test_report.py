@@ -84,7 +84,8 @@ def shown(browser, page):
 
 def report(output: Path, against: Path | None = None, **settings) -> Path:
     config = load_config("local", **settings)
-    return Path(make_report(open_storage(str(output)), config, against and open_storage(str(against))))
+    other = against and ResultStore(open_storage(str(against)))
+    return Path(make_report(ResultStore(open_storage(str(output))), config, other))
 
 
 def data_of(page: Path) -> dict:
@@ -490,13 +491,14 @@ def test_the_whole_table_is_counted_and_the_sample_has_every_class_and_error(tmp
 def test_of_a_long_table_few_rows_are_held_and_all_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "HELD_ROWS", 300)
     store = ResultStore(open_storage(str(many(tmp_path, 2000))))
-    surveyed = survey.Survey([store])
+    outputs = [(store.storage, store.files())]
+    surveyed = survey.Survey(outputs)
     assert sum(map(len, surveyed._held)) <= 300
     assert surveyed.sides[0].images == 2000 and surveyed.sides[0].predictions == 1980
     chosen = surveyed.choose(100)
     assert chosen["hash"].nunique() == 100
     monkeypatch.undo()
-    everything = survey.Survey([store])
+    everything = survey.Survey(outputs)
     assert len(everything.choose(100)) == 100
 
 
@@ -511,7 +513,7 @@ def test_the_page_of_a_run_counts_the_newest_rows_of_a_long_table_and_says_so(tm
         (3, 4, "All 4 "),
         (None, 4, "All 4 "),
     ):
-        make_report(storage, load_config("local"), most_rows=most)
+        make_report(store, load_config("local"), most_rows=most)
         data = data_of(tmp_path / "report" / "index.html")
         assert data["sample"]["total"] == images and data["counted"].startswith(start), most
 

@@ -38,7 +38,7 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -155,6 +155,11 @@ class ResultStore:
         return self.storage.join(RESULTS)
 
     @property
+    def output(self) -> str:
+        """What a run calls it."""
+        return self.location.removesuffix(f"/{RESULTS}")
+
+    @property
     def folders(self) -> list[str]:
         """What is below the output of ours, and is no source of images."""
         return [self.storage.join(name) for name in (RESULTS, PICTURES, REPORT, RUNS, STAGING)]
@@ -243,12 +248,19 @@ class ResultStore:
         paths = self._list(RESULTS)[0] if version is NONE else [f"{RESULTS}/{name}" for name in version.files]
         return sorted(paths)
 
-    def newest_files(self, rows: int) -> tuple[list[str], bool]:
-        """The files of the last runs, as many as it takes to have so many rows, and whether these are all files.
+    @contextlib.contextmanager
+    def as_files(self, most_rows: int | None = None) -> Iterator[tuple[list[str], bool]]:
+        """The results as files, paths as of `files`, for the length of a block, and whether these are all results.
+
+        Args:
+            most_rows: the files of the last runs, as many as it takes to have so many rows; None for all.
 
         Raises:
             StorageError: the table is damaged.
         """
+        yield (self.files(), True) if most_rows is None else self._newest_files(most_rows)
+
+    def _newest_files(self, rows: int) -> tuple[list[str], bool]:
         spans = self._table.open().files
         names = sorted(spans, reverse=True)  # which begin with the time of their run
         before = accumulate((spans[name].rows or 0 for name in names), initial=0)

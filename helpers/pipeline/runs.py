@@ -24,7 +24,7 @@ from helpers.memory import trim_heap
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, sail
 from helpers.pipeline.arrivals import ARRIVALS, Arrivals
-from helpers.pipeline.catalog import CatalogStore, open_results
+from helpers.pipeline.catalog import open_results
 from helpers.pipeline.drift import Distributions
 from helpers.pipeline.known import Known
 from helpers.pipeline.listing import Listing
@@ -264,6 +264,10 @@ class Run:
             # Files are drawn, and not the bytes of a table, which Spark would have to look for.
             files = [] if self.table and self.table.columns.content else sorted(self.published)
             pictures = draw_sample(self.task.output, files, self.task.source, config)
+        if config.report and self.tasks.num_rows:
+            places = [] if self.table else [cast(Storage, self.task.source)]
+            with only_warn("the run has no page"):
+                make_report(store, config, sources=places, most_rows=PAGE_ROWS)
         watch.lap("log")
         with only_warn("what was staged could not be removed"):
             store.unstage(self.task.run)
@@ -288,10 +292,6 @@ class Run:
                     log_run(self.tracked, *told, shown())
                 self.tracked.close()
                 self.tracked = None
-            if config.report and not isinstance(store, CatalogStore):
-                places = [] if self.table else [cast(Storage, self.task.source)]
-                with only_warn("the run has no page"):
-                    make_report(self.task.output, config, sources=places, most_rows=PAGE_ROWS)
             watch.lap("log")
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(self.task.output, {**about, **watch.laps})
