@@ -40,7 +40,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     images = str(make_photographs(options.work / f"photos-{options.images}", options.images))
     make_bundle("light", options.work)
-    taken: dict[str, list[tuple[float, float]]] = {"off": [], "on": [], "udf": []}
+    taken: dict[str, list[tuple[float, ...]]] = {"off": [], "on": [], "udf": []}
     with tempfile.TemporaryDirectory() as folder, start_mlflow(Path(folder)) as uri:
         os.environ["MLFLOW_TRACKING_URI"] = uri
         settings = {"paths.models": folder, "paths.runs": folder, "resume": False}
@@ -54,14 +54,17 @@ def main() -> None:
         for turn in range(options.repeats + 1):
             for name, config in configs.items():
                 run = partial(pipeline.run, spark, images, str(options.work / "light"), f"{folder}/{name}", config)
-                taken[name].append(measure(run, servers_own))
-            taken["udf"].append(measure(partial(run_udf, spark, images, predict), servers_own))
+                *seconds, summary = measure(run, servers_own)
+                taken[name].append((*seconds, sum(record["cpu_seconds"] for record in summary.records)))
+            taken["udf"].append(measure(partial(run_udf, spark, images, predict), servers_own)[:2])
             print(turn, {name: values[-1] for name, values in taken.items()}, flush=True)
-    for number, what in enumerate(("wall", "processor")):
-        # The first ones load the model.
-        medians = {name: statistics.median(value[number] for value in values[1:]) for name, values in taken.items()}
-        print(f"{medians['on'] / medians['off']:.2f}  {what} time of a run with MLflow, of one without")
-        print(f"{medians['udf'] / medians['off']:.2f}  {what} time of MLflow's Spark UDF, of a run")
+    # The first ones load the model.
+    off, on, udf = ([statistics.median(each) for each in zip(*turns[1:], strict=True)] for turns in taken.values())
+    print(f"{on[0] / off[0]:.2f}  wall time of a run with MLflow, of one without")
+    print(f"{on[1] / off[1]:.2f}  processor time of a run with MLflow, of one without")
+    print(f"{udf[0] / off[0]:.2f}  wall time of MLflow's Spark UDF, of a run")
+    print(f"{udf[1] / off[1]:.2f}  processor time of MLflow's Spark UDF, of a run")
+    print(f"{udf[1] / off[2]:.2f}  processor time of MLflow's Spark UDF, of a run's tasks")
 
 
 def run_udf(spark: SparkSession, images: str, predict) -> None:
@@ -71,12 +74,13 @@ def run_udf(spark: SparkSession, images: str, predict) -> None:
     table.select(predict(functions.struct("path"))).write.format("noop").mode("overwrite").save()
 
 
-def measure(work: Callable[[], Any], left_out: set[int]) -> tuple[float, float]:
-    """Seconds and processor seconds of some work, in this process and its children but for those left out."""
+def measure(work: Callable[[], Any], left_out: set[int]) -> tuple[float, float, Any]:
+    """Seconds and processor seconds of some work, here and in the children that are not left out; and its result."""
     before, start = processor_seconds(left_out), time.perf_counter()
-    work()
+    result = work()
     wall, after = time.perf_counter() - start, processor_seconds(left_out)
-    return round(wall, 2), round(sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items()), 2)
+    processor = sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items())
+    return round(wall, 2), round(processor, 2), result
 
 
 def processor_seconds(left_out: set[int]) -> dict[int, float]:
