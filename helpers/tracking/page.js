@@ -412,7 +412,7 @@
             make("b", { textContent: score.toFixed(3) }),
           );
           if (state.right >= 0 && own.has(prediction))
-            line.append(make("span", { className: "alone", textContent: "only here" }));
+            line.lastChild.before(make("span", { className: "alone", textContent: "only here" }));
           line.addEventListener("click", () => {
             only = only === prediction ? null : prediction;
             detail();
