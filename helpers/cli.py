@@ -23,6 +23,8 @@ from helpers.redaction import Redacting, redact
 if TYPE_CHECKING:
     import numpy as np
 
+    from helpers.pipeline.results import ResultStore
+
 log = logging.getLogger(__name__)
 
 BUSY = 0.7  # the share of their time in which tasks on local files compute, at least, where nothing disturbs them
@@ -189,12 +191,7 @@ def history(options: argparse.Namespace, config: Config) -> int:
     """The runs that have changed the results of an output."""
     import pandas as pd
 
-    from helpers.pipeline.catalog import open_results
-    from helpers.pipeline.sources import TABLE
-    from helpers.session import get_spark
-
-    spark = get_spark(config) if options.output.startswith(TABLE) else None
-    store = open_results(spark, options.output, config)
+    store = _open_results(options.output, config)
     runs = store.history()
     if not runs:
         raise RunError(f"no run has results in {store.location}; name the --output of one")
@@ -205,23 +202,21 @@ def history(options: argparse.Namespace, config: Config) -> int:
 def report(options: argparse.Namespace, config: Config) -> int:
     """The page of an output's results."""
     from helpers.pipeline.report import make_report
-    from helpers.storage import open_storage
 
     if not config.report:
         raise ConfigError("report is 0, so the page would have no image; set it to a number of images")
-    against = open_storage(options.against, config) if options.against else None
-    print(json.dumps({"report": make_report(open_storage(options.output, config), config, against)}))
+    against = _open_results(options.against, config) if options.against else None
+    print(json.dumps({"report": make_report(_open_results(options.output, config), config, against)}))
     return 0
 
 
 def results(options: argparse.Namespace, config: Config) -> int:
     """An output's results in the format of another tool."""
     from helpers.pipeline.exports import Selection, export_results
-    from helpers.storage import open_storage
 
     selection = Selection(tuple(filter(None, (options.classes or "").split(","))), options.min_score, options.model)
-    output = open_storage(options.output, config)
-    print(json.dumps(export_results(output, options.format, options.to, selection, config)))
+    store = _open_results(options.output, config)
+    print(json.dumps(export_results(store, options.format, options.to, selection, config)))
     return 0
 
 
@@ -233,6 +228,14 @@ def doctor(options: argparse.Namespace, config: Config) -> int:
     for finding in findings:
         print(finding)
     return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _open_results(output: str, config: Config) -> "ResultStore":
+    from helpers.pipeline.catalog import open_results
+    from helpers.pipeline.sources import TABLE
+    from helpers.session import get_spark
+
+    return open_results(get_spark(config) if output.startswith(TABLE) else None, output, config)
 
 
 class _JsonFormatter(logging.Formatter):

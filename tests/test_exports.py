@@ -18,6 +18,7 @@ from helpers.errors import ConfigError, RunError
 from helpers.images import rle
 from helpers.metrics import average_precision
 from helpers.pipeline.exports import Selection, export_results
+from helpers.pipeline.results import ResultStore
 from helpers.storage import open_storage
 
 SIZE = 200, 100
@@ -57,7 +58,9 @@ def output(folder, rows) -> Path:
 
 
 def export(output: Path, kind: str, target: Path, **selection) -> dict:
-    return export_results(open_storage(str(output)), kind, str(target), Selection(**selection), load_config("local"))
+    return export_results(
+        ResultStore(open_storage(str(output))), kind, str(target), Selection(**selection), load_config("local")
+    )
 
 
 def test_coco_loads_in_pycocotools_and_has_the_average_precision_of_the_table(output, rows, tmp_path):

@@ -19,7 +19,7 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-from mlflow.entities import Run
+from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from mlflow_server import free_port, start_mlflow
 from optuna.distributions import FloatDistribution
@@ -27,24 +27,28 @@ from pyspark import cloudpickle
 from pyspark.sql import functions
 from trainings import PROGRAMS, places
 
-from fashion_mnist import FashionCNN
+import fashion_mnist
 from helpers import pipeline
 from helpers.bundle.manifest import load_bundle
 from helpers.config import load_config
-from helpers.errors import BundleError, ConfigError
+from helpers.errors import BundleError, ConfigError, RunError, TrainingError
+from helpers.export.registration import publish
 from helpers.pipeline.pyfunc import OUTPUT_SCHEMA
 from helpers.pipeline.results import ResultStore
+from helpers.pipeline.runs import Run
 from helpers.session import spark_schema
-from helpers.storage import open_storage
+from helpers.storage import lock, open_storage
 from helpers.tracking import registry
 from helpers.tracking.mlflow import MLflow, open_writers, server, track
 from helpers.tracking.tensorboard import read_scalars
-from helpers.training import train_on_spark
+from helpers.training import newest_step, rank, train_on_spark
 from search import search
+from studies.cluster import wait_for
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the tasks cannot import a test
 
 PASSWORD = "a-pass-word"  # of a user of a server
+SIZES = ["--epochs", "2", "--batch-size", "64", "--train-images", "640", "--test-images", "200"]  # of a training
 PNG = cv2.imencode(".png", np.full((3, 5, 3), 7, np.uint8))[1].tobytes()
 
 
@@ -61,12 +65,12 @@ def experiment(request, monkeypatch) -> str:
     return request.node.name
 
 
-def runs(uri: str, experiment: str) -> list[Run]:
+def runs(uri: str, experiment: str) -> list[MlflowRun]:
     client = MlflowClient(uri)
     return client.search_runs([client.get_experiment_by_name(experiment).experiment_id], order_by=["start_time"])
 
 
-def curves(uri: str, run: Run) -> dict[str, list[tuple[int, float]]]:
+def curves(uri: str, run: MlflowRun) -> dict[str, list[tuple[int, float]]]:
     """Of each tag the steps and the values, in 32 bits as TensorBoard has them."""
     client = MlflowClient(uri)
     history = {tag: client.get_metric_history(run.info.run_id, tag) for tag in run.data.metrics}
@@ -78,7 +82,7 @@ def events(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: list(zip(table["step"], table["value"], strict=True)) for tag, table in tables.items()}
 
 
-def files(uri: str, run: Run, folder: str | None = None) -> list[str]:
+def files(uri: str, run: MlflowRun, folder: str | None = None) -> list[str]:
     """The artifacts of a run."""
     found = []
     for entry in MlflowClient(uri).list_artifacts(run.info.run_id, folder):
@@ -150,8 +154,7 @@ def test_texts_and_pictures_are_files_of_the_run(uri, experiment, tmp_path):
 
 
 def test_a_training_on_spark_is_one_run_with_all_that_its_dashboard_has(spark, uri, fashion_mnist_root, tmp_path):
-    sizes = ["--epochs", "2", "--batch-size", "64", "--train-images", "640", "--test-images", "200"]
-    arguments = [*sizes, *places(fashion_mnist_root, str(tmp_path)), "--mlflow", uri]
+    arguments = [*SIZES, *places(fashion_mnist_root, str(tmp_path)), "--mlflow", uri]
     result = train_on_spark(spark, PROGRAMS / "fashion_mnist.py", arguments, processes=2)
     run = MlflowClient(uri).get_run((tmp_path / "mlflow_run").read_text())
     found = curves(uri, run)
@@ -162,11 +165,41 @@ def test_a_training_on_spark_is_one_run_with_all_that_its_dashboard_has(spark, u
     assert {"predictions/first/000000.png", "confusion/matrix/000000.png"} <= set(files(uri, run))
 
 
+@pytest.mark.parametrize("error, status", [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_a_training_that_fails_or_is_interrupted_says_so_and_may_go_on(
+    uri, experiment, fashion_mnist_root, tmp_path, error, status
+):
+    def stop(*_: Any) -> None:
+        raise error
+
+    options = fashion_mnist.parse([*SIZES, *places(fashion_mnist_root, str(tmp_path)), "--mlflow", uri])
+    with pytest.raises(error):
+        fashion_mnist.train(options, stop)
+    assert [run.info.status for run in runs(uri, experiment)] == [status]
+    fashion_mnist.train(options)
+    (run,) = runs(uri, experiment)
+    assert run.info.status == "FINISHED" and curves(uri, run) == events(tmp_path)
+
+
+def test_a_rank_whose_task_has_gone_says_that_it_was_interrupted(uri, experiment, fashion_mnist_root, tmp_path):
+    arguments = [*SIZES, "--epochs", "1000", *places(fashion_mnist_root, str(tmp_path)), "--mlflow", uri]
+    command = [sys.executable, "-m", rank.__name__, tmp_path / "failure", PROGRAMS / "fashion_mnist.py", *arguments]
+    with subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, start_new_session=True) as process:
+        wait_for("its run", (tmp_path / "mlflow_run").exists)
+        wait_for("the first checkpoint", lambda: newest_step(f"{tmp_path}/checkpoints"))
+    assert process.returncode == 1
+    (run,) = runs(uri, experiment)
+    assert run.info.status == "KILLED" and run.data.metrics["train/loss"] > 0
+
+
 def test_an_argument_with_a_password_reaches_no_plan(spark, tmp_path):
     arguments = ["--run-dir", str(tmp_path), "--mlflow", f"http://user:{PASSWORD}@host:5000"]
     with pytest.raises(ConfigError, match="argument 4 .* holds a secret.*MLFLOW_TRACKING_PASSWORD") as raised:
         train_on_spark(spark, PROGRAMS / "fashion_mnist.py", arguments)
     assert PASSWORD not in str(raised.value)
+
+
+SPACE = {"x": FloatDistribution(-4, 4)}
 
 
 def parabola(trial: optuna.Trial) -> float:
@@ -176,7 +209,7 @@ def parabola(trial: optuna.Trial) -> float:
 
 def test_trials_are_runs_below_the_search(spark, uri, experiment, tmp_path):
     for trials in (2, 3):
-        study = search(spark, parabola, {"x": FloatDistribution(-4, 4)}, str(tmp_path), trials, parallel=1, mlflow=uri)
+        study = search(spark, parabola, SPACE, str(tmp_path), trials, parallel=1, mlflow=uri)
     first, *below = runs(uri, experiment)
     assert [run.info.run_name for run in below] == ["trial-0000", "trial-0001", "trial-0002"]
     for run, trial in zip(below, study.trials, strict=True):
@@ -184,6 +217,35 @@ def test_trials_are_runs_below_the_search(spark, uri, experiment, tmp_path):
         assert float(run.data.params["x"]) == pytest.approx(trial.params["x"])
         assert curves(uri, run) == events(tmp_path / run.info.run_name)
     assert first.data.metrics["best/objective"] == pytest.approx(study.best_value) and len(study.trials) == 3
+
+
+def fails(trial: optuna.Trial) -> float:
+    raise ValueError(f"no value at {trial.params}")
+
+
+def test_a_search_that_fails_says_so(spark, uri, experiment, tmp_path):
+    with pytest.raises(TrainingError, match="none of 1 trials succeeded"):
+        search(spark, fails, SPACE, str(tmp_path), 1, parallel=1, mlflow=uri)
+    assert [run.info.status for run in runs(uri, experiment)] == ["FAILED"]
+
+
+def test_a_search_that_is_interrupted_says_so_and_one_that_is_kept_out_changes_nothing(
+    spark, uri, experiment, tmp_path, monkeypatch
+):
+    def statuses() -> list[str]:
+        return [run.info.status for run in runs(uri, experiment)]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    search(spark, parabola, SPACE, str(tmp_path), 1, parallel=1, mlflow=uri)
+    with lock(open_storage(str(tmp_path)), "search.lock"), pytest.raises(TrainingError, match="another search"):
+        search(spark, parabola, SPACE, str(tmp_path), 2, parallel=1, mlflow=uri)
+    assert statuses() == ["FINISHED"] * 2  # of the search and its trial
+    monkeypatch.setattr("search._run_on_spark", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        search(spark, parabola, SPACE, str(tmp_path), 2, parallel=1, mlflow=uri)
+    assert statuses() == ["KILLED", "FINISHED"]
 
 
 def test_a_run_of_the_pipeline_has_its_numbers_settings_and_pictures(uri, experiment, samples, bundle_uri, tmp_path):
@@ -200,6 +262,40 @@ def test_a_run_of_the_pipeline_has_its_numbers_settings_and_pictures(uri, experi
     assert run.data.params["config.inference.threads"] == "1" and "versions.openvino" in run.data.params
     pictures = {f"pictures/{path.name}" for path in (tmp_path / "out" / "pictures").iterdir()}
     assert len(pictures) == 2 and set(files(uri, run)) == pictures | {"run/record.json"}
+
+
+def test_a_run_of_the_pipeline_that_fails_says_why(spark, uri, experiment, samples, bundle_uri, tmp_path):
+    settings = {"spark.master": "local[2]", "tracking.mlflow": uri, "inference.device": "GPU"}  # which is not there
+    with pytest.raises(RunError, match="GPU"):
+        pipeline.run(spark, str(samples), bundle_uri, str(tmp_path / "out"), load_config("local", **settings))
+    (run,) = runs(uri, experiment)
+    assert run.info.status == "FAILED" and run.data.params["config.inference.device"] == "GPU"
+    file = MlflowClient(uri).download_artifacts(run.info.run_id, "error.txt", str(tmp_path))
+    assert "GPU" in Path(file).read_text()
+
+
+def test_a_run_of_the_pipeline_that_is_interrupted_says_so(
+    spark, uri, experiment, samples, bundle_uri, tmp_path, monkeypatch
+):
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_run_tasks", interrupt)
+    config = load_config("local", **{"spark.master": "local[2]", "tracking.mlflow": uri})
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(spark, str(samples), bundle_uri, str(tmp_path / "out"), config)
+    assert [run.info.status for run in runs(uri, experiment)] == ["KILLED"]
+
+
+def test_a_run_without_a_place_for_its_dashboard_has_its_numbers_on_the_server(
+    spark, uri, experiment, samples, bundle_uri, tmp_path, caplog
+):
+    (tmp_path / "file").touch()
+    settings = {"spark.master": "local[2]", "tracking.mlflow": uri, "paths.runs": str(tmp_path / "file")}
+    pipeline.run(spark, str(samples), bundle_uri, str(tmp_path / "out"), load_config("local", **settings))
+    assert "the run has no dashboard" in caplog.text
+    (run,) = runs(uri, experiment)
+    assert run.info.status == "FINISHED" and run.data.metrics["run/images"] == 64
 
 
 def test_without_its_server_a_run_warns_once_and_ends_well(samples, bundle_uri, tmp_path):
@@ -289,7 +385,7 @@ def versions(uri, checkpoint, tmp_path_factory) -> list[str]:
     """Two versions of the model `fashion`, of networks with other weights; the first is the champion."""
     other = tmp_path_factory.mktemp("other") / "other.pt"
     torch.manual_seed(1)
-    torch.save(FashionCNN().state_dict(), other)
+    torch.save(fashion_mnist.FashionCNN().state_dict(), other)
     places = [tmp_path_factory.mktemp("registered") for _ in range(2)]
     first = export_and_register(uri, checkpoint, places[0], "--register", "fashion", "--alias", "champion")
     second = export_and_register(uri, other, places[1], "--register", "fashion")
@@ -324,6 +420,12 @@ print(len(pyfunc._load_pyfunc(sys.argv[2]).bundle.manifest.labels))
     command = [sys.executable, "-P", "-c", script, str(wheel), str(folder / "data" / "bundle")]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env={"PATH": "/bin"})
     assert answer.stdout.split() == ["10"]
+
+
+def test_an_export_that_cannot_be_registered_says_so(uri, experiment, bundle_uri, tmp_path):
+    with pytest.raises(BundleError, match="a/b cannot be registered"):
+        publish(load_bundle(open_storage(bundle_uri)), load_config("local", **settings_of(uri, tmp_path)), "a/b")
+    assert [run.info.status for run in runs(uri, experiment)] == ["FAILED"]
 
 
 def predictions_of(rows: list[dict[str, Any]]) -> dict[str, Any]:

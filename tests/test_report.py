@@ -13,6 +13,7 @@ import pages
 import pytest
 from pages import prediction, row
 from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from test_results import publish, stage, table
@@ -43,7 +44,7 @@ def photographs(folder: Path) -> list[dict]:
     rows = []
     for number in range(30):
         path = pages.write_image(folder / f"cat {number:02d}.jpg", SIZE)
-        found = [prediction(0, 0.4 + number / 100, (10, 10, 60 + number, 90)), prediction(1, 0.1, (0, 0, 9, 9))]
+        found = [prediction(0, 0.4 + number / 100, (10, 10, 60 + number, 90)), prediction(1, 0.1, (0, 0, 30, 60))]
         rows.append(row(path, SIZE, found))
     rows.append(row(pages.write_image(folder / "mask.png", SIZE), SIZE, [prediction(1, 0.95, BOX, MASK)]))
     rows.append(row(pages.write_image(folder / HOSTILE, SIZE), SIZE, [prediction(3, 0.9, (5, 5, 99, 99))]))
@@ -84,7 +85,8 @@ def shown(browser, page):
 
 def report(output: Path, against: Path | None = None, **settings) -> Path:
     config = load_config("local", **settings)
-    return Path(make_report(open_storage(str(output)), config, against and open_storage(str(against))))
+    other = against and ResultStore(open_storage(str(against)))
+    return Path(make_report(ResultStore(open_storage(str(output))), config, other))
 
 
 def data_of(page: Path) -> dict:
@@ -211,6 +213,25 @@ def test_boxes_and_keypoints_lie_where_the_results_say(shown):
     assert at(30, 40) and not at(50, 60) and not at(70, 70)  # a point that is probable, one that is not, and none
 
 
+def test_captions_do_not_cover_each_other(shown):
+    shown.execute_script(
+        """
+        const fill = CanvasRenderingContext2D.prototype.fillRect;
+        CanvasRenderingContext2D.prototype.fillRect = function (...sides) {
+          window.filled.push(sides);
+          fill.apply(this, sides);
+        };
+        window.filled = [];
+        """
+    )
+    enter(shown, "min-score", "0")
+    enter(shown, "search", "cat 00")
+    shown.execute_script("window.filled = []; document.querySelector('.card').click()")
+    pixels(shown, "#detail canvas")
+    (x, y, width, height), (other_x, other_y, *_) = shown.execute_script("return window.filled")
+    assert abs(other_x - x) < width and abs(other_y - y) >= height  # the dog's would be in the cat's place
+
+
 def test_a_hostile_name_label_or_error_is_text(shown):
     assert (
         HOSTILE
@@ -304,6 +325,16 @@ def test_the_page_fits_a_phone(browser, page):
     pixels(shown, "#detail canvas")
     assert control(shown, "detail").rect["width"] == 390
     assert shown.execute_script(sizes) == [390, 390]
+
+
+def test_a_phone_scrolls_to_both_sides_of_a_comparison(browser, compared):
+    shown = opened(browser, compared, screen={"width": 390, "height": 500, "mobile": True})
+    shown.execute_script("document.querySelector('.card').click()")
+    pixels(shown, ".view:last-child canvas")
+    origin = ScrollOrigin.from_element(control(shown, "path"), 0, 150)
+    ActionChains(shown).scroll_from_origin(origin, 0, 2000).perform()
+    place = "return document.querySelector('.view:last-child canvas').getBoundingClientRect().bottom"
+    wait(shown, lambda: shown.execute_script(place) <= 500)
 
 
 def test_the_page_is_dark_where_the_reader_has_it_dark(browser, page):
@@ -490,13 +521,14 @@ def test_the_whole_table_is_counted_and_the_sample_has_every_class_and_error(tmp
 def test_of_a_long_table_few_rows_are_held_and_all_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "HELD_ROWS", 300)
     store = ResultStore(open_storage(str(many(tmp_path, 2000))))
-    surveyed = survey.Survey([store])
+    outputs = [(store.storage, store.files())]
+    surveyed = survey.Survey(outputs)
     assert sum(map(len, surveyed._held)) <= 300
     assert surveyed.sides[0].images == 2000 and surveyed.sides[0].predictions == 1980
     chosen = surveyed.choose(100)
     assert chosen["hash"].nunique() == 100
     monkeypatch.undo()
-    everything = survey.Survey([store])
+    everything = survey.Survey(outputs)
     assert len(everything.choose(100)) == 100
 
 
@@ -511,7 +543,7 @@ def test_the_page_of_a_run_counts_the_newest_rows_of_a_long_table_and_says_so(tm
         (3, 4, "All 4 "),
         (None, 4, "All 4 "),
     ):
-        make_report(storage, load_config("local"), most_rows=most)
+        make_report(store, load_config("local"), most_rows=most)
         data = data_of(tmp_path / "report" / "index.html")
         assert data["sample"]["total"] == images and data["counted"].startswith(start), most
 

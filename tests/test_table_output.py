@@ -1,7 +1,9 @@
 """Results in a table of Spark's catalog: the real Delta Lake, with the session's catalog in Unity Catalog's place."""
 
 import contextlib
+import csv
 import io
+import json
 import os
 import re
 import tarfile
@@ -13,6 +15,7 @@ import graphs
 import pytest
 from delta_spark import delta_process, session, settings
 from deltalake import DeltaTable
+from test_report import data_of
 from test_sources import NAMES, contents, is_bright, png, write_photos
 
 from helpers import pipeline
@@ -75,6 +78,19 @@ def run_frame(model: str, output: str, staging: Path) -> pipeline.RunSummary:
     config = settings(**{"results.staging": str(staging), "source.content": "bytes", "source.key": "id"})
     config = config.model_copy(update={"source": config.source.model_copy(update={"keep": ("number",)})})
     return pipeline.run_frame(session().createDataFrame(contents()), model, output, config)
+
+
+def delete_row(output: str, file: str) -> None:
+    session().sql(f"DELETE FROM {output.removeprefix('table:')} WHERE path LIKE '%/{file}'")
+
+
+def copy(output: str, staging: Path) -> None:
+    """A copy of the table whose reader dies."""
+    store = open_results(session(), output, settings(**{"results.staging": str(staging)}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResultStore, "unstage", lambda *_: None)
+        with store.as_files():
+            pass
 
 
 class Killed(BaseException):
@@ -153,7 +169,7 @@ def test_a_run_makes_a_table_and_the_next_one_changes_what_is_new(delta, model, 
     assert DeltaTable(delta(location, name)).to_pyarrow_table().num_rows == 8
 
     # Beside the table: no copy of its rows, and all else that a run leaves.
-    assert {path.name for path in staging.iterdir()} == {"pictures", "runs"}
+    assert {path.name for path in staging.iterdir()} == {"pictures", "report", "runs"}
     assert len(list((staging / "pictures").iterdir())) == 3
     assert read_runs(str(staging))["images"].tolist() == [8]
 
@@ -181,6 +197,53 @@ def test_the_table_has_the_kept_columns_of_a_dataframe(delta, model, tmp_path, n
     rows = DeltaTable(delta(location, name)).to_pyarrow_table().to_pylist()
     assert {row["path"]: row["number"] for row in rows} == {n: number for number, n in enumerate(NAMES)}
     assert delta(run_frame, model, name, tmp_path).skipped == 8
+
+
+def test_the_page_of_a_run_is_of_its_images_and_the_commands_read_the_whole_table(delta, model, photos, tmp_path, name):
+    staging = tmp_path / "staging"
+    delta(run, photos, model, name, staging)
+    (photos / "8.png").write_bytes(png(True))
+    delta(run, photos, model, name, staging)
+    page, place = staging / "report" / "index.html", ("--set", f"results.staging={staging}")
+    data = data_of(page)
+    assert data["title"] == name and data["counted"].startswith("The newest 1 ")
+
+    code, out, _ = delta(command, "report", name, *place)
+    assert code == 0 and json.loads(out) == {"report": str(page)}
+    data = data_of(page)
+    assert data["counted"].startswith("All 9 images") and dict(data["tiles"][:1]) == {"images": 9}
+    assert all(item["thumbnail"] for item in data["sample"]["items"]) and len(data["runs"]) == 2
+
+    code, out, _ = delta(command, "results", name, "--format", "csv", "--to", str(tmp_path / "all.csv"), *place)
+    assert code == 0 and json.loads(out)["predictions"] == 9
+    with (tmp_path / "all.csv").open(newline="") as file:
+        lines = {Path(line["path"]).name: line["label"] for line in csv.DictReader(file)}
+    assert lines == {**{name: label for name, label, _ in LABELS}, "8.png": "bright"}
+    assert not list(staging.glob("_staging/*"))  # the copies that both have read
+
+
+def test_a_copy_that_was_left_is_no_result_and_is_deleted_a_day_later(delta, model, photos, tmp_path, name):
+    staging = tmp_path / "staging"
+    delta(run, photos, model, name, staging)
+    delta(copy, name, staging)
+    (photos / "0.png").unlink()
+    delta(delete_row, name, "0.png")
+    assert delta(run, photos, model, name, staging).skipped == 7
+    assert delta(rows_of, name) == LABELS[1:]
+    files = list(staging.glob("_staging/*/*"))
+    assert len(files) > 1
+    yesterday = (datetime.now(UTC) - timedelta(days=1.1)).timestamp()
+    for file in files:
+        os.utime(file, (yesterday, yesterday))
+    delta(run, photos, model, name, staging)
+    assert not list(staging.glob("_staging/*/*"))
+
+
+@pytest.mark.parametrize("words", [["report"], ["results", "--format", "csv", "--to", "all.csv"]])
+def test_a_table_that_is_not_there_is_one_clear_error(delta, tmp_path, name, words):
+    code, _, err = delta(command, words[0], name, *words[1:], "--set", f"results.staging={tmp_path}")
+    assert code == 2 and f"Spark cannot use the table {name}" in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.glob("_staging/*"))
 
 
 def test_rows_of_members_that_are_gone_go_in_the_same_commit(delta, model, photos, tmp_path, name):

@@ -48,16 +48,14 @@ def publish(bundle: Bundle, config: Config, name: str | None = None, alias: str 
         HostError: the package's wheel cannot be made.
     """
     manifest = bundle.manifest
-    run = MLflow(config.tracking.mlflow, f"export-{manifest.name}")
     facts = ("name", "architecture", "task", "decoder", "precision", "arithmetic", "flops", "digest", "checkpoint")
-    run.log_settings({name: getattr(manifest, name) for name in facts} | {"bundle": bundle.storage.root})
     losses = {name: value for name, value in manifest.quantization.items() if isinstance(value, int | float)}
-    run.log_scalars({f"quantization/{name}": value for name, value in losses.items()}, 0)
-    if bundle.storage.exists(PREVIEW):
-        run.log_picture(PREVIEW, bundle.storage.read(PREVIEW))
-    version = _register(bundle, run.identify(), name, alias, config) if name else ""
-    run.close()
-    return version
+    with MLflow(config.tracking.mlflow, f"export-{manifest.name}") as run:
+        run.log_settings({name: getattr(manifest, name) for name in facts} | {"bundle": bundle.storage.root})
+        run.log_scalars({f"quantization/{name}": value for name, value in losses.items()}, 0)
+        if bundle.storage.exists(PREVIEW):
+            run.log_picture(PREVIEW, bundle.storage.read(PREVIEW))
+        return _register(bundle, run.identify(), name, alias, config) if name else ""
 
 
 def _register(bundle: Bundle, run: str, name: str, alias: str | None, config: Config) -> str:

@@ -9,13 +9,16 @@ after a day without any change it is deleted. Of two runs that merge at once, De
 tries again. Old files of the table are its owner's to `VACUUM`.
 """
 
+import contextlib
 import json
 import logging
 import re
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
 from datetime import UTC
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -25,10 +28,10 @@ from helpers.config import Config
 from helpers.errors import ConfigError, RunError, only_warn
 from helpers.pipeline.results import ResultStore, Seen, Work, time_of
 from helpers.pipeline.rows import ROWS_SCHEMA, is_in, is_new, path_range
-from helpers.pipeline.schemas import conform
+from helpers.pipeline.schemas import RESULT_SCHEMA, conform
 from helpers.pipeline.sources import TABLE
 from helpers.pipeline.table import NONE
-from helpers.pipeline.task import STAGING, read_staged, staged_counts
+from helpers.pipeline.task import STAGING, read_staged, staged_counts, staging, write_rows
 from helpers.session import set_where_allowed, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
 
@@ -91,6 +94,34 @@ class CatalogStore(ResultStore):
     def location(self) -> str:
         """The table's name."""
         return f"{TABLE}{self._name.replace('`', '')}"
+
+    @contextlib.contextmanager
+    def as_files(self, most_rows: int | None = None) -> Iterator[tuple[list[str], bool]]:
+        """The results as files, for the length of a block, and whether these are all results.
+
+        All results are a copy, which Spark's tasks write at the staging location. The newest are what this run's own
+        tasks have left there.
+
+        Raises:
+            RunError: Spark cannot read the table.
+        """
+        if most_rows is not None:
+            files = sorted(self._merged)
+            before = accumulate((staged_counts(file)[0] for file in files), initial=0)
+            yield [file for file, rows in zip(files, before, strict=False) if rows < most_rows], False
+            return
+        copy = uuid.uuid4().hex
+        write = partial(write_rows, storage=self.storage, folder=staging(copy))
+        self.stage(copy, starts_over=True)  # so that no run takes it for results
+        try:
+            try:
+                rows = self.frame().select(RESULT_SCHEMA.names)
+                files = rows.mapInArrow(write, "path string").toArrow()["path"].to_pylist()
+            except Exception as error:
+                raise self._cannot(error) from None
+            yield files, True
+        finally:
+            self.unstage(copy)
 
     def prepare(self) -> None:
         """Tidy up, and make the table where there is none.
@@ -187,6 +218,7 @@ class CatalogStore(ResultStore):
         files = self._leftovers(NONE)[0]  # those of the run that began last first
         own = self.rows(files)
         if not own.num_rows:
+            self._close()
             return 0
         self._check_models(own["model"].unique().to_pylist(), models)
         rows = self.look(path_range(own)).rows

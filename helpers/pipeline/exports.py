@@ -74,8 +74,8 @@ class Selection:
         ]
 
 
-def export_results(output: Storage, kind: str, target: str, selection: Selection, config: Config) -> dict[str, Any]:
-    """Write the results of an output in a format, and return what was written: images, predictions, and where.
+def export_results(store: ResultStore, kind: str, target: str, selection: Selection, config: Config) -> dict[str, Any]:
+    """Write results in a format, and return what was written: images, predictions, and where.
 
     Images with an error have no predictions; of the formats but csv, they are left out.
 
@@ -90,14 +90,14 @@ def export_results(output: Storage, kind: str, target: str, selection: Selection
         raise ConfigError("--min-score is not a number from 0 to 1")
     counts = {"images": 0, "predictions": 0}
     labels: set[str] = set()
-    rows = _counted(_rows(output, selection, kind == "csv", labels), counts)
-    if kind == "csv":
-        folder, _, name = target.rpartition("/")
-        with open_storage(folder or ".", config).create(name) as file:
-            _write_csv(rows, file)
-    else:
-        storage, roots = open_storage(target, config), _roots(output, config)
-        WRITERS[kind](rows, storage, roots)
+    with store.as_files() as (files, _):
+        rows = _counted(_rows(store, files, selection, kind == "csv", labels), counts)
+        if kind == "csv":
+            folder, _, name = target.rpartition("/")
+            with open_storage(folder or ".", config).create(name) as file:
+                _write_csv(rows, file)
+        else:
+            WRITERS[kind](rows, open_storage(target, config), _roots(store.storage, config))
     if selection.classes and not counts["predictions"]:
         log.warning(
             "no prediction is of %s; the classes are %s", ", ".join(selection.classes), ", ".join(sorted(labels))
@@ -105,13 +105,13 @@ def export_results(output: Storage, kind: str, target: str, selection: Selection
     return {**counts, "format": kind, "to": target}
 
 
-def _rows(output: Storage, selection: Selection, takes_all: bool, labels: set[str]) -> Iterator[Row]:
+def _rows(
+    store: ResultStore, files: list[str], selection: Selection, takes_all: bool, labels: set[str]
+) -> Iterator[Row]:
     """The rows of the model, with the predictions selected; notes the labels of all."""
-    store, model = ResultStore(output), None
-    files, width = store.files(), output.concurrent_reads
+    width, model, is_empty = store.storage.concurrent_reads, None, True
     groups = (files[start : start + width] for start in range(0, len(files), width))
-    is_empty = True
-    for group in map_groups(partial(read_table, output, columns=COLUMNS), groups, width):
+    for group in map_groups(partial(read_table, store.storage, columns=COLUMNS), groups, width):
         for table in group:
             for batch in table.to_batches(max_chunksize=256):  # as Python's objects, rows are large
                 for row in batch.to_pylist():

@@ -74,18 +74,18 @@ Thumbnail = tuple[str | None, str | None]  # a `data:` URI, or why there is none
 
 
 def make_report(
-    output: Storage,
+    store: ResultStore,
     config: Config,
-    against: Storage | None = None,
+    against: ResultStore | None = None,
     sources: Iterable[Storage] = (),
     most_rows: int | None = None,
 ) -> str:
     """Write the page of an output, and return its location.
 
     Args:
-        output: of runs.
+        store: the output's results.
         config: settings; `report` says of how many images the sample is.
-        against: another output, whose results are shown beside these where both have an image.
+        against: those of another output, which are shown beside these where both have an image.
         sources: where the images lie, besides the places that the records of runs name.
         most_rows: of the table, the newest; by default all are counted.
 
@@ -93,29 +93,35 @@ def make_report(
         RunError: there are no results.
         StorageError: a location cannot be used.
     """
-    outputs = [output] if against is None else [output, against]
-    survey = Survey([ResultStore(storage) for storage in outputs], most_rows)
-    for number, storage in enumerate(outputs):
-        if not any(side.store == number for side in survey.sides):
-            raise RunError(f"no run has results in {storage.root}; name the --output of one")
-    runs = [_runs(storage, config) for storage in outputs]
-    places = [*sources, *_sources(pd.concat(runs), config)]
-    sample = _sample(survey, outputs, config, places)
-    page = render(_data(survey, outputs, runs[0], sample, against is not None))
-    output.write(PAGE, page)
-    return output.join(PAGE)
+    stores = [store] if against is None else [store, against]
+    runs = [_runs(one.storage, config) for one in stores]
+    with contextlib.ExitStack() as stack:
+        parts = [stack.enter_context(one.as_files(most_rows)) for one in stores]
+        outputs = [(one.storage, files) for one, (files, _) in zip(stores, parts, strict=True)]
+        survey = Survey(outputs)
+        for number, one in enumerate(stores):
+            if not any(side.store == number for side in survey.sides):
+                raise RunError(f"no run has results in {one.output}; name the --output of one")
+        sample = _sample(survey, outputs, config, [*sources, *_sources(pd.concat(runs), config)])
+    is_whole = all(are_all for _, are_all in parts)
+    page = render(_data(survey, stores, is_whole, runs[0], sample))
+    store.storage.write(PAGE, page)
+    return store.storage.join(PAGE)
 
 
 # ------------------------------------------------------------ the sample
 
 
-def _sample(survey: Survey, outputs: list[Storage], config: Config, sources: list[Storage]) -> list[Row]:
+def _sample(
+    survey: Survey, outputs: list[tuple[Storage, list[str]]], config: Config, sources: list[Storage]
+) -> list[Row]:
     """The images of the sample: path, thumbnail or why there is none, and of each side a row or None."""
     chosen = survey.choose(config.report)
     stores = [side.store for side in survey.sides]
     rows: dict[str, dict[int, Row]] = {}
     for (side, file), part in chosen.groupby(["side", "file"]):
-        table = read_table(outputs[stores[side]], survey.files[stores[side]][file], COLUMNS)
+        storage, files = outputs[stores[side]]
+        table = read_table(storage, files[file], COLUMNS)
         for row in table.take(np.sort(part["row"].to_numpy())).to_pylist():
             rows.setdefault(row["path"], {})[side] = row
     share = max(1, len(rows))
@@ -232,12 +238,13 @@ def _fitting(mask: rle.Mask | None, limit: int) -> rle.Mask | None:
 # ------------------------------------------------------------ what the page is told
 
 
-def _data(survey: Survey, outputs: list[Storage], runs: pd.DataFrame, items: list[Row], compares: bool) -> Row:
+def _data(survey: Survey, stores: list[ResultStore], is_whole: bool, runs: pd.DataFrame, items: list[Row]) -> Row:
     """What `page.js` reads."""
+    outputs = [redact(store.output.rstrip("/")) for store in stores]
     names, first = _names(survey, outputs), survey.sides[0]
     newest = runs.iloc[-1] if len(runs) else None
     images = first.images
-    which = f"All {images:,}" if survey.is_whole else f"The newest {images:,} (`python -m helpers report` counts all)"
+    which = f"All {images:,}" if is_whole else f"The newest {images:,} (`python -m helpers report` counts all)"
     tiles: list[list[Any]] = [["images", images], ["failed", first.errors.total(), "bad" if first.errors else ""]]
     for side, name in zip(survey.sides, names, strict=True):
         tiles.append([f"predictions{f' of {name}' if len(names) > 1 else ''}", side.predictions])
@@ -247,21 +254,21 @@ def _data(survey: Survey, outputs: list[Storage], runs: pd.DataFrame, items: lis
     if newest is not None:
         cells = dict(zip([name for name, _ in RUN_COLUMNS], _run_cells(newest), strict=True))
         tiles += [[name, cells[name]] for name in ("images per second", "seconds")]
-    tasks = pd.DataFrame() if newest is None else _tasks(outputs[0], newest)
+    tasks = pd.DataFrame() if newest is None else _tasks(stores[0].storage, newest)
     errors = [
         {"side": number, "reason": redact(reason), "count": count, "examples": list(map(redact, side.examples[reason]))}
         for number, side in enumerate(survey.sides)
         for reason, count in side.errors.most_common(ERRORS_SHOWN)
     ]
     return {
-        "title": redact(outputs[0].root.rstrip("/").rpartition("/")[2] or outputs[0].root),
-        "subtitle": " against ".join(redact(storage.root) for storage in outputs),
+        "title": outputs[0].rpartition("/")[2],
+        "subtitle": " against ".join(outputs),
         "footer": f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; charts by Vega-Lite (BSD 3-Clause)",
         "counted": f"{which} images. Every prediction with a box counts, and of a classification the best.",
         "shown_score": DRAWN_SCORE,
         "bands": BANDS,
         "classes": list(survey.classes),
-        "pair": list(survey.pair) if compares else None,
+        "pair": list(survey.pair) if len(stores) > 1 else None,
         "tiles": tiles,
         "sides": [
             {
@@ -286,14 +293,14 @@ def _data(survey: Survey, outputs: list[Storage], runs: pd.DataFrame, items: lis
     }
 
 
-def _names(survey: Survey, outputs: list[Storage]) -> list[str]:
+def _names(survey: Survey, outputs: list[str]) -> list[str]:
     """What the page calls the sides: their models, with the outputs where these alone tell them apart."""
     models = [side.model for side in survey.sides]
     for names in ([model.partition("@")[0] for model in models], models):
         if len(set(names)) == len(names):
             return names
-    tails = [storage.root.rstrip("/").rpartition("/")[2] for storage in outputs]
-    tails = [redact(tail) for tail in tails] if len(set(tails)) == len(tails) else ["this", "other"]
+    tails = [output.rpartition("/")[2] for output in outputs]
+    tails = tails if len(set(tails)) == len(tails) else ["this", "other"]
     return [f"{tails[side.store]}: {side.model}" for side in survey.sides]
 
 

@@ -38,7 +38,7 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -155,6 +155,11 @@ class ResultStore:
         return self.storage.join(RESULTS)
 
     @property
+    def output(self) -> str:
+        """What a run calls it."""
+        return self.location.removesuffix(f"/{RESULTS}")
+
+    @property
     def folders(self) -> list[str]:
         """What is below the output of ours, and is no source of images."""
         return [self.storage.join(name) for name in (RESULTS, PICTURES, REPORT, RUNS, STAGING)]
@@ -243,12 +248,19 @@ class ResultStore:
         paths = self._list(RESULTS)[0] if version is NONE else [f"{RESULTS}/{name}" for name in version.names]
         return sorted(paths)
 
-    def newest_files(self, rows: int) -> tuple[list[str], bool]:
-        """The files of the last runs, as many as it takes to have so many rows, and whether these are all files.
+    @contextlib.contextmanager
+    def as_files(self, most_rows: int | None = None) -> Iterator[tuple[list[str], bool]]:
+        """The results as files, paths as of `files`, for the length of a block, and whether these are all results.
+
+        Args:
+            most_rows: the files of the last runs, as many as it takes to have so many rows; None for all.
 
         Raises:
             StorageError: the table is damaged.
         """
+        yield (self.files(), True) if most_rows is None else self._newest_files(most_rows)
+
+    def _newest_files(self, rows: int) -> tuple[list[str], bool]:
         files = self._table.open().files.sort_by([("name", "descending")])  # which begins with the time of the run
         names = files["name"].to_pylist()
         before = accumulate(files["rows"].fill_null(0).to_pylist(), initial=0)

@@ -12,18 +12,19 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from helpers.config import Config
-from helpers.errors import HostError, RunError, only_warn
+from helpers.errors import HostError, RunError, first_line, only_warn
 from helpers.memory import trim_heap
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, sail
 from helpers.pipeline.arrivals import ARRIVALS, Arrivals
-from helpers.pipeline.catalog import CatalogStore, open_results
+from helpers.pipeline.catalog import open_results
 from helpers.pipeline.drift import Distributions
 from helpers.pipeline.known import Known
 from helpers.pipeline.listing import Listing
@@ -53,6 +54,7 @@ log = logging.getLogger(__name__)
 REASONS_SHOWN = 5
 NOWHERE = ("", "")  # a range without any path
 PAGE_ROWS = 100_000  # that a run's page counts, some seconds' worth: a nightly run costs what is new
+SETTINGS = ("source", "output", "model", "bundle", "flops", "slots", "spark", "versions", "config")  # of a run's record
 DISTRIBUTION = "distribution"  # of the predictions, in the table's history
 
 _started: "weakref.WeakSet[SparkSession]" = weakref.WeakSet()  # sessions whose workers have imported all they need
@@ -136,14 +138,21 @@ class Run:
 
     def complete(self) -> RunSummary:
         """Do all there is to do; takes and raises what `driver.run` does."""
-        with self.pool:
-            self._open()
-            for listed in self.slices():
-                self.work_on(listed)
-                last = str(listed)
-                del listed  # while the next slice is listed, none is held
-                trim_heap()
-            return self.end(last)
+        try:
+            with self.pool:
+                self._open()
+                for listed in self.slices():
+                    self.work_on(listed)
+                    last = str(listed)
+                    del listed  # while the next slice is listed, none is held
+                    trim_heap()
+                return self.end(last)
+        except BaseException as error:
+            if self.tracked:
+                with self.tracked as tracked:
+                    tracked.log_text("error.txt", first_line(error))
+                    raise
+            raise
 
     def _open(self) -> None:
         """Look at the results, and keep what killed runs have finished."""
@@ -255,6 +264,10 @@ class Run:
             # Files are drawn, and not the bytes of a table, which Spark would have to look for.
             files = [] if self.table and self.table.columns.content else sorted(self.published)
             pictures = draw_sample(self.task.output, files, self.task.source, config)
+        if config.report and self.tasks.num_rows:
+            places = [] if self.table else [cast(Storage, self.task.source)]
+            with only_warn("the run has no page"):
+                make_report(store, config, sources=places, most_rows=PAGE_ROWS)
         watch.lap("log")
         with only_warn("what was staged could not be removed"):
             store.unstage(self.task.run)
@@ -268,15 +281,17 @@ class Run:
             with only_warn("the run's predictions were not compared with earlier ones"):
                 own = Distributions().merge(self.tasks["distribution"].to_pylist())
                 about["drift"] = own.compare(self.earlier or [], config.tracking.drift)
+            told = {**about, **watch.laps}, self.records, STAGES
+            shown = partial(read_pictures, self.task.output, pictures)
             with only_warn("the run has no dashboard", "set paths.runs to a place that can be written"):
-                board = TensorBoard(open_storage(f"{config.paths.runs}/pipeline/{self.task.run}", config), live=False)
-                for writer in filter(None, (board, self.tracked)):
-                    shown = read_pictures(self.task.output, pictures)
-                    log_run(writer, {**about, **watch.laps}, self.records, STAGES, shown)
-            if config.report and not isinstance(store, CatalogStore):
-                places = [] if self.table else [cast(Storage, self.task.source)]
-                with only_warn("the run has no page"):
-                    make_report(self.task.output, config, sources=places, most_rows=PAGE_ROWS)
+                place = open_storage(f"{config.paths.runs}/pipeline/{self.task.run}", config)
+                with TensorBoard(place, live=False) as board:
+                    log_run(board, *told, shown())
+            if self.tracked:
+                with only_warn("MLflow does not have all of this run"):
+                    log_run(self.tracked, *told, shown())
+                self.tracked.close()
+                self.tracked = None
             watch.lap("log")
             with only_warn("the record of the run lacks its last seconds"):
                 write_record(self.task.output, {**about, **watch.laps})
@@ -296,9 +311,11 @@ class Run:
             todo: those images.
             is_last: whether no slice follows.
         """
+        self.slots = get_slots(self.spark)  # executors come and go between slices
         if self.tracked is None and server(self.config.tracking.mlflow):
             self.tracked = MLflow(self.config.tracking.mlflow, self.task.run)  # which starts beside the tasks
-        self.slots = get_slots(self.spark)  # executors come and go between slices
+            about = self._describe()
+            self.tracked.log_settings({name: about[name] for name in SETTINGS})
         seconds, later = _image_seconds(self.task, self.config), expected_slots(self.spark)
         plan = listing.plan(todo, self.slots, self.config, seconds, later)
         log.info("%s", plan)

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from helpers.images.archive import split_members
 from helpers.images.drawing import DRAWN_SCORE
 from helpers.images.video import split_paths
-from helpers.pipeline.results import ResultStore
 from helpers.pipeline.task import error_kind
+from helpers.storage import Storage
 from helpers.storage.parquet import read_table
 from helpers.storage.prefetch import map_groups
 
@@ -62,26 +62,22 @@ class Survey:
     """What some outputs have in their tables, and the rows that a sample is chosen from.
 
     Attributes:
-        files: of each output, as `ResultStore.files` names them.
-        is_whole: whether these are all of them.
         sides: the results of each model in each output.
         classes: numbers of all classes by their labels.
     """
 
-    def __init__(self, stores: list[ResultStore], most_rows: int | None = None):
-        """Count the tables, or so many rows of each that the last runs have brought."""
-        parts = [(store.files(), True) if most_rows is None else store.newest_files(most_rows) for store in stores]
-        self.files, self.is_whole = [files for files, _ in parts], all(are_all for _, are_all in parts)
+    def __init__(self, outputs: list[tuple[Storage, list[str]]]):
+        """Count the rows in the files of each output."""
         self.sides: list[Side] = []
         self.classes: dict[str, int] = {}
         self._kinds: dict[str, int] = {}  # numbers of the kinds of errors, from 1
         self._marks = np.zeros(0, np.uint64)  # a number by chance for each class
         self._most = np.uint64(2**64 - 1)  # of a path's hash, so that few enough rows are held
         self._held: list[pd.DataFrame] = []
-        for number, store in enumerate(stores):
-            files, width = self.files[number], store.storage.concurrent_reads
+        for number, (storage, files) in enumerate(outputs):
+            width = storage.concurrent_reads
             groups = (files[start : start + width] for start in range(0, len(files), width))
-            read = map_groups(partial(read_table, store.storage, columns=COLUMNS), groups, width)
+            read = map_groups(partial(read_table, storage, columns=COLUMNS), groups, width)
             for place, table in enumerate(table for group in read for table in group):
                 self._add(table, number, place)
 

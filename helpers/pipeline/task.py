@@ -36,7 +36,7 @@ from helpers.pipeline.schemas import KEPT, RESULT_SCHEMA, TIMESTAMP, Batches, co
 from helpers.pipeline.views import Cascade, Tiling, Views
 from helpers.storage import Storage
 from helpers.storage.interface import Files
-from helpers.storage.parquet import read_table
+from helpers.storage.parquet import read_table, write_table
 
 STAGING = "_staging"
 ROW_GROUP_BYTES = 8 * 2**20
@@ -421,6 +421,18 @@ def read_staged(batches: Batches, storage: Storage, schema: pa.Schema) -> Iterat
             rows = read_table(storage, path)
             rows = rows.append_column(schema.names[-1], pa.array([path] * rows.num_rows, pa.string()))
             yield from conform(rows, schema).to_batches()
+
+
+def write_rows(batches: Batches, storage: Storage, folder: str) -> Iterator[pa.RecordBatch]:
+    """Write rows of `RESULT_SCHEMA` to files of some megabytes each; a column `path` of these comes out."""
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    assert context is not None
+    for number, rows in enumerate(_row_groups(batches)):
+        path = f"{folder}/{context.partitionId():06d}-{context.attemptNumber()}-{number}.parquet"
+        write_table(storage, path, conform(rows, RESULT_SCHEMA))
+        yield pa.RecordBatch.from_pydict({"path": [path]})
 
 
 def _row_groups(batches: Batches) -> Iterator[pa.Table]:

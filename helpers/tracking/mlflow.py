@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.errors import ConfigError, first_line
 from helpers.storage import Storage, open_storage
 from helpers.tracking.tensorboard import TensorBoard
-from helpers.tracking.writers import Charts, Writer, Writers
+from helpers.tracking.writers import Charts, Status, Writer, Writers
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -151,10 +151,10 @@ class MLflow(Writer):
         wait([self._last])
         return "" if self._failed else self.run_id
 
-    def close(self) -> None:
+    def close(self, status: Status = "FINISHED") -> None:
         """Send the rest and end the run; what takes longer than a minute is given up."""
         self.publish()
-        self._send(lambda: self._client.set_terminated(self.run_id))
+        self._send(lambda: self._client.set_terminated(self.run_id, status))
         if wait([self._last], CLOSE_SECONDS).not_done:
             self._give_up(f"sending the rest takes longer than {CLOSE_SECONDS:.0f} s")
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -187,16 +187,23 @@
     return canvas;
   }
 
-  function caption(context, text, x, y, background, size) {
+  // A caption on a box, in it or below it: where it covers none of those in `taken`. Where it would, there is none.
+  function caption(context, [index, score], [x, top, bottom], size, taken) {
+    const text = `${classes[index]} ${score.toFixed(2)}`;
     context.font = `600 ${size}px system-ui, "DejaVu Sans", sans-serif`;
-    const width = context.measureText(text).width + size * 0.6;
+    const [width, height] = [context.measureText(text).width + size * 0.6, size * 1.35];
     const left = Math.max(0, Math.min(x, context.canvas.width - width));
-    const top = Math.max(0, Math.min(y - size * 1.35, context.canvas.height - size * 1.35));
-    context.fillStyle = background;
-    context.fillRect(left, top, width, size * 1.35);
+    const places = [top - height, top, bottom].map((y) => Math.max(0, Math.min(y, context.canvas.height - height)));
+    const y = places.find(
+      (place) => !taken.some((other) => overlap([left, place, left + width, place + height], other)),
+    );
+    if (y === undefined) return;
+    taken.push([left, y, left + width, y + height]);
+    context.fillStyle = color(index);
+    context.fillRect(left, y, width, height);
     context.fillStyle = "#10141b";
     context.textBaseline = "middle";
-    context.fillText(text, left + size * 0.3, top + size * 0.7);
+    context.fillText(text, left + size * 0.3, y + size * 0.7);
   }
 
   // Draw an image with some of its predictions; those in `faint` were found by the other side too.
@@ -216,7 +223,7 @@
       if (mask) context.drawImage(paintMask(mask, index), 0, 0, canvas.width, canvas.height);
     }
     for (const prediction of ordered) {
-      const [index, score, box, , points] = prediction;
+      const [index, , box, , points] = prediction;
       if (!box) continue;
       const weak = faint.has(prediction);
       const [x, y] = [box[0] * across, box[1] * down];
@@ -232,11 +239,13 @@
         context.fillStyle = color(index);
         context.fill();
       }
-      if (!weak) caption(context, `${classes[index]} ${score.toFixed(2)}`, x, y, color(index), size);
     }
-    if (predictions.length && !predictions[0][2]) {
-      const [index, score] = predictions[0];
-      caption(context, `${classes[index]} ${score.toFixed(2)}`, 0, 0, color(index), size);
+    const [taken, named] = [[], new Set()];
+    for (const prediction of counted(predictions)) {
+      const [x, top, , bottom] = prediction[2] ?? [0, 0, 0, 0];
+      if (prediction[2] && (faint.has(prediction) || named.has(prediction[0]))) continue;
+      if (longest !== DETAIL) named.add(prediction[0]); // a card has no place for more than one caption of a class
+      caption(context, prediction, [x * across, top * down, bottom * down], size, taken);
     }
   }
 
@@ -403,7 +412,7 @@
             make("b", { textContent: score.toFixed(3) }),
           );
           if (state.right >= 0 && own.has(prediction))
-            line.append(make("span", { className: "alone", textContent: "only here" }));
+            line.lastChild.before(make("span", { className: "alone", textContent: "only here" }));
           line.addEventListener("click", () => {
             only = only === prediction ? null : prediction;
             detail();

@@ -16,7 +16,7 @@ import numpy as np
 
 from helpers.errors import DataError
 from helpers.storage import LocalStorage, Storage, open_storage
-from helpers.tracking.writers import Charts, Writer
+from helpers.tracking.writers import Charts, Status, Writer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,8 +148,8 @@ class TensorBoard(Writer):
         self._writer.flush()
         self._copy()
 
-    def close(self) -> None:
-        """Write what is still in memory."""
+    def close(self, status: Status = "FINISHED") -> None:
+        """Write what is still in memory; events do not say how a run ends."""
         self._writer.close()
         self._copy()
 

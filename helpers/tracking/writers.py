@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -17,12 +17,22 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-SETTINGS = ("source", "output", "model", "bundle", "flops", "slots", "spark", "versions", "config")  # of a run's record
+Status = Literal["FINISHED", "FAILED", "KILLED"]  # how a run ends, in MLflow's words
 Charts = Mapping[str, Sequence[str]]  # the title of a chart, and the tags, which may be regular expressions, in it
 
 
 class Writer:
-    """Where the measurements, pictures and texts of one run go; tags are named group/name."""
+    """Where the measurements, pictures and texts of one run go; tags are named group/name.
+
+    As a context it ends the run as its block ends: an exception is a failure, and an interrupt kills the run.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed: Status = "FAILED" if kind and issubclass(kind, Exception) else "KILLED"
+        self.close("FINISHED" if kind is None else failed)
 
     def log_scalars(self, values: Mapping[str, float], step: int, time: float | None = None) -> None:
         """Write values by their tags; `time`, in seconds since 1970, is now by default."""
@@ -63,7 +73,7 @@ class Writer:
     def publish(self) -> None:
         """Let readers see everything so far."""
 
-    def close(self) -> None:
+    def close(self, status: Status = "FINISHED") -> None:
         """Write what is still in memory, and end the run."""
 
 
@@ -83,7 +93,7 @@ def log_run(
     stages: Sequence[str],
     pictures: Iterable[tuple[str, bytes]],
 ) -> None:
-    """Write one run of the pipeline, and close the writer.
+    """Write what one run of the pipeline has done.
 
     Args:
         writer: of the run alone.
@@ -92,7 +102,6 @@ def log_run(
         stages: what a record has the seconds of.
         pictures: names and PNG files.
     """
-    writer.log_settings({name: run[name] for name in SETTINGS})
     start = min((record["started"].timestamp() for record in records), default=0.0)
     done, failed, megabytes = 0, 0, 0.0
     # A task ends when it began plus what it took; the clocks of hosts may differ by little.
@@ -118,7 +127,6 @@ def log_run(
     writer.log_text("run/record.json", json.dumps(run, indent=2))
     for step, (name, png) in enumerate(pictures):
         writer.log_picture(f"pictures/{name}", png, step)
-    writer.close()
 
 
 def _end(record: dict[str, Any]) -> float:

@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -148,7 +149,7 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
         DataError: there is no data set.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    with join_group(options.device, options.threads, options.run_dir) as group:
+    with join_group(options.device, options.threads, options.run_dir) as group, ExitStack() as stack:
         fashion_data.download(options.data)
         storage = argparse.Namespace(storage=StorageOptions(options.endpoint, options.credential))
         training_set, evaluated = fashion_sets.open_sets(options, storage)
@@ -182,7 +183,7 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
         checkpoints = Checkpoints(place, group, parts, settings, options.resume, storage) if options.run_dir else None
         progress = checkpoints.restore() if checkpoints else Progress()
         board = (
-            open_writers(options.run_dir, options.mlflow, settings, progress.steps, CHARTS)
+            stack.enter_context(open_writers(options.run_dir, options.mlflow, settings, progress.steps, CHARTS))
             if options.run_dir and group.rank == 0
             else None
         )
@@ -262,7 +263,7 @@ def train(options: argparse.Namespace, report: Callable[[int, float], None] | No
         }
         if board and checkpoints:
             log_results(board, network, evaluated, logits, result, kind)
-            board.close()
+            board.publish()
             save_network(network, result, options.run_dir)
             checkpoints.clear()
         return result

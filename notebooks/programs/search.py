@@ -5,6 +5,7 @@ returns the reports of its own trial. So tasks share nothing, and no location ha
 repeats tries the same parameters again.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -93,25 +94,27 @@ def search(
         TrainingError: no trial succeeded, or another search is at work in the folder.
     """
     storage = open_storage(run_dir)
-    tracked = track(mlflow, run_dir, resume) if server(mlflow) else None
     ship_siblings(spark, __file__)
-    try:
-        with lock(storage, "search.lock"):
-            if not resume:
-                _delete(storage)
-            study = open_study(storage, rules)
-            log_trial = partial(_log_trial, storage, mlflow, tracked)
-            _run_trials(spark, objective, dict(space), study, log_trial, trials, rules, parallel or get_slots(spark))
-    except BlockingIOError:
-        raise TrainingError(f"another search is at work in {run_dir}: wait for it, or name another folder") from None
-    if not study.get_trials(states=(TrialState.COMPLETE,)):
-        failures = [trial.user_attrs.get("error") for trial in study.get_trials(states=(TrialState.FAIL,))]
-        raise TrainingError(f"none of {len(study.trials)} trials succeeded; the last failed with: {failures[-1]}")
-    if tracked:
-        tracked.log_scalars({"best/objective": study.best_value}, len(study.trials))
-        tracked.log_text("best.json", json.dumps(study.best_params, indent=2))
-        tracked.close()
-    return study
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(storage, "search.lock"))
+        except BlockingIOError:
+            raise TrainingError(
+                f"another search is at work in {run_dir}: wait for it, or name another folder"
+            ) from None
+        tracked = stack.enter_context(track(mlflow, run_dir, resume)) if server(mlflow) else None
+        if not resume:
+            _delete(storage)
+        study = open_study(storage, rules)
+        log_trial = partial(_log_trial, storage, mlflow, tracked)
+        _run_trials(spark, objective, dict(space), study, log_trial, trials, rules, parallel or get_slots(spark))
+        if not study.get_trials(states=(TrialState.COMPLETE,)):
+            failures = [trial.user_attrs.get("error") for trial in study.get_trials(states=(TrialState.FAIL,))]
+            raise TrainingError(f"none of {len(study.trials)} trials succeeded; the last failed with: {failures[-1]}")
+        if tracked:
+            tracked.log_scalars({"best/objective": study.best_value}, len(study.trials))
+            tracked.log_text("best.json", json.dumps(study.best_params, indent=2))
+        return study
 
 
 def make_objective(arguments: Sequence[str]) -> Objective:

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import cv2
@@ -120,7 +121,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         BundleError: the initial weights are missing, damaged or of another architecture.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    with join_group(options.device, options.threads, options.run_dir) as group:
+    with join_group(options.device, options.threads, options.run_dir) as group, ExitStack() as stack:
         cv2.setNumThreads(options.threads)
         storage = argparse.Namespace(storage=StorageOptions(options.endpoint, options.credential))
         training_set, validation_set, labels = open_sets(options, storage)
@@ -160,7 +161,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             load_initial_weights(network, options.initial_weights, group, storage)
             averaged.load_state_dict(network.state_dict())
         board = (
-            open_writers(options.run_dir, options.mlflow, settings, progress.steps, CHARTS) if group.rank == 0 else None
+            stack.enter_context(open_writers(options.run_dir, options.mlflow, settings, progress.steps, CHARTS))
+            if group.rank == 0
+            else None
         )
         pace, cells = Pace(network, group, options.batch_size), prototype_side(options.architecture)
 
@@ -240,7 +243,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
         result = summarize()
         if board:
-            board.close()
+            board.publish()
             save_network(averaged, result, options.run_dir)
         checkpoints.clear()
         return result
