@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -64,21 +64,23 @@ exec "$here/%s" "$@"
 """
 
 
-def pack(archive: Path = ARCHIVE, compression: int = 6) -> Path:
+def pack(archive: Path = ARCHIVE, compression: int = 6, others: Sequence[str] = ()) -> Path:
     """Write the archive; takes some seconds.
 
     Args:
         archive: the file.
         compression: 0 to 9; the time to compress it harder weighs more than half a second per worker that unpacks it.
+        others: packages installed here that it is to hold beside those of a run, such as `mlflow-skinny`.
 
     Raises:
         HostError: a package is missing here, or the packed environment does not start.
     """
+    names = sorted(closure([*packages(), *others]) - SERVING)
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as temporary:
         folder = Path(temporary, "environment")
         _copy_interpreter(folder)
-        for name in sorted(closure(packages()) - SERVING):
+        for name in names:
             _copy_package(name, folder / "packages")
         _copy_project(folder)
         _share_ffmpeg(folder / "packages" / "av.libs", folder / "packages" / "opencv_python_headless.libs")
@@ -205,5 +207,5 @@ def _files(name: str) -> Iterator[tuple[str, Path]]:
 
 
 if __name__ == "__main__":
-    made = pack()
+    made = pack(others=sys.argv[1:])
     print(f"{made.relative_to(PROJECT)}: {made.stat().st_size / 2**20:.0f} MiB")

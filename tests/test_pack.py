@@ -216,7 +216,7 @@ def test_an_archive_in_a_store_is_left_to_spark():
     assert find_environment(config) == "hdfs://name/vision.tar.gz"
 
 
-def test_a_package_that_is_not_installed_is_named():
+def test_a_package_that_is_not_installed_is_named(tmp_path):
     assert "numpy" in pack.closure(["pyarrow", "numpy"])
     with pytest.raises(HostError, match=r"no-such-package.*make setup"):
-        pack.closure(["numpy", "no-such-package"])
+        pack.pack(tmp_path / "vision.tar.gz", others=["no-such-package"])
