@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -52,6 +52,9 @@ NOT_OF_THE_LIBRARY = (
 )
 # Libraries that belong to the C library of each machine; the interpreter brings all others along.
 OF_THE_SYSTEM = re.compile(r"(ld-linux|linux-vdso|lib(c|m|dl|rt|util|pthread|resolv)\.so|libpython)")
+# FFmpeg's libraries in the wheels of PyAV and OpenCV, and what only OpenCV's needs.
+FFMPEG = re.compile(r"(lib(?:avcodec|avformat|avutil|swresample|swscale))-\w+(\.so\.\d+)")
+OF_FFMPEG = re.compile(r"lib(vpx|ssl|crypto)-")
 # Python finds its library by its own location, but a shared libpython only by this variable.
 START = """#!/bin/sh
 here=$(dirname "$(readlink -f "$0")")
@@ -61,23 +64,27 @@ exec "$here/%s" "$@"
 """
 
 
-def pack(archive: Path = ARCHIVE, compression: int = 4) -> Path:
+def pack(archive: Path = ARCHIVE, compression: int = 6, others: Sequence[str] = ()) -> Path:
     """Write the archive; takes some seconds.
 
     Args:
         archive: the file.
         compression: 0 to 9; the time to compress it harder weighs more than half a second per worker that unpacks it.
+        others: packages installed here that it is to hold beside those of a run, such as `mlflow-skinny`.
 
     Raises:
         HostError: a package is missing here, or the packed environment does not start.
     """
+    names = sorted(closure([*packages(), *others]) - SERVING)
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as temporary:
         folder = Path(temporary, "environment")
         _copy_interpreter(folder)
-        for name in sorted(closure(packages()) - SERVING):
+        for name in names:
             _copy_package(name, folder / "packages")
         _copy_project(folder)
+        _share_ffmpeg(folder / "packages" / "av.libs", folder / "packages" / "opencv_python_headless.libs")
+        _strip(folder)
         command = [str(folder / "bin" / "python"), "-c", IMPORTS]
         tried = subprocess.run(command, env={}, cwd=folder, capture_output=True, text=True, check=False)
         if tried.returncode:
@@ -152,6 +159,31 @@ def _copy_project(folder: Path) -> None:
             shutil.copy2(source, target)
 
 
+def _share_ffmpeg(pyav: Path, opencv: Path) -> None:
+    """Give OpenCV the FFmpeg of PyAV where both have the same interfaces, for 13 MiB less; else both stay."""
+    theirs = {match.groups(): path for path in pyav.glob("*") if (match := FFMPEG.match(path.name))}
+    own = {match.groups(): path for path in opencv.glob("*") if (match := FFMPEG.match(path.name))}
+    if not own.keys() <= theirs.keys():
+        return
+    for path in [*own.values(), *[path for path in opencv.glob("*") if OF_FFMPEG.match(path.name)]]:
+        path.unlink()
+    # A library is looked for beside the name by which the one that needs it was found.
+    names = {path.name: path for path in pyav.glob("*")} | {path.name: theirs[key] for key, path in own.items()}
+    for name, library in names.items():
+        (opencv / name).unlink(missing_ok=True)
+        (opencv / name).symlink_to(Path("..", pyav.name, library.name))
+
+
+def _strip(folder: Path) -> None:
+    """Leave out the symbols of libraries, which only a debugger reads; without binutils they stay.
+
+    A wheel's `*.libs` stay as they are, because the tool that put them there lays them out in a way that strip breaks.
+    """
+    if sys.platform == "linux" and shutil.which("strip"):
+        libraries = [str(path) for path in folder.rglob("*.so*") if path.parent.suffix != ".libs"]
+        subprocess.run(["strip", "--strip-unneeded", *libraries], check=True)
+
+
 def _of_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
     """Whoever unpacks it owns it, and everybody may read it: the user of a container is not the one who packed."""
     member.uid = member.gid = 0
@@ -175,5 +207,5 @@ def _files(name: str) -> Iterator[tuple[str, Path]]:
 
 
 if __name__ == "__main__":
-    made = pack()
+    made = pack(others=sys.argv[1:])
     print(f"{made.relative_to(PROJECT)}: {made.stat().st_size / 2**20:.0f} MiB")

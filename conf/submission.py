@@ -207,10 +207,7 @@ class Kubernetes:
     def _check(self) -> None:
         account = self._kubectl("get", "serviceaccount", self.account)
         if account.returncode:
-            raise HostError(
-                f"{first_line(account.stderr)}; the driver needs a service account: kubectl create serviceaccount "
-                f"{self.account} --namespace {self.namespace}, or set ACCOUNT or NAMESPACE"
-            )
+            raise HostError(spark_cause(account.stderr.strip().splitlines()[-1]))
         who = f"system:serviceaccount:{self.namespace}:{self.account}"
         for name, user in {"you": [], f"the service account {self.account}": ["--as", who]}.items():
             # Whoever may not ask for others learns it from the driver.
@@ -247,7 +244,10 @@ class Kubernetes:
             last = line
         ended.set()
         watch.join()
-        code = self._exit_code()
+        code, reason = self._end()
+        if code not in (0, 1, 2):
+            print(last, end="", file=sys.stderr)
+            raise RunError(f"the driver's pod {self.pod} did not end by itself: {reason}; what is finished is kept")
         _tell_last(last.rstrip("\n"), code)
         return code
 
@@ -289,21 +289,20 @@ class Kubernetes:
                 time.sleep(POLL_SECONDS)
             since = [f"--since={time.monotonic() - broken:.0f}s"]
 
-    def _exit_code(self) -> int:
+    def _end(self) -> tuple[int | None, str]:
+        """The driver's exit code, and what Kubernetes calls its end; none of a pod that is gone."""
         pod = self._json("get", "pod", self.pod)
         states = [status.get("state", {}) for status in pod.get("status", {}).get("containerStatuses", [])]
-        codes = [state["terminated"]["exitCode"] for state in states if "terminated" in state]
-        if not codes or codes[0] not in (0, 1, 2):
-            reasons = [state["terminated"].get("reason", "") for state in states if "terminated" in state]
-            reason = next(iter(reasons), "it is gone")
-            raise RunError(f"the driver's pod {self.pod} did not end by itself: {reason}; what is finished is kept")
-        return codes[0]
+        ended = next((state["terminated"] for state in states if "terminated" in state), {})
+        return ended.get("exitCode"), ended.get("reason", "it is gone")
 
     def _warning(self, pod: str) -> str:
         """What the last warning about a pod says."""
         chosen = f"involvedObject.name={pod},type=Warning"
         events = self._json("get", "events", "--field-selector", chosen, "--sort-by", ".lastTimestamp").get("items", [])
-        useful = [event["message"] for event in events if not event["message"].startswith("Error: ImagePullBackOff")]
+        messages = [event.get("message", "") for event in events]
+        # What follows a cause only names a state, such as `Error: ErrImagePull`.
+        useful = [message for message in messages if message and not re.fullmatch(r"Error: \w+", message)]
         return first_line(useful[-1]) if useful else ""
 
     def _json(self, *arguments: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ CAUSE_REMEDIES = {
     r"namespaces .* not found": "create it with `kubectl create namespace`, or set NAMESPACE",
     r"serviceaccounts? .*not found": "create it with `kubectl create serviceaccount`, or set ACCOUNT",
     r"[Ff]orbidden|cannot \w+ resource": "give the account the role: kubectl create rolebinding spark \
---clusterrole=edit --serviceaccount=NAMESPACE:ACCOUNT",
+--clusterrole=edit --serviceaccount=NAMESPACE:ACCOUNT, or --user=NAME",
 }
 PATIENCE_SECONDS = 30.0  # in which nothing is said while a run waits for its first executor
 DAEMON = "helpers.pipeline.daemon"  # which this machine's workers are forked from

@@ -112,9 +112,10 @@ def test_a_mistake_of_the_driver_on_kubernetes_is_told_as_an_error(stubs):
 
 def test_a_driver_that_was_killed_is_no_success(stubs):
     killed = pod("Failed", terminated={"exitCode": 137, "reason": "OOMKilled"})
-    answer = stubs.run("kubernetes.sh", *LOCATIONS, **{**ended(0), "ENDED": killed})
+    answer = stubs.run("kubernetes.sh", *LOCATIONS, **{**ended(0), "ENDED": killed, "LAST": "07:00:01 the last"})
     assert (answer.returncode, answer.stdout) == (1, "")
-    assert "OOMKilled" in answer.stderr.splitlines()[-1]
+    last, error = answer.stderr.splitlines()[-2:]
+    assert last == "07:00:01 the last" and "OOMKilled" in error
 
 
 def test_settings_of_spark_and_of_the_project_may_stand_in_any_order_after_the_locations(stubs):
@@ -142,9 +143,11 @@ def test_dashboards_go_where_a_setting_says(stubs):
 
 def test_a_missing_service_account_is_told_before_spark_starts(stubs):
     missing = 'Error from server (NotFound): serviceaccounts "spark" not found'
-    answer = stubs.run("kubernetes.sh", *LOCATIONS, NO_ACCOUNT=missing)
+    said = f"E1129 memcache.go:265] what kubectl tells beside it\n{missing}"
+    answer = stubs.run("kubernetes.sh", *LOCATIONS, NO_ACCOUNT=said)
     assert answer.returncode == 2 and not stubs.calls("spark-submit")
-    assert answer.stderr.count("\n") == 1 and "kubectl create serviceaccount spark" in answer.stderr
+    assert answer.stderr.count("\n") == 1 and answer.stderr.startswith(f"error: {missing}: ")
+    assert "kubectl create serviceaccount" in answer.stderr
 
 
 def test_a_missing_role_is_told_before_spark_starts(stubs):
@@ -156,7 +159,8 @@ def test_a_missing_role_is_told_before_spark_starts(stubs):
 def test_an_image_that_cannot_be_pulled_ends_the_run_and_its_pod(stubs):
     waiting = {"BEGUN": pod("Pending", waiting={"reason": "ImagePullBackOff"})}
     event = {"message": 'Failed to pull image "registry/image": not found'}
-    answer = stubs.run("kubernetes.sh", *LOCATIONS, **waiting, EVENTS=json.dumps({"items": [event]}))
+    others = [{"message": "Error: ErrImagePull"}, {"message": "Error: ImagePullBackOff"}, {"reason": "Starting"}]
+    answer = stubs.run("kubernetes.sh", *LOCATIONS, **waiting, EVENTS=json.dumps({"items": [event, *others]}))
     assert answer.returncode == 2
     assert event["message"] in answer.stderr.splitlines()[-1]
     assert "delete" in stubs.calls("kubectl")
