@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 
 from helpers.config import PROJECT
 from helpers.errors import HostError
+from helpers.tracking.page import PACKED, charts
 
 ARCHIVE = PROJECT / "out" / "pack" / "vision.tar.gz"
 # The pins in requirements.txt that a run imports, some of them late: its tasks those of the first line, its driver all.
@@ -149,7 +150,7 @@ def _needed(files: list[str]) -> list[tuple[str, str]]:
 
 
 def _copy_project(folder: Path) -> None:
-    """The modules of `helpers`, and what they read in `conf`."""
+    """The modules of `helpers`, what they read in `conf`, and the page's charts without the package that has them."""
     conf = PROJECT / "conf"
     others = [*conf.glob("*.yaml"), *conf.glob("cards/*.yaml"), conf / "log4j2.properties", conf / "submit.py"]
     for source in [path for path in (PROJECT / "helpers").rglob("*") if path.suffix != ".pyc"] + others:
@@ -157,6 +158,7 @@ def _copy_project(folder: Path) -> None:
             target = folder / source.relative_to(PROJECT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
+    (folder / PACKED.relative_to(PROJECT)).write_text(charts(), encoding="utf-8")
 
 
 def _share_ffmpeg(pyav: Path, opencv: Path) -> None:

@@ -184,6 +184,7 @@ def test_a_driver_that_owns_nothing_but_its_working_directory_runs_from_the_arch
         assert (run.summary["ok"], run.summary["failed"]) == (60, 4), run.errors
         assert len(run.rows()) == 64 and "Traceback" not in run.errors
         assert list(working.glob("runs/pipeline/*/events*")), run.errors
+        assert "window.vegaEmbed" in (working / "out" / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_the_image_for_kubernetes_is_sparks_and_the_archive():

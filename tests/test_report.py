@@ -355,11 +355,11 @@ def test_the_page_is_dark_where_the_reader_has_it_dark(browser, page):
 
 def test_without_the_library_of_charts_there_are_tables(browser, output, monkeypatch, caplog):
     monkeypatch.setitem(__import__("sys").modules, "vl_convert", None)
-    page_module._charts.cache_clear()
+    page_module.charts.cache_clear()
     try:
         page = report(output)
     finally:
-        page_module._charts.cache_clear()
+        page_module.charts.cache_clear()
     assert "vl-convert-python" in caplog.text
     shown = opened(browser, page)
     rows = [row.text for row in shown.find_elements(By.CSS_SELECTOR, "#class-chart tbody tr")]
@@ -374,14 +374,14 @@ def test_the_library_of_charts_is_made_once_for_all_processes(tmp_path, monkeypa
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
-    made = page_module._charts.__wrapped__()
+    made = page_module.charts.__wrapped__()
     assert made.startswith("/* Vega") and "window.vegaEmbed" in made
     monkeypatch.setattr(vl_convert, "javascript_bundle", lambda *_: pytest.fail("made again"))
-    assert page_module._charts.__wrapped__() == made
+    assert page_module.charts.__wrapped__() == made
     (kept,) = folder.rglob("*.js")
     kept.unlink()
     with pytest.raises(pytest.fail.Exception):
-        page_module._charts.__wrapped__()
+        page_module.charts.__wrapped__()
 
 
 @pytest.fixture(scope="module")
