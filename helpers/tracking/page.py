@@ -67,8 +67,8 @@ def _in_html(script: str) -> str:
 def charts() -> str:
     """Vega-Lite and all it needs as one script; empty where the package that has it is missing.
 
-    Making it takes two seconds and 150 MB, so it is left for this user's next process. The archive of `conf/pack.py` has
-    it in the package's place.
+    Making it takes two seconds and 150 MB, so it is left for this user's next process. The archive of `conf/pack.py`
+    has it in the package's place.
     """
     if PACKED.is_file():
         return PACKED.read_text(encoding="utf-8")
