@@ -540,7 +540,7 @@ def test_of_two_commits_on_one_version_of_a_table_one_passes(table):
     table.commit(version, {"a.parquet": File(1, "{}")}, [], {}, {})
     with pytest.raises(Conflict):
         table.commit(version, {"b.parquet": File(1, "{}")}, [], {}, {})
-    assert set(table.open().files) == {"a.parquet"}
+    assert table.open().names == {"a.parquet"}
     assert table.storage.exists("100% results/_delta_log/00000000000000000001.json")
 
 
@@ -658,7 +658,7 @@ def test_a_table_in_gcs_is_read(bucket, tmp_path):
     local.create({"a.parquet": File(1, "{}")})
     name = "_delta_log/00000000000000000000.json"
     bring(f"100% results/{name}", local.storage.read(f"results/{name}"))
-    assert set(table.open().files) == {"a.parquet"}
+    assert table.open().names == {"a.parquet"}
 
 
 # ---------------------------------------------------------------- web servers

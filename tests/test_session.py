@@ -430,7 +430,8 @@ def run_program(text: str, **environment: str) -> list[str]:
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Without what would have Spark's launcher start the JVM."""
+    """Without what would have Spark's launcher start the JVM, and without one that an earlier test has started."""
+    monkeypatch.setattr(session, "_jvm", None)
     for name in java.OTHERS_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 

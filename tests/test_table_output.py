@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import threading
 from datetime import UTC, datetime, timedelta
@@ -54,6 +55,16 @@ def name(request) -> str:
 def run(source: Path, model: str, output: str, staging: Path, **overrides) -> pipeline.RunSummary:
     config = settings(**{"results.staging": str(staging), **overrides})
     return pipeline.run(session(), str(source), model, output, config)
+
+
+def run_while_the_table_is_made(source: Path, model: str, output: str, staging: Path) -> pipeline.RunSummary:
+    """For a second the table's folder has a file and no log, as while another run makes the table."""
+    warehouse = session().conf.get("spark.sql.warehouse.dir").removeprefix("file:")
+    begun = Path(warehouse, output.removeprefix("table:").lower())
+    begun.mkdir()
+    (begun / "unfinished").touch()
+    threading.Timer(1, shutil.rmtree, [begun]).start()
+    return run(source, model, output, staging)
 
 
 def rows_of(output: str, version: int | None = None) -> list[tuple]:
@@ -323,6 +334,11 @@ def test_a_run_that_starts_over_replaces_the_whole_table_in_one_commit(delta, mo
 def test_of_two_runs_that_merge_at_once_each_image_has_one_row(delta, model, photos, tmp_path, name):
     summaries = delta(run_at_once, [photos] * 2, model, name, tmp_path / "staging")
     assert [getattr(summary, "ok", summary) for summary in summaries] == [8, 8]
+    assert delta(rows_of, name) == LABELS
+
+
+def test_a_table_that_another_run_is_making_is_waited_for(delta, model, photos, tmp_path, name):
+    assert delta(run_while_the_table_is_made, photos, model, name, tmp_path / "staging").ok == 8
     assert delta(rows_of, name) == LABELS
 
 

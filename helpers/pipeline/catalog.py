@@ -46,6 +46,7 @@ CONFLICT = re.compile(
     r"DELTA_CONCURRENT|Concurrent(Append|Delete|Transaction|Write)|(MetadataChanged|ProtocolChanged)E"
 )
 TRIES = 20
+MAKING, LOOKS = "DELTA_CREATE_TABLE_WITH_NON_EMPTY_LOCATION", 10
 METADATA = "spark.databricks.delta.commitInfo.userMetadata"  # goes into the table's history, of OSS Delta too
 FILE, GONE = "_file", "_gone"  # columns of a merge that are none of the results
 
@@ -132,11 +133,16 @@ class CatalogStore(ResultStore):
         with only_warn("what killed runs have left could not be removed"):
             self._tidy()
         columns = spark_schema(self._schema)
-        try:
-            self._sql(f"CREATE TABLE IF NOT EXISTS {self._name} ({columns.toDDL()}) USING DELTA")
-        except RunError:
-            if not self._spark.catalog.tableExists(self._name):  # another run may have made it in the same moment
-                raise
+        for attempt in range(1, LOOKS + 1):
+            try:
+                self._sql(f"CREATE TABLE IF NOT EXISTS {self._name} ({columns.toDDL()}) USING DELTA")
+                break
+            except RunError as error:
+                if self._spark.catalog.tableExists(self._name):  # another run may have made it in the same moment
+                    break
+                if MAKING not in str(error) or attempt == LOOKS:  # or may be making it right now
+                    raise
+            time.sleep(0.1 * attempt)
         there = self._spark.table(self._name).schema
         if [(f.name, f.dataType.simpleString()) for f in there] != [
             (f.name, f.dataType.simpleString()) for f in columns
