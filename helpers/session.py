@@ -471,6 +471,9 @@ def _jvm_settings(config: Config) -> dict[str, str]:
         **gpu,
         **wait,
         **daemon,
+        # Tasks take and free one batch after another. Their Arrow keeps memory for so many milliseconds, its default,
+        # where the driver's gives it back at once (`helpers`).
+        "spark.executorEnv.MIMALLOC_PURGE_DELAY": "10",
         "spark.driver.memory": config.spark.driver_memory,
         "spark.driver.extraJavaOptions": f"{log4j} {local_options()}" if config.spark.mode != "cluster" else log4j,
         "spark.task.maxFailures": str(config.spark.task_attempts),

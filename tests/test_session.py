@@ -490,7 +490,8 @@ def test_a_jvm_that_started_ahead_is_the_sessions_and_its_workers_have_imported_
             for batch in batches:
                 imported = {"helpers.pipeline.task", "openvino", "cv2"} <= set(sys.modules)
                 daemon = " ".join(psutil.Process().parent().cmdline()[1:])
-                yield pa.RecordBatch.from_pydict({"worker": [f"{imported} {daemon}"]})
+                purge = os.environ["MIMALLOC_PURGE_DELAY"]
+                yield pa.RecordBatch.from_pydict({"worker": [f"{imported} {daemon} {purge}"]})
 
         config = load_config("local", spark={"master": "local[1]"})
         with starting(config):
@@ -501,7 +502,7 @@ def test_a_jvm_that_started_ahead_is_the_sessions_and_its_workers_have_imported_
         print(spark.range(1, numPartitions=1).mapInArrow(look, "worker string").first().worker)
         spark.stop()
     """)
-    assert answer == ["True []", "True -m helpers.pipeline.daemon pyspark.worker"]
+    assert answer == ["True []", "True -m helpers.pipeline.daemon pyspark.worker 10"]
 
 
 def test_a_jvm_that_started_ahead_ends_with_what_was_to_be_checked_meanwhile(tmp_path):
