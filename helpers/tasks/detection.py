@@ -13,6 +13,7 @@ from helpers.tasks.boxes import (
     LARGEST_RELATIVE,
     BoxFormat,
     Detections,
+    Order,
     clip,
     locate,
     make_cells,
@@ -122,7 +123,7 @@ class SsdParameters(ChoiceParameters):
 
     activation: Literal["softmax", "sigmoid", "none"] = "softmax"
     variances: tuple[float, ...] = (0.1, 0.1, 0.2, 0.2)
-    order: Literal["xy", "yx"] = "xy"
+    order: Order = "xy"
     sizes: Literal["log", "linear"] = "log"
 
     def __post_init__(self) -> None:
