@@ -1,5 +1,6 @@
 """What tests share: one Spark session, the data set, pictures as users have them, and a model bundle."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from dfs_facade import DfsFacade
 
 import fashion_data
+from conf import pack
 from helpers.config import Config, load_config
 from helpers.session import get_spark
 from helpers.storage import open_storage
@@ -69,6 +71,18 @@ def bundle_uri(checkpoint, tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("bundle"))
     export("fashion_cnn", checkpoint, open_storage(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory) -> Path:
+    """What `make pack` writes, once for the processes that share the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with (folder / "pack.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        packed = folder / "pack" / "vision.tar.gz"
+        return packed if packed.exists() else pack.pack(packed)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -185,6 +185,7 @@ def test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs
         "HELPERS_PATHS__MODELS": str(models),
         "HELPERS_PATHS__RESULTS": str(tmp_path / "results"),
         "SPARK_TESTING": "1",  # a free port instead of 15002, which others may hold
+        "SPARK_SUBMIT_OPTS": local_options(),
     }
     command = [sys.executable, "-m", "pytest", "-q", "--nbval", *map(str, NOTEBOOKS)]
     command += ["--nbval-sanitize-with", "conf/nbval.cfg", "-p", "no:cacheprovider"]

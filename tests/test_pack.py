@@ -36,11 +36,6 @@ MODULES = [f"helpers.{name}" for name in EXECUTOR_MODULES if name != "pipeline.d
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory) -> Path:
-    return pack.pack(tmp_path_factory.mktemp("pack") / "vision.tar.gz")
-
-
-@pytest.fixture(scope="module")
 def bare_python(tmp_path_factory) -> str:
     """An interpreter with the standard library and nothing else."""
     folder = tmp_path_factory.mktemp("bare")

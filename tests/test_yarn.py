@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,9 @@ import pyarrow as pa
 import pytest
 from cluster import Run
 
-from conf import pack
 from helpers import pipeline
 from helpers.config import PROJECT, load_config
+from helpers.java import local_options
 from helpers.pipeline import listing
 from studies.cluster import Process, arguments_of, wait_for
 
@@ -41,7 +42,8 @@ class Yarn:
     def start(self, log: Path, output: Path, *arguments: str, **settings: str) -> Run:
         """conf/yarn.sh as a user calls it; its results are below `output`."""
         path = f"{self.conf.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        environment = {"HADOOP_CONF_DIR": str(self.conf), "PATH": path, **SMALL, **settings}
+        environment = {"HADOOP_CONF_DIR": str(self.conf), "PATH": path, "SPARK_SUBMIT_OPTS": local_options()}
+        environment |= {**SMALL, **settings}
         return Run(output, Process(["sh", "conf/yarn.sh", *arguments], log, environment))
 
     def stop(self) -> None:
@@ -76,7 +78,8 @@ def yarn(tmp_path_factory) -> Iterator[Yarn]:
     command.write_text(f"#!/bin/sh\nshift\n{logs}\n")
     command.chmod(0o755)
     opens = [f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in ("lang", "util", "io")]
-    command = ["java", *opens, "-Xmx1g", "-cp", f"{LIBRARIES}/*{os.pathsep}{HERE}", f"-Duser.dir={folder}"]
+    command = ["java", *opens, "-Xmx1g", *shlex.split(local_options())]
+    command += ["-cp", f"{LIBRARIES}/*{os.pathsep}{HERE}", f"-Duser.dir={folder}"]
     started = Yarn(Process([*command, str(HERE / "SmallYarn.java"), str(conf)], folder / "yarn.log"), conf)
 
     def ready() -> bool:
@@ -92,16 +95,14 @@ def yarn(tmp_path_factory) -> Iterator[Yarn]:
 
 
 @pytest.fixture(scope="module")
-def prepared(yarn, tmp_path_factory) -> Iterator[str]:
+def prepared(yarn, archive, tmp_path_factory) -> Iterator[str]:
     """A place of the nodes' with Spark and the archive."""
     folder = tmp_path_factory.mktemp("prepared")
-    archive = pack.pack(folder / "vision.tar.gz", compression=1)
     place = (folder / "place").as_uri()
     environment = {**os.environ, "HADOOP_CONF_DIR": str(yarn.conf), "ARCHIVE": str(archive)}
     command = ["sh", "conf/yarn.sh", "--prepare", place]
     answer = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
     assert (answer.returncode, answer.stdout) == (0, f"PREPARED={place} conf/yarn.sh SOURCE MODEL OUTPUT\n"), answer
-    archive.unlink()
     yield place
     shutil.rmtree(folder)
 

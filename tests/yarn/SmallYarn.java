@@ -19,6 +19,8 @@ public class SmallYarn {
     settings.set("yarn.nodemanager.disk-health-checker.enable", "false");
     settings.set("yarn.log-aggregation-enable", "true");
     settings.set("yarn.nodemanager.remote-app-log-dir", new File(folder, "logs").getPath());
+    // Each container's JVM lives for seconds, so a second compilation of code and parallel collection do not pay.
+    settings.set("yarn.nodemanager.admin-env", "JAVA_TOOL_OPTIONS=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC");
     MiniYARNCluster cluster = new MiniYARNCluster("small", 2, 1, 1);
     cluster.init(settings);
     cluster.start();
