@@ -22,7 +22,8 @@ from helpers.tasks import (
     semantic_segmentation,
 )
 from helpers.tasks.filters import Filters
-from helpers.tasks.interface import NO_ARRAYS, AmbiguityError, Arrays, Decoder, OutputError, Prediction, Sizes
+from helpers.tasks.interface import NO_ARRAYS, AmbiguityError, Arrays, OutputError, Prediction, Sizes
+from helpers.tasks.roles import Decoder
 
 __all__ = [
     "DECODERS",
