@@ -15,8 +15,11 @@ from helpers.yolact.configurations import CONFIGURATIONS, get_configuration
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
+    import openvino as ov
     import torch
 
+    from helpers.export.checks import Trial
 
 LIBRARIES = ("torchvision", "timm")
 STALE = re.compile(r"backbone\.layer(?!s)|fpn\.downsample_layers\.(?![01]\.)\d+\.")
@@ -50,6 +53,7 @@ class Architecture:
         adapt_state_dict: takes a checkpoint's state dictionary and returns the one that the network must load whole.
         export_module: takes the network and returns the module to export, the one that has `outputs`.
         arrays: returns what post-processing needs beside the outputs, by the name of its `.npy` file in the bundle.
+        trial: of the graph of a file, which was tried when it was read.
     """
 
     name: str
@@ -65,6 +69,24 @@ class Architecture:
     adapt_state_dict: Callable[[dict[str, Any]], dict[str, Any]] = unchanged
     export_module: Callable[["torch.nn.Module"], "torch.nn.Module"] = unchanged
     arrays: Callable[[], dict[str, "np.ndarray"]] = dict
+    trial: "Trial | None" = None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model on its way to a bundle.
+
+    Attributes:
+        model: takes uint8 images, and its outputs are named for their roles.
+        architecture: what it is.
+        file: it is from; None for a library's own weights.
+        onnx: takes normalized float32 `[B, C, H, W]`, and has the same outputs; None where there is no such graph.
+    """
+
+    model: "ov.Model"
+    architecture: Architecture
+    file: Path | None
+    onnx: "onnx.ModelProto | None"
 
 
 def get_architecture(name: str, labels: Sequence[str] = (), card: Path | None = None) -> Architecture:

@@ -44,12 +44,9 @@ class CardInput(InputSpec):
 
     height: int = 0
     width: int = 0
-    color: Literal["rgb", "bgr", "gray", ""] = ""
+    color: Literal["rgb", "bgr", "gray", ""] = ""  # type: ignore[assignment]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    resize: Literal["stretch", "letterbox", "crop", "shortest_edge", "none"] = "stretch"
-    interpolation: Literal["linear", "cubic"] = "linear"
-    position: Literal["center", "top_left"] = "center"
     layout: Literal["NCHW", "NHWC", ""] = ""
 
     def __post_init__(self) -> None:
@@ -73,8 +70,7 @@ class CardInput(InputSpec):
     def to_spec(self, shape: tuple[int, int, int] = (0, 0, 0)) -> InputSpec:
         """The input as a bundle's manifest has it; `shape`, height, width and channels, is the model's own.
 
-        Raises:
-            ValueError: mean or std are of another number of channels than the model's, or more is cut than there is.
+        Raises ValueError if mean or std are of another number of channels, or more is cut than there is.
         """
         entries = {name: value for name, value in asdict(self).items() if name != "layout"}
         color = self.color or ("gray" if shape[2] == 1 else "rgb")
@@ -120,8 +116,7 @@ def find_cards() -> list[str]:
 def read_entries(path: Path, model: Path | None = None) -> Entries:
     """The entries of a card's file, its labels read from the file that it names.
 
-    Raises:
-        BundleError: the card is missing or no YAML, or its labels are.
+    Raises BundleError if the card or its labels are missing, or it is no YAML.
     """
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -144,11 +139,7 @@ def read_entries(path: Path, model: Path | None = None) -> Entries:
 
 
 def read_arrays(card: Card) -> dict[str, np.ndarray]:
-    """What a bundle has beside its graph, by the name of the file there.
-
-    Raises:
-        BundleError: the anchors are no array, or not four numbers each.
-    """
+    """What a bundle has beside its graph, by file name; raises BundleError if anchors are not four numbers each."""
     if not card.priors:
         return {}
     try:
@@ -227,15 +218,7 @@ def merge(entries: Mapping[str, Any], others: Mapping[str, Any]) -> Entries:
 
 
 def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
-    """Check a card's entries.
-
-    Args:
-        entries: of the card's file, perhaps on top of a model's own.
-        origin: what the entries are from, for errors.
-
-    Raises:
-        BundleError: one is missing or wrong.
-    """
+    """Check a card's entries, perhaps on top of a model's own; raises BundleError, which names their origin."""
     entries = {**entries, "input": _spread(entries.get("input"))} if entries.get("input") else entries
     labels, outputs = entries.get("labels"), entries.get("outputs")
     if isinstance(labels, list):  # YAML reads 0 and 90 as numbers
@@ -258,8 +241,7 @@ def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
 def load_network_class(card: Card, path: Path) -> Callable[[], "torch.nn.Module"]:
     """Import the file that a card names, and return the class in it, which can be called without arguments.
 
-    Raises:
-        BundleError: the file or the class is missing, fails to import, or needs arguments.
+    Raises BundleError if the file or the class is missing, fails to import, or needs arguments.
     """
     file, colon, name = card.network.rpartition(":")
     if not colon:

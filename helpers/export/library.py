@@ -37,12 +37,9 @@ DETECTORS = {  # by their output beyond boxes: task, decoder, roles
 class Detector(nn.Module):
     """A detector of torchvision as a graph: one image in, boxes in that image's pixels out.
 
-    The network resizes and normalizes the image itself, and chooses the boxes. Masks stay as small as the network gives
-    them, since each would be as large as the image.
-
-    Args:
-        network: takes a list of images, and returns a dictionary per image.
-        others: what the dictionary has beside boxes, scores and labels.
+    The network, which takes a list of images and returns a dictionary per image, resizes and normalizes the image
+    itself, and chooses the boxes. Masks stay as small as it gives them, since each would be as large as the image.
+    `others` are what the dictionary has beside boxes, scores and labels.
     """
 
     def __init__(self, network: Any, others: Sequence[str]):
@@ -72,15 +69,10 @@ class Segmenter(nn.Module):
 
 
 def describe(name: str, card: Path | None = None) -> Architecture:
-    """Describe a library's network.
+    """Describe a library's network, `torchvision:NAME` or `timm:NAME`.
 
-    Args:
-        name: `torchvision:NAME` or `timm:NAME`.
-        card: changes what the library says; its labels are the classes of a checkpoint.
-
-    Raises:
-        BundleError: the library has no such network, or not for a task that there is here, or the card is wrong.
-        HostError: the library is not installed.
+    The card changes what the library says; its labels are the classes of a checkpoint. Raises BundleError if there is
+    no such network, or no task for it, or the card is wrong, and HostError if the library is not installed.
     """
     library, _, network = name.partition(":")
     return {"torchvision": _describe_torchvision, "timm": _describe_timm}[library](

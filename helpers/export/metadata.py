@@ -42,12 +42,7 @@ MODEL_API_RESIZES = {
 
 
 def read_metadata(path: Path, model: "ov.Model") -> Entries:
-    """The entries of a card that a model's file, or what lies beside it, gives; empty where it says nothing.
-
-    Args:
-        path: of the file.
-        model: as OpenVINO reads it.
-    """
+    """The entries of a card that a model's file, or what lies beside it, gives; empty where it says nothing."""
     if path.suffix == ".tflite":
         return _of_tflite(path, model)
     properties = _of_onnx(path) if path.suffix == ".onnx" else _of_openvino(path, model)
