@@ -15,15 +15,14 @@ import math
 import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from helpers.errors import BundleError
-from helpers.images.spec import COLORS, INTERPOLATIONS, POSITIONS, RESIZE_RULES, InputSpec
+from helpers.images.spec import COLORS, InputSpec
 from helpers.storage import Storage
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-ARITHMETIC = ("f32", "bf16", "f16")
 MANIFEST_BYTES = 16 * 2**20  # at most; a million labels fit
 TENSOR_BYTES = 2**30  # of one image's input or output, at most
 OPEN = -1  # a side of an output that differs from image to image
@@ -53,7 +52,7 @@ class Manifest:
     labels: tuple[str, ...]
     postprocess: dict[str, Any]
     precision: str  # of the weights in the file: fp32, fp16 or int8; bf16 is fp16 for bf16 arithmetic
-    arithmetic: str  # of the multiplications, as accuracy was checked with: f32, bf16 or f16
+    arithmetic: Literal["f32", "bf16", "f16"]  # of the multiplications, as accuracy was checked with: f32, bf16 or f16
     flops: int  # floating-point operations for one image: two for each multiplication with its addition
     checkpoint: dict[str, str]  # file name and sha256 of what was exported
     quantization: dict[str, Any] = field(default_factory=dict)  # of int8: what it lost, as `quantization.Record` says
@@ -91,11 +90,7 @@ class Bundle:
     registered: str = ""  # name/version, of one that comes from a registry of models
 
     def read(self, name: str) -> bytes:
-        """Return one of the bundle's files, checked against the manifest.
-
-        Raises:
-            BundleError: the file is missing, unreadable or not the one that was exported.
-        """
+        """Return one of the bundle's files; raises BundleError unless it is there, and the one that was exported."""
         path = self.storage.join(name)
         try:
             content = self.storage.read(name)
@@ -124,8 +119,7 @@ def save_bundle(storage: Storage, manifest: Manifest, files: dict[str, bytes]) -
 def load_bundle(storage: Storage) -> Bundle:
     """Read and check a bundle's manifest.
 
-    Raises:
-        BundleError: there is no manifest, or it lacks something, or it has a value this version cannot run.
+    Raises BundleError if there is none, or it lacks something, or it has a value this version cannot run.
     """
     path = storage.join(MANIFEST)
     try:
@@ -170,6 +164,10 @@ def _parse(kind: Any, value: Any, name: str) -> Any:
         return {
             _plain(str, key, name): _parse(get_args(kind)[1], item, _below(name, key)) for key, item in value.items()
         }
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{name} is {str(value)[:40]!r}, not one of {', '.join(get_args(kind))}")
+        return value
     return _free(value, name) if kind is Any else _plain(kind, value, name)
 
 
@@ -206,15 +204,6 @@ def _expect(is_so: bool, name: str, value: Any, expectation: str) -> None:
 def _check(manifest: Manifest) -> None:
     """What the types do not say; raises ValueError."""
     spec = manifest.input
-    for name, value, known in (
-        ("input.color", spec.color, COLORS),
-        ("input.resize", spec.resize, RESIZE_RULES),
-        ("input.interpolation", spec.interpolation, INTERPOLATIONS),
-        ("input.position", spec.position, POSITIONS),
-        ("arithmetic", manifest.arithmetic, ARITHMETIC),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} is {value[:40]!r}, not one of {', '.join(known)}")
     for name, values in (("input.mean", spec.mean), ("input.std", spec.std)):
         if len(values) != COLORS[spec.color]:
             raise ValueError(f"{name} needs one value per channel, {COLORS[spec.color]}")

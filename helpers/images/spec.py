@@ -1,12 +1,10 @@
 """What a network takes for an image. Executors import this module; it needs the standard library only."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 COLORS = {"rgb": 3, "bgr": 3, "gray": 1}
-RESIZE_RULES = ("stretch", "letterbox", "crop", "shortest_edge", "none")
 VARIABLE = ("shortest_edge", "none")  # rules that give each image a size of its own
-INTERPOLATIONS = ("linear", "cubic")
-POSITIONS = ("center", "top_left")
 
 
 @dataclass(frozen=True)
@@ -30,16 +28,16 @@ class InputSpec:
 
     height: int
     width: int
-    color: str
+    color: Literal["rgb", "bgr", "gray"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: str = "stretch"
+    resize: Literal["stretch", "letterbox", "crop", "shortest_edge", "none"] = "stretch"
     scaled_decoding: float = 0.0
-    interpolation: str = "linear"
+    interpolation: Literal["linear", "cubic"] = "linear"
     antialias: bool = False
     resize_size: int = 0
     padding: int = 114
-    position: str = "center"
+    position: Literal["center", "top_left"] = "center"
 
     @property
     def shape(self) -> tuple[int, int, int]:
