@@ -137,16 +137,10 @@ def find_members(file: BinaryIO, max_memory: int | None = None) -> Iterator[Memb
 
 
 def read_member(read: Callable[[int, int], bytes], length: int, offset: int, packed: int | None = None) -> bytes:
-    """One member's bytes.
+    """One member's bytes, from its `length`, `offset` and `packed` of `find_members`.
 
-    Args:
-        read: reads the archive from an offset on, so many bytes or fewer where it ends.
-        length: of the member, from `find_members`.
-        offset: the same.
-        packed: the same.
-
-    Raises:
-        UnreadableImageError: something else is there.
+    `read` reads the archive from an offset on, so many bytes or fewer where it ends. Raises UnreadableImageError if
+    something else is there.
     """
     content = _read(read, offset, length) if packed is None else _unpack(read, length, offset, packed)
     if len(content) != length:

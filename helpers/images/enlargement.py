@@ -32,18 +32,10 @@ class _Axis:
 
 
 def enlarge(grid: np.ndarray, placement: Placement, window: Window) -> np.ndarray:
-    """Interpolate a grid bilinearly at the pixels of a part of the image.
+    """Interpolate a grid bilinearly at the pixels of a part of the image, float32 `[..., rows, columns]` both.
 
-    Sides of the grid and of the input match at their ends, as `align_corners=False` of torch has it. The work and the
-    memory are those of the part.
-
-    Args:
-        grid: float32 `[..., rows, columns]`, over the network's input.
-        placement: of the image in the input.
-        window: the part.
-
-    Returns:
-        float32 `[..., bottom - top, right - left]`.
+    Sides of the grid and of the network's input match at their ends, as `align_corners=False` of torch has it. The work
+    and the memory are those of the part.
     """
     left, top, right, bottom = window
     columns = _axis(grid.shape[-1], placement, 0, left, right)

@@ -64,11 +64,8 @@ def resample(
     Args:
         image: uint8 `[height, width, channels]`.
         size: width and height of the whole result.
-        window: left, top, right, bottom of the part that is returned.
+        window: left, top, right, bottom of the part that is returned, uint8 as well.
         interpolation: `linear` or `cubic`.
-
-    Returns:
-        uint8 `[bottom - top, right - left, channels]`.
     """
     height, width = image.shape[:2]
     left, top, right, bottom = window

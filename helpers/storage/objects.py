@@ -195,9 +195,7 @@ class ObjectStorage:
     def open(self, path: str) -> BinaryIO:
         """One file, fetched as it is read; an error of that is one of `read`, or that it has changed meanwhile.
 
-        Raises:
-            OSError: as for `read`.
-            StorageError: likewise; or a web server has no ranges of files.
+        Raises as `read` does, and StorageError if a web server has no ranges of files.
         """
         try:
             first = self._fetch(path, 0, FIRST_BYTES, None)
@@ -215,9 +213,8 @@ class ObjectStorage:
     def read(self, path: str, limit: int | None = None) -> bytes:
         """Read a file in one request.
 
-        Raises:
-            OSError: there is no such file, it is a folder, it is too long, or its access rights forbid it.
-            StorageError: the storage does not answer, or refuses the credential.
+        Raises OSError if there is no such file, it is a folder, it is too long, or its access rights forbid it, and
+        StorageError if the storage does not answer, or refuses the credential.
         """
         with self._explained(path, of_one_file=True):
             answer = self._get(path)
@@ -226,12 +223,7 @@ class ObjectStorage:
             return answer.bytes().to_bytes()
 
     def read_range(self, path: str, start: int, length: int) -> bytes:
-        """Read a part of a file in one request.
-
-        Raises:
-            OSError: as for `read`.
-            StorageError: likewise; or a web server has no ranges of files.
-        """
+        """Read a part of a file in one request; raises as `open` does."""
         with self._explained(path, of_one_file=True):
             try:
                 return self._fetch(path, start, start + length, None).bytes().to_bytes()

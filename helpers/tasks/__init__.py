@@ -61,11 +61,7 @@ _arrays: dict[str, Arrays] = {}
 
 
 def get_decoder(manifest: Manifest) -> Decoder:
-    """The decoder of a bundle.
-
-    Raises:
-        ConfigError: there is no such task, or it has no such decoder.
-    """
+    """The decoder of a bundle; raises ConfigError if there is no such task, or it has no such decoder."""
     if manifest.task not in DECODERS:
         known = ", ".join(DECODERS)
         raise ConfigError(f"{manifest.name} has task {manifest.task!r}; post-processing exists for {known}")
@@ -131,14 +127,7 @@ def without_filters(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_filters(predictions: Any, size: tuple[int, int], manifest: Manifest, parameters: Mapping[str, Any]) -> Any:
-    """What `predict` returns for one image, less what the filters do not let pass.
-
-    Args:
-        predictions: of one image.
-        size: its width and height, in pixels.
-        manifest: task and labels.
-        parameters: as for `predict`.
-    """
+    """What `predict` returns for one image of a width and height, less what the filters do not let pass."""
     return _divide(parameters)[1].apply(predictions, size, manifest.labels) if _filters(manifest) else predictions
 
 
@@ -196,9 +185,7 @@ def suggest(task: str, samples: Arrays, labels: int = 0, first: str = "") -> str
 def get_arrays(manifest: Manifest, read: Callable[[str], bytes] | None) -> Arrays:
     """Return the arrays that a bundle has beside its graph, by file name, reading them the first time only.
 
-    Args:
-        manifest: which bundle, and which files it has.
-        read: reads one of them, as `Bundle.read` does; None where they are not needed.
+    `read` reads one of them, as `Bundle.read` does; it is None where they are not needed.
     """
     if read is None:
         return NO_ARRAYS

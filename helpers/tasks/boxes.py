@@ -150,18 +150,10 @@ def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float, classes: n
 def locate(
     outputs: Outputs, boxes: np.ndarray, classes: np.ndarray, scores: np.ndarray, rows: np.ndarray, max_detections: int
 ) -> Detections:
-    """Take boxes to the image, and leave out those that are outside of it or no boxes.
+    """Take boxes, float32 `[n, 4]` in pixels of the input, to the image; leave out those outside of it or no boxes.
 
-    Args:
-        outputs: that they are of.
-        boxes: float32 `[n, 4]`, in pixels of the network's input.
-        classes: `[n]`, the first label's as 0.
-        scores: float32 `[n]`.
-        rows: int `[n]`, the place of each among the candidates.
-        max_detections: of an image.
-
-    Raises:
-        OutputError: a class has no label.
+    Of the first label's class as 0; `rows` is the place of each among the candidates. Raises OutputError if a class has
+    no label.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         located = outputs.placement.to_image(boxes)
@@ -185,11 +177,7 @@ def check_classes(classes: np.ndarray, labels: Sequence[str], parameter: str = "
 
 
 def to_keypoints(points: np.ndarray, scores: np.ndarray, placement: Placement) -> np.ndarray:
-    """Points `[n, K, 2]` in the input's pixels, with their scores `[n, K]` or their detections' `[n]`, as `Detections`.
-
-    Returns:
-        float32 `[n, K, 3]`, within the image.
-    """
+    """Points `[n, K, 2]` in the input's pixels, and their scores `[n, K]` or `[n]`, as `Detections` has them."""
     located = clip(placement.to_image(np.ascontiguousarray(points)), placement.image)
     each = scores if scores.ndim == 2 else np.broadcast_to(scores[:, None], points.shape[:2])
     return np.concatenate([located, each[..., None]], axis=-1)

@@ -40,11 +40,7 @@ class Filters:
             raise ConfigError("postprocess.region is not left, top, right, bottom, of 0 or more and in this order")
 
     def numbers(self, labels: Sequence[str]) -> set[int]:
-        """The classes as numbers.
-
-        Raises:
-            ConfigError: there is no such label or number.
-        """
+        """The classes as numbers; raises ConfigError if there is no such label or number."""
         return {_number(item, labels) for item in self.classes}
 
     def apply(self, predictions: list[Prediction], size: tuple[int, int], labels: Sequence[str]) -> list[Prediction]:

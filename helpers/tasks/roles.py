@@ -133,13 +133,9 @@ def make_decoder(
     *alternatives: Sequence[Role],
     suggest: Callable[[Arrays, int], dict[str, Any]] = suggest_nothing,
 ) -> Decoder:
-    """Make a decoder of a function that reads the outputs of one image; the other arguments are as `Decoder` has them.
+    """Make a decoder of a function that takes the outputs of one image and an instance of `parameters`.
 
-    Args:
-        decode: takes the outputs and an instance of `parameters`.
-        parameters: its parameters.
-        *alternatives: what the outputs are.
-        suggest: see `Decoder.suggest_parameters`.
+    The other arguments are those of `Decoder`.
     """
 
     def predict(

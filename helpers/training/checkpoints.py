@@ -96,8 +96,7 @@ class Checkpoints:
     def restore(self) -> Progress:
         """Put every part in the state of the newest valid checkpoint, and tell how far the training had come.
 
-        Raises:
-            TrainingError: the checkpoint is of a training with other settings.
+        Raises TrainingError if the checkpoint is of a training with other settings.
         """
         content = self.group.broadcast(self._find() if self.group.rank == 0 else None)
         if content is None:

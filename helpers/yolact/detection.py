@@ -157,10 +157,7 @@ def to_pixels(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
 def overlaps(one: np.ndarray, other: np.ndarray, border: float = 0.0) -> np.ndarray:
     """Intersection over union of boxes `[..., 4]`, broadcast; two boxes without area give not-a-number.
 
-    Args:
-        one: boxes.
-        other: boxes.
-        border: added to every side: 1 where boxes are pixels, both ends included.
+    `border` is added to every side: 1 where boxes are pixels, both ends included.
     """
     low, high = np.maximum(one[..., :2], other[..., :2]), np.minimum(one[..., 2:], other[..., 2:])
     both = np.maximum(high - low + np.float32(border), 0).prod(axis=-1)
@@ -173,13 +170,8 @@ def fast_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Parameter
     """Suppress within each class what overlaps anything more probable, be that suppressed or not (section 5).
 
     The definition compares all candidates of all classes; few of them can be among the best `max_detections`, so
-    candidates are looked at from the best down, a block at a time, until there are enough.
-
-    Args:
-        probabilities: float32 `[classes, n]`.
-        boxes: float32 `[n, 4]`.
-        parameters: thresholds.
-        size: not used.
+    candidates are looked at from the best down, a block at a time, until there are enough. Probabilities are float32
+    `[classes, n]`, and boxes float32 `[n, 4]`; `size` is not used.
     """
     order = _best_of_each(probabilities, parameters.top_k)  # [classes, top_k]
     scores = np.take_along_axis(probabilities, order, axis=1).ravel()
@@ -206,16 +198,10 @@ def cross_class_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Pa
 
 
 def traditional_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Parameters, size: int) -> Pairs:
-    """Suppress within each class what overlaps anything more probable that is kept itself.
+    """Suppress within each class what overlaps anything more probable that is kept itself; arguments as for `fast_nms`.
 
-    As the official implementation does, boxes are in pixels of the network's input with both ends included, only
-    probabilities above `score_threshold` count, and a box is suppressed at the threshold itself.
-
-    Args:
-        probabilities: float32 `[classes, n]`.
-        boxes: float32 `[n, 4]`.
-        parameters: thresholds.
-        size: side of the network's input.
+    As the official implementation does, boxes are in pixels of the network's input, of side `size`, with both ends
+    included, only probabilities above `score_threshold` count, and a box is suppressed at the threshold itself.
     """
     survivors = []
     for row in probabilities:
