@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+STRICT = {"extra": "forbid", "allow_inf_nan": False}  # what pydantic is to know of a manifest's parts
 COLORS = {"rgb": 3, "bgr": 3, "gray": 1}
 VARIABLE = ("shortest_edge", "none")  # rules that give each image a size of its own
 
@@ -25,6 +26,8 @@ class InputSpec:
         padding: gray level around a `letterbox`.
         position: of the image in a `letterbox`: `center` or `top_left`.
     """
+
+    __pydantic_config__ = STRICT
 
     height: int
     width: int
