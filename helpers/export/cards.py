@@ -86,7 +86,8 @@ class CardInput(InputSpec):
         return InputSpec(**{**entries, **sides, **scales, "color": color})
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+# YAML reads a label of 0 and an output of 90 as numbers.
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 class Card:
     """The entries of a card, checked."""
 
@@ -220,11 +221,6 @@ def merge(entries: Mapping[str, Any], others: Mapping[str, Any]) -> Entries:
 def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
     """Check a card's entries, perhaps on top of a model's own; raises BundleError, which names their origin."""
     entries = {**entries, "input": _spread(entries.get("input"))} if entries.get("input") else entries
-    labels, outputs = entries.get("labels"), entries.get("outputs")
-    if isinstance(labels, list):  # YAML reads 0 and 90 as numbers
-        entries = {**entries, "labels": [_to_text(label) for label in labels]}
-    if isinstance(outputs, dict):
-        entries = {**entries, "outputs": {role: _to_text(name) for role, name in outputs.items()}}
     try:
         return TypeAdapter(Card).validate_python(entries)
     except ValidationError as error:
@@ -264,12 +260,6 @@ def _nearest(name: str, known: Any) -> str:
     """The end of a sentence that says what a wrong name may have meant."""
     near = get_close_matches(name, known, 1, cutoff=0.75)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
-
-
-def _to_text(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_to_text(item) for item in value]
-    return str(value) if type(value) is int else value
 
 
 def _spread(given: Any) -> Any:

@@ -11,7 +11,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -222,7 +222,7 @@ def make_bundle(
     check_manifest(manifest)
     if precision == "int8":
         model, record = quantize(model, calibration, manifest, arrays, validation)
-        manifest = replace(manifest, quantization=record.to_dict())
+        manifest = replace(manifest, quantization=asdict(record))
         outputs = infer(model, architecture.input, pictures, architecture.name)
     preview = draw_preview(outputs, manifest, arrays, pictures)
     if precision == "bf16" and not has_bf16():

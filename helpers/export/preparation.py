@@ -155,7 +155,8 @@ def select_outputs(
     results = model.get_results()
     if names:
         for name in names.values():
-            model.add_outputs([tensors[name]]) if not _is_output(tensors[name]) else None
+            if not any(use.get_node().get_type_name() == "Result" for use in tensors[name].get_target_inputs()):
+                model.add_outputs([tensors[name]])
         wanted = {tensors[name] for name in names.values()}
         for result in results:
             if result.input_value(0) not in wanted:
@@ -375,7 +376,3 @@ def _names(port: Any) -> set[str]:
 
 def _name(port: Any, default: str) -> str:
     return min(port.get_names(), key=len, default=default)
-
-
-def _is_output(port: Any) -> bool:
-    return any(use.get_node().get_type_name() == "Result" for use in port.get_target_inputs())

@@ -7,6 +7,7 @@ sum of such terms (`4+C+3K`). `C` is the number of labels. Executors import this
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -226,15 +227,11 @@ def _bind(side: str, value: int, sides: Sides) -> Sides | None:
 
 def _choices(roles: Sequence[Role], candidates: list[list[str]]) -> Iterator[dict[str, str]]:
     """Every way to give each role an output of its own, optional ones left out too."""
-    if not roles:
-        yield {}
-        return
-    for rest in _choices(roles[1:], candidates[1:]):
-        for name in candidates[0]:
-            if name not in rest.values():
-                yield {roles[0].name: name, **rest}
-        if roles[0].optional:
-            yield rest
+    options = [[*names, None] if role.optional else names for role, names in zip(roles, candidates, strict=True)]
+    for names in product(*options):
+        choice = {role.name: name for role, name in zip(roles, names, strict=True) if name is not None}
+        if len(set(choice.values())) == len(choice):
+            yield choice
 
 
 def _agree(roles: Sequence[Role], choice: dict[str, str], shapes: Shapes, labels: int) -> bool:

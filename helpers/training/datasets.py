@@ -111,7 +111,17 @@ def read_batches(images: Any, shares: Iterable[torch.Tensor], group: Group, num_
     return iterator
 
 
-class MappedImages:
+class _Mixed:
+    """A data set that is read in a random order of all its images."""
+
+    def shares(
+        self: Sized, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0
+    ) -> Iterator[torch.Tensor]:
+        """As of a `DataSet`."""
+        return share_batches(len(self), group, batch_size, seed, epoch, first)
+
+
+class MappedImages(_Mixed):
     """Images in an array, which may be a mapped file, and their labels, int64."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, count: int | None = None):
@@ -123,12 +133,8 @@ class MappedImages:
     def __getitems__(self, indices: Any) -> Batch:
         return torch.from_numpy(np.array(self.images[indices])), torch.from_numpy(self.labels[indices])
 
-    def shares(self, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
-        """Of a random order of all."""
-        return share_batches(len(self), group, batch_size, seed, epoch, first)
 
-
-class Folder:
+class Folder(_Mixed):
     """Image files below FOLDER/images, and a table with a row for each."""
 
     def __init__(self, place: str, form: Form, table: pa.Table, source: str, config: Any = None):
@@ -141,10 +147,6 @@ class Folder:
 
     def __len__(self) -> int:
         return self.table.num_rows
-
-    def shares(self, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
-        """Of a random order of all."""
-        return share_batches(len(self), group, batch_size, seed, epoch, first)
 
     def __getitems__(self, indices: Any) -> Any:
         rows = self.table.take(pa.array(np.asarray(indices))).to_pylist()
