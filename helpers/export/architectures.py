@@ -1,7 +1,7 @@
 """The networks this project can export, and what their bundles' manifests say of input, labels and post-processing."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from operator import attrgetter
@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import BundleError
-from helpers.export.cards import CARDS, HELP, find_cards, load_network_class, parse_card, read_arrays, read_entries
+from helpers.export.cards import (
+    CARDS,
+    HELP,
+    Card,
+    find_cards,
+    load_network_class,
+    parse_card,
+    read_arrays,
+    read_entries,
+)
 from helpers.images.spec import InputSpec
 from helpers.yolact.configurations import CONFIGURATIONS, get_configuration
 
@@ -70,6 +79,12 @@ class Architecture:
     export_module: Callable[["torch.nn.Module"], "torch.nn.Module"] = unchanged
     arrays: Callable[[], dict[str, "np.ndarray"]] = dict
     trial: "Trial | None" = None
+
+    @classmethod
+    def of_card(cls, name: str, card: Card, outputs: Iterable[str], **others: Any) -> "Architecture":
+        """What a card says; the others are attributes that it says nothing of, or something else."""
+        spec = others.pop("input", None) or card.input.to_spec()
+        return cls(name, card.task, spec, tuple(outputs), card.labels, dict(card.postprocess), card.decoder, **others)
 
 
 @dataclass(frozen=True)
@@ -137,17 +152,8 @@ def _from_card(path: Path) -> Architecture:
     for entry in ("network", "labels", "input.height", "input.width", "input.color", "input.mean", "input.std"):
         if not attrgetter(entry)(card) and (entry, card.task) != ("labels", "embedding"):
             raise BundleError(f"{path}: {entry} is missing: a PyTorch network does not say it; {HELP}")
-    return Architecture(
-        name=path.stem,
-        task=card.task,
-        build=load_network_class(card, path),
-        input=card.input.to_spec(),
-        outputs=tuple(card.outputs) or ("logits",),
-        labels=card.labels,
-        postprocess=dict(card.postprocess),
-        decoder=card.decoder,
-        arrays=partial(read_arrays, card),
-    )
+    outputs, arrays = card.outputs or ("logits",), partial(read_arrays, card)
+    return Architecture.of_card(path.stem, card, outputs, build=load_network_class(card, path), arrays=arrays)
 
 
 def _yolact(name: str, labels: Sequence[str] = ()) -> Architecture:

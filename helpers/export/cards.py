@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, field, fields
 from difflib import get_close_matches
 from functools import cache
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CARDS = CONF / "cards"
 HELP = "conf/cards/README.md explains the entries"
+MANY = 50  # names that no message lists
 LONGEST_SIDE = 2**14  # of an input; a float32 image of it still fits into memory
 # Labels in TensorFlow's text format: items with an id and a name, of which the one for people to read is preferred.
 ITEM = re.compile(r"\bitem\s*\{([^}]*)\}")
@@ -104,9 +105,9 @@ class Card:
 
     def __post_init__(self) -> None:
         if self.task not in DECODERS:
-            raise ValueError(f"task is {self.task!r}{_nearest(self.task, DECODERS)}")
+            raise ValueError(f"task is {self.task!r}{nearest(self.task, DECODERS)}")
         if self.decoder and self.decoder not in DECODERS[self.task]:
-            raise ValueError(f"decoder is {self.decoder!r}{_nearest(self.decoder, DECODERS[self.task])}")
+            raise ValueError(f"decoder is {self.decoder!r}{nearest(self.decoder, DECODERS[self.task])}")
 
 
 def find_cards() -> list[str]:
@@ -230,7 +231,7 @@ def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
         message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "entries, {NAME: VALUE}")
         if problem["type"] == "unexpected_keyword_argument":
             kind = CardInput if problem["loc"][0] == "input" else Card
-            message = f"no such entry{_nearest(str(problem['loc'][-1]), [known.name for known in fields(kind)])}"
+            message = f"no such entry{nearest(str(problem['loc'][-1]), [known.name for known in fields(kind)])}"
         raise BundleError(f"{origin}: {f'{entry}: ' if entry else ''}{message}; {HELP}") from None
 
 
@@ -256,10 +257,11 @@ def load_network_class(card: Card, path: Path) -> Callable[[], "torch.nn.Module"
     return network
 
 
-def _nearest(name: str, known: Any) -> str:
-    """The end of a sentence that says what a wrong name may have meant."""
-    near = get_close_matches(name, known, 1, cutoff=0.75)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+def nearest(name: str, known: Collection[str], cutoff: float = 0.75) -> str:
+    """The end of a sentence that says what a wrong name may have meant, or where they are few, what names there are."""
+    near = get_close_matches(name, known, 1, cutoff)
+    others = f"; there are {', '.join(known)}" if len(known) < MANY else ""
+    return f"; did you mean {near[0]!r}?" if near else others
 
 
 def _spread(given: Any) -> Any:

@@ -237,11 +237,8 @@ def make_bundle(
 
 def calibration_images(storage: Storage, architecture: Architecture, config: Config) -> Iterator[np.ndarray]:
     """Evenly spread images below a location, prepared as the pipeline prepares them; unreadable ones are left out."""
-
-    def prepare(content: bytes) -> np.ndarray:
-        return load(content, architecture.input, config.ingest.max_pixels)[0]
-
-    return load_images(storage, config, CALIBRATION_IMAGES, prepare)
+    spec, most = architecture.input, config.ingest.max_pixels
+    return load_images(storage, config, CALIBRATION_IMAGES, lambda content: load(content, spec, most)[0])
 
 
 def _shape(output: Any) -> tuple[int, ...]:

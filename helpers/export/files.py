@@ -86,17 +86,9 @@ def convert_file(path: Path, card: Path | None = None, pictures: Sequence[Image]
     if unused := sorted({output.get_any_name() for output in model.outputs} - {*roles.values()}):
         log.warning("%s: outputs %s have no role; if it is theirs, name the card's `outputs`", path, ", ".join(unused))
     rename_outputs(model, roles)
-    architecture = Architecture(
-        name=path.stem,
-        task=description.task,
-        input=spec,
-        outputs=tuple(roles),
-        labels=description.labels,
-        decoder=description.decoder,
-        postprocess=dict(description.postprocess),
-        arrays=partial(read_arrays, description),
-        trial=Trial(model, pictures, [_of_roles(own, roles) for own in outputs], trial.batch),
-    )
+    trial = Trial(model, pictures, [_of_roles(own, roles) for own in outputs], trial.batch)
+    arrays = partial(read_arrays, description)
+    architecture = Architecture.of_card(path.stem, description, roles, input=spec, arrays=arrays, trial=trial)
     if layout != "NCHW" or strides:
         return Converted(model, architecture, path, None)
     named = {role: str(description.outputs.get(role, name)) for role, name in roles.items()}

@@ -66,7 +66,12 @@ class DarkNet(nn.Module):
     def __init__(self, blocks: tuple[int, ...]):
         super().__init__()
         widths = [32 * 2**stage for stage in range(len(blocks))]
-        self.layers = nn.ModuleList(_darknet_stage(width, count) for width, count in zip(widths, blocks, strict=True))
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                _darknet_unit(width, 2 * width, kernel=3, stride=2), *(DarkNetBlock(width) for _ in range(count))
+            )
+            for width, count in zip(widths, blocks, strict=True)
+        )
         self._preconv = _darknet_unit(3, 32, kernel=3)
         self.channels = [2 * width for width in widths[-USED_STAGES:]]
 
@@ -103,12 +108,6 @@ def _stage(block: type[BasicBlock | Bottleneck], inputs: int, width: int, count:
         projection = nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False)
         first.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
     return nn.Sequential(first, *(block(outputs, width) for _ in range(count - 1)))
-
-
-def _darknet_stage(width: int, blocks: int) -> nn.Sequential:
-    return nn.Sequential(
-        _darknet_unit(width, 2 * width, kernel=3, stride=2), *(DarkNetBlock(width) for _ in range(blocks))
-    )
 
 
 def _darknet_unit(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
