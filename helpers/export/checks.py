@@ -91,16 +91,9 @@ def load_images(
 def try_graph(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], origin: str) -> Trial:
     """Try a graph, and let it take one image at a time where several do not give what each gives alone; in place.
 
-    Some graphs take any number and return the first image's outputs only, because a reshape in them is for one.
-
-    Args:
-        model: as `preparation.prepare` returns it.
-        spec: its input.
-        pictures: to try, uint8 BGR `[height, width, 3]` each.
-        origin: of the model, for errors.
-
-    Raises:
-        BundleError: the graph fails, or its outputs are not finite.
+    Some graphs take any number and return the first image's outputs only, because a reshape in them is for one. The
+    graph is as `preparation.prepare` returns it, and errors name its origin. Raises BundleError if it fails, or its
+    outputs are not finite.
     """
     try:
         compiled = _compile(model, origin)

@@ -133,19 +133,11 @@ def to_openvino(model: "onnx.ModelProto", architecture: Architecture) -> "ov.Mod
 
 
 def convert(architecture_name: str, checkpoint: Path | None, opset: int = OPSET, card: Path | None = None) -> Converted:
-    """Convert a PyTorch network.
+    """Convert a PyTorch network, with a checkpoint's state dictionary or with the weights of its library.
 
     A network that was trained on a user's own classes has them from `result.json`, which training leaves beside the
-    checkpoint.
-
-    Args:
-        architecture_name: see `helpers.export.architectures`.
-        checkpoint: a PyTorch state dictionary; None for the weights of the library that the network is from.
-        opset: of the ONNX graph in between, see `to_onnx`.
-        card: changes what a library says of its network.
-
-    Raises:
-        BundleError: the architecture, the checkpoint, the opset or the card cannot be used.
+    checkpoint. The opset is of the ONNX graph in between, see `to_onnx`, and the card changes what a library says.
+    Raises BundleError if one of these cannot be used.
     """
     architecture = get_architecture(architecture_name, _labels_beside(checkpoint) if checkpoint else (), card)
     network = load_network(architecture, checkpoint) if checkpoint else architecture.build_pretrained().eval()

@@ -101,15 +101,9 @@ def split_sample(name: str) -> tuple[str, str]:
 def find_members(file: BinaryIO, max_memory: int | None = None) -> Iterator[Member]:
     """List the files in an archive, in its own order; of two with one name the last counts, as for those who unpack it.
 
-    Of a zip file its directory is read, of a tar file the header of each member.
-
-    Args:
-        file: to read from any position.
-        max_memory: bytes that the list may take; None for any number.
-
-    Raises:
-        UnreadableImageError: not an archive, or damaged. The members before the damage have been listed by then.
-        MemoryError: there is not enough of it.
+    Of a zip file its directory is read, of a tar file the header of each member. The list may take `max_memory` bytes,
+    or MemoryError is raised. Raises UnreadableImageError if it is no archive, or damaged; then the members before the
+    damage have been listed.
     """
     length = file.seek(0, os.SEEK_END)
     file.seek(0)

@@ -80,18 +80,11 @@ _opening = threading.Lock()  # threads that read ahead would otherwise open a st
 
 
 def object_store_options(uri: str, options: StorageOptions) -> dict[str, str]:
-    """Say in the words of the Rust crate `object_store` how a location is reached.
+    """Say in the words of the Rust crate `object_store` how a location is reached, as `deltalake` takes them.
 
-    `obstore` takes them as `config`, and `deltalake` as `storage_options`. They hold the credential itself, so they are
-    for the process that asks and go no further. Where the reference is `default`, S3 and GCS find the host's identity
-    by themselves; for Azure they hold a token, which lasts for an hour or so.
-
-    Args:
-        uri: `abfss://`, `s3://` or `gs://`.
-        options: the address and the reference to the credential.
-
-    Raises:
-        StorageError: the credential cannot be found, or is of another form than the service's.
+    They hold the credential itself, so they are for the process that asks and go no further. Where the reference is
+    `default`, S3 and GCS find the host's identity by themselves; for Azure they hold a token, which lasts for an hour
+    or so. Raises StorageError if the credential cannot be found, or is of another form than the service's.
     """
     reference, names = options.credential, _address(uri, options)
     if uri.startswith("abfss:"):

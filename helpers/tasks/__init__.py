@@ -142,16 +142,10 @@ def has_boxes(task: str) -> bool:
 
 
 def suggest(task: str, samples: Arrays, labels: int = 0, first: str = "") -> str:
-    """The first decoder of a task that a network's outputs fit.
+    """The first decoder of a task that a network's outputs fit; one may be tried before the others.
 
-    Args:
-        task: of `DECODERS`.
-        samples: outputs of real images by name, float32 `[B, ...]`.
-        labels: how many there are; 0 if nobody has said.
-        first: a decoder to try before the others.
-
-    Raises:
-        OutputError: they fit none; the message says what they would fit, or what to look at.
+    Samples are outputs of real images by name, float32 `[B, ...]`, and labels how many there are; 0 if nobody has said.
+    Raises OutputError if they fit none; the message says what they would fit, or what to look at.
     """
     ambiguities = []
     for name, decoder in sorted(DECODERS[task].items(), key=lambda item: item[0] != first):

@@ -72,16 +72,11 @@ def to_input(boxes: np.ndarray, placement: Placement) -> np.ndarray:
 def make_cells(rows: int, input_size: tuple[int, int], levels: int = 0) -> np.ndarray:
     """The cells of a network's grids, whose strides the number of candidates tells.
 
-    Args:
-        rows: the number of candidates: of all cells, the smallest stride's first, each once or once per anchor.
-        input_size: width and height of the network's input, in pixels.
-        levels: the number of grids; 0 if nobody has said.
+    Candidates, `rows` of them, are of all cells, the smallest stride's first, each once or once per anchor; there may
+    be so many `levels`, or 0 if nobody has said. Raises OutputError if no grids have so many cells.
 
     Returns:
         For each candidate the column and the row of its cell, and the stride in pixels, float32 `[rows, 3]`.
-
-    Raises:
-        OutputError: no grids have so many cells.
     """
     runs = [STRIDES[first:stop] for first, stop in combinations(range(len(STRIDES) + 1), 2)]
     grids = [

@@ -48,14 +48,9 @@ def _find_mask_rcnn(outputs: Outputs, parameters: MaskParameters) -> Detections:
 def paste(probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int], threshold: float) -> rle.Mask:
     """Enlarge a mask that is relative to its box to the box's pixels, as He et al., Mask R-CNN, section 3.1.
 
-    A cell of 0 goes around the mask and the box grows by as much, because half a cell at the edge would be lost; that,
-    and the rounding of the box, is torchvision's.
-
-    Args:
-        probabilities: float32 `[rows, columns]`.
-        box: corners, in pixels of the image.
-        size: of the image: width and height.
-        threshold: a pixel belongs to the mask if its probability is above.
+    A cell of 0 goes around the mask, float32 `[rows, columns]`, and the box grows by as much, because half a cell at
+    the edge would be lost; that, and the rounding of the box, is torchvision's. A pixel belongs to the mask if its
+    probability is above the threshold.
     """
     padded = np.pad(probabilities, 1)
     center, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2

@@ -78,13 +78,8 @@ def find_instances(
 ) -> list[dict[str, Any]]:
     """Detect the instances of one image and assemble their masks.
 
-    Args:
-        heads: `loc`, `conf` and `mask` as for `detect`, and `proto`, float32 `[H, W, prototypes]`.
-        priors: float32 `[A, 4]`, anchors.
-        parameters: thresholds and method.
-        input_size: side of the network's input in pixels.
-        image_size: width and height of the image in pixels; boxes are in them, and masks of that size.
-        labels: of the foreground classes.
+    The heads are `loc`, `conf` and `mask` as for `detect`, and `proto`, float32 `[H, W, prototypes]`; labels are of the
+    foreground classes. Boxes are in pixels of the image, of `image_size` (width, height), and masks of that size.
 
     Returns:
         Predictions as the pipeline's results hold them, the most probable first.
