@@ -113,7 +113,12 @@ def get_model(
             # set apart: 70 ms per task.
             gc.collect()
             gc.freeze()
-    _check_memory(bundle, memory_megabytes)
+    resident = resident_megabytes()
+    if memory_megabytes is not None and resident > memory_megabytes:
+        raise BundleError(
+            f"a task takes {resident:.0f} MB with {bundle.manifest.model} loaded, more than inference.memory_megabytes="
+            f"{memory_megabytes}: set it higher, with fewer tasks at a time (spark.master=local[1]) if memory is short"
+        )
     return _models[key]
 
 
@@ -212,15 +217,6 @@ def check_device(core: "ov.Core", device: str) -> None:
         raise HostError(
             f"OpenVINO has the devices {', '.join(names)} here, and not {device}: install its driver, or set "
             "inference.device to one of them, to AUTO, or to CUDA for NVIDIA's"
-        )
-
-
-def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
-    resident = resident_megabytes()
-    if memory_megabytes is not None and resident > memory_megabytes:
-        raise BundleError(
-            f"a task takes {resident:.0f} MB with {bundle.manifest.model} loaded, more than inference.memory_megabytes="
-            f"{memory_megabytes}: set it higher, with fewer tasks at a time (spark.master=local[1]) if memory is short"
         )
 
 

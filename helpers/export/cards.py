@@ -194,10 +194,13 @@ def _order_labels(labels: Any, origin: Any) -> list[str]:
 
 def parse_labels(text: str, origin: Any) -> list[str]:
     """The labels in a file's text, see `read_labels`."""
-    items = [_item(match[1]) for match in ITEM.finditer(text)]
+    items = [
+        {name: number or one or other for name, number, one, other in ITEM_ENTRY.findall(match[1])}
+        for match in ITEM.finditer(text)
+    ]
     if items:
-        # Numbers that the map leaves out stay classes, whose name is their number.
-        names = {number: name for number, name in items if number}
+        # Numbers that the map leaves out stay classes, whose name is their number; the first is 1.
+        names = {int(item.get("id", 0)): item.get("display_name") or item.get("name", "") for item in items}
         labels = [names.get(number, str(number)) for number in range(1, max(names, default=0) + 1)]
     else:
         labels = [SYNSET.sub("", line.strip()) for line in text.splitlines() if line.strip()]
@@ -271,11 +274,6 @@ def _spread(given: Any) -> Any:
     channels = COLORS.get(given.get("color") or "rgb", 3)
     numbers = {name: [given[name]] * channels for name in ("mean", "std") if type(given.get(name)) in (int, float)}
     return {**given, **numbers}
-
-
-def _item(text: str) -> tuple[int, str]:
-    entries = {name: number or one or other for name, number, one, other in ITEM_ENTRY.findall(text)}
-    return int(entries.get("id", 0)), entries.get("display_name") or entries.get("name", "")
 
 
 def _find(file: str, card: Path, entry: str, model: Path | None = None) -> Path:

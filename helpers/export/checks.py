@@ -110,7 +110,10 @@ def try_graph(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], ori
                 "card are not those it was trained with"
             )
     takes_more = model.input().get_partial_shape()[0].is_dynamic
-    if takes_more and _is_fixed(model) and _is_same_together(compiled, tensors, alone):
+    shapes = [output.get_partial_shape() for output in model.outputs]
+    # Open in the number of images only.
+    is_fixed = all(s.rank.is_static and len(s) > 0 and all(side.is_static for side in list(s)[1:]) for s in shapes)
+    if takes_more and is_fixed and _is_same_together(compiled, tensors, alone):
         return Trial(model, pictures, alone, batch=0)
     if takes_more:
         model.reshape([1, *list(model.input().get_partial_shape())[1:]])
@@ -180,14 +183,6 @@ def _infer(compiled: Any, tensor: np.ndarray, origin: str) -> dict[str, np.ndarr
             f"{origin} fails on an image of {tensor.shape[1:]}: {tell_reason(error)}; correct the input of its card"
         ) from None
     return {output.get_any_name(): outputs[output].copy() for output in compiled.outputs}
-
-
-def _is_fixed(model: "ov.Model") -> bool:
-    """Whether each output is open in the number of images only."""
-    shapes = [output.get_partial_shape() for output in model.outputs]
-    return all(
-        shape.rank.is_static and len(shape) > 0 and all(side.is_static for side in list(shape)[1:]) for shape in shapes
-    )
 
 
 def _is_same_together(compiled: Any, tensors: Sequence[np.ndarray], alone: Outputs) -> bool:

@@ -142,7 +142,7 @@ def _describe_segmenter(name: str, weights: Any) -> tuple[Entries, dict[str, Any
     return entries, {
         "outputs": ("scores",),
         "export_module": Segmenter,
-        "adapt_state_dict": partial(_drop, "aux_classifier."),
+        "adapt_state_dict": _without_auxiliary,
     }
 
 
@@ -247,8 +247,8 @@ def _keep_masks(postprocess: Callable[..., Any], result: list[dict[str, Any]], *
     ]
 
 
-def _drop(prefix: str, weights: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in weights.items() if not str(key).startswith(prefix)}
+def _without_auxiliary(weights: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in weights.items() if not str(key).startswith("aux_classifier.")}
 
 
 def _count_batches(weights: dict[str, Any]) -> dict[str, Any]:

@@ -22,16 +22,6 @@ class Parameters(DecoderParameters):
     normalize: bool = False
 
 
-def _flatten(values: np.ndarray) -> np.ndarray:
-    """Vectors; sides of 1 do not count."""
-    return values.reshape(len(values), -1)
-
-
-def _take_first(tokens: np.ndarray) -> np.ndarray:
-    """Of tokens `[B, T, D]` the first, which vision transformers have for the whole image."""
-    return tokens[:, 0]
-
-
 def _average(values: np.ndarray) -> np.ndarray:
     """The mean of tokens `[B, T, D]`, or of maps over their cells, whose channels are first unless the others agree."""
     if values.ndim == 4:
@@ -56,7 +46,7 @@ def _decoder(pool: Callable[[np.ndarray], np.ndarray], *shapes: str) -> Decoder:
 
 
 DECODERS = {
-    "vector": _decoder(_flatten, "D", "D 1 1", "1 1 D"),
-    "first": _decoder(_take_first, "T D"),
+    "vector": _decoder(lambda values: values.reshape(len(values), -1), "D", "D 1 1", "1 1 D"),
+    "first": _decoder(lambda tokens: tokens[:, 0], "T D"),  # which vision transformers have for the whole image
     "mean": _decoder(_average, "D H W", "T D"),
 }

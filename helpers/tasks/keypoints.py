@@ -196,11 +196,6 @@ def _tell_single(
     return Detections(box, first, score[None], first, keypoints=keypoints).to_predictions(outputs.labels)
 
 
-def _are_points(values: np.ndarray) -> bool:
-    """Several points, and not one number or two."""
-    return values[0].size > FEWEST_NUMBERS
-
-
 KEYPOINTS = [
     *(role for role in BOXES if role.name != "classes"),
     Role("classes", ("N",), are_whole, optional=True, values="whole numbers"),
@@ -208,7 +203,11 @@ KEYPOINTS = [
     Role("keypoint_scores", ("N K",), optional=True),
 ]
 POINTS = [
-    Role("points", ("K 3", "1 K 3", "K 2", "1 K 2", "2K", "3K", "1 1 2K", "1 1 3K"), _are_points),
+    Role(
+        "points",
+        ("K 3", "1 K 3", "K 2", "1 K 2", "2K", "3K", "1 1 2K", "1 1 3K"),
+        lambda values: values[0].size > FEWEST_NUMBERS,
+    ),
     Role("scores", ("K", "K 1", "1", "1 1 1"), optional=True),
 ]
 YOLO = [Role("predictions", ("4+C+3K A", "A 4+C+3K", "A 5+C+3K"))]

@@ -198,11 +198,16 @@ def traditional_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Pa
     As the official implementation does, boxes are in pixels of the network's input, of side `size`, with both ends
     included, only probabilities above `score_threshold` count, and a box is suppressed at the threshold itself.
     """
-    survivors = []
+    survivors, pixels = [], boxes * np.float32(size)
     for row in probabilities:
         candidates = np.flatnonzero(row > parameters.score_threshold)
         candidates = candidates[np.argsort(-row[candidates], kind="stable")]
-        survivors.append(_greedy(boxes * np.float32(size), candidates, parameters.nms_threshold))
+        chosen = []
+        while len(candidates):
+            chosen.append(candidates[0])
+            overlap = overlaps(pixels[candidates[0]], pixels[candidates[1:]], border=1)
+            candidates = candidates[1:][~(overlap >= parameters.nms_threshold)]
+        survivors.append(np.array(chosen, int))
     classes = np.repeat(np.arange(len(survivors)), [len(rows) for rows in survivors])
     anchors = np.concatenate([*survivors, np.zeros(0, int)]).astype(int)
     best = np.argsort(-probabilities[classes, anchors], kind="stable")[: parameters.max_detections]
@@ -214,15 +219,6 @@ NMS: dict[str, Callable[[np.ndarray, np.ndarray, Parameters, int], Pairs]] = {
     "cross_class": cross_class_nms,
     "traditional": traditional_nms,
 }
-
-
-def _greedy(boxes: np.ndarray, candidates: np.ndarray, threshold: float) -> np.ndarray:
-    survivors = []
-    while len(candidates):
-        survivors.append(candidates[0])
-        overlap = overlaps(boxes[candidates[0]], boxes[candidates[1:]], border=1)
-        candidates = candidates[1:][~(overlap >= threshold)]
-    return np.array(survivors, int)
 
 
 def _best_of_each(probabilities: np.ndarray, count: int) -> np.ndarray:
