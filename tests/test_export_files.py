@@ -20,6 +20,7 @@ from helpers import cli
 from helpers.bundle.manifest import Bundle, load_bundle
 from helpers.config import load_config
 from helpers.errors import BundleError, UserError
+from helpers.export import checks
 from helpers.export.checks import generate_pictures
 from helpers.export.conversion import PREVIEW, convert, convert_file, make_bundle
 from helpers.storage import open_storage
@@ -121,6 +122,20 @@ def test_parameters_that_outputs_tell_are_in_the_manifest_unless_a_card_says_oth
     np.testing.assert_allclose(boxes(predictions), [[4, 1, 12, 7]], rtol=1e-5)
     card = {**DETECTION, "labels": ["-", "a", "b", "c"], "postprocess": {"relative": True, "first_class": 0}}
     assert bundle_of(path, card, tmp_path / "other").manifest.postprocess == card["postprocess"]
+
+
+def test_a_file_is_compiled_once_unless_other_pictures_are_to_be_drawn(tmp_path, monkeypatch):
+    compiled = []
+    compile_exactly = checks.compile_exactly
+    monkeypatch.setattr(checks, "compile_exactly", lambda model: compiled.append(model) or compile_exactly(model))
+    path = save_onnx(tmp_path / "model.onnx", {"boxes": BOXES, "scores": SCORES, "classes": CLASSES})
+    bundle_of(path, DETECTION, tmp_path / "bundle")
+    assert len(compiled) == 1
+    preview = (tmp_path / "bundle" / PREVIEW).read_bytes()
+    converted, others = convert_file(path, tmp_path / "card.yaml"), [np.zeros((8, 8, 3), np.uint8)]
+    target = open_storage(str(tmp_path / "other"))
+    make_bundle(converted.model, converted.architecture, converted.file, target, "fp32", pictures=others)
+    assert len(compiled) == 3 and target.read(PREVIEW) != preview
 
 
 def ultralytics(task: str, **others: str) -> dict[str, str]:

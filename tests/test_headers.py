@@ -11,7 +11,7 @@ from PIL import Image
 
 from helpers.images import headers
 from helpers.images.decoding import decode
-from helpers.images.headers import SCANS, read_header, read_size
+from helpers.images.headers import SCANS, Size, read_header
 
 FORMS = {
     "png": ("PNG", "RGB", {}),
@@ -30,6 +30,11 @@ FORMS = {
     "webp, alpha": ("WEBP", "RGBA", {}),
     "webp, metadata": ("WEBP", "RGB", {"icc_profile": bytes(100)}),
 }
+
+
+def read_size(content: bytes | memoryview) -> Size | None:
+    header = read_header(content)
+    return (header.width, header.height) if header else None
 
 
 def encoded(form: str, size: tuple[int, int]) -> bytes:

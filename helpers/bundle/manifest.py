@@ -5,7 +5,7 @@
     model.bin       the weights
     priors.npy      anchors, where the task needs them
 
-Executors import this module, so it needs the standard library only.
+Executors import this module, so importing it needs the standard library only.
 """
 
 import errno
@@ -13,29 +13,30 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, get_args, get_origin
+from typing import Any, Literal
 
 from helpers.errors import BundleError
-from helpers.images.spec import COLORS, INTERPOLATIONS, POSITIONS, RESIZE_RULES, InputSpec
+from helpers.images.spec import COLORS, STRICT, InputSpec
 from helpers.storage import Storage
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-ARITHMETIC = ("f32", "bf16", "f16")
 MANIFEST_BYTES = 16 * 2**20  # at most; a million labels fit
 TENSOR_BYTES = 2**30  # of one image's input or output, at most
 OPEN = -1  # a side of an output that differs from image to image
-DEPTH = 8  # of what is free in form
+DIMENSIONS = 8  # of an output, at most
 LATER = {"decoder", "batch", "interpolation", "antialias", "resize_size", "padding", "position"}  # entries added since
+Setting = bool | int | float | str | None | list[bool | int | float | str]  # of post-processing
 MESSAGE = 200  # characters of a message that repeats names of the manifest's own
-SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class OutputSpec:
     """One float32 output of the graph: its name, and its shape for one image; -1 for a side that is open."""
+
+    __pydantic_config__ = STRICT
 
     name: str
     shape: tuple[int, ...]
@@ -45,18 +46,22 @@ class OutputSpec:
 class Manifest:
     """What `manifest.json` holds."""
 
+    __pydantic_config__ = STRICT
+
     name: str
     architecture: str
     task: str
     input: InputSpec
     outputs: tuple[OutputSpec, ...]
     labels: tuple[str, ...]
-    postprocess: dict[str, Any]
+    postprocess: dict[str, Setting]
     precision: str  # of the weights in the file: fp32, fp16 or int8; bf16 is fp16 for bf16 arithmetic
-    arithmetic: str  # of the multiplications, as accuracy was checked with: f32, bf16 or f16
+    arithmetic: Literal["f32", "bf16", "f16"]  # of the multiplications, as accuracy was checked with: f32, bf16 or f16
     flops: int  # floating-point operations for one image: two for each multiplication with its addition
     checkpoint: dict[str, str]  # file name and sha256 of what was exported
-    quantization: dict[str, Any] = field(default_factory=dict)  # of int8: what it lost, as `quantization.Record` says
+    quantization: dict[str, Setting] = field(
+        default_factory=dict
+    )  # of int8: what it lost, as `quantization.Record` says
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     format: int = FORMAT
     decoder: str = ""  # how the task reads the outputs; empty for the task's first
@@ -91,11 +96,7 @@ class Bundle:
     registered: str = ""  # name/version, of one that comes from a registry of models
 
     def read(self, name: str) -> bytes:
-        """Return one of the bundle's files, checked against the manifest.
-
-        Raises:
-            BundleError: the file is missing, unreadable or not the one that was exported.
-        """
+        """Return one of the bundle's files; raises BundleError unless it is there, and the one that was exported."""
         path = self.storage.join(name)
         try:
             content = self.storage.read(name)
@@ -124,12 +125,12 @@ def save_bundle(storage: Storage, manifest: Manifest, files: dict[str, bytes]) -
 def load_bundle(storage: Storage) -> Bundle:
     """Read and check a bundle's manifest.
 
-    Raises:
-        BundleError: there is no manifest, or it lacks something, or it has a value this version cannot run.
+    Raises BundleError if there is none, or it lacks something, or it has a value this version cannot run.
     """
     path = storage.join(MANIFEST)
     try:
-        values = json.loads(storage.read(MANIFEST, MANIFEST_BYTES))
+        content = storage.read(MANIFEST, MANIFEST_BYTES)
+        values = json.loads(content)
     except OSError as error:
         if error.errno == errno.EFBIG:
             raise BundleError(
@@ -144,77 +145,34 @@ def load_bundle(storage: Storage) -> Bundle:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise BundleError(f"{path} has not format {FORMAT}; export the bundle again with this version")
     try:
-        manifest = _parse(Manifest, values, "")
+        manifest = _parse(content)
         _check(manifest)
     except ValueError as error:
         raise BundleError(f"{path} is incomplete or wrong: {error}; export the bundle again") from None
     return Bundle(storage, manifest)
 
 
-def _parse(kind: Any, value: Any, name: str) -> Any:
-    """What JSON gave as a dataclass, tuple, dictionary or plain value of the annotated type; raises ValueError."""
-    if is_dataclass(kind) and isinstance(kind, type):
-        _expect(isinstance(value, dict), name or "the whole", value, "an object")
-        known = {field.name: field for field in fields(kind)}
-        required = {key for key, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
-        wrong = [f"no {_below(name, key)}" for key in sorted(required - set(value))]
-        wrong += [f"an unknown {_below(name, key)}" for key in sorted(set(value) - set(known))]
-        if wrong:
-            raise ValueError(f"there is {wrong[0]}"[:MESSAGE])
-        return kind(**{key: _parse(known[key].type, item, _below(name, key)) for key, item in value.items()})
-    if get_origin(kind) is tuple:
-        _expect(isinstance(value, list), name, value, "a list")
-        return tuple(_parse(get_args(kind)[0], item, f"{name}[{position}]") for position, item in enumerate(value))
-    if get_origin(kind) is dict:
-        _expect(isinstance(value, dict), name, value, "an object")
-        return {
-            _plain(str, key, name): _parse(get_args(kind)[1], item, _below(name, key)) for key, item in value.items()
-        }
-    return _free(value, name) if kind is Any else _plain(kind, value, name)
+def _parse(content: bytes) -> Manifest:
+    """A manifest of the annotated types; raises ValueError, which says what is wrong first."""
+    from pydantic import TypeAdapter, ValidationError  # a run's driver has it, and only that reads manifests
 
-
-def _plain(kind: type, value: Any, name: str) -> Any:
-    if kind is str:
-        # Unpaired surrogates can be in no file and no table.
-        _expect(isinstance(value, str) and not SURROGATES.search(value), name, value, "text")
-    elif kind is bool:
-        _expect(type(value) is bool, name, value, "true or false")
-    elif kind is int:
-        _expect(type(value) is int and abs(value) < 2**63, name, value, "a whole number of 64 bits")
-    else:
-        _expect(type(value) in (int, float) and abs(value) < 2**63, name, value, "a number")
-    return value
-
-
-def _free(value: Any, name: str, depth: int = 0) -> Any:
-    """A value of any form, without what cannot be written again: endless numbers, and nesting without end."""
-    if isinstance(value, dict | list):
-        _expect(depth < DEPTH, name, value, f"nested {DEPTH} levels at most")
-        for item in [*value, *value.values()] if isinstance(value, dict) else value:
-            _free(item, name, depth + 1)
-    elif value is not None and not isinstance(value, bool):
-        _plain(str if isinstance(value, str) else float, value, name)
-    return value
+    try:
+        return TypeAdapter(Manifest).validate_json(content, strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_input=False, include_url=False)[0]
+    name = ascii(".".join(map(str, problem["loc"])))[1:-1]  # it may be of any characters, and messages are of one line
+    told = {"missing": f"there is no {name}", "unexpected_keyword_argument": f"there is an unknown {name}"}
+    raise ValueError(told.get(problem["type"], f"{name}: {problem['msg']}")[:MESSAGE])
 
 
 def _expect(is_so: bool, name: str, value: Any, expectation: str) -> None:
     if not is_so:
-        shown = type(value).__name__ if isinstance(value, dict | list | str) else value
-        raise ValueError(f"{name} is {shown}, not {expectation}"[:MESSAGE])
+        raise ValueError(f"{name} is {value}, not {expectation}"[:MESSAGE])
 
 
 def _check(manifest: Manifest) -> None:
     """What the types do not say; raises ValueError."""
     spec = manifest.input
-    for name, value, known in (
-        ("input.color", spec.color, COLORS),
-        ("input.resize", spec.resize, RESIZE_RULES),
-        ("input.interpolation", spec.interpolation, INTERPOLATIONS),
-        ("input.position", spec.position, POSITIONS),
-        ("arithmetic", manifest.arithmetic, ARITHMETIC),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} is {value[:40]!r}, not one of {', '.join(known)}")
     for name, values in (("input.mean", spec.mean), ("input.std", spec.std)):
         if len(values) != COLORS[spec.color]:
             raise ValueError(f"{name} needs one value per channel, {COLORS[spec.color]}")
@@ -223,7 +181,7 @@ def _check(manifest: Manifest) -> None:
     _expect(0 <= spec.resize_size <= 65535, "input.resize_size", spec.resize_size, "from 0 to 65535")
     _expect(0 <= spec.padding <= 255, "input.padding", spec.padding, "from 0 to 255")
     _expect(manifest.batch in (0, 1), "batch", manifest.batch, "0 or 1")
-    _expect(manifest.flops >= 0, "flops", manifest.flops, "0 or more")
+    _expect(0 <= manifest.flops < 2**63, "flops", manifest.flops, "a number of 0 or more and 64 bits")
     _check_size("input", spec.shape, 1)
     for output in manifest.outputs:
         _check_size(f"outputs: {output.name[:40]!r}", output.shape, 4, may_be_open=manifest.batch == 1)
@@ -237,10 +195,5 @@ def _check(manifest: Manifest) -> None:
 
 def _check_size(name: str, shape: tuple[int, ...], item_bytes: int, may_be_open: bool = False) -> None:
     sides = [side for side in shape if side != OPEN or not may_be_open]
-    if len(shape) > DEPTH or min(sides, default=1) < 1 or math.prod(sides) * item_bytes > TENSOR_BYTES:
+    if len(shape) > DIMENSIONS or min(sides, default=1) < 1 or math.prod(sides) * item_bytes > TENSOR_BYTES:
         raise ValueError(f"{name} has the shape {str(shape)[:60]}, not one of 1 to {TENSOR_BYTES} bytes")
-
-
-def _below(name: str, key: str) -> str:
-    shown = ascii(key)[1:-1]  # it may be of any characters, and messages are of one line
-    return f"{name}.{shown}" if name else shown

@@ -4,16 +4,14 @@ Executors import this module; ONNX Runtime is imported where a model is loaded o
 """
 
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from helpers.bundle.manifest import Bundle
-from helpers.bundle.runtime import REQUESTS, Model
+from helpers.bundle.runtime import Model
 from helpers.errors import BundleError, HostError, first_line
 from helpers.images.spec import InputSpec
 
@@ -27,22 +25,15 @@ class OnnxModel(Model):
     """A bundle's ONNX graph, which takes normalized float32 `[B, C, H, W]`, with the normalization before it."""
 
     spec: InputSpec = field(kw_only=True)
+    pool: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1), kw_only=True)
 
-    def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
-        """Run batches through the model, in order, as `Model.infer` does."""
-        pending: deque[tuple[Any, Future[dict[str, np.ndarray]]]] = deque()
-        with ThreadPoolExecutor(1) as pool:
-            for item, pixels in batches:
-                pending.append((item, pool.submit(self._run, pixels)))
-                if len(pending) == REQUESTS:
-                    first, outputs = pending.popleft()
-                    yield first, outputs.result()
-            for item, outputs in pending:
-                yield item, outputs.result()
+    def _start(self, pixels: np.ndarray) -> Future[dict[str, np.ndarray]]:
+        return self.pool.submit(self._run, pixels)
+
+    def _finish(self, request: Future[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return request.result()
 
     def _run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        if not len(pixels):
-            return {}
         mean, std = (np.array(values, np.float32) for values in (self.spec.mean, self.spec.std))
         values = np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2))
         feeds = {self.compiled.get_inputs()[0].name: values}
@@ -50,17 +41,10 @@ class OnnxModel(Model):
 
 
 def load_onnx(bundle: Bundle, threads: int, provider: str = CUDA, device: int = 0) -> OnnxModel:
-    """Load a bundle's ONNX graph.
+    """Load a bundle's ONNX graph for the GPU of a number; `threads` are of what is computed on the CPU.
 
-    Args:
-        bundle: with `model.onnx` in it.
-        threads: of what is computed on the CPU.
-        provider: an execution provider of ONNX Runtime.
-        device: number of the GPU.
-
-    Raises:
-        BundleError: the bundle has no such graph, or ONNX Runtime cannot load it.
-        HostError: this host has no such provider.
+    Raises BundleError if the bundle has no such graph, or ONNX Runtime cannot load it, and HostError if this host has
+    no such provider.
     """
     if FILE not in bundle.manifest.files:
         raise BundleError(f"{bundle.storage.root} has no {FILE}, which CUDA needs; export it with --keep-onnx")

@@ -54,15 +54,20 @@ class Model:
         Yields:
             The same anything, and the outputs by name, each float32 `[B, ...]`.
         """
-        pending: deque[tuple[Any, np.ndarray, ov.InferRequest | None]] = deque()
+        pending: deque[tuple[Any, np.ndarray, Any]] = deque()  # pixels too, which requests share
+
+        def finish() -> tuple[Any, dict[str, np.ndarray]]:
+            item, _, request = pending.popleft()
+            return item, {} if request is None else self._finish(request)
+
         for item, pixels in batches:
             pending.append((item, pixels, self._start(pixels) if len(pixels) else None))
             if len(pending) == REQUESTS:
-                yield self._finish(*pending.popleft())
+                yield finish()
         while pending:
-            yield self._finish(*pending.popleft())
+            yield finish()
 
-    def _start(self, pixels: np.ndarray) -> "ov.InferRequest":
+    def _start(self, pixels: np.ndarray) -> Any:
         try:
             request = self.idle.pop()
         except IndexError:
@@ -73,12 +78,10 @@ class Model:
             self.shapes.add(pixels.shape)
         return request
 
-    def _finish(self, item: Any, _: np.ndarray, request: "ov.InferRequest | None") -> tuple[Any, dict[str, np.ndarray]]:
-        if request is None:
-            return item, {}
+    def _finish(self, request: Any) -> dict[str, np.ndarray]:
         request.wait()
         self.idle.append(request)
-        return item, {name: request.get_tensor(name).data.copy() for name in self.outputs}
+        return {name: request.get_tensor(name).data.copy() for name in self.outputs}
 
 
 def get_model(
@@ -105,12 +108,17 @@ def get_model(
     key = (bundle.manifest.model, precision, threads, device)
     with _loading:
         if key not in _models:
-            _models[key] = _load_for(bundle, precision, threads, device)
+            _models[key] = _load(bundle, precision, threads, device)
             # Spark's workers collect garbage after every task, and walk all that was imported each time unless it is
             # set apart: 70 ms per task.
             gc.collect()
             gc.freeze()
-    _check_memory(bundle, memory_megabytes)
+    resident = resident_megabytes()
+    if memory_megabytes is not None and resident > memory_megabytes:
+        raise BundleError(
+            f"a task takes {resident:.0f} MB with {bundle.manifest.model} loaded, more than inference.memory_megabytes="
+            f"{memory_megabytes}: set it higher, with fewer tasks at a time (spark.master=local[1]) if memory is short"
+        )
     return _models[key]
 
 
@@ -212,25 +220,12 @@ def check_device(core: "ov.Core", device: str) -> None:
         )
 
 
-def _check_memory(bundle: Bundle, memory_megabytes: int | None) -> None:
-    resident = resident_megabytes()
-    if memory_megabytes is not None and resident > memory_megabytes:
-        raise BundleError(
-            f"a task takes {resident:.0f} MB with {bundle.manifest.model} loaded, more than inference.memory_megabytes="
-            f"{memory_megabytes}: set it higher, with fewer tasks at a time (spark.master=local[1]) if memory is short"
-        )
-
-
-def _load_for(bundle: Bundle, precision: str, threads: int, device: str) -> Model:
+def _load(bundle: Bundle, precision: str, threads: int, device: str) -> Model:
     kind, _, number = device.partition(".")
     if kind == "CUDA":
         from helpers.bundle.onnx_model import load_onnx
 
         return load_onnx(bundle, threads, device=int(number or 0))
-    return _load(bundle, precision, threads, device)
-
-
-def _load(bundle: Bundle, precision: str, threads: int, device: str) -> Model:
     start = time.perf_counter()
     import openvino as ov  # the driver of a run loads no model, and so does without
 

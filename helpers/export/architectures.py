@@ -1,7 +1,7 @@
 """The networks this project can export, and what their bundles' manifests say of input, labels and post-processing."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from operator import attrgetter
@@ -9,14 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import BundleError
-from helpers.export.cards import CARDS, HELP, find_cards, load_network_class, parse_card, read_arrays, read_entries
+from helpers.export.cards import (
+    CARDS,
+    HELP,
+    Card,
+    find_cards,
+    load_network_class,
+    parse_card,
+    read_arrays,
+    read_entries,
+)
 from helpers.images.spec import InputSpec
 from helpers.yolact.configurations import CONFIGURATIONS, get_configuration
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
+    import openvino as ov
     import torch
 
+    from helpers.export.checks import Trial
 
 LIBRARIES = ("torchvision", "timm")
 STALE = re.compile(r"backbone\.layer(?!s)|fpn\.downsample_layers\.(?![01]\.)\d+\.")
@@ -50,6 +62,7 @@ class Architecture:
         adapt_state_dict: takes a checkpoint's state dictionary and returns the one that the network must load whole.
         export_module: takes the network and returns the module to export, the one that has `outputs`.
         arrays: returns what post-processing needs beside the outputs, by the name of its `.npy` file in the bundle.
+        trial: of the graph of a file, which was tried when it was read.
     """
 
     name: str
@@ -65,6 +78,30 @@ class Architecture:
     adapt_state_dict: Callable[[dict[str, Any]], dict[str, Any]] = unchanged
     export_module: Callable[["torch.nn.Module"], "torch.nn.Module"] = unchanged
     arrays: Callable[[], dict[str, "np.ndarray"]] = dict
+    trial: "Trial | None" = None
+
+    @classmethod
+    def of_card(cls, name: str, card: Card, outputs: Iterable[str], **others: Any) -> "Architecture":
+        """What a card says; the others are attributes that it says nothing of, or something else."""
+        spec = others.pop("input", None) or card.input.to_spec()
+        return cls(name, card.task, spec, tuple(outputs), card.labels, dict(card.postprocess), card.decoder, **others)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model on its way to a bundle.
+
+    Attributes:
+        model: takes uint8 images, and its outputs are named for their roles.
+        architecture: what it is.
+        file: it is from; None for a library's own weights.
+        onnx: takes normalized float32 `[B, C, H, W]`, and has the same outputs; None where there is no such graph.
+    """
+
+    model: "ov.Model"
+    architecture: Architecture
+    file: Path | None
+    onnx: "onnx.ModelProto | None"
 
 
 def get_architecture(name: str, labels: Sequence[str] = (), card: Path | None = None) -> Architecture:
@@ -115,17 +152,8 @@ def _from_card(path: Path) -> Architecture:
     for entry in ("network", "labels", "input.height", "input.width", "input.color", "input.mean", "input.std"):
         if not attrgetter(entry)(card) and (entry, card.task) != ("labels", "embedding"):
             raise BundleError(f"{path}: {entry} is missing: a PyTorch network does not say it; {HELP}")
-    return Architecture(
-        name=path.stem,
-        task=card.task,
-        build=load_network_class(card, path),
-        input=card.input.to_spec(),
-        outputs=tuple(card.outputs) or ("logits",),
-        labels=card.labels,
-        postprocess=dict(card.postprocess),
-        decoder=card.decoder,
-        arrays=partial(read_arrays, card),
-    )
+    outputs, arrays = card.outputs or ("logits",), partial(read_arrays, card)
+    return Architecture.of_card(path.stem, card, outputs, build=load_network_class(card, path), arrays=arrays)
 
 
 def _yolact(name: str, labels: Sequence[str] = ()) -> Architecture:

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, field, fields
 from difflib import get_close_matches
 from functools import cache
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CARDS = CONF / "cards"
 HELP = "conf/cards/README.md explains the entries"
+MANY = 50  # names that no message lists
 LONGEST_SIDE = 2**14  # of an input; a float32 image of it still fits into memory
 # Labels in TensorFlow's text format: items with an id and a name, of which the one for people to read is preferred.
 ITEM = re.compile(r"\bitem\s*\{([^}]*)\}")
@@ -44,12 +45,9 @@ class CardInput(InputSpec):
 
     height: int = 0
     width: int = 0
-    color: Literal["rgb", "bgr", "gray", ""] = ""
+    color: Literal["rgb", "bgr", "gray", ""] = ""  # type: ignore[assignment]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    resize: Literal["stretch", "letterbox", "crop", "shortest_edge", "none"] = "stretch"
-    interpolation: Literal["linear", "cubic"] = "linear"
-    position: Literal["center", "top_left"] = "center"
     layout: Literal["NCHW", "NHWC", ""] = ""
 
     def __post_init__(self) -> None:
@@ -73,8 +71,7 @@ class CardInput(InputSpec):
     def to_spec(self, shape: tuple[int, int, int] = (0, 0, 0)) -> InputSpec:
         """The input as a bundle's manifest has it; `shape`, height, width and channels, is the model's own.
 
-        Raises:
-            ValueError: mean or std are of another number of channels than the model's, or more is cut than there is.
+        Raises ValueError if mean or std are of another number of channels, or more is cut than there is.
         """
         entries = {name: value for name, value in asdict(self).items() if name != "layout"}
         color = self.color or ("gray" if shape[2] == 1 else "rgb")
@@ -90,7 +87,8 @@ class CardInput(InputSpec):
         return InputSpec(**{**entries, **sides, **scales, "color": color})
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+# YAML reads a label of 0 and an output of 90 as numbers.
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 class Card:
     """The entries of a card, checked."""
 
@@ -107,9 +105,9 @@ class Card:
 
     def __post_init__(self) -> None:
         if self.task not in DECODERS:
-            raise ValueError(f"task is {self.task!r}{_nearest(self.task, DECODERS)}")
+            raise ValueError(f"task is {self.task!r}{nearest(self.task, DECODERS)}")
         if self.decoder and self.decoder not in DECODERS[self.task]:
-            raise ValueError(f"decoder is {self.decoder!r}{_nearest(self.decoder, DECODERS[self.task])}")
+            raise ValueError(f"decoder is {self.decoder!r}{nearest(self.decoder, DECODERS[self.task])}")
 
 
 def find_cards() -> list[str]:
@@ -120,8 +118,7 @@ def find_cards() -> list[str]:
 def read_entries(path: Path, model: Path | None = None) -> Entries:
     """The entries of a card's file, its labels read from the file that it names.
 
-    Raises:
-        BundleError: the card is missing or no YAML, or its labels are.
+    Raises BundleError if the card or its labels are missing, or it is no YAML.
     """
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -144,11 +141,7 @@ def read_entries(path: Path, model: Path | None = None) -> Entries:
 
 
 def read_arrays(card: Card) -> dict[str, np.ndarray]:
-    """What a bundle has beside its graph, by the name of the file there.
-
-    Raises:
-        BundleError: the anchors are no array, or not four numbers each.
-    """
+    """What a bundle has beside its graph, by file name; raises BundleError if anchors are not four numbers each."""
     if not card.priors:
         return {}
     try:
@@ -201,10 +194,13 @@ def _order_labels(labels: Any, origin: Any) -> list[str]:
 
 def parse_labels(text: str, origin: Any) -> list[str]:
     """The labels in a file's text, see `read_labels`."""
-    items = [_item(match[1]) for match in ITEM.finditer(text)]
+    items = [
+        {name: number or one or other for name, number, one, other in ITEM_ENTRY.findall(match[1])}
+        for match in ITEM.finditer(text)
+    ]
     if items:
-        # Numbers that the map leaves out stay classes, whose name is their number.
-        names = {number: name for number, name in items if number}
+        # Numbers that the map leaves out stay classes, whose name is their number; the first is 1.
+        names = {int(item.get("id", 0)): item.get("display_name") or item.get("name", "") for item in items}
         labels = [names.get(number, str(number)) for number in range(1, max(names, default=0) + 1)]
     else:
         labels = [SYNSET.sub("", line.strip()) for line in text.splitlines() if line.strip()]
@@ -227,21 +223,8 @@ def merge(entries: Mapping[str, Any], others: Mapping[str, Any]) -> Entries:
 
 
 def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
-    """Check a card's entries.
-
-    Args:
-        entries: of the card's file, perhaps on top of a model's own.
-        origin: what the entries are from, for errors.
-
-    Raises:
-        BundleError: one is missing or wrong.
-    """
+    """Check a card's entries, perhaps on top of a model's own; raises BundleError, which names their origin."""
     entries = {**entries, "input": _spread(entries.get("input"))} if entries.get("input") else entries
-    labels, outputs = entries.get("labels"), entries.get("outputs")
-    if isinstance(labels, list):  # YAML reads 0 and 90 as numbers
-        entries = {**entries, "labels": [_to_text(label) for label in labels]}
-    if isinstance(outputs, dict):
-        entries = {**entries, "outputs": {role: _to_text(name) for role, name in outputs.items()}}
     try:
         return TypeAdapter(Card).validate_python(entries)
     except ValidationError as error:
@@ -251,15 +234,14 @@ def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
         message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "entries, {NAME: VALUE}")
         if problem["type"] == "unexpected_keyword_argument":
             kind = CardInput if problem["loc"][0] == "input" else Card
-            message = f"no such entry{_nearest(str(problem['loc'][-1]), [known.name for known in fields(kind)])}"
+            message = f"no such entry{nearest(str(problem['loc'][-1]), [known.name for known in fields(kind)])}"
         raise BundleError(f"{origin}: {f'{entry}: ' if entry else ''}{message}; {HELP}") from None
 
 
 def load_network_class(card: Card, path: Path) -> Callable[[], "torch.nn.Module"]:
     """Import the file that a card names, and return the class in it, which can be called without arguments.
 
-    Raises:
-        BundleError: the file or the class is missing, fails to import, or needs arguments.
+    Raises BundleError if the file or the class is missing, fails to import, or needs arguments.
     """
     file, colon, name = card.network.rpartition(":")
     if not colon:
@@ -278,16 +260,11 @@ def load_network_class(card: Card, path: Path) -> Callable[[], "torch.nn.Module"
     return network
 
 
-def _nearest(name: str, known: Any) -> str:
-    """The end of a sentence that says what a wrong name may have meant."""
-    near = get_close_matches(name, known, 1, cutoff=0.75)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
-
-
-def _to_text(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_to_text(item) for item in value]
-    return str(value) if type(value) is int else value
+def nearest(name: str, known: Collection[str], cutoff: float = 0.75) -> str:
+    """The end of a sentence that says what a wrong name may have meant, or where they are few, what names there are."""
+    near = get_close_matches(name, known, 1, cutoff)
+    others = f"; there are {', '.join(known)}" if len(known) < MANY else ""
+    return f"; did you mean {near[0]!r}?" if near else others
 
 
 def _spread(given: Any) -> Any:
@@ -297,11 +274,6 @@ def _spread(given: Any) -> Any:
     channels = COLORS.get(given.get("color") or "rgb", 3)
     numbers = {name: [given[name]] * channels for name in ("mean", "std") if type(given.get(name)) in (int, float)}
     return {**given, **numbers}
-
-
-def _item(text: str) -> tuple[int, str]:
-    entries = {name: number or one or other for name, number, one, other in ITEM_ENTRY.findall(text)}
-    return int(entries.get("id", 0)), entries.get("display_name") or entries.get("name", "")
 
 
 def _find(file: str, card: Path, entry: str, model: Path | None = None) -> Path:

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,24 @@ SIDES = (480, 640)  # of a picture that stands in for a photograph
 PREVIEW_HEIGHT = 360
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What a graph gave for pictures, uint8 BGR `[height, width, 3]` each.
+
+    Attributes:
+        model: the graph.
+        pictures: that were tried.
+        outputs: of each picture by name, float32 `[1, ...]`.
+        batch: what a manifest's `batch` says, 0 or 1.
+    """
+
+    model: "ov.Model"
+    pictures: Sequence[Image]
+    outputs: Outputs
+    batch: int
+
+
+@cache
 def generate_pictures(count: int = PICTURES) -> list[Image]:
     """Pictures with gradients, shapes and noise, uint8 BGR `[480, 640, 3]` each, the same each time."""
     random = np.random.default_rng(0)
@@ -58,14 +77,7 @@ def load_pictures(storage: Storage, config: Config, count: int = PICTURES) -> It
 def load_images(
     storage: Storage, config: Config, count: int, prepare: Callable[[bytes], np.ndarray]
 ) -> Iterator[np.ndarray]:
-    """Read images of a folder, evenly spread; those that cannot be read are left out with a warning.
-
-    Args:
-        storage: of the folder.
-        config: for the limits of images.
-        count: how many at most.
-        prepare: from a file's content to what is wanted.
-    """
+    """Read images of a folder, evenly spread, and `prepare` each file's content; unreadable ones get a warning."""
     images = list_images(storage, config).images
     paths = sorted(images.filter(images["error"].is_null())["path"].to_pylist())
     for path in paths[:: max(1, len(paths) // count)][:count]:
@@ -76,22 +88,12 @@ def load_images(
             yield image
 
 
-def settle_batch(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], origin: str) -> tuple[int, Outputs]:
-    """Let a graph take one image at a time where several do not give what each gives alone; in place.
+def try_graph(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], origin: str) -> Trial:
+    """Try a graph, and let it take one image at a time where several do not give what each gives alone; in place.
 
-    Some graphs take any number and return the first image's outputs only, because a reshape in them is for one.
-
-    Args:
-        model: as `preparation.prepare` returns it.
-        spec: its input.
-        pictures: to try, uint8 BGR `[height, width, 3]` each.
-        origin: of the model, for errors.
-
-    Returns:
-        What a manifest's `batch` says, 0 or 1, and the outputs of each picture by name, float32 `[1, ...]`.
-
-    Raises:
-        BundleError: the graph fails, or its outputs are not finite.
+    Some graphs take any number and return the first image's outputs only, because a reshape in them is for one. The
+    graph is as `preparation.prepare` returns it, and errors name its origin. Raises BundleError if it fails, or its
+    outputs are not finite.
     """
     try:
         compiled = _compile(model, origin)
@@ -108,30 +110,29 @@ def settle_batch(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], 
                 "card are not those it was trained with"
             )
     takes_more = model.input().get_partial_shape()[0].is_dynamic
-    if takes_more and _is_fixed(model) and _is_same_together(compiled, tensors, alone):
-        return 0, alone
+    shapes = [output.get_partial_shape() for output in model.outputs]
+    # Open in the number of images only.
+    is_fixed = all(s.rank.is_static and len(s) > 0 and all(side.is_static for side in list(s)[1:]) for s in shapes)
+    if takes_more and is_fixed and _is_same_together(compiled, tensors, alone):
+        return Trial(model, pictures, alone, batch=0)
     if takes_more:
         model.reshape([1, *list(model.input().get_partial_shape())[1:]])
     # What is not as long for every image counts detections, and pictures may all have one.
     blank = np.zeros_like(tensors[0])
+    tried = alone
     with contextlib.suppress(BundleError):
-        return 1, _add_batch(model, alone, [*alone, _infer(compiled, blank, origin)])
-    return 1, _add_batch(model, alone, alone)
+        tried = [*alone, _infer(compiled, blank, origin)]
+    return Trial(model, pictures, _add_batch(model, alone, tried), batch=1)
 
 
 def infer(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], origin: str) -> Outputs:
-    """The outputs of each picture by name, float32 `[1, ...]`; arguments as for `settle_batch`."""
+    """The outputs of each picture by name, float32 `[1, ...]`; arguments as for `try_graph`."""
     compiled = _compile(model, origin)
     return [_infer(compiled, fit(picture, spec)[None], origin) for picture in pictures]
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Compare outputs, labels and parameters with what the decoder takes.
-
-    Raises:
-        BundleError: the outputs are others, or as many labels.
-        ConfigError: a parameter is unknown or has a wrong value.
-    """
+    """Raise BundleError or ConfigError unless outputs, labels and parameters are what the decoder takes."""
     shapes = {output.name: output.shape for output in manifest.outputs}
     try:
         get_decoder(manifest).check_shapes(shapes, len(manifest.labels))
@@ -143,19 +144,9 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def draw_preview(outputs: Outputs, manifest: Manifest, arrays: Arrays, pictures: Sequence[Image]) -> bytes:
-    """Draw what is predicted in pictures side by side.
+    """Draw what is predicted in pictures side by side, as a PNG file.
 
-    Args:
-        outputs: of each picture, by role.
-        manifest: says how they are post-processed.
-        arrays: that post-processing needs.
-        pictures: uint8 BGR `[height, width, 3]` each.
-
-    Returns:
-        A PNG file.
-
-    Raises:
-        BundleError: the outputs are not what the labels or the parameters say.
+    Raises BundleError if the outputs, by role for each picture, are not what the labels or the parameters say.
     """
     drawn = []
     for picture, own in zip(pictures, outputs, strict=True):
@@ -194,14 +185,6 @@ def _infer(compiled: Any, tensor: np.ndarray, origin: str) -> dict[str, np.ndarr
     return {output.get_any_name(): outputs[output].copy() for output in compiled.outputs}
 
 
-def _is_fixed(model: "ov.Model") -> bool:
-    """Whether each output is open in the number of images only."""
-    shapes = [output.get_partial_shape() for output in model.outputs]
-    return all(
-        shape.rank.is_static and len(shape) > 0 and all(side.is_static for side in list(shape)[1:]) for shape in shapes
-    )
-
-
 def _is_same_together(compiled: Any, tensors: Sequence[np.ndarray], alone: Outputs) -> bool:
     positions = list(islice(cycle(range(len(tensors))), BATCH))
     try:
@@ -223,12 +206,9 @@ def _is_same_together(compiled: Any, tensors: Sequence[np.ndarray], alone: Outpu
 
 
 def _add_batch(model: "ov.Model", alone: Outputs, tried: Outputs) -> Outputs:
-    """Let each output of a graph for one image begin with a dimension of 1.
+    """Let each output of a graph for one image begin with a dimension of 1, in place; `tried` shows which ones lack it.
 
-    Args:
-        model: the graph, changed in place.
-        alone: outputs of pictures, which are returned with that dimension.
-        tried: outputs that show which ones lack it.
+    Returns the outputs `alone` with that dimension.
     """
     from openvino import opset13 as ops
 

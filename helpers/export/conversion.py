@@ -11,9 +11,9 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,9 +21,9 @@ from helpers.bundle.manifest import OPEN, Bundle, Manifest, OutputSpec, save_bun
 from helpers.bundle.runtime import has_bf16
 from helpers.config import Config
 from helpers.errors import BundleError
-from helpers.export.architectures import Architecture, get_architecture
-from helpers.export.checks import check_manifest, draw_preview, generate_pictures, infer, load_images, settle_batch
-from helpers.export.files import read_file
+from helpers.export.architectures import Architecture, Converted, get_architecture
+from helpers.export.checks import check_manifest, draw_preview, generate_pictures, infer, load_images, try_graph
+from helpers.export.files import convert_file as convert_file
 from helpers.export.graph import count_flops, name_by_module
 from helpers.export.preparation import prepare
 from helpers.export.quantization import Validation, quantize, quiet
@@ -37,36 +37,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ARITHMETIC = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}  # what is not 8-bit, as it was checked
+ARITHMETIC: dict[str, Literal["f32", "bf16"]] = {
+    "fp32": "f32",
+    "fp16": "f32",
+    "bf16": "bf16",
+    "int8": "f32",
+}  # what is not 8-bit, as it was checked
 PRECISIONS = tuple(ARITHMETIC)
 OPSET, OLDEST_OPSET, NEWEST_OPSET = 18, 11, 23  # before 11, bilinear enlargement cannot be expressed
 CALIBRATION_IMAGES = 300
 PREVIEW = "preview.png"  # beside a bundle's files, and none of them
 
 
-@dataclass(frozen=True)
-class Converted:
-    """A model on its way to a bundle.
-
-    Attributes:
-        model: takes uint8 images, and its outputs are named for their roles.
-        architecture: what it is.
-        file: it is from; None for a library's own weights.
-        onnx: takes normalized float32 `[B, C, H, W]`, and has the same outputs; None where there is no such graph.
-    """
-
-    model: "ov.Model"
-    architecture: Architecture
-    file: Path | None
-    onnx: "onnx.ModelProto | None"
-
-
 def load_network(architecture: Architecture, checkpoint: Path) -> "torch.nn.Module":
     """Build a network in evaluation mode with a checkpoint's weights.
 
-    Raises:
-        BundleError: the file is missing or damaged, or its weights are of another network; names the first that
-            differs.
+    Raises BundleError if the file is damaged, or its weights are of another network: it names the first that differs.
     """
     from helpers.export.weights import find_difference, read_weights, take_by_order
 
@@ -86,15 +72,8 @@ def load_network(architecture: Architecture, checkpoint: Path) -> "torch.nn.Modu
 def to_onnx(network: "torch.nn.Module", architecture: Architecture, opset: int = OPSET) -> "onnx.ModelProto":
     """Export a network with a dynamic batch dimension; the input is normalized float32 `[B, C, H, W]`.
 
-    Nodes are named after the modules they come from.
-
-    Args:
-        network: in evaluation mode.
-        architecture: of the network.
-        opset: version of ONNX's operators, from `OLDEST_OPSET`; engines of years ago know the older ones only.
-
-    Raises:
-        BundleError: PyTorch cannot export that opset.
+    Nodes are named after the modules they come from. `opset`, the version of ONNX's operators, is from `OLDEST_OPSET`:
+    engines of years ago know the older ones only. Raises BundleError if PyTorch cannot export it.
     """
     import onnx
     import torch
@@ -129,11 +108,7 @@ def to_onnx(network: "torch.nn.Module", architecture: Architecture, opset: int =
 
 
 def simplify(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """Fold constants and remove what computes nothing.
-
-    Raises:
-        BundleError: the simplified graph does not give the same outputs on random input.
-    """
+    """Fold constants and remove what computes nothing; raises BundleError where that changes the outputs."""
     import onnxsim
 
     simplified, same = onnxsim.simplify(model)
@@ -158,19 +133,11 @@ def to_openvino(model: "onnx.ModelProto", architecture: Architecture) -> "ov.Mod
 
 
 def convert(architecture_name: str, checkpoint: Path | None, opset: int = OPSET, card: Path | None = None) -> Converted:
-    """Convert a PyTorch network.
+    """Convert a PyTorch network, with a checkpoint's state dictionary or with the weights of its library.
 
     A network that was trained on a user's own classes has them from `result.json`, which training leaves beside the
-    checkpoint.
-
-    Args:
-        architecture_name: see `helpers.export.architectures`.
-        checkpoint: a PyTorch state dictionary; None for the weights of the library that the network is from.
-        opset: of the ONNX graph in between, see `to_onnx`.
-        card: changes what a library says of its network.
-
-    Raises:
-        BundleError: the architecture, the checkpoint, the opset or the card cannot be used.
+    checkpoint. The opset is of the ONNX graph in between, see `to_onnx`, and the card changes what a library says.
+    Raises BundleError if one of these cannot be used.
     """
     architecture = get_architecture(architecture_name, _labels_beside(checkpoint) if checkpoint else (), card)
     network = load_network(architecture, checkpoint) if checkpoint else architecture.build_pretrained().eval()
@@ -178,20 +145,6 @@ def convert(architecture_name: str, checkpoint: Path | None, opset: int = OPSET,
     if not architecture.input.is_variable:  # of graphs with open sizes nothing is known before they run
         onnx = simplify(onnx)
     return Converted(to_openvino(onnx, architecture), architecture, checkpoint, onnx)
-
-
-def convert_file(path: Path, card: Path | None = None, pictures: Sequence[Image] = ()) -> Converted:
-    """Convert a model's file.
-
-    Args:
-        path: see `helpers.export.files`.
-        card: goes on top of what the file says of itself.
-        pictures: to tell outputs apart by, uint8 BGR `[height, width, 3]`; without any, generated ones.
-
-    Raises:
-        BundleError: the file or the card cannot be used.
-    """
-    return Converted(*read_file(path, card, pictures or generate_pictures()))
 
 
 def export(
@@ -238,7 +191,10 @@ def make_bundle(
     if precision not in PRECISIONS:
         raise BundleError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")
     pictures = pictures or generate_pictures()
-    batch, outputs = settle_batch(model, architecture.input, pictures, architecture.name)
+    trial = architecture.trial
+    if trial is None or trial.model is not model or trial.pictures is not pictures:
+        trial = try_graph(model, architecture.input, pictures, architecture.name)
+    outputs = trial.outputs
     arrays = architecture.arrays()
     manifest = Manifest(
         name=f"{architecture.name}-{precision}",
@@ -253,12 +209,12 @@ def make_bundle(
         flops=_count_flops(model, architecture),
         checkpoint=_fingerprint(checkpoint) if checkpoint else {"file": architecture.weights},
         decoder=architecture.decoder,
-        batch=batch,
+        batch=trial.batch,
     )
     check_manifest(manifest)
     if precision == "int8":
         model, record = quantize(model, calibration, manifest, arrays, validation)
-        manifest = replace(manifest, quantization=record.to_dict())
+        manifest = replace(manifest, quantization=asdict(record))
         outputs = infer(model, architecture.input, pictures, architecture.name)
     preview = draw_preview(outputs, manifest, arrays, pictures)
     if precision == "bf16" and not has_bf16():
@@ -273,11 +229,8 @@ def make_bundle(
 
 def calibration_images(storage: Storage, architecture: Architecture, config: Config) -> Iterator[np.ndarray]:
     """Evenly spread images below a location, prepared as the pipeline prepares them; unreadable ones are left out."""
-
-    def prepare(content: bytes) -> np.ndarray:
-        return load(content, architecture.input, config.ingest.max_pixels)[0]
-
-    return load_images(storage, config, CALIBRATION_IMAGES, prepare)
+    spec, most = architecture.input, config.ingest.max_pixels
+    return load_images(storage, config, CALIBRATION_IMAGES, lambda content: load(content, spec, most)[0])
 
 
 def _shape(output: Any) -> tuple[int, ...]:

@@ -92,9 +92,7 @@ def to_truth(predictions: Sequence[list[Prediction]], manifest: Manifest) -> Tru
 def score(predictions: Mapping[int, list[Prediction]], truth: Truth) -> float:
     """How well images are predicted, by the measure of the task (`MEASURES`); 1 where there is nothing to find.
 
-    Args:
-        predictions: by the image's place in the truth; the other images are left out.
-        truth: of all images.
+    Predictions are by the image's place in the truth, which is of all images; the other images are left out.
     """
     if not isinstance(truth, dict):
         return float(np.mean([_agreement(own, truth[i]) for i, own in predictions.items()]))

@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from helpers.errors import BundleError, first_line
-from helpers.export.architectures import Architecture
+from helpers.export.architectures import Architecture, Converted
 from helpers.export.cards import HELP, Card, merge, parse_card, read_arrays, read_entries
-from helpers.export.checks import infer, settle_batch, stack
+from helpers.export.checks import Trial, generate_pictures, infer, stack, try_graph
 from helpers.export.metadata import read_metadata
 from helpers.export.preparation import (
     find_input,
@@ -44,23 +46,18 @@ UNKNOWN = f"no model file that can be read; there are {', '.join(SUFFIXES)}: exp
 ACTIVATIONS = {"SoftMax": "probabilities", "Softmax": "probabilities", "Sigmoid": "multi_label"}  # in the graph
 
 
-def read_file(
-    path: Path, card: Path | None, pictures: Sequence[Image]
-) -> tuple["ov.Model", Architecture, Path, "onnx.ModelProto | None"]:
-    """Read a model's file, and find out what a pipeline must know of it.
+def convert_file(path: Path, card: Path | None = None, pictures: Sequence[Image] = ()) -> Converted:
+    """Convert a model's file, and find out what a pipeline must know of it.
 
     Args:
         path: of the file.
         card: goes on top of what the file says of itself; None where that is enough.
-        pictures: to tell outputs apart by, uint8 BGR `[height, width, 3]` each.
-
-    Returns:
-        As `conversion.Converted` has them: the graph that takes uint8 images and whose outputs are named for their
-        roles, what it is, the path, and the ONNX graph.
+        pictures: to tell outputs apart by, uint8 BGR `[height, width, 3]` each; without any, generated ones.
 
     Raises:
         BundleError: the file is no model or damaged, the card is missing or wrong, or the graph is not of its task.
     """
+    pictures = pictures or generate_pictures()
     model = read_graph(path)
     entries = merge(read_metadata(path, model), read_entries(card, path) if card else {})
     if "task" not in entries:
@@ -75,7 +72,8 @@ def read_file(
     if model.input().get_element_type().is_real() and not (description.input.mean or description.input.std):
         log.warning("%s gets gray levels of 0 to 255: its card has no mean and std, which most networks need", path)
     model = prepare(model, spec, layout, str(path))
-    batch, outputs = settle_batch(model, spec, pictures, str(path))
+    trial = try_graph(model, spec, pictures, str(path))
+    outputs = trial.outputs
     if not description.outputs and "anchor_free" in DECODERS[description.task]:
         shapes = {name: values.shape[1:] for name, values in outputs[0].items()}
         strides = find_strides(shapes, spec, bool(description.priors))
@@ -88,28 +86,17 @@ def read_file(
     if unused := sorted({output.get_any_name() for output in model.outputs} - {*roles.values()}):
         log.warning("%s: outputs %s have no role; if it is theirs, name the card's `outputs`", path, ", ".join(unused))
     rename_outputs(model, roles)
-    architecture = Architecture(
-        name=path.stem,
-        task=description.task,
-        input=spec,
-        outputs=tuple(roles),
-        labels=description.labels,
-        decoder=description.decoder,
-        postprocess=dict(description.postprocess),
-        arrays=partial(read_arrays, description),
-    )
+    trial = Trial(model, pictures, [_of_roles(own, roles) for own in outputs], trial.batch)
+    arrays = partial(read_arrays, description)
+    architecture = Architecture.of_card(path.stem, description, roles, input=spec, arrays=arrays, trial=trial)
     if layout != "NCHW" or strides:
-        return model, architecture, path, None
+        return Converted(model, architecture, path, None)
     named = {role: str(description.outputs.get(role, name)) for role, name in roles.items()}
-    return model, architecture, path, _read_onnx(path, named)
+    return Converted(model, architecture, path, _read_onnx(path, named))
 
 
 def read_graph(path: Path) -> "ov.Model":
-    """Read a file with OpenVINO.
-
-    Raises:
-        BundleError: it is missing, of no known kind, damaged, or lacks the files of its weights.
-    """
+    """Read a file with OpenVINO; raises BundleError if it is missing, unknown, damaged or without its weights."""
     import openvino as ov
 
     if path.suffix not in SUFFIXES:
@@ -174,7 +161,7 @@ def _assign_roles(
         else:
             roles = DECODERS[card.task][decoder].assign_roles(outputs, len(card.labels))
         card = replace(card, decoder=decoder)
-        samples = {role: outputs[name] for role, name in roles.items()}
+        samples = _of_roles(outputs, roles)
         shapes = {role: values.shape[1:] for role, values in samples.items()}
         card = replace(card, labels=card.labels or _number_classes(card, shapes, origin))
         DECODERS[card.task][decoder].check_shapes(shapes, len(card.labels))
@@ -183,6 +170,10 @@ def _assign_roles(
     except (OutputError, ValueError) as error:
         raise BundleError(f"{origin}: {first_line(error)}") from None
     return card, roles
+
+
+def _of_roles(outputs: Arrays, roles: Mapping[str, str]) -> dict[str, np.ndarray]:
+    return {role: outputs[name] for role, name in roles.items()}
 
 
 def _number_classes(card: Card, shapes: dict[str, tuple[int, ...]], origin: str) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ The weights are the library's own, which it fetches, or a user's checkpoint.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import nn
 
 from helpers.errors import BundleError, HostError, first_line
 from helpers.export.architectures import Architecture
-from helpers.export.cards import Entries, merge, parse_card, read_entries
+from helpers.export.cards import Entries, merge, nearest, parse_card, read_entries
 
 GRAY_LEVELS = 255.0  # libraries normalize images of 0 to 1
 LONGEST = 4  # times its shorter side, a longer image is made smaller, so that memory has a bound
@@ -37,12 +36,9 @@ DETECTORS = {  # by their output beyond boxes: task, decoder, roles
 class Detector(nn.Module):
     """A detector of torchvision as a graph: one image in, boxes in that image's pixels out.
 
-    The network resizes and normalizes the image itself, and chooses the boxes. Masks stay as small as the network gives
-    them, since each would be as large as the image.
-
-    Args:
-        network: takes a list of images, and returns a dictionary per image.
-        others: what the dictionary has beside boxes, scores and labels.
+    The network, which takes a list of images and returns a dictionary per image, resizes and normalizes the image
+    itself, and chooses the boxes. Masks stay as small as it gives them, since each would be as large as the image.
+    `others` are what the dictionary has beside boxes, scores and labels.
     """
 
     def __init__(self, network: Any, others: Sequence[str]):
@@ -72,15 +68,10 @@ class Segmenter(nn.Module):
 
 
 def describe(name: str, card: Path | None = None) -> Architecture:
-    """Describe a library's network.
+    """Describe a library's network, `torchvision:NAME` or `timm:NAME`.
 
-    Args:
-        name: `torchvision:NAME` or `timm:NAME`.
-        card: changes what the library says; its labels are the classes of a checkpoint.
-
-    Raises:
-        BundleError: the library has no such network, or not for a task that there is here, or the card is wrong.
-        HostError: the library is not installed.
+    The card changes what the library says; its labels are the classes of a checkpoint. Raises BundleError if there is
+    no such network, or no task for it, or the card is wrong, and HostError if the library is not installed.
     """
     library, _, network = name.partition(":")
     return {"torchvision": _describe_torchvision, "timm": _describe_timm}[library](
@@ -93,17 +84,16 @@ def _describe_torchvision(name: str, changes: Entries, origin: Any) -> Architect
 
     known = models.list_models()
     if name not in known:
-        raise BundleError(f"torchvision has no network {name!r}{_nearest(name, known)}")
+        raise BundleError(f"torchvision has no network {name!r}{nearest(name, known, cutoff=0.6)}")
     weights: Any = models.get_model_weights(name).DEFAULT
     kind = type(weights.transforms()).__name__
     if kind not in DESCRIPTIONS or name.startswith("quantized_"):
         raise BundleError(f"torchvision's {name} is for {kind}, and there is no task here for it")
     entries, options = DESCRIPTIONS[kind](name, weights)
     build = partial(_build_torchvision, name, len(changes.get("labels", ())))
-    return _to_architecture(
+    return Architecture.of_card(
         name,
-        merge(entries, changes),
-        origin,
+        parse_card(merge(entries, changes), origin),
         build=build,
         build_pretrained=partial(_fetch, lambda: models.get_model(name, weights=weights), f"torchvision:{name}"),
         weights=str(weights),
@@ -152,7 +142,7 @@ def _describe_segmenter(name: str, weights: Any) -> tuple[Entries, dict[str, Any
     return entries, {
         "outputs": ("scores",),
         "export_module": Segmenter,
-        "adapt_state_dict": partial(_drop, "aux_classifier."),
+        "adapt_state_dict": _without_auxiliary,
     }
 
 
@@ -190,7 +180,7 @@ def _describe_timm(name: str, changes: Entries, origin: Any) -> Architecture:
     except ImportError:
         raise HostError("timm is not installed: pip install timm, and export again") from None
     if not timm.is_model(name):
-        raise BundleError(f"timm has no network {name!r}{_nearest(name, timm.list_models())}")
+        raise BundleError(f"timm has no network {name!r}{nearest(name, timm.list_models(), cutoff=0.6)}")
     known: Any = timm.get_pretrained_cfg(name)
     rule = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
     _, height, width = rule["input_size"]
@@ -206,10 +196,9 @@ def _describe_timm(name: str, changes: Entries, origin: Any) -> Architecture:
     }
     labels = changes.get("labels", ())
     options: dict[str, Any] = {"num_classes": len(labels)} if labels else {}
-    return _to_architecture(
+    return Architecture.of_card(
         name,
-        merge(entries, changes),
-        origin,
+        parse_card(merge(entries, changes), origin),
         outputs=("logits",) if classes else ("embedding",),
         build=partial(timm.create_model, name, **options),
         build_pretrained=partial(_fetch, partial(timm.create_model, name, pretrained=True), f"timm:{name}"),
@@ -226,22 +215,6 @@ def _labels_of_timm(known: Any, classes: int) -> list[str]:
         return [str(number) for number in range(classes)]
     info = ImageNetInfo(subset)
     return [info.index_to_description(number) for number in range(classes)]
-
-
-def _to_architecture(
-    name: str, entries: Entries, origin: Any, outputs: tuple[str, ...], **options: Any
-) -> Architecture:
-    card = parse_card(entries, origin)
-    return Architecture(
-        name=name,
-        task=card.task,
-        input=card.input.to_spec(),
-        outputs=outputs,
-        labels=card.labels,
-        postprocess=dict(card.postprocess),
-        decoder=card.decoder,
-        **options,
-    )
 
 
 def _normalization(rule: Any) -> Entries:
@@ -274,8 +247,8 @@ def _keep_masks(postprocess: Callable[..., Any], result: list[dict[str, Any]], *
     ]
 
 
-def _drop(prefix: str, weights: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in weights.items() if not str(key).startswith(prefix)}
+def _without_auxiliary(weights: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in weights.items() if not str(key).startswith("aux_classifier.")}
 
 
 def _count_batches(weights: dict[str, Any]) -> dict[str, Any]:
@@ -294,8 +267,3 @@ def _without_epsilon(weights: dict[str, Any]) -> dict[str, Any]:
         return weights
     frozen = {key: value - EPSILON for key, value in weights.items() if str(key).endswith("running_var")}
     return _count_batches({**weights, **frozen})
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -42,12 +42,7 @@ MODEL_API_RESIZES = {
 
 
 def read_metadata(path: Path, model: "ov.Model") -> Entries:
-    """The entries of a card that a model's file, or what lies beside it, gives; empty where it says nothing.
-
-    Args:
-        path: of the file.
-        model: as OpenVINO reads it.
-    """
+    """The entries of a card that a model's file, or what lies beside it, gives; empty where it says nothing."""
     if path.suffix == ".tflite":
         return _of_tflite(path, model)
     properties = _of_onnx(path) if path.suffix == ".onnx" else _of_openvino(path, model)
@@ -81,7 +76,10 @@ def _of_tflite(path: Path, model: "ov.Model") -> Entries:
         texts = [archive.read(name).decode("utf-8") for name in archive.namelist() if name in ULTRALYTICS_FILES]
         properties = _literal(texts[0], None) or yaml.safe_load(texts[0]) if texts else {}  # Python's or JSON
         if isinstance(properties, dict) and "names" in properties and "stride" in properties:
-            return _without_scale(_from_ultralytics(properties), model)
+            entries = _from_ultralytics(properties)
+            if not model.input().get_element_type().is_real():  # it scales whole numbers itself
+                del entries["input"]["std"]
+            return entries
         names = [name for name in archive.namelist() if name.endswith(".txt")]
         labels = parse_labels(archive.read(names[0]).decode("utf-8"), f"{path}: {names[0]}") if names else []
     shapes = [output.get_partial_shape() for output in model.outputs]
@@ -105,13 +103,6 @@ def _from_ultralytics(properties: Mapping[str, Any]) -> Entries:
         entries["input"]["resize"] = "crop"
     elif not (args.get("nms") or args.get("end2end") or _literal(properties.get("end2end"), False)):
         entries["decoder"] = "yolo"
-    return entries
-
-
-def _without_scale(entries: Entries, model: "ov.Model") -> Entries:
-    """The entries of a model that may take whole numbers, which it scales itself."""
-    if not model.input().get_element_type().is_real():
-        entries["input"] = {name: value for name, value in entries["input"].items() if name not in ("mean", "std")}
     return entries
 
 

@@ -27,15 +27,10 @@ SIGNED_MIDDLE = 128.0  # what 8-bit models with signed input subtract from a gra
 
 
 def keep_image(model: "ov.Model", constants: Mapping[str, Any], origin: str) -> "ov.Model":
-    """Let a graph have one input, the image; others are constants, or gone where no output needs them.
+    """Let a graph have one input, the image; others are a card's constants, or gone where no output needs them.
 
-    Args:
-        model: with the outputs that are wanted.
-        constants: of a card, by the input's name: numbers for one image, such as its height and width.
-        origin: of the model, for errors.
-
-    Raises:
-        BundleError: another input has no constant, a constant does not fit, or is of no input.
+    Constants are numbers for one image, by the input's name. Raises BundleError if another input has none, or a
+    constant does not fit, or is of no input.
     """
     import openvino as ov
 
@@ -63,12 +58,9 @@ def keep_image(model: "ov.Model", constants: Mapping[str, Any], origin: str) -> 
 
 
 def find_input(model: "ov.Model", given: CardInput, origin: str) -> tuple[InputSpec, str]:
-    """What a graph takes for an image, by its shape and what the card says.
+    """What a graph takes for an image, by its shape, of three dimensions or four with the batch, and by the card.
 
-    Args:
-        model: with one input of three dimensions, or four with the batch.
-        given: of the card; its height and width may differ from the graph's where that can be reshaped.
-        origin: of the model, for errors.
+    The card's height and width may differ from the graph's where that can be reshaped.
 
     Returns:
         The input as a manifest has it, and the layout, `NCHW` or `NHWC`.
@@ -110,16 +102,8 @@ def find_input(model: "ov.Model", given: CardInput, origin: str) -> tuple[InputS
 def prepare(model: "ov.Model", spec: InputSpec, layout: str = "NCHW", origin: str = "the graph") -> "ov.Model":
     """Let a graph take uint8 `[B, H, W, C]` images of any number, or of 1 where it can take no more; in place.
 
-    Outputs become float32; of an 8-bit model's output they are the real values that its numbers stand for.
-
-    Args:
-        model: with one input.
-        spec: size, colors and normalization.
-        layout: of the graph's own input.
-        origin: of the model, for errors.
-
-    Raises:
-        BundleError: the graph cannot take images of that size.
+    Outputs become float32; of an 8-bit model's output they are the real values that its numbers stand for. `layout` is
+    of the graph's own input. Raises BundleError if the graph cannot take images of the input's size.
     """
     import openvino as ov
     from openvino.preprocess import PrePostProcessor
@@ -150,12 +134,7 @@ def prepare(model: "ov.Model", spec: InputSpec, layout: str = "NCHW", origin: st
 def select_outputs(
     model: "ov.Model", outputs: Mapping[str, str | tuple[str, ...]], origin: str
 ) -> dict[str, list[str]]:
-    """Let a graph have the outputs that a card names, in place; any tensor of the graph can be one.
-
-    Args:
-        model: as it was read.
-        outputs: by role, as the file has them; without any, the graph stays as it is.
-        origin: of the model, for errors.
+    """Let a graph have the outputs that a card names, by role, in place; any tensor of the graph can be one.
 
     Returns:
         The new names of the outputs that stand for one role, see `join_strides`.
@@ -176,7 +155,8 @@ def select_outputs(
     results = model.get_results()
     if names:
         for name in names.values():
-            model.add_outputs([tensors[name]]) if not _is_output(tensors[name]) else None
+            if not any(use.get_node().get_type_name() == "Result" for use in tensors[name].get_target_inputs()):
+                model.add_outputs([tensors[name]])
         wanted = {tensors[name] for name in names.values()}
         for result in results:
             if result.input_value(0) not in wanted:
@@ -196,8 +176,7 @@ def find_strides(shapes: Mapping[str, tuple[int, ...]], spec: InputSpec, has_anc
         has_anchors: the card has anchors, of which there may be any number per grid.
 
     Returns:
-        The outputs' names by one for all, such as `[cls_8, cls_16, cls_32]`, the smallest stride's first; without any
-        where outputs are not of several strides.
+        The names of outputs by one for all, such as `[cls_8, cls_16, cls_32]`, the smallest stride's first; if any.
     """
     if any(len(shape) not in (2, 3) or 0 in shape for shape in shapes.values()):
         return {}
@@ -225,15 +204,8 @@ def join_strides(
 ) -> None:
     """Join outputs of one stride each, the smallest first, to one output `[B, A, n]` with a row per anchor; in place.
 
-    Args:
-        model: as `checks.settle_batch` leaves it.
-        groups: names of outputs, by what they become.
-        spec: the network's input.
-        labels: how many there are.
-        origin: of the model, for errors.
-
-    Raises:
-        BundleError: outputs are not the same numbers for several grids.
+    `groups` are names of outputs, by what they become, in a graph that was tried. Raises BundleError if outputs are not
+    the same numbers for several grids.
     """
     from openvino import opset13 as ops
 
@@ -278,12 +250,7 @@ def find_last(model: "ov.Model", name: str) -> str:
 
 
 def rename_outputs(model: "ov.Model", roles: Mapping[str, str]) -> None:
-    """Name a graph's outputs for their roles, in the roles' order, and remove the others; in place.
-
-    Args:
-        model: as `prepare` returns it.
-        roles: the name of each role's output.
-    """
+    """Name a graph's outputs for their roles, in the roles' order, and remove the others; in place."""
     results = {result.output(0).get_any_name(): result for result in model.get_results()}
     for result in results.values():
         model.remove_result(result)
@@ -409,7 +376,3 @@ def _names(port: Any) -> set[str]:
 
 def _name(port: Any, default: str) -> str:
     return min(port.get_names(), key=len, default=default)
-
-
-def _is_output(port: Any) -> bool:
-    return any(use.get_node().get_type_name() == "Result" for use in port.get_target_inputs())

@@ -12,8 +12,8 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -68,11 +68,7 @@ class Record:
     measure: str
     before: float
     after: float
-    float_layers: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the manifest holds it, values rounded to what several runs have in common."""
-        return {**asdict(self), "before": round(self.before, 4), "after": round(self.after, 4)}
+    float_layers: list[str]
 
 
 def quantize(
@@ -143,7 +139,8 @@ def quantize(
             f"NNCF cannot quantize {manifest.architecture} ({first_line(error)}); export it with --precision fp16"
         ) from error
     after, _ = measure.validate(compile_exactly(quantized), enumerate(validation.images))
-    record = Record(measure.name, measure.before, after, float_layers(quantized))
+    # Rounded to what several runs have in common.
+    record = Record(measure.name, round(measure.before, 4), round(after, 4), float_layers(quantized))
     if record.float_layers:
         log.info("kept in floating point, because 8 bits lose too much: %s", ", ".join(record.float_layers))
     if measure.before - after > measure.max_drop:

@@ -32,12 +32,8 @@ MODEL = "model"  # the folder among the run's artifacts
 def publish(bundle: Bundle, config: Config, name: str | None = None, alias: str | None = None) -> str:
     """Write an export as a run: what the bundle is, what quantization has cost it, and its preview; and register it.
 
-    Args:
-        bundle: what was exported.
-        config: says where the server is.
-        name: of the model whose next version this is; `CATALOG.SCHEMA.NAME` in Unity Catalog. Without one, the bundle
-            is not registered, and a server that fails is a warning.
-        alias: to give to this version, and to take from another.
+    Without a name, `CATALOG.SCHEMA.NAME` in Unity Catalog, the bundle is not registered, and a server that fails is a
+    warning. An alias is given to this version, and taken from another.
 
     Returns:
         The version; empty without a name.

@@ -16,13 +16,7 @@ log = logging.getLogger(__name__)
 def read_weights(architecture: Architecture, checkpoint: Path | BinaryIO, name: str) -> dict[str, Any]:
     """Read a state dictionary for networks of an architecture, without what these never load.
 
-    Args:
-        architecture: of the network that the weights are for.
-        checkpoint: the file.
-        name: of the file, for errors.
-
-    Raises:
-        BundleError: the file is missing or damaged, or holds something else.
+    Raises BundleError, which has the checkpoint's name, if the file is missing or damaged, or holds something else.
     """
     try:
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -38,12 +32,8 @@ def read_weights(architecture: Architecture, checkpoint: Path | BinaryIO, name: 
 def take_by_order(expected: Mapping[str, Any], weights: dict[str, Any], name: str) -> dict[str, Any]:
     """Give weights the names that a network expects where nothing but the names differs.
 
-    Ports of a network often name its layers anew, and keep their order.
-
-    Args:
-        expected: the network's own state dictionary.
-        weights: of a checkpoint; returned as they are where their number, or the shape of one, is another.
-        name: of the checkpoint, for the log.
+    Ports of a network often name its layers anew, and keep their order. Weights of another number, or with another
+    shape, are returned as they are.
     """
     shapes, own = ([_shape(value) for value in values.values()] for values in (expected, weights))
     if expected.keys() == weights.keys() or shapes != own:

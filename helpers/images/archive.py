@@ -101,15 +101,9 @@ def split_sample(name: str) -> tuple[str, str]:
 def find_members(file: BinaryIO, max_memory: int | None = None) -> Iterator[Member]:
     """List the files in an archive, in its own order; of two with one name the last counts, as for those who unpack it.
 
-    Of a zip file its directory is read, of a tar file the header of each member.
-
-    Args:
-        file: to read from any position.
-        max_memory: bytes that the list may take; None for any number.
-
-    Raises:
-        UnreadableImageError: not an archive, or damaged. The members before the damage have been listed by then.
-        MemoryError: there is not enough of it.
+    Of a zip file its directory is read, of a tar file the header of each member. The list may take `max_memory` bytes,
+    or MemoryError is raised. Raises UnreadableImageError if it is no archive, or damaged; then the members before the
+    damage have been listed.
     """
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -137,16 +131,10 @@ def find_members(file: BinaryIO, max_memory: int | None = None) -> Iterator[Memb
 
 
 def read_member(read: Callable[[int, int], bytes], length: int, offset: int, packed: int | None = None) -> bytes:
-    """One member's bytes.
+    """One member's bytes, from its `length`, `offset` and `packed` of `find_members`.
 
-    Args:
-        read: reads the archive from an offset on, so many bytes or fewer where it ends.
-        length: of the member, from `find_members`.
-        offset: the same.
-        packed: the same.
-
-    Raises:
-        UnreadableImageError: something else is there.
+    `read` reads the archive from an offset on, so many bytes or fewer where it ends. Raises UnreadableImageError if
+    something else is there.
     """
     content = _read(read, offset, length) if packed is None else _unpack(read, length, offset, packed)
     if len(content) != length:

@@ -43,11 +43,8 @@ class UnreadableImageError(ValueError):
 def attempt(function: Callable[..., R], *arguments: object) -> tuple[R | None, str | None]:
     """Do one thing with one image or video: the result and None, or None and why there is none.
 
-    This package and the libraries below it may raise anything for bytes that nobody has thought of.
-
-    Raises:
-        UserError: what must be mended before any image can be worked on, such as a refused credential.
-        ModuleNotFoundError: the same, where this host lacks a package.
+    This package and the libraries below it may raise anything for bytes that nobody has thought of. What must be mended
+    before any image can be worked on is raised: UserError, and ModuleNotFoundError where this host lacks a package.
     """
     try:
         return function(*arguments), None

@@ -25,15 +25,10 @@ Decoded = Iterator[tuple[int | None, "VideoFrame | None"]]
 
 @contextlib.contextmanager
 def open_video(file: BinaryIO, max_pixels: int | None) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """A video as PyAV has it, with the stream of its pictures.
+    """A video as PyAV has it, with the stream of its pictures; a frame has at most `max_pixels`, if any.
 
-    Args:
-        file: to read from any position.
-        max_pixels: of a frame; None for any size.
-
-    Raises:
-        UnreadableImageError: empty, not a video, or larger; or it cannot be read any further.
-        MemoryError: there is not enough of it.
+    Raises UnreadableImageError if the file is empty, not a video, or larger, or it cannot be read any further; and
+    MemoryError if there is not enough of it.
     """
     import av
     from av.video.stream import VideoStream

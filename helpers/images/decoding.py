@@ -29,14 +29,8 @@ def decode(content: bytes | memoryview, max_pixels: int, max_memory: int | None 
     EXIF orientation is applied; gray, palette, CMYK and 16-bit images become three 8-bit channels; transparency is
     dropped; an animation gives its first frame, a PNG the one that programs without animations show.
 
-    Args:
-        content: the file.
-        max_pixels: larger images are not decoded.
-        max_memory: nor are those for which that would take more, in bytes; None for no limit.
-
-    Raises:
-        UnreadableImageError: empty, cut short, too large, or not of a format that `headers` knows.
-        MemoryError: there is not enough of it.
+    Raises UnreadableImageError if the file is empty, cut short, not of a format that `headers` knows, larger than
+    `max_pixels`, or takes more than `max_memory` bytes to decode; and MemoryError if there is not enough of it.
     """
     return _decode(content, _checked(content, max_pixels, max_memory), cv2.IMREAD_COLOR)
 
@@ -44,16 +38,13 @@ def decode(content: bytes | memoryview, max_pixels: int, max_memory: int | None 
 def load(
     content: bytes | memoryview, spec: InputSpec, max_pixels: int, max_memory: int | None = None
 ) -> tuple[np.ndarray, Size]:
-    """Decode and resize an image file for a model.
+    """Decode and resize an image file for a model; raises as `decode` does.
 
     Where the manifest allows it (`scaled_decoding`), a JPEG that is much larger than the model's input is decoded at a
     half, a quarter or an eighth of its size, which takes a fraction of the time.
 
     Returns:
         The input as `fit` returns it, and width and height of the original, turned upright.
-
-    Raises:
-        UnreadableImageError: as for `decode`; so MemoryError.
     """
     header = _checked(content, max_pixels, max_memory)
     stored = header.width, header.height

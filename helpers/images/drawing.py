@@ -22,12 +22,9 @@ GOLDEN_ANGLE = 0.381966 * HUES  # steps of it keep any number of hues apart, and
 
 
 def draw(image: Image, predictions: list[dict[str, Any]], threshold: float = DRAWN_SCORE) -> Image:
-    """Return a copy of a BGR image with its predictions drawn on.
+    """Return a copy of a BGR image, uint8 `[height, width, 3]`, with its predictions drawn on.
 
-    Args:
-        image: uint8 `[height, width, 3]`.
-        predictions: as the results hold them; for a classification, the best class becomes a caption.
-        threshold: detections with a lower score are left out.
+    For a classification, the best class becomes a caption; detections with a score below the threshold are left out.
     """
     scale = max(1, min(math.ceil(SMALLEST_SIDE / min(image.shape[:2])), LARGEST_SIDE // max(image.shape[:2])))
     canvas = _enlarge(image, scale)

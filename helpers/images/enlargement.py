@@ -1,7 +1,5 @@
 """What a network says per cell of a grid over its input, per pixel of the image. Executors import this module."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from helpers.images.geometry import Placement
@@ -9,48 +7,16 @@ from helpers.images.geometry import Placement
 Window = tuple[int, int, int, int]  # left, top, right, bottom, in pixels of the image
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Pixels of one side of the image among the cells of a grid.
-
-    Attributes:
-        first: the first cell that any of the pixels needs.
-        before: int `[pixels]`, the cell whose center is at or before each pixel's center, counted from `first`.
-        after: int `[pixels]`, the one after it.
-        weight: float32 `[pixels]`, of the one after it.
-    """
-
-    first: int
-    before: np.ndarray
-    after: np.ndarray
-    weight: np.ndarray
-
-    @property
-    def stop(self) -> int:
-        """The cell after the last one that is needed."""
-        return self.first + int(self.after.max(initial=0)) + 1
-
-
 def enlarge(grid: np.ndarray, placement: Placement, window: Window) -> np.ndarray:
-    """Interpolate a grid bilinearly at the pixels of a part of the image.
+    """Interpolate a grid bilinearly at the pixels of a part of the image, float32 `[..., rows, columns]` both.
 
-    Sides of the grid and of the input match at their ends, as `align_corners=False` of torch has it. The work and the
-    memory are those of the part.
-
-    Args:
-        grid: float32 `[..., rows, columns]`, over the network's input.
-        placement: of the image in the input.
-        window: the part.
-
-    Returns:
-        float32 `[..., bottom - top, right - left]`.
+    Sides of the grid and of the network's input match at their ends, as `align_corners=False` of torch has it. The work
+    and the memory are those of the part.
     """
     left, top, right, bottom = window
-    columns = _axis(grid.shape[-1], placement, 0, left, right)
-    rows = _axis(grid.shape[-2], placement, 1, top, bottom)
-    part = grid[..., rows.first : rows.stop, columns.first : columns.stop]
-    wide = _interpolate(part, columns, -1, columns.weight)
-    return _interpolate(wide, rows, -2, rows.weight[:, None])
+    columns, across = _axis(grid.shape[-1], placement, 0, left, right)
+    rows, down = _axis(grid.shape[-2], placement, 1, top, bottom)
+    return _interpolate(_interpolate(grid[..., rows, columns], -1, *across), -2, *down)
 
 
 def nearest(grid: np.ndarray, placement: Placement, window: Window) -> np.ndarray:
@@ -79,18 +45,27 @@ def _positions(cells: int, placement: Placement, side: int, start: int, stop: in
     return inputs * (cells / placement.input[side]) - 0.5
 
 
-def _axis(cells: int, placement: Placement, side: int, start: int, stop: int) -> _Axis:
+def _axis(
+    cells: int, placement: Placement, side: int, start: int, stop: int
+) -> tuple[slice, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The cells of one side of a grid that some pixels need, and where the pixels' centers are among them.
+
+    Of each pixel int `[pixels]` the cell whose center is at or before its own, and the one after it, counted from the
+    first that is needed, and float32 `[pixels]` the latter's weight.
+    """
     position = np.clip(_positions(cells, placement, side, start, stop), 0, cells - 1)
     before = np.floor(position).astype(int)
     after = np.minimum(before + 1, cells - 1)
-    first = int(before.min(initial=cells - 1))
-    return _Axis(first, before - first, after - first, (position - before).astype(np.float32))
+    first, last = int(before.min(initial=cells - 1)), int(after.max(initial=0))
+    return slice(first, last + 1), (before - first, after - first, (position - before).astype(np.float32))
 
 
-def _interpolate(values: np.ndarray, axis: _Axis, along: int, weight: np.ndarray) -> np.ndarray:
-    before = values.take(axis.before, along)
-    result = values.take(axis.after, along)
-    result -= before
-    result *= weight
-    result += before
+def _interpolate(
+    values: np.ndarray, along: int, before: np.ndarray, after: np.ndarray, weight: np.ndarray
+) -> np.ndarray:
+    low = values.take(before, along)
+    result = values.take(after, along)
+    result -= low
+    result *= weight if along == -1 else weight[:, None]
+    result += low
     return result

@@ -83,12 +83,6 @@ def read_header(content: Content) -> Header | None:
     return header if header and min(header.width, header.height) > 0 else None
 
 
-def read_size(content: Content) -> Size | None:
-    """Return width and height in pixels; None where the format is unknown or the header is damaged."""
-    header = read_header(content)
-    return (header.width, header.height) if header else None
-
-
 def _read_header(content: Content, head: bytes) -> Header | None:
     if head.startswith(b"\xff\xd8"):
         return _jpeg(content)

@@ -64,11 +64,8 @@ def resample(
     Args:
         image: uint8 `[height, width, channels]`.
         size: width and height of the whole result.
-        window: left, top, right, bottom of the part that is returned.
+        window: left, top, right, bottom of the part that is returned, uint8 as well.
         interpolation: `linear` or `cubic`.
-
-    Returns:
-        uint8 `[bottom - top, right - left, channels]`.
     """
     height, width = image.shape[:2]
     left, top, right, bottom = window
@@ -109,10 +106,6 @@ def _round(values: np.ndarray) -> np.ndarray:
     return np.clip(np.floor(values + 0.5), 0, 255).astype(np.uint8)
 
 
-def _triangle(x: np.ndarray) -> np.ndarray:
-    return np.maximum(1 - np.abs(x), 0)
-
-
 def _cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
     """Keys, "Cubic convolution interpolation for digital image processing", 1981, equation 15."""
     x = np.abs(x)
@@ -121,4 +114,5 @@ def _cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-KERNELS = {"linear": (_triangle, 1.0), "cubic": (_cubic, 2.0)}  # and how far each reaches, in output pixels
+# And how far each reaches, in output pixels.
+KERNELS = {"linear": (lambda x: np.maximum(1 - np.abs(x), 0), 1.0), "cubic": (_cubic, 2.0)}

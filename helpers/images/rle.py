@@ -30,13 +30,10 @@ def encode_runs(runs: Sequence[np.ndarray], width: int, height: int) -> list[Mas
 
 
 def encode_part(part: np.ndarray, corner: tuple[int, int], width: int, height: int) -> Mask:
-    """Encode a mask that is known for a part of an image only, and empty elsewhere; the work is that of the part.
+    """Encode a mask of an image's width and height that is known for a part only, and empty elsewhere.
 
-    Args:
-        part: bool `[rows, columns]`.
-        corner: its left and top in the image; all of it lies within.
-        width: of the image, in pixels.
-        height: likewise.
+    The part is bool `[rows, columns]`, its left upper corner x, y in pixels, and all of it lies within the image. The
+    work is that of the part.
     """
     left, top = corner
     rows = np.zeros((part.shape[1], part.shape[0] + 2), bool)  # with a gap, so that no run leaves its column
@@ -60,8 +57,7 @@ def join(masks: Sequence[Mask]) -> Mask:
 def decode(mask: Mask) -> np.ndarray:
     """Read a mask, its counts a string or a list of run lengths: bool `[height, width]`.
 
-    Raises:
-        ValueError: the runs are not those of an image of the mask's size.
+    Raises ValueError if the runs are not those of an image of the mask's size.
     """
     height, width = mask["size"]
     runs = _runs(mask)

@@ -1,12 +1,11 @@
 """What a network takes for an image. Executors import this module; it needs the standard library only."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+STRICT = {"extra": "forbid", "allow_inf_nan": False}  # what pydantic is to know of a manifest's parts
 COLORS = {"rgb": 3, "bgr": 3, "gray": 1}
-RESIZE_RULES = ("stretch", "letterbox", "crop", "shortest_edge", "none")
 VARIABLE = ("shortest_edge", "none")  # rules that give each image a size of its own
-INTERPOLATIONS = ("linear", "cubic")
-POSITIONS = ("center", "top_left")
 
 
 @dataclass(frozen=True)
@@ -28,18 +27,20 @@ class InputSpec:
         position: of the image in a `letterbox`: `center` or `top_left`.
     """
 
+    __pydantic_config__ = STRICT
+
     height: int
     width: int
-    color: str
+    color: Literal["rgb", "bgr", "gray"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: str = "stretch"
+    resize: Literal["stretch", "letterbox", "crop", "shortest_edge", "none"] = "stretch"
     scaled_decoding: float = 0.0
-    interpolation: str = "linear"
+    interpolation: Literal["linear", "cubic"] = "linear"
     antialias: bool = False
     resize_size: int = 0
     padding: int = 114
-    position: str = "center"
+    position: Literal["center", "top_left"] = "center"
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
-    from pyspark.sql import Column
 
 MARK = "#frame="
 PROBED = 16  # frames decoded to see whether the file's packets are its frames
@@ -35,7 +34,7 @@ VP8_SHOWN = 0x10  # of a packet's first byte (RFC 6386, 9.1)
 def split_path(path: str) -> tuple[str, int | None]:
     """The file and the number of a frame's path; any other path and None.
 
-    For a pandas column `rows["path"].map(split_path)`, for Arrow `split_paths`, for Spark `frame_columns`.
+    For a pandas column `rows["path"].map(split_path)`, for Arrow `split_paths`.
     """
     match = re.fullmatch(rf"(.*){MARK}([0-9]+)", path, re.DOTALL)
     return (match[1], int(match[2])) if match else (path, None)
@@ -46,14 +45,6 @@ def split_paths(paths: pa.Array | pa.ChunkedArray) -> tuple[Any, Any]:
     groups = pc.extract_regex(paths, rf"(?s)^(?P<file>.*){MARK}(?P<frame>[0-9]+)\z")
     files, numbers = (pc.struct_field(groups, name) for name in ("file", "frame"))
     return pc.coalesce(files, paths), pc.cast(numbers, pa.int64())
-
-
-def frame_columns() -> dict[str, "Column"]:
-    """`split_path` for a Spark DataFrame of results: `rows.withColumns(frame_columns())` adds `file` and `frame`."""
-    from pyspark.sql import functions as F
-
-    number = F.regexp_extract("path", rf"{MARK}([0-9]+)\z", 1)
-    return {"file": F.regexp_replace("path", rf"{MARK}[0-9]+\z", ""), "frame": number.try_cast("long")}
 
 
 def frame_paths(files: pa.Array, numbers: pa.Array) -> pa.Array:
@@ -132,7 +123,9 @@ def read_frames(
     done = 0
     if pts is not None and seek is not None:
         with open_video(file, max_pixels) as (container, stream):
-            for stop in _stops(numbers, seek):
+            # Decoding begins anew where a keyframe lies in a gap.
+            gaps = np.flatnonzero((np.diff(seek) > 0) & (np.diff(numbers) > JUMP)) + 1
+            for stop in [*gaps.tolist(), len(numbers)]:
                 seek_keyframe(container, stream, int(seek[done]))
                 images = _pick(decode_frames(container, stream), pts[done:stop], max_pixels)
                 first = next(images)
@@ -189,12 +182,6 @@ def _decodes(decoded: Decoded, pts: np.ndarray | None) -> bool:
         raise UnreadableImageError("no frame of the video can be decoded")
     # What is damaged comes in another order, or not at all, and is a frame nevertheless.
     return bool(expected) and (damaged or timestamps[: len(expected)] == expected)
-
-
-def _stops(numbers: np.ndarray, seek: np.ndarray) -> list[int]:
-    """Where decoding is to begin anew, because a keyframe lies in a gap; the end is the last."""
-    gaps = np.flatnonzero((np.diff(seek) > 0) & (np.diff(numbers) > JUMP)) + 1
-    return [*gaps.tolist(), len(numbers)]
 
 
 def _pick(decoded: Decoded, keys: np.ndarray, max_pixels: int | None) -> Iterator[Image | str | None]:

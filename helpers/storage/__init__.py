@@ -24,16 +24,11 @@ log = logging.getLogger(__name__)
 
 
 def open_storage(uri: str, config: Any = None) -> Storage:
-    """Return the storage that holds a location.
+    """Return the storage that holds a location, with the `storage` section of a `Config` for how it is reached.
 
-    Args:
-        uri: a plain path, `file:` URI, `dbfs:/` URI, `/Volumes/...` path,
-            `abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH`, `s3://BUCKET/PATH`, `gs://BUCKET/PATH` or
-            `http(s)://HOST/PATH`.
-        config: a `Config`, whose `storage` section says how object storage is reached.
-
-    Raises:
-        StorageError: the scheme is not one of the above.
+    The location is a plain path, `file:` URI, `dbfs:/` URI, `/Volumes/...` path, `s3://BUCKET/PATH`,
+    `gs://BUCKET/PATH`, `abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH` or `http(s)://HOST/PATH`; others raise
+    StorageError.
     """
     if uri.startswith("dbfs:/"):
         return LocalStorage("/dbfs/" + uri.removeprefix("dbfs:").lstrip("/"))

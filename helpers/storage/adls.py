@@ -84,8 +84,7 @@ class AdlsStorage(ObjectStorage):
     ) -> Iterator[Entry]:
         """List a page at a time, several folders at once; modification times are of whole seconds.
 
-        Raises:
-            StorageError: there is no such folder, or it cannot be listed.
+        Raises StorageError if there is no such folder, or it cannot be listed.
         """
         start, ours = self._name(prefix), [folder for folder in skip if folder.startswith(f"{self._base}/")]
         skipped = tuple(f"{self._name(folder)}/" for folder in ours)
@@ -157,11 +156,7 @@ class AdlsStorage(ObjectStorage):
             self._file(self._name(path)).delete_file(recursive=False)
 
     def delta_table(self, path: str) -> tuple[str, dict[str, str]]:
-        """As in `Storage`; with a token where the credential is an identity, so that this holds for one use.
-
-        Raises:
-            StorageError: the credential cannot be found.
-        """
+        """As in `Storage`; with a token where the credential is an identity, so that this holds for one use."""
         _, options = super().delta_table(path)
         # The library knows abfss:// of the public cloud only.
         return f"az://{self._container}/{quote(self._name(path))}", options

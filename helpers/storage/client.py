@@ -24,15 +24,8 @@ logging.getLogger("urllib3.connectionpool").addFilter(Redacting())  # it logs UR
 def get_client(endpoint: str, account: str, container: str, reference: str, value: int) -> FileSystemClient:
     """Return the one client of a process and credential, whose connections and tokens its tasks share.
 
-    Args:
-        endpoint: the service's address.
-        account: the storage account's name.
-        container: the container's.
-        reference: to the credential, as `storage.credential` has it.
-        value: a hash of what the reference leads to; another value is another client.
-
-    Raises:
-        StorageError: the credential cannot be found, or there is no such host.
+    The endpoint is the service's address, the reference as `storage.credential` has it, and the value a hash of what it
+    leads to; another value is another client. Raises StorageError if it leads nowhere, or there is no such host.
     """
     with _opening:
         return _open(endpoint, account, container, reference, value)

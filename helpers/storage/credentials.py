@@ -28,15 +28,10 @@ STORAGE_SCOPE = "https://storage.azure.com/.default"
 
 
 def resolve(reference: str, account: str) -> Any:
-    """Return a credential of Azure in the form that its storage SDK takes.
+    """Return a credential of Azure in the form that its storage SDK takes; the account is for its key.
 
-    Args:
-        reference: as above.
-        account: the storage account, for its key.
-
-    Raises:
-        StorageError: there is no such secret in this process's reach, or it is neither a key nor a SAS token. The
-            message names the reference, never the value.
+    Raises StorageError if there is no such secret in this process's reach, or it is neither a key nor a SAS token. The
+    message names the reference, never the value.
     """
     if reference == "default":
         return _checked(_identity())
@@ -55,11 +50,7 @@ def resolve(reference: str, account: str) -> Any:
 
 
 def fetch(reference: str) -> str:
-    """Return the secret that a reference other than `default` leads to; it is hidden from now on.
-
-    Raises:
-        StorageError: there is no such secret in this process's reach.
-    """
+    """Return the secret that a reference other than `default` leads to, hidden from now on, or raise StorageError."""
     kind, _, name = reference.partition(":")
     secret = _FETCH[kind](name).strip()
     remember(secret)

@@ -206,9 +206,8 @@ class LocalStorage:
     def lock(self, path: str) -> Iterator[None]:
         """Hold a lock that the operating system releases when this process dies.
 
-        Raises:
-            BlockingIOError: another process holds it.
-            StorageError: the root is a file, or this file system has no locks.
+        Raises BlockingIOError if another process holds it, and StorageError if the root is a file or there are no
+        locks.
         """
         import fcntl  # not on Windows, where only this method would miss it
 
@@ -301,10 +300,8 @@ def _in_order(folder: str) -> Iterator[_Item]:
 def _look(item: _Item, folder: str, within: str | None) -> tuple[Entry | None, str | None]:
     """The entry of what is in a folder, None if it has gone, and its real path if it is a folder to list.
 
-    Args:
-        item: what was found.
-        folder: the real path of where.
-        within: a real path; links that lead out of it are not followed.
+    `folder` is the real path of where the item was found; links that lead out of the real path `within` are not
+    followed.
     """
     try:
         real = f"{folder.rstrip('/')}/{item.path.rpartition('/')[2]}"

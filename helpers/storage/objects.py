@@ -65,7 +65,7 @@ MOST_BYTES = 8 * 2**20  # ... and, twice as many each time, in one request while
 CHUNK_BYTES = 8 * 2**20  # of a file written; a longer one is sent in parts, and appears when all are there
 SPOOL_BYTES = 16 * 2**20
 IS_FOLDER = "hdi_isfolder"  # metadata that folders have in ADLS Gen2
-CODE = re.compile(r"<Code>(\w+)</Code>|\"code\": ?\"(\w+)\"")
+CODE = re.compile(r"(?:<Code>|\"code\": ?\")(\w+)")
 STATUS = re.compile(r"status code: (\d+)[^:]*")
 REFUSED = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthenticationFailed"}
 OF_ONE_FILE = {"AccessDenied", "AuthorizationPermissionMismatch"}
@@ -80,18 +80,11 @@ _opening = threading.Lock()  # threads that read ahead would otherwise open a st
 
 
 def object_store_options(uri: str, options: StorageOptions) -> dict[str, str]:
-    """Say in the words of the Rust crate `object_store` how a location is reached.
+    """Say in the words of the Rust crate `object_store` how a location is reached, as `deltalake` takes them.
 
-    `obstore` takes them as `config`, and `deltalake` as `storage_options`. They hold the credential itself, so they are
-    for the process that asks and go no further. Where the reference is `default`, S3 and GCS find the host's identity
-    by themselves; for Azure they hold a token, which lasts for an hour or so.
-
-    Args:
-        uri: `abfss://`, `s3://` or `gs://`.
-        options: the address and the reference to the credential.
-
-    Raises:
-        StorageError: the credential cannot be found, or is of another form than the service's.
+    They hold the credential itself, so they are for the process that asks and go no further. Where the reference is
+    `default`, S3 and GCS find the host's identity by themselves; for Azure they hold a token, which lasts for an hour
+    or so. Raises StorageError if the credential cannot be found, or is of another form than the service's.
     """
     reference, names = options.credential, _address(uri, options)
     if uri.startswith("abfss:"):
@@ -195,29 +188,23 @@ class ObjectStorage:
     def open(self, path: str) -> BinaryIO:
         """One file, fetched as it is read; an error of that is one of `read`, or that it has changed meanwhile.
 
-        Raises:
-            OSError: as for `read`.
-            StorageError: likewise; or a web server has no ranges of files.
+        Raises as `read` does, and StorageError if a web server has no ranges of files.
         """
         try:
-            first = self._fetch(path, 0, FIRST_BYTES, None)
+            meta, first = self._fetch(path, 0, FIRST_BYTES)
         except EOFError:
             return io.BytesIO(self.read(path))
-        size, version = first.meta["size"], first.meta["e_tag"]
 
         def fetch(start: int, end: int) -> Any:
-            with self._explained(path, of_one_file=True):
-                return self._fetch(path, start, end, version).bytes()
+            return self._fetch(path, start, end, if_match=meta["e_tag"])[1]
 
-        with self._explained(path, of_one_file=True):
-            return cast(BinaryIO, io.BufferedReader(_Ranges(fetch, size, first.bytes())))
+        return cast(BinaryIO, io.BufferedReader(_Ranges(fetch, meta["size"], first)))
 
     def read(self, path: str, limit: int | None = None) -> bytes:
         """Read a file in one request.
 
-        Raises:
-            OSError: there is no such file, it is a folder, it is too long, or its access rights forbid it.
-            StorageError: the storage does not answer, or refuses the credential.
+        Raises OSError if there is no such file, it is a folder, it is too long, or its access rights forbid it, and
+        StorageError if the storage does not answer, or refuses the credential.
         """
         with self._explained(path, of_one_file=True):
             answer = self._get(path)
@@ -226,24 +213,16 @@ class ObjectStorage:
             return answer.bytes().to_bytes()
 
     def read_range(self, path: str, start: int, length: int) -> bytes:
-        """Read a part of a file in one request.
-
-        Raises:
-            OSError: as for `read`.
-            StorageError: likewise; or a web server has no ranges of files.
-        """
-        with self._explained(path, of_one_file=True):
-            try:
-                return self._fetch(path, start, start + length, None).bytes().to_bytes()
-            except EOFError:
-                return b""
+        """Read a part of a file in one request; raises as `open` does."""
+        try:
+            return self._fetch(path, start, start + length)[1].to_bytes()
+        except EOFError:
+            return b""
 
     def stat(self, path: str) -> Entry:
         """What `list` says of one file; raises as `read` does."""
-        name = self._name(path)
         with self._explained(path, of_one_file=True):
-            meta = obstore.head(self._store, self._key(name))
-        return Entry(self._uri(name), meta["size"], meta["last_modified"])
+            return self._head(self._name(path))
 
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[BinaryIO]:
@@ -283,8 +262,7 @@ class ObjectStorage:
         with self._explained(path):
             with contextlib.suppress(FileNotFoundError):
                 if name:
-                    obstore.head(self._store, self._key(name))
-                    return True
+                    return bool(self._head(name))
             return not self._is_web and (not name or self._is_folder(name))
 
     def prune(self, path: str) -> None:
@@ -346,11 +324,16 @@ class ObjectStorage:
     def _get(self, path: str, **conditions: Any) -> Any:
         return obstore.get(self._store, self._key(self._name(path)), options=cast(Any, conditions))
 
-    def _fetch(self, path: str, start: int, end: int, version: str | None) -> Any:
-        """A range of a file, as long as it is of this version; raises EOFError for one that begins where it ends."""
+    def _head(self, name: str) -> Entry:
+        meta = obstore.head(self._store, self._key(name))
+        return Entry(self._uri(name), meta["size"], meta["last_modified"])
+
+    def _fetch(self, path: str, start: int, end: int, **conditions: Any) -> tuple[Any, Any]:
+        """What is known of a file, and a range of it; raises EOFError for one that begins where it ends."""
         with self._explained(path, of_one_file=True):
             try:
-                return self._get(path, range=(start, end), **({"if_match": version} if version else {}))
+                answer = self._get(path, range=(start, end), **conditions)
+                return answer.meta, answer.bytes()
             except BaseError as error:
                 if BEHIND_END.search(str(error)):
                     raise EOFError from None
@@ -364,8 +347,7 @@ class ObjectStorage:
         """The entry of one file; raises StorageError where there is none."""
         if name:
             with contextlib.suppress(FileNotFoundError):
-                meta = obstore.head(self._store, self._key(name))
-                return Entry(self._uri(name), meta["size"], meta["last_modified"])
+                return self._head(name)
         why = "no such folder; check the location, or create it first"
         if self._is_web:
             why = "no such file; a web server does not list its folders, so name one image, video or archive"
@@ -459,8 +441,7 @@ class ObjectStorage:
 
     def _explain(self, error: Exception, path: str, of_one_file: bool) -> Exception:
         text = str(error)
-        code = next((match[1] or match[2] for match in [CODE.search(text)] if match), "")
-        status = next((match[1] for match in [STATUS.search(text)] if match), "")
+        code, status = (match[1] if (match := form.search(text)) else "" for form in (CODE, STATUS))
         if code in NO_CONTAINER:
             return self._missing()
         if isinstance(error, FileNotFoundError):

@@ -32,9 +32,8 @@ class UriStorage:
     def stat(self, path: str) -> Entry:
         """What is at a path.
 
-        Raises:
-            OSError: nothing is, the path is none of a file, or a web server does not answer.
-            StorageError: a storage does not answer, or refuses the credential.
+        Raises OSError if nothing is, the path is none of a file, or a web server does not answer; and StorageError if
+        another storage does not, or refuses the credential.
         """
         entry = self._at(path, lambda storage, name: storage.stat(name))
         return Entry(path, entry.length, entry.modified, entry.is_directory, entry.error)

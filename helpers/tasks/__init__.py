@@ -22,7 +22,8 @@ from helpers.tasks import (
     semantic_segmentation,
 )
 from helpers.tasks.filters import Filters
-from helpers.tasks.interface import NO_ARRAYS, AmbiguityError, Arrays, Decoder, OutputError, Prediction, Sizes
+from helpers.tasks.interface import NO_ARRAYS, AmbiguityError, Arrays, OutputError, Prediction, Sizes
+from helpers.tasks.roles import Decoder
 
 __all__ = [
     "DECODERS",
@@ -60,11 +61,7 @@ _arrays: dict[str, Arrays] = {}
 
 
 def get_decoder(manifest: Manifest) -> Decoder:
-    """The decoder of a bundle.
-
-    Raises:
-        ConfigError: there is no such task, or it has no such decoder.
-    """
+    """The decoder of a bundle; raises ConfigError if there is no such task, or it has no such decoder."""
     if manifest.task not in DECODERS:
         known = ", ".join(DECODERS)
         raise ConfigError(f"{manifest.name} has task {manifest.task!r}; post-processing exists for {known}")
@@ -130,14 +127,7 @@ def without_filters(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_filters(predictions: Any, size: tuple[int, int], manifest: Manifest, parameters: Mapping[str, Any]) -> Any:
-    """What `predict` returns for one image, less what the filters do not let pass.
-
-    Args:
-        predictions: of one image.
-        size: its width and height, in pixels.
-        manifest: task and labels.
-        parameters: as for `predict`.
-    """
+    """What `predict` returns for one image of a width and height, less what the filters do not let pass."""
     return _divide(parameters)[1].apply(predictions, size, manifest.labels) if _filters(manifest) else predictions
 
 
@@ -152,16 +142,10 @@ def has_boxes(task: str) -> bool:
 
 
 def suggest(task: str, samples: Arrays, labels: int = 0, first: str = "") -> str:
-    """The first decoder of a task that a network's outputs fit.
+    """The first decoder of a task that a network's outputs fit; one may be tried before the others.
 
-    Args:
-        task: of `DECODERS`.
-        samples: outputs of real images by name, float32 `[B, ...]`.
-        labels: how many there are; 0 if nobody has said.
-        first: a decoder to try before the others.
-
-    Raises:
-        OutputError: they fit none; the message says what they would fit, or what to look at.
+    Samples are outputs of real images by name, float32 `[B, ...]`, and labels how many there are; 0 if nobody has said.
+    Raises OutputError if they fit none; the message says what they would fit, or what to look at.
     """
     ambiguities = []
     for name, decoder in sorted(DECODERS[task].items(), key=lambda item: item[0] != first):
@@ -195,9 +179,7 @@ def suggest(task: str, samples: Arrays, labels: int = 0, first: str = "") -> str
 def get_arrays(manifest: Manifest, read: Callable[[str], bytes] | None) -> Arrays:
     """Return the arrays that a bundle has beside its graph, by file name, reading them the first time only.
 
-    Args:
-        manifest: which bundle, and which files it has.
-        read: reads one of them, as `Bundle.read` does; None where they are not needed.
+    `read` reads one of them, as `Bundle.read` does; it is None where they are not needed.
     """
     if read is None:
         return NO_ARRAYS

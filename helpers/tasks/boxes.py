@@ -12,10 +12,9 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from helpers.bundle.manifest import Manifest
-from helpers.images.geometry import Placement, place
+from helpers.images.geometry import Placement
 from helpers.images.rle import Mask
-from helpers.tasks.interface import OutputError, Prediction
+from helpers.tasks.interface import OutputError, Outputs, Prediction, make_prediction
 
 Order = Literal["xy", "yx"]
 BoxFormat = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
@@ -34,14 +33,24 @@ class Detections:
         classes: int `[n]`, the first label's as 0.
         scores: float32 `[n]`.
         rows: int `[n]`, the place of each among the candidates, for what else belongs to it.
-        placement: of the image in the network's input.
+        masks: one per detection, at the image's size.
+        keypoints: x, y in pixels of the image and score, float32 `[n, K, 3]`.
     """
 
     boxes: np.ndarray
     classes: np.ndarray
     scores: np.ndarray
     rows: np.ndarray
-    placement: Placement
+    masks: Sequence[Mask] | None = None
+    keypoints: np.ndarray | None = None
+
+    def to_predictions(self, labels: Sequence[str]) -> list[Prediction]:
+        """The same as the results' schema has them."""
+        none = [None] * len(self.rows)
+        boxes = [dict(zip(SIDES, box, strict=True)) for box in self.boxes.tolist()]
+        points = none if self.keypoints is None else _name_points(self.keypoints)
+        columns = self.classes.tolist(), self.scores.tolist(), boxes, self.masks or none, points
+        return [make_prediction(labels, *values) for values in zip(*columns, strict=True)]
 
 
 def to_corners(boxes: np.ndarray, box_format: BoxFormat) -> np.ndarray:
@@ -63,16 +72,11 @@ def to_input(boxes: np.ndarray, placement: Placement) -> np.ndarray:
 def make_cells(rows: int, input_size: tuple[int, int], levels: int = 0) -> np.ndarray:
     """The cells of a network's grids, whose strides the number of candidates tells.
 
-    Args:
-        rows: the number of candidates: of all cells, the smallest stride's first, each once or once per anchor.
-        input_size: width and height of the network's input, in pixels.
-        levels: the number of grids; 0 if nobody has said.
+    Candidates, `rows` of them, are of all cells, the smallest stride's first, each once or once per anchor; there may
+    be so many `levels`, or 0 if nobody has said. Raises OutputError if no grids have so many cells.
 
     Returns:
         For each candidate the column and the row of its cell, and the stride in pixels, float32 `[rows, 3]`.
-
-    Raises:
-        OutputError: no grids have so many cells.
     """
     runs = [STRIDES[first:stop] for first, stop in combinations(range(len(STRIDES) + 1), 2)]
     grids = [
@@ -139,79 +143,40 @@ def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float, classes: n
 
 
 def locate(
-    boxes: np.ndarray,
-    classes: np.ndarray,
-    scores: np.ndarray,
-    manifest: Manifest,
-    size: tuple[int, int],
-    max_detections: int,
+    outputs: Outputs, boxes: np.ndarray, classes: np.ndarray, scores: np.ndarray, rows: np.ndarray, max_detections: int
 ) -> Detections:
-    """Take boxes to the image, and leave out those that are outside of it or no boxes.
+    """Take boxes, float32 `[n, 4]` in pixels of the input, to the image; leave out those outside of it or no boxes.
 
-    Args:
-        boxes: float32 `[n, 4]`, in pixels of the network's input.
-        classes: int `[n]`, the first label's as 0.
-        scores: float32 `[n]`.
-        manifest: for the input and the labels.
-        size: of the image: width and height.
-        max_detections: of an image.
-
-    Raises:
-        OutputError: a class has no label.
+    Of the first label's class as 0; `rows` is the place of each among the candidates. Raises OutputError if a class has
+    no label.
     """
-    placement = place(manifest.input, size)
     with np.errstate(over="ignore", invalid="ignore"):
-        located = placement.to_image(boxes)
-    located = clip(located, size)
+        located = outputs.placement.to_image(boxes)
+    located = clip(located, outputs.placement.image)
     # A comparison with not-a-number is false, so a damaged network's boxes go too.
     visible = (located[:, 2:] > located[:, :2]).all(axis=1) & np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
-    rows = np.flatnonzero(visible)
-    rows = rows[np.argsort(-scores[rows], kind="stable")][:max_detections]
-    check_classes(classes[rows], manifest)
-    return Detections(located[rows], classes[rows].astype(int), scores[rows], rows, placement)
+    best = np.flatnonzero(visible)
+    best = best[np.argsort(-scores[best], kind="stable")][:max_detections]
+    check_classes(classes[best], outputs.labels)
+    return Detections(located[best], classes[best].astype(int), scores[best], rows[best])
 
 
-def check_classes(classes: np.ndarray, manifest: Manifest, parameter: str = "first_class") -> None:
+def check_classes(classes: np.ndarray, labels: Sequence[str], parameter: str = "first_class") -> None:
     """Raises OutputError if a class has no label; `parameter` may be the reason."""
-    labels = len(manifest.labels)
-    if len(classes) and not (classes.min() >= 0 and classes.max() < labels):
-        odd = classes[(classes < 0) | ~(classes < labels)][0]
+    if len(classes) and not (classes.min() >= 0 and classes.max() < len(labels)):
+        odd = classes[(classes < 0) | ~(classes < len(labels))][0]
         raise OutputError(
-            f"the model gives class {odd:g}, counted from 0, and there are {labels} labels: "
+            f"the model gives class {odd:g}, counted from 0, and there are {len(labels)} labels: "
             f"mend the labels, or postprocess.{parameter}"
         )
 
 
-def to_predictions(
-    detections: Detections,
-    labels: Sequence[str],
-    masks: Sequence[Mask | None] | None = None,
-    keypoints: np.ndarray | None = None,
-) -> list[Prediction]:
-    """Detections as the results' schema has them.
-
-    Args:
-        detections: of one image.
-        labels: of the classes.
-        masks: one per detection.
-        keypoints: x, y in pixels of the image and score, float32 `[n, K, 3]`.
-    """
-    columns = detections.classes.tolist(), detections.scores.tolist(), detections.boxes.tolist()
-    count = len(detections.rows)
-    points: Sequence[Any] = [None] * count if keypoints is None else [to_points(one) for one in keypoints]
-    return [
-        {
-            "class_id": class_id,
-            "label": labels[class_id],
-            "score": score,
-            "box": dict(zip(SIDES, box, strict=True)),
-            "mask": mask,
-            "keypoints": own,
-        }
-        for class_id, score, box, mask, own in zip(*columns, masks or [None] * count, points, strict=True)
-    ]
+def to_keypoints(points: np.ndarray, scores: np.ndarray, placement: Placement) -> np.ndarray:
+    """Points `[n, K, 2]` in the input's pixels, and their scores `[n, K]` or `[n]`, as `Detections` has them."""
+    located = clip(placement.to_image(np.ascontiguousarray(points)), placement.image)
+    each = scores if scores.ndim == 2 else np.broadcast_to(scores[:, None], points.shape[:2])
+    return np.concatenate([located, each[..., None]], axis=-1)
 
 
-def to_points(keypoints: np.ndarray) -> list[dict[str, float]]:
-    """Points x, y, score `[K, 3]` as the results' schema has them."""
-    return [{"x": x, "y": y, "score": score} for x, y, score in keypoints.tolist()]
+def _name_points(keypoints: np.ndarray) -> list[list[dict[str, float]]]:
+    return [[{"x": x, "y": y, "score": score} for x, y, score in points] for points in keypoints.tolist()]

@@ -1,22 +1,19 @@
 """What the decoders of centers on a map share: CenterNet (Zhou et al., Objects as Points) and CenterFace."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import cv2
 import numpy as np
 
-from helpers.bundle.manifest import Manifest
-from helpers.errors import check_parameters
-from helpers.images.geometry import place
-from helpers.tasks.boxes import Detections, Order, in_order, locate, suppress
+from helpers.tasks.boxes import Detections, Order, in_order, locate, suppress, to_keypoints
 from helpers.tasks.classification import sigmoid
-from helpers.tasks.interface import Arrays
+from helpers.tasks.interface import Arrays, DecoderParameters, Outputs
 from helpers.tasks.roles import Role, are_shares
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(DecoderParameters):
     """How centers on a map become objects; the defaults are those of CenterFace (Xu et al., 2019).
 
     Attributes:
@@ -30,9 +27,6 @@ class Parameters:
         center: where in its cell a center is that has no offset.
         landmarks: `box` if they are relative to the box, from its left upper corner; `center` if they are cells of the
             map, from the center's own.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     score_threshold: float = 0.3
@@ -45,30 +39,18 @@ class Parameters:
     center: float = 0.5
     landmarks: Literal["box", "center"] = "box"
 
-    def __post_init__(self) -> None:
-        check_parameters(self)
-
 
 def suggest_parameters(samples: Arrays, labels: int) -> dict[str, Any]:
     """The activation that the heat map tells; see `Decoder`."""
     return {} if are_shares(samples["heatmap"]) else {"activation": "sigmoid"}
 
 
-def find_objects(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: Parameters
-) -> tuple[Detections, np.ndarray]:
-    """Detect the objects of one image.
+def find_objects(outputs: Outputs, parameters: Parameters) -> Detections:
+    """The detections of `heatmap [C, H, W]`, `sizes [2, H, W]` and `offsets [2, H, W]`.
 
-    Args:
-        outputs: `heatmap [C, H, W]`, `sizes [2, H, W]`, `offsets [2, H, W]` and perhaps `landmarks [2 * K, H, W]`.
-        size: of the image: width and height.
-        manifest: for the input and the labels.
-        parameters: of the maps.
-
-    Returns:
-        The detections, and their landmarks in pixels of the input, float32 `[n, K, 2]`.
+    Where there are `landmarks [2 * K, H, W]`, they are the detections' keypoints.
     """
-    heatmap, placement = outputs["heatmap"], place(manifest.input, size)
+    heatmap, placement = outputs.values["heatmap"], outputs.placement
     heatmap = sigmoid(heatmap) if parameters.activation == "sigmoid" else heatmap
     stride = np.divide(placement.input, heatmap.shape[:0:-1]).astype(np.float32)
     is_center = heatmap > parameters.score_threshold
@@ -78,7 +60,7 @@ def find_objects(
     scores, cells = heatmap[classes, rows, columns], np.stack([columns, rows], axis=1).astype(np.float32)
     values = {
         role: in_order(maps[:, rows, columns].T.reshape(len(rows), len(maps) // 2, 2), parameters.order)
-        for role, maps in outputs.items()
+        for role, maps in outputs.values.items()
         if role != "heatmap"
     }
     with np.errstate(over="ignore", invalid="ignore"):
@@ -86,15 +68,18 @@ def find_objects(
         sizes = values["sizes"][:, 0]
         sizes = np.exp(sizes) * 4 if parameters.sizes == "log" else sizes * stride
         boxes = np.concatenate([centers - sizes / 2, centers + sizes / 2], axis=1)
-        landmarks = values.get("landmarks", np.zeros((len(rows), 0, 2), np.float32))
+    best = np.flatnonzero(np.isfinite(boxes).all(axis=1))
+    best = best[suppress(boxes[best], scores[best], parameters.nms_threshold, classes[best])]
+    detections = locate(outputs, boxes[best], classes[best], scores[best], best, parameters.max_detections)
+    if "landmarks" not in values:
+        return detections
+    own = detections.rows
+    with np.errstate(over="ignore", invalid="ignore"):
         if parameters.landmarks == "box":
-            points = boxes[:, None, :2] + landmarks * sizes[:, None]
+            points = boxes[own, None, :2] + values["landmarks"][own] * sizes[own, None]
         else:
-            points = (cells[:, None] + landmarks) * stride
-    usable = np.flatnonzero(np.isfinite(boxes).all(axis=1))
-    usable = usable[suppress(boxes[usable], scores[usable], parameters.nms_threshold, classes[usable])]
-    detections = locate(boxes[usable], classes[usable], scores[usable], manifest, size, parameters.max_detections)
-    return detections, points[usable[detections.rows]]
+            points = (cells[own, None] + values["landmarks"][own]) * stride
+    return replace(detections, keypoints=to_keypoints(points, detections.scores, placement))
 
 
 ROLES = [

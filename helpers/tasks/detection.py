@@ -1,13 +1,11 @@
 """Objects with boxes, from networks that give them, or candidates, or offsets from anchors."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from helpers.bundle.manifest import Manifest
-from helpers.errors import BundleError, ConfigError, check_parameters
-from helpers.images.geometry import place
+from helpers.errors import BundleError, ConfigError
 from helpers.tasks import centernet, yolo
 from helpers.tasks.boxes import (
     LARGEST_RELATIVE,
@@ -21,11 +19,10 @@ from helpers.tasks.boxes import (
     suppress,
     to_corners,
     to_input,
-    to_predictions,
 )
 from helpers.tasks.classification import sigmoid, softmax
-from helpers.tasks.interface import Arrays, OutputError, Prediction
-from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
+from helpers.tasks.interface import Arrays, DecoderParameters, OutputError, Outputs
+from helpers.tasks.roles import Decoder, Role, are_shares, are_whole, make_decoder
 
 Columns = Literal[
     "", "box score class", "class score box", "image box class score", "image box score class", "image class score box"
@@ -34,7 +31,7 @@ LARGEST_GROWTH = np.float32(np.log(1000 / 16))  # of an anchor's side; a network
 
 
 @dataclass(frozen=True)
-class EndToEndParameters:
+class EndToEndParameters(DecoderParameters):
     """What the boxes of a network mean that has chosen them itself.
 
     Attributes:
@@ -45,9 +42,6 @@ class EndToEndParameters:
         first_class: the number that the network gives the first label.
         columns: of one table of detections, a box as four; empty for `box score class`, and of seven columns for
             `image class score box` with a relative box.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     score_threshold: float = 0.05
@@ -57,12 +51,9 @@ class EndToEndParameters:
     first_class: Literal[0, 1] = 0
     columns: Columns = ""
 
-    def __post_init__(self) -> None:
-        check_parameters(self)
-
 
 @dataclass(frozen=True)
-class ChoiceParameters:
+class ChoiceParameters(DecoderParameters):
     """How detections are chosen from candidates that are many.
 
     Attributes:
@@ -72,9 +63,6 @@ class ChoiceParameters:
         max_detections: of an image.
         background: where the scores of no object stand among the classes', if anywhere.
         activation: from the output to scores.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     score_threshold: float = 0.05
@@ -83,9 +71,6 @@ class ChoiceParameters:
     max_detections: int = 200
     background: Literal["first", "last", "none"] = "first"
     activation: Literal["softmax", "sigmoid", "none"] = "none"
-
-    def __post_init__(self) -> None:
-        check_parameters(self)
 
     def activate(self, outputs: np.ndarray) -> np.ndarray:
         """The scores of outputs `[A, C]`."""
@@ -99,9 +84,6 @@ class CandidateParameters(ChoiceParameters):
     Attributes:
         box_format: order of a box's numbers.
         relative: the numbers are relative to the network's input, 0 to 1, and not its pixels.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     box_format: BoxFormat = "xyxy"
@@ -116,9 +98,6 @@ class SsdParameters(ChoiceParameters):
         variances: the scale of offsets of centers and of sizes, two numbers or one per number of a box.
         order: of the offsets: `xy`, or `yx` as TensorFlow has them.
         sizes: `log` if offsets of sizes are logarithms of growth; `linear` if they are growth itself.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     activation: Literal["softmax", "sigmoid", "none"] = "softmax"
@@ -127,7 +106,7 @@ class SsdParameters(ChoiceParameters):
     sizes: Literal["log", "linear"] = "log"
 
     def __post_init__(self) -> None:
-        check_parameters(self)
+        super().__post_init__()
         if len(self.variances) not in (2, 4):
             raise ConfigError("postprocess.variances is not a list of 2 or 4 numbers")
 
@@ -148,9 +127,6 @@ class AnchorFreeParameters(ChoiceParameters):
         unit: of distances, offsets and landmarks: the cell's `stride`, or a `pixel` of the input.
         objectness: how scores are combined with it: `root` of the product, or `product`.
         first: of one table of `predictions`: the columns of `boxes` or of `scores`.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     background: Literal["first", "last", "none"] = "none"
@@ -169,49 +145,34 @@ class AnchorFreeParameters(ChoiceParameters):
 
 
 @dataclass(frozen=True)
-class DetrParameters:
+class DetrParameters(DecoderParameters):
     """Which queries are detections (Carion et al., DETR).
 
     Attributes:
         score_threshold: scores are above.
         activation: `softmax`, where the last class is no object, or `sigmoid`, where a query may have several classes.
         max_detections: of an image.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     score_threshold: float = 0.05
     activation: Literal["softmax", "sigmoid"] = "softmax"
     max_detections: int = 300
 
-    def __post_init__(self) -> None:
-        check_parameters(self)
 
+def find_end_to_end(outputs: Outputs, parameters: EndToEndParameters) -> Detections:
+    """The detections of a network that has chosen them.
 
-def find_end_to_end(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: EndToEndParameters
-) -> Detections:
-    """The detections of one image from a network that has chosen them.
-
-    Args:
-        outputs: `boxes [N, 4]`, `scores [N]`, `classes [N]`, and perhaps `count`, of the rows that are meant; or
-            `boxes [N, 5]` with the score in the end; or one output `detections`, `[N, 6]` or `[N, 7]`, see `columns`.
-        size: of the image: width and height.
-        manifest: for the input and the labels.
-        parameters: of the boxes.
+    The outputs are `boxes [N, 4]`, `scores [N]`, `classes [N]`, and perhaps `count`, of the rows that are meant; or
+    `boxes [N, 5]` with the score in the end; or one output `detections`, `[N, 6]` or `[N, 7]`, see `columns`.
     """
-    placement = place(manifest.input, size)
-    boxes, scores, classes, relative = _split(outputs, parameters)
-    count = int(outputs["count"].reshape(-1)[0]) if "count" in outputs else len(scores)
+    boxes, scores, classes, relative = _split(outputs.values, parameters)
+    count = int(outputs.values["count"].reshape(-1)[0]) if "count" in outputs.values else len(scores)
     rows = np.flatnonzero(scores[: max(count, 0)] > parameters.score_threshold)
     corners = to_corners(boxes[rows], parameters.box_format)
     with np.errstate(over="ignore"):
-        corners = to_input(corners, placement) if relative else corners
-    detections = locate(
-        corners, classes[rows] - parameters.first_class, scores[rows], manifest, size, parameters.max_detections
-    )
-    return replace(detections, rows=rows[detections.rows])
+        corners = to_input(corners, outputs.placement) if relative else corners
+    classes = classes[rows] - parameters.first_class
+    return locate(outputs, corners, classes, scores[rows], rows, parameters.max_detections)
 
 
 def _split(outputs: Arrays, parameters: EndToEndParameters) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
@@ -243,78 +204,57 @@ def _columns(table: np.ndarray, names: str = "") -> dict[str, np.ndarray]:
     return dict(zip(names.split(), np.split(table, np.cumsum(widths)[:-1], axis=-1), strict=True))
 
 
-def _decode_end_to_end(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: EndToEndParameters, arrays: Arrays
-) -> list[Prediction]:
-    return to_predictions(find_end_to_end(outputs, size, manifest, parameters), manifest.labels)
+def _find_candidates(outputs: Outputs, parameters: CandidateParameters) -> Detections:
+    boxes = to_corners(outputs.values["boxes"].reshape(-1, 4), parameters.box_format)
+    boxes = to_input(boxes, outputs.placement) if parameters.relative else boxes
+    scores = outputs.values["scores"]
+    scores = parameters.activate(scores if len(scores) == len(boxes) else scores.T)
+    return _choose(outputs, boxes, scores, np.arange(len(boxes)), parameters)
 
 
-def _decode_candidates(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: CandidateParameters, arrays: Arrays
-) -> list[Prediction]:
-    placement = place(manifest.input, size)
-    boxes = to_corners(outputs["boxes"].reshape(-1, 4), parameters.box_format)
-    boxes = to_input(boxes, placement) if parameters.relative else boxes
-    scores = outputs["scores"] if len(outputs["scores"]) == len(boxes) else outputs["scores"].T
-    scores = parameters.activate(scores)
-    return to_predictions(_choose(boxes, scores, size, manifest, parameters), manifest.labels)
+def find_anchored(outputs: Outputs, parameters: SsdParameters) -> Detections:
+    """The detections of a network that gives offsets from anchors, which the bundle has in `priors.npy`.
 
-
-def find_anchored(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SsdParameters, arrays: Arrays
-) -> Detections:
-    """The detections of one image from a network that gives offsets from anchors.
-
-    Args:
-        outputs: `offsets [A, 4]`, of which there may be more, and `scores [A, C]` or `[A, 1 + C]`.
-        size: of the image: width and height.
-        manifest: for the input and the labels.
-        parameters: of the offsets and scores.
-        arrays: `priors.npy`, the anchors.
+    The outputs are `offsets [A, 4]`, of which there may be more, and `scores [A, C]` or `[A, 1 + C]`.
 
     Raises:
         BundleError: the bundle has no anchors, or another number of them.
     """
-    if "priors.npy" not in arrays:
-        raise BundleError(f"{manifest.name} has no priors.npy, the anchors of its boxes; export the bundle again")
-    offsets, priors = outputs["offsets"][:, :4], arrays["priors.npy"]
+    if "priors.npy" not in outputs.arrays:
+        raise BundleError(f"{outputs.name} has no priors.npy, the anchors of its boxes; export the bundle again")
+    offsets, priors = outputs.values["offsets"][:, :4], outputs.arrays["priors.npy"]
     if priors.shape != offsets.shape:
-        raise BundleError(f"{manifest.name}: priors.npy is {priors.shape}, and not as its offsets; export it again")
+        raise BundleError(f"{outputs.name}: priors.npy is {priors.shape}, and not as its offsets; export it again")
     offsets = offsets[:, [1, 0, 3, 2]] if parameters.order == "yx" else offsets
     with np.errstate(over="ignore", invalid="ignore"):
         steps = offsets * parameters.scale
         centers = priors[:, :2] + steps[:, :2] * priors[:, 2:]
         growth = np.exp(np.minimum(steps[:, 2:], LARGEST_GROWTH)) if parameters.sizes == "log" else steps[:, 2:]
         boxes = to_corners(np.concatenate([centers, priors[:, 2:] * growth], axis=1), "cxcywh")
-    scores = parameters.activate(outputs["scores"])
-    return _choose(to_input(boxes, place(manifest.input, size)), scores, size, manifest, parameters)
+    scores = parameters.activate(outputs.values["scores"])
+    return _choose(outputs, to_input(boxes, outputs.placement), scores, np.arange(len(boxes)), parameters)
 
 
-def find_around_cells(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: AnchorFreeParameters
-) -> Detections:
-    """The detections of one image from a network that gives boxes around the cells of grids.
+def find_around_cells(outputs: Outputs, parameters: AnchorFreeParameters) -> Detections:
+    """The detections of a network that gives boxes around the cells of grids.
 
-    Args:
-        outputs: `scores [A, C]`, and `distances [A, 4]` or their distributions `[A, 4 * bins]` (Li et al., Generalized
-            Focal Loss); or `predictions` with both side by side; perhaps `objectness [A]` or `[A, 1]`.
-        size: of the image: width and height.
-        manifest: for the input and the labels.
-        parameters: of the boxes and scores.
+    The outputs are `scores [A, C]`, and `distances [A, 4]` or their distributions `[A, 4 * bins]` (Li et al.,
+    Generalized Focal Loss); or `predictions` with both side by side; perhaps `objectness [A]` or `[A, 1]`.
 
     Raises:
         OutputError: no grids have so many cells.
     """
-    if "predictions" in outputs:
-        outputs = {**outputs, **_divide(outputs["predictions"], len(manifest.labels), parameters.first)}
-    scores = parameters.activate(outputs["scores"])
-    if "objectness" in outputs:
-        scores = scores * parameters.activate(outputs["objectness"].reshape(-1, 1))
+    values = outputs.values
+    if "predictions" in values:
+        values = {**values, **_divide(values["predictions"], len(outputs.labels), parameters.first)}
+    scores = parameters.activate(values["scores"])
+    if "objectness" in values:
+        scores = scores * parameters.activate(values["objectness"].reshape(-1, 1))
         scores = np.sqrt(np.maximum(scores, 0)) if parameters.objectness == "root" else scores
-    points, units = parameters.locate(len(scores), place(manifest.input, size).input)
+    points, units = parameters.locate(len(scores), outputs.placement.input)
     rows = np.flatnonzero(scores.max(axis=1) > parameters.score_threshold)
     with np.errstate(over="ignore", invalid="ignore"):
-        numbers = outputs["distances"][rows].reshape(len(rows), 4, outputs["distances"].shape[1] // 4)
+        numbers = values["distances"][rows].reshape(len(rows), 4, values["distances"].shape[1] // 4)
         bins = numbers.shape[2]
         sides = softmax(numbers, axis=2) @ np.arange(bins, dtype=np.float32) if bins > 1 else numbers[:, :, 0]
         if parameters.boxes == "offsets":
@@ -323,21 +263,7 @@ def find_around_cells(
         else:
             low, high = sides[:, :2] * units[rows], sides[:, 2:] * units[rows]
             boxes = np.concatenate([points[rows] - low, points[rows] + high], axis=1)
-    detections = _choose(boxes, scores[rows], size, manifest, parameters)
-    return replace(detections, rows=rows[detections.rows])
-
-
-def _decode_anchor_free(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: AnchorFreeParameters, arrays: Arrays
-) -> list[Prediction]:
-    return to_predictions(find_around_cells(outputs, size, manifest, parameters), manifest.labels)
-
-
-def _decode_centernet(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: centernet.Parameters, arrays: Arrays
-) -> list[Prediction]:
-    detections, _ = centernet.find_objects(outputs, size, manifest, parameters)
-    return to_predictions(detections, manifest.labels)
+    return _choose(outputs, boxes, scores[rows], rows, parameters)
 
 
 def _divide(table: np.ndarray, labels: int, first: str) -> dict[str, np.ndarray]:
@@ -346,40 +272,29 @@ def _divide(table: np.ndarray, labels: int, first: str) -> dict[str, np.ndarray]
     return dict(zip(("scores", "distances") if first == "scores" else ("distances", "scores"), columns, strict=True))
 
 
-def _decode_ssd(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SsdParameters, arrays: Arrays
-) -> list[Prediction]:
-    return to_predictions(find_anchored(outputs, size, manifest, parameters, arrays), manifest.labels)
-
-
 def _choose(
-    boxes: np.ndarray,
-    scores: np.ndarray,
-    size: tuple[int, int],
-    manifest: Manifest,
-    parameters: ChoiceParameters,
+    outputs: Outputs, boxes: np.ndarray, scores: np.ndarray, rows: np.ndarray, parameters: ChoiceParameters
 ) -> Detections:
     """Non-maximum suppression within each class; a box may be of several.
 
     Args:
+        outputs: that they are of.
         boxes: float32 `[A, 4]`, in pixels of the input.
         scores: float32 `[A, C]`, or one column more for the background.
-        size: of the image: width and height.
-        manifest: for the input and the labels.
+        rows: int `[A]`, the place of each among all candidates.
         parameters: thresholds.
     """
-    if scores.shape[1] > len(manifest.labels):
+    if scores.shape[1] > len(outputs.labels):
         scores = scores[:, :-1] if parameters.background == "last" else scores[:, 1:]
-    inside = clip(boxes, place(manifest.input, size).input)
+    inside = clip(boxes, outputs.placement.input)
     candidates, classes = np.nonzero((scores > parameters.score_threshold) & np.isfinite(inside).all(axis=1)[:, None])
     best = scores[candidates, classes]
     order = np.argsort(-best, kind="stable")
     order = order[_ranks(classes[order]) < parameters.top_k]
     candidates, classes, best = candidates[order], classes[order], best[order]
-    rows = suppress(inside[candidates], best, parameters.nms_threshold, classes)
-    rows = rows[: parameters.max_detections]
-    detections = locate(inside[candidates[rows]], classes[rows], best[rows], manifest, size, parameters.max_detections)
-    return replace(detections, rows=candidates[rows][detections.rows])
+    chosen = suppress(inside[candidates], best, parameters.nms_threshold, classes)[: parameters.max_detections]
+    candidates, classes, best = candidates[chosen], classes[chosen], best[chosen]
+    return locate(outputs, inside[candidates], classes, best, rows[candidates], parameters.max_detections)
 
 
 def _ranks(classes: np.ndarray) -> np.ndarray:
@@ -391,24 +306,14 @@ def _ranks(classes: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _decode_yolo(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: yolo.Parameters, arrays: Arrays
-) -> list[Prediction]:
-    detections, _ = yolo.find_objects(outputs["predictions"], size, manifest, parameters)
-    return to_predictions(detections, manifest.labels)
-
-
-def _decode_detr(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: DetrParameters, arrays: Arrays
-) -> list[Prediction]:
-    scores = ACTIVATIONS[parameters.activation](outputs["logits"])
+def _find_queries(outputs: Outputs, parameters: DetrParameters) -> Detections:
+    scores = ACTIVATIONS[parameters.activation](outputs.values["logits"])
     if parameters.activation == "softmax":  # a query is of its best class, or no object
         scores = scores[:, :-1]
         scores = np.where(scores == scores.max(axis=1, keepdims=True), scores, 0)
     queries, classes = np.nonzero(scores > parameters.score_threshold)
-    boxes = to_input(to_corners(outputs["boxes"][queries], "cxcywh"), place(manifest.input, size))
-    detections = locate(boxes, classes, scores[queries, classes], manifest, size, parameters.max_detections)
-    return to_predictions(detections, manifest.labels)
+    boxes = to_input(to_corners(outputs.values["boxes"][queries], "cxcywh"), outputs.placement)
+    return locate(outputs, boxes, classes, scores[queries, classes], queries, parameters.max_detections)
 
 
 def suggest_end_to_end(samples: Arrays, labels: int) -> dict[str, Any]:
@@ -505,27 +410,27 @@ DETR = [
     Role("boxes", ("Q 4",), are_shares, values="from 0 to 1"),
 ]
 
-DECODERS = {
+DECODERS: dict[str, Decoder] = {
     "end_to_end": make_decoder(
-        _decode_end_to_end, EndToEndParameters, BOXES, SCORED_BOXES, TABLE, suggest=suggest_end_to_end
+        find_end_to_end, EndToEndParameters, BOXES, SCORED_BOXES, TABLE, suggest=suggest_end_to_end
     ),
-    "detr": make_decoder(_decode_detr, DetrParameters, DETR, suggest=_suggest_detr),
+    "detr": make_decoder(_find_queries, DetrParameters, DETR, suggest=_suggest_detr),
     "candidates": make_decoder(
-        _decode_candidates,
+        _find_candidates,
         CandidateParameters,
         CANDIDATES,
         suggest=lambda samples, labels: suggest_format(samples["boxes"]),
     ),
-    "ssd": make_decoder(_decode_ssd, SsdParameters, SSD, suggest=suggest_ssd),
-    "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
+    "ssd": make_decoder(find_anchored, SsdParameters, SSD, suggest=suggest_ssd),
+    "yolo": make_decoder(yolo.find_objects, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
     "anchor_free": make_decoder(
-        _decode_anchor_free,
+        find_around_cells,
         AnchorFreeParameters,
         [*DISTANCES, OBJECTNESS],
         [DISTANCE_TABLE, OBJECTNESS],
         suggest=suggest_anchor_free,
     ),
     "centernet": make_decoder(
-        _decode_centernet, centernet.Parameters, centernet.ROLES, suggest=centernet.suggest_parameters
+        centernet.find_objects, centernet.Parameters, centernet.ROLES, suggest=centernet.suggest_parameters
     ),
 }

@@ -36,15 +36,12 @@ class Filters:
         if isinstance(self.classes, str | int):  # one, as --set postprocess.classes=cat gives it
             object.__setattr__(self, "classes", (self.classes,))
         check_parameters(self, {"min_area": 0})
-        if self.region and (len(self.region) != 4 or not _is_ordered(*self.region)):
+        left, top, right, bottom = self.region if len(self.region) == 4 else (0, 0, 0, 0)
+        if self.region and not (0 <= left < right and 0 <= top < bottom):
             raise ConfigError("postprocess.region is not left, top, right, bottom, of 0 or more and in this order")
 
     def numbers(self, labels: Sequence[str]) -> set[int]:
-        """The classes as numbers.
-
-        Raises:
-            ConfigError: there is no such label or number.
-        """
+        """The classes as numbers; raises ConfigError if there is no such label or number."""
         return {_number(item, labels) for item in self.classes}
 
     def apply(self, predictions: list[Prediction], size: tuple[int, int], labels: Sequence[str]) -> list[Prediction]:
@@ -63,10 +60,6 @@ class Filters:
             left, top, right, bottom = (side * scale[i % 2] for i, side in enumerate(self.region))
             tests.append(lambda p: left <= _center(p, "x") <= right and top <= _center(p, "y") <= bottom)
         return [p for p in predictions if all(test(p) for test in tests)] if tests else predictions
-
-
-def _is_ordered(left: float, top: float, right: float, bottom: float) -> bool:
-    return 0 <= left < right and 0 <= top < bottom
 
 
 def _number(item: str | int, labels: Sequence[str]) -> int:

@@ -1,19 +1,17 @@
 """Instances with box and mask."""
 
-from dataclasses import dataclass
-from itertools import starmap
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 
-from helpers.bundle.manifest import Manifest
 from helpers.errors import BundleError
 from helpers.images import rle
 from helpers.images.enlargement import enlarge
 from helpers.tasks import yolo
-from helpers.tasks.boxes import to_predictions
+from helpers.tasks.boxes import Detections
 from helpers.tasks.detection import BOXES, SCORED_BOXES, EndToEndParameters, find_end_to_end, suggest_end_to_end
-from helpers.tasks.interface import Arrays, Prediction
+from helpers.tasks.interface import Outputs, Prediction
 from helpers.tasks.roles import Role, are_shares, make_decoder
 from helpers.yolact.detection import Parameters, find_instances
 
@@ -24,46 +22,35 @@ class MaskParameters(EndToEndParameters):
 
     Attributes:
         mask_threshold: a pixel belongs to a mask if its probability is above.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     mask_threshold: float = 0.5
 
 
-def _decode_yolact(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: Parameters, arrays: Arrays
-) -> list[Prediction]:
-    if "priors.npy" not in arrays:
-        raise BundleError(f"{manifest.name} has no priors.npy, the anchors of its boxes; export the bundle again")
-    priors = arrays["priors.npy"]
-    if priors.shape != outputs["loc"].shape:
-        raise BundleError(f"{manifest.name}: priors.npy is {priors.shape}, and not as its output loc; export it again")
-    heads = [outputs[role.name] for role in YOLACT]
-    return find_instances(heads, priors, parameters, manifest.input.width, size, manifest.labels)
+def _decode_yolact(outputs: Outputs, parameters: Parameters) -> list[Prediction]:
+    if "priors.npy" not in outputs.arrays:
+        raise BundleError(f"{outputs.name} has no priors.npy, the anchors of its boxes; export the bundle again")
+    priors, placement = outputs.arrays["priors.npy"], outputs.placement
+    heads = [outputs.values[role.name] for role in YOLACT]
+    if priors.shape != heads[0].shape:
+        raise BundleError(f"{outputs.name}: priors.npy is {priors.shape}, and not as its output loc; export it again")
+    return find_instances(heads, priors, parameters, placement.input[0], placement.image, outputs.labels)
 
 
-def _decode_mask_rcnn(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: MaskParameters, arrays: Arrays
-) -> list[Prediction]:
-    detections = find_end_to_end(outputs, size, manifest, parameters)
-    maps = outputs["masks"].reshape(-1, *outputs["masks"].shape[-2:])[detections.rows]
-    masks = [paste(*pair, size, parameters.mask_threshold) for pair in zip(maps, detections.boxes, strict=True)]
-    return to_predictions(detections, manifest.labels, masks)
+def _find_mask_rcnn(outputs: Outputs, parameters: MaskParameters) -> Detections:
+    detections, maps = find_end_to_end(outputs, parameters), outputs.values["masks"]
+    maps = maps.reshape(-1, *maps.shape[-2:])[detections.rows]
+    size, threshold = outputs.placement.image, parameters.mask_threshold
+    pairs = zip(maps, detections.boxes, strict=True)
+    return replace(detections, masks=[paste(own, box, size, threshold) for own, box in pairs])
 
 
 def paste(probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int], threshold: float) -> rle.Mask:
     """Enlarge a mask that is relative to its box to the box's pixels, as He et al., Mask R-CNN, section 3.1.
 
-    A cell of 0 goes around the mask and the box grows by as much, because half a cell at the edge would be lost; that,
-    and the rounding of the box, is torchvision's.
-
-    Args:
-        probabilities: float32 `[rows, columns]`.
-        box: corners, in pixels of the image.
-        size: of the image: width and height.
-        threshold: a pixel belongs to the mask if its probability is above.
+    A cell of 0 goes around the mask, float32 `[rows, columns]`, and the box grows by as much, because half a cell at
+    the edge would be lost; that, and the rounding of the box, is torchvision's. A pixel belongs to the mask if its
+    probability is above the threshold.
     """
     padded = np.pad(probabilities, 1)
     center, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
@@ -75,21 +62,17 @@ def paste(probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int], thr
     return rle.encode_part(inside, (x, y), *size)
 
 
-def _decode_yolo(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: yolo.Parameters, arrays: Arrays
-) -> list[Prediction]:
-    prototypes = outputs["prototypes"]
+def _find_yolo(outputs: Outputs, parameters: yolo.Parameters) -> Detections:
+    prototypes, placement = outputs.values["prototypes"], outputs.placement
     depth = len(prototypes)
-    detections, coefficients = yolo.find_objects(outputs["predictions"], size, manifest, parameters, depth)
+    detections, coefficients = yolo.find_with_others(outputs, parameters, depth)
     logits = (coefficients @ prototypes.reshape(depth, -1)).reshape(-1, *prototypes.shape[1:])
-
-    def mask(own: np.ndarray, box: np.ndarray) -> rle.Mask:
-        left, top, right, bottom = np.rint(box).astype(int).tolist()
-        inside = enlarge(own, detections.placement, (left, top, right, bottom)) > 0  # a probability above one half
-        return rle.encode_part(inside, (left, top), *size)
-
-    masks = list(starmap(mask, zip(logits, detections.boxes, strict=True)))
-    return to_predictions(detections, manifest.labels, masks)
+    masks = []
+    for own, box in zip(logits, np.rint(detections.boxes).astype(int).tolist(), strict=True):
+        left, top, right, bottom = box
+        inside = enlarge(own, placement, (left, top, right, bottom)) > 0  # a probability above one half
+        masks.append(rle.encode_part(inside, (left, top), *placement.image))
+    return replace(detections, masks=masks)
 
 
 MASKS = Role("masks", ("N H W", "N 1 H W"), are_shares, values="from 0 to 1")
@@ -107,7 +90,7 @@ YOLO = [
 DECODERS = {
     "yolact": make_decoder(_decode_yolact, Parameters, YOLACT),
     "mask_rcnn": make_decoder(
-        _decode_mask_rcnn, MaskParameters, [*BOXES, MASKS], [*SCORED_BOXES, MASKS], suggest=suggest_end_to_end
+        _find_mask_rcnn, MaskParameters, [*BOXES, MASKS], [*SCORED_BOXES, MASKS], suggest=suggest_end_to_end
     ),
-    "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
+    "yolo": make_decoder(_find_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
 }

@@ -1,12 +1,13 @@
 """What the post-processing of every task takes and returns. Executors import this module."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from helpers.bundle.manifest import Manifest
+from helpers.errors import check_parameters
+from helpers.images.geometry import Placement
 
 Prediction = dict[str, Any]  # as the results' schema has it
 Sizes = Sequence[tuple[int, int]]  # width, height of each original image, in pixels
@@ -29,22 +30,35 @@ class AmbiguityError(OutputError):
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """One way to read the outputs of networks for a task.
+class DecoderParameters:
+    """What can be set of a decoder; a value of the wrong type or out of range raises ConfigError."""
+
+    def __post_init__(self) -> None:
+        check_parameters(self)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A network's outputs for one image, and what it takes to read them.
 
     Attributes:
-        predict: takes the outputs of a batch by role, the images' sizes, the manifest, the parameters and the bundle's
-            arrays; returns a list of predictions per image, or for an embedding a list of numbers per image.
-        parameters: a frozen dataclass, each with a default; raises ConfigError for an impossible value.
-        assign_roles: takes outputs of real images by name, float32 `[B, ...]`, and the number of labels (0 if nobody
-            has said); returns the name of each role's output. Shapes and ranges decide, not names. Raises OutputError.
-        check_shapes: takes the shapes of the outputs by role, and the number of labels; raises OutputError.
-        suggest_parameters: takes outputs of real images by role, float32 `[B, ...]`, and the number of labels; returns
-            the parameters that these tell and that are not as by default.
+        values: float32 by role, without the batch's dimension.
+        placement: of the image in the network's input.
+        labels: of the classes.
+        arrays: that the bundle has beside its graph, by file name.
+        name: of the model, for errors.
     """
 
-    predict: Callable[[Arrays, Sizes, Manifest, Mapping[str, Any], Arrays], list[Any]]
-    parameters: type
-    assign_roles: Callable[[Arrays, int], dict[str, str]]
-    check_shapes: Callable[[Shapes, int], None]
-    suggest_parameters: Callable[[Arrays, int], dict[str, Any]] = lambda samples, labels: {}
+    values: Arrays
+    placement: Placement
+    labels: Sequence[str]
+    arrays: Arrays
+    name: str
+
+
+def make_prediction(
+    labels: Sequence[str], class_id: int, score: float, box: Any = None, mask: Any = None, keypoints: Any = None
+) -> Prediction:
+    """A prediction as the results' schema has it."""
+    label = labels[class_id]
+    return {"class_id": class_id, "label": label, "score": score, "box": box, "mask": mask, "keypoints": keypoints}

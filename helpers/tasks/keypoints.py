@@ -1,15 +1,12 @@
 """People, faces and other objects with points of them: corners of eyes, joints."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from helpers.bundle.manifest import Manifest
-from helpers.errors import check_parameters
-from helpers.images.geometry import Placement, place
 from helpers.tasks import centernet, yolo
-from helpers.tasks.boxes import LARGEST_RELATIVE, Detections, Order, clip, in_order, to_predictions
+from helpers.tasks.boxes import LARGEST_RELATIVE, Detections, Order, in_order, to_keypoints
 from helpers.tasks.classification import sigmoid
 from helpers.tasks.detection import (
     BOXES,
@@ -26,7 +23,7 @@ from helpers.tasks.detection import (
     suggest_end_to_end,
     suggest_ssd,
 )
-from helpers.tasks.interface import Arrays, OutputError, Prediction
+from helpers.tasks.interface import Arrays, DecoderParameters, OutputError, Outputs, Prediction
 from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
 
 FEWEST_NUMBERS = 3  # of an output; fewer are no points of an object
@@ -38,29 +35,20 @@ class KeypointParameters(EndToEndParameters):
 
     Attributes:
         order: of a point's coordinates.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     order: Order = "xy"
 
 
 @dataclass(frozen=True)
-class SingleParameters:
+class SingleParameters(DecoderParameters):
     """Whether there is the one object that a network expects.
 
     Attributes:
         score_threshold: the mean score of its points is above.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     score_threshold: float = 0.05
-
-    def __post_init__(self) -> None:
-        check_parameters(self)
 
 
 @dataclass(frozen=True)
@@ -73,9 +61,6 @@ class PointParameters(SingleParameters):
         numbers: of a point, where the output is one row of them.
         third: what a third number is, its `score` or something else, such as its depth.
         activation: from an output of scores to them.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     order: Order = "yx"
@@ -85,62 +70,46 @@ class PointParameters(SingleParameters):
     activation: Literal["none", "sigmoid"] = "none"
 
 
-def _decode_end_to_end(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: KeypointParameters, arrays: Arrays
-) -> list[Prediction]:
-    detections = find_end_to_end(outputs, size, manifest, parameters)
-    values = outputs["keypoints"][detections.rows]
+def _find_end_to_end(outputs: Outputs, parameters: KeypointParameters) -> Detections:
+    detections = find_end_to_end(outputs, parameters)
+    values = outputs.values["keypoints"][detections.rows]
     points = in_order(values[..., :2], parameters.order)
-    points = points * np.array(detections.placement.input, np.float32) if parameters.relative else points
-    if "keypoint_scores" in outputs:
-        scores = outputs["keypoint_scores"][detections.rows]
+    if "keypoint_scores" in outputs.values:
+        scores = outputs.values["keypoint_scores"][detections.rows]
     else:
         scores = values[..., 2] if values.shape[-1] == 3 else np.ones(values.shape[:2], np.float32)
-    keypoints = _to_image(points, scores, detections.placement)
-    return to_predictions(detections, manifest.labels, keypoints=keypoints)
+    return _with_points(outputs, detections, points, scores, parameters.relative)
 
 
-def _decode_yolo(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: yolo.Parameters, arrays: Arrays
-) -> list[Prediction]:
-    predictions = outputs["predictions"]
-    rests = (side - 4 - len(manifest.labels) for side in sorted(predictions.shape))
+def _find_yolo(outputs: Outputs, parameters: yolo.Parameters) -> Detections:
+    rests = (side - 4 - len(outputs.labels) for side in sorted(outputs.values["predictions"].shape))
     others = next(rest - rest % 3 for rest in rests if rest >= 3 and rest % 3 < 2)  # one more is objectness
-    detections, numbers = yolo.find_objects(predictions, size, manifest, parameters, others)
+    detections, numbers = yolo.find_with_others(outputs, parameters, others)
     points = numbers.reshape(len(numbers), others // 3, 3)
-    places = points[..., :2]
-    places = places * np.array(detections.placement.input, np.float32) if parameters.relative else places
-    keypoints = _to_image(places, points[..., 2], detections.placement)
-    return to_predictions(detections, manifest.labels, keypoints=keypoints)
+    return _with_points(outputs, detections, points[..., :2], points[..., 2], parameters.relative)
 
 
-def _decode_ssd(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SsdParameters, arrays: Arrays
-) -> list[Prediction]:
-    detections = find_anchored(outputs, size, manifest, parameters, arrays)
-    landmarks = outputs["landmarks"] if "landmarks" in outputs else outputs["offsets"][:, 4:]
+def _find_anchored(outputs: Outputs, parameters: SsdParameters) -> Detections:
+    detections, values = find_anchored(outputs, parameters), outputs.values
+    landmarks = values["landmarks"] if "landmarks" in values else values["offsets"][:, 4:]
     own = landmarks[detections.rows].reshape(len(detections.rows), landmarks.shape[1] // 2, 2)
-    anchors = arrays["priors.npy"][detections.rows, None]
+    anchors = outputs.arrays["priors.npy"][detections.rows, None]
     with np.errstate(over="ignore", invalid="ignore"):
         points = anchors[..., :2] + in_order(own, parameters.order) * parameters.scale[:2] * anchors[..., 2:]
-        points = points * np.array(detections.placement.input, np.float32)
-    return to_predictions(detections, manifest.labels, keypoints=_with_score(points, detections))
+        return _with_points(outputs, detections, points, detections.scores, relative=True)
 
 
-def _decode_points(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: PointParameters, arrays: Arrays
-) -> list[Prediction]:
-    values = _rows(outputs["points"], parameters.numbers)
-    placement = place(manifest.input, size)
+def _decode_points(outputs: Outputs, parameters: PointParameters) -> list[Prediction]:
+    values = _rows(outputs.values["points"], parameters.numbers)
     points = in_order(values[:, :2], parameters.order)
-    points = points * np.array(placement.input, np.float32) if parameters.relative else points
+    points = points * np.array(outputs.placement.input, np.float32) if parameters.relative else points
     scores = np.ones(len(points), np.float32)
-    if "scores" in outputs:  # of each point, or of all
-        given = outputs["scores"].reshape(-1)
+    if "scores" in outputs.values:  # of each point, or of all
+        given = outputs.values["scores"].reshape(-1)
         scores = scores * (sigmoid(given) if parameters.activation == "sigmoid" else given)
     elif values.shape[1] == 3 and parameters.third == "score":
         scores = values[:, 2]
-    return _tell_single(points, scores, placement, manifest, parameters)
+    return _tell_single(outputs, points, scores, parameters)
 
 
 def _rows(points: np.ndarray, numbers: int) -> np.ndarray:
@@ -168,10 +137,8 @@ def _suggest_points(samples: Arrays, labels: int) -> dict[str, Any]:
     return parameters
 
 
-def _decode_heatmap(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SingleParameters, arrays: Arrays
-) -> list[Prediction]:
-    maps, placement = outputs["heatmap"], place(manifest.input, size)
+def _decode_heatmap(outputs: Outputs, parameters: SingleParameters) -> list[Prediction]:
+    maps = outputs.values["heatmap"]
     count, rows, columns = maps.shape
     flat = maps.reshape(count, -1)
     best = flat.argmax(axis=1)
@@ -182,71 +149,51 @@ def _decode_heatmap(
     across = np.sign(padded[each, y + 1, x + 2] - padded[each, y + 1, x])
     down = np.sign(padded[each, y + 2, x + 1] - padded[each, y, x + 1])
     cells = np.stack([x + 0.5 + across / 4, y + 0.5 + down / 4], axis=1)
-    points = (cells * np.divide(placement.input, (columns, rows))).astype(np.float32)
-    return _tell_single(points, flat[each, best], placement, manifest, parameters)
+    points = (cells * np.divide(outputs.placement.input, (columns, rows))).astype(np.float32)
+    return _tell_single(outputs, points, flat[each, best], parameters)
 
 
-def _decode_simcc(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: SingleParameters, arrays: Arrays
-) -> list[Prediction]:
-    placement = place(manifest.input, size)
+def _decode_simcc(outputs: Outputs, parameters: SingleParameters) -> list[Prediction]:
+    maps = outputs.values["simcc_x"], outputs.values["simcc_y"]
     places = []
-    for role, side in zip(("simcc_x", "simcc_y"), placement.input, strict=True):
-        bins = outputs[role].shape[1]
+    for own, axis, side in zip(maps, "xy", outputs.placement.input, strict=True):
+        bins = own.shape[1]
         if bins % side:
-            raise OutputError(f"{role} has {bins} bins, and the input {side} pixels: mend the outputs or that")
-        places.append(outputs[role].argmax(axis=1) * side / bins)
-    scores = np.minimum(outputs["simcc_x"].max(axis=1), outputs["simcc_y"].max(axis=1))
-    return _tell_single(np.stack(places, axis=1).astype(np.float32), scores, placement, manifest, parameters)
+            raise OutputError(f"simcc_{axis} has {bins} bins, and the input {side} pixels: mend the outputs or that")
+        places.append(own.argmax(axis=1) * side / bins)
+    scores = np.minimum(*(own.max(axis=1) for own in maps))
+    return _tell_single(outputs, np.stack(places, axis=1).astype(np.float32), scores, parameters)
 
 
-def _decode_centernet(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: centernet.Parameters, arrays: Arrays
-) -> list[Prediction]:
-    detections, points = centernet.find_objects(outputs, size, manifest, parameters)
-    keypoints = _with_score(points, detections) if "landmarks" in outputs else None
-    return to_predictions(detections, manifest.labels, keypoints=keypoints)
-
-
-def _decode_anchor_free(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: AnchorFreeParameters, arrays: Arrays
-) -> list[Prediction]:
-    detections, landmarks = find_around_cells(outputs, size, manifest, parameters), outputs["landmarks"]
-    points, units = parameters.locate(len(landmarks), detections.placement.input)
+def _find_around_cells(outputs: Outputs, parameters: AnchorFreeParameters) -> Detections:
+    detections, landmarks = find_around_cells(outputs, parameters), outputs.values["landmarks"]
+    points, units = parameters.locate(len(landmarks), outputs.placement.input)
     own = landmarks[detections.rows].reshape(len(detections.rows), landmarks.shape[1] // 2, 2)
     with np.errstate(over="ignore", invalid="ignore"):
         own = points[detections.rows, None] + own * units[detections.rows, None]
-    return to_predictions(detections, manifest.labels, keypoints=_with_score(own, detections))
+    return _with_points(outputs, detections, own, detections.scores)
 
 
-def _to_image(points: np.ndarray, scores: np.ndarray, placement: Placement) -> np.ndarray:
-    """Points `[n, K, 2]` in the input's pixels and their scores `[n, K]`, as `[n, K, 3]` in the image's."""
-    located = clip(placement.to_image(np.ascontiguousarray(points)), placement.image)
-    return np.concatenate([located, scores[..., None]], axis=-1)
-
-
-def _with_score(points: np.ndarray, detections: Detections) -> np.ndarray:
-    """Points `[n, K, 2]` in the input's pixels that have their detection's score, as `_to_image` returns them."""
-    return _to_image(points, np.broadcast_to(detections.scores[:, None], points.shape[:2]), detections.placement)
+def _with_points(
+    outputs: Outputs, detections: Detections, points: np.ndarray, scores: np.ndarray, relative: bool = False
+) -> Detections:
+    """Detections with points `[n, K, 2]`, in the input's pixels or relative to it; `scores` as in `to_keypoints`."""
+    points = points * np.array(outputs.placement.input, np.float32) if relative else points
+    return replace(detections, keypoints=to_keypoints(points, scores, outputs.placement))
 
 
 def _tell_single(
-    points: np.ndarray, scores: np.ndarray, placement: Placement, manifest: Manifest, parameters: SingleParameters
+    outputs: Outputs, points: np.ndarray, scores: np.ndarray, parameters: SingleParameters
 ) -> list[Prediction]:
     """The one object, whose box is the bounds of its points `[K, 2]`, in the input's pixels."""
-    keypoints = _to_image(points[None], scores[None], placement)
+    keypoints = to_keypoints(points[None], scores[None], outputs.placement)
     score = scores.mean()
     if not (score > parameters.score_threshold and np.isfinite(keypoints).all()):
         return []
     places = keypoints[0, :, :2]
     box = np.concatenate([places.min(axis=0), places.max(axis=0)])[None]
     first = np.zeros(1, int)
-    return to_predictions(Detections(box, first, score[None], first, placement), manifest.labels, keypoints=keypoints)
-
-
-def _are_points(values: np.ndarray) -> bool:
-    """Several points, and not one number or two."""
-    return values[0].size > FEWEST_NUMBERS
+    return Detections(box, first, score[None], first, keypoints=keypoints).to_predictions(outputs.labels)
 
 
 KEYPOINTS = [
@@ -256,30 +203,34 @@ KEYPOINTS = [
     Role("keypoint_scores", ("N K",), optional=True),
 ]
 POINTS = [
-    Role("points", ("K 3", "1 K 3", "K 2", "1 K 2", "2K", "3K", "1 1 2K", "1 1 3K"), _are_points),
+    Role(
+        "points",
+        ("K 3", "1 K 3", "K 2", "1 K 2", "2K", "3K", "1 1 2K", "1 1 3K"),
+        lambda values: values[0].size > FEWEST_NUMBERS,
+    ),
     Role("scores", ("K", "K 1", "1", "1 1 1"), optional=True),
 ]
 YOLO = [Role("predictions", ("4+C+3K A", "A 4+C+3K", "A 5+C+3K"))]
 DECODERS = {
-    "end_to_end": make_decoder(_decode_end_to_end, KeypointParameters, KEYPOINTS, suggest=suggest_end_to_end),
+    "end_to_end": make_decoder(_find_end_to_end, KeypointParameters, KEYPOINTS, suggest=suggest_end_to_end),
     "points": make_decoder(_decode_points, PointParameters, POINTS, suggest=_suggest_points),
     "ssd": make_decoder(
-        _decode_ssd,
+        _find_anchored,
         SsdParameters,
         [Role("offsets", ("A 4",)), SCORES, Role("landmarks", ("A 2K",))],
         [Role("offsets", ("A 4+2K",)), SCORES],
         suggest=suggest_ssd,
     ),
     "anchor_free": make_decoder(
-        _decode_anchor_free,
+        _find_around_cells,
         AnchorFreeParameters,
         [*DISTANCES, Role("landmarks", ("A 2K",)), OBJECTNESS],
         suggest=suggest_anchor_free,
     ),
     "simcc": make_decoder(_decode_simcc, SingleParameters, [Role("simcc_x", ("K X",)), Role("simcc_y", ("K Y",))]),
-    "yolo": make_decoder(_decode_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
+    "yolo": make_decoder(_find_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),
     "centernet": make_decoder(
-        _decode_centernet,
+        centernet.find_objects,
         centernet.Parameters,
         [*centernet.ROLES, centernet.LANDMARKS],
         suggest=centernet.suggest_parameters,

@@ -7,13 +7,23 @@ sum of such terms (`4+C+3K`). `C` is the number of labels. Executors import this
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from helpers.bundle.manifest import OPEN, Manifest
-from helpers.tasks.interface import AmbiguityError, Arrays, Decoder, OutputError, Prediction, Shapes, Sizes
+from helpers.images.geometry import place
+from helpers.tasks.boxes import Detections
+from helpers.tasks.interface import (
+    AmbiguityError,
+    Arrays,
+    OutputError,
+    Outputs,
+    Prediction,
+    Shapes,
+    Sizes,
+)
 
 TERM = re.compile(r"(\d*)([A-Za-z]?)")
 Sides = Mapping[str, int]
@@ -54,74 +64,93 @@ def are_whole(values: np.ndarray) -> bool:
     return bool((values == np.rint(values)).all())
 
 
+def suggest_nothing(samples: Arrays, labels: int) -> dict[str, Any]:
+    """Of a decoder whose parameters no outputs tell."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """One way to read the outputs of networks for a task.
+
+    Attributes:
+        predict: takes the outputs of a batch by role, the images' sizes, the manifest, the parameters and the bundle's
+            arrays; returns a list of predictions per image, or for an embedding a list of numbers per image.
+        parameters: a frozen dataclass, each with a default; raises ConfigError for an impossible value.
+        alternatives: the roles of the outputs, in one way or another.
+        suggest_parameters: takes outputs of real images by role, float32 `[B, ...]`, and the number of labels; returns
+            the parameters that these tell and that are not as by default.
+    """
+
+    predict: Callable[[Arrays, Sizes, Manifest, Mapping[str, Any], Arrays], list[Any]]
+    parameters: type
+    alternatives: Sequence[Sequence[Role]]
+    suggest_parameters: Callable[[Arrays, int], dict[str, Any]] = suggest_nothing
+
+    def assign_roles(self, samples: Arrays, labels: int) -> dict[str, str]:
+        """Tell which output plays which role; shapes and ranges decide, not names.
+
+        Args:
+            samples: outputs of real images by name, float32 `[B, ...]`.
+            labels: how many there are; 0 if nobody has said.
+
+        Returns:
+            The name of each role's output; outputs without a role are not among them.
+
+        Raises:
+            OutputError: a role fits no output, or several outputs fit equally well.
+        """
+        problems: list[OutputError] = []
+        for roles in self.alternatives:
+            try:
+                return _assign(roles, samples, labels)
+            except OutputError as error:
+                problems.append(error)
+        if ambiguity := next((problem for problem in problems if isinstance(problem, AmbiguityError)), None):
+            raise ambiguity
+        remedy = "the card's `outputs: {ROLE: NAME}` can name the output of a role"
+        shapes = ", ".join(f"{name} {list(values.shape[1:])}" for name, values in samples.items())
+        raise OutputError(f"{', and '.join(map(str, problems))}; the model has {shapes}: {remedy}")
+
+    def check_shapes(self, shapes: Shapes, labels: int) -> None:
+        """Compare shapes of outputs, by role, with what the decoder takes.
+
+        Raises:
+            OutputError: an output is missing, unknown, or of another shape than the labels and the other outputs need.
+        """
+        problems = []
+        # Those first that have most of the names, because their message says most.
+        for roles in sorted(self.alternatives, key=lambda roles: -len({role.name for role in roles} & set(shapes))):
+            try:
+                return _check(roles, shapes, labels)
+            except OutputError as error:
+                problems.append(error)
+        raise problems[0]
+
+
 def make_decoder(
-    decode: Callable[[Arrays, tuple[int, int], Manifest, Any, Arrays], list[Prediction]],
+    decode: Callable[[Outputs, Any], Detections | list[Prediction]],
     parameters: type,
     *alternatives: Sequence[Role],
-    suggest: Callable[[Arrays, int], dict[str, Any]] = lambda samples, labels: {},
+    suggest: Callable[[Arrays, int], dict[str, Any]] = suggest_nothing,
 ) -> Decoder:
-    """Make a decoder that looks at one image at a time.
+    """Make a decoder of a function that takes the outputs of one image and an instance of `parameters`.
 
-    Args:
-        decode: takes the outputs of one image by role, its size, the manifest, an instance of `parameters` and the
-            bundle's arrays.
-        parameters: as `Decoder` has them.
-        *alternatives: what the outputs are, in one way or another.
-        suggest: as `Decoder.suggest_parameters`.
+    The other arguments are those of `Decoder`.
     """
 
     def predict(
         outputs: Arrays, sizes: Sizes, manifest: Manifest, settings: Mapping[str, Any], arrays: Arrays
     ) -> list[list[Prediction]]:
-        chosen = parameters(**settings)
-        images = ({name: values[i] for name, values in outputs.items()} for i in range(len(sizes)))
-        return [decode(image, size, manifest, chosen, arrays) for image, size in zip(images, sizes, strict=True)]
+        chosen, predictions = parameters(**settings), []
+        for i, size in enumerate(sizes):
+            values = {role: output[i] for role, output in outputs.items()}
+            own = Outputs(values, place(manifest.input, size), manifest.labels, arrays, manifest.name)
+            result = decode(own, chosen)
+            predictions.append(result.to_predictions(manifest.labels) if isinstance(result, Detections) else result)
+        return predictions
 
-    assign, check = partial(assign_roles, alternatives), partial(check_shapes, alternatives)
-    return Decoder(predict, parameters, assign, check, suggest)
-
-
-def assign_roles(alternatives: Sequence[Sequence[Role]], samples: Arrays, labels: int) -> dict[str, str]:
-    """Tell which output plays which role.
-
-    Args:
-        alternatives: the roles of a decoder, in one way or another.
-        samples: outputs of real images by name, float32 `[B, ...]`.
-        labels: how many there are; 0 if nobody has said.
-
-    Returns:
-        The name of each role's output; outputs without a role are not among them.
-
-    Raises:
-        OutputError: a role fits no output, or several outputs fit equally well.
-    """
-    problems: list[OutputError] = []
-    for roles in alternatives:
-        try:
-            return _assign(roles, samples, labels)
-        except OutputError as error:
-            problems.append(error)
-    if ambiguity := next((problem for problem in problems if isinstance(problem, AmbiguityError)), None):
-        raise ambiguity
-    remedy = "the card's `outputs: {ROLE: NAME}` can name the output of a role"
-    shapes = _list({name: values.shape[1:] for name, values in samples.items()})
-    raise OutputError(f"{', and '.join(map(str, problems))}; the model has {shapes}: {remedy}")
-
-
-def check_shapes(alternatives: Sequence[Sequence[Role]], shapes: Shapes, labels: int) -> None:
-    """Compare shapes of outputs, by role, with what a decoder takes.
-
-    Raises:
-        OutputError: an output is missing, unknown, or of another shape than the labels and the other outputs need.
-    """
-    problems = []
-    # Those first that have most of the names, because their message says most.
-    for roles in sorted(alternatives, key=lambda roles: -len({role.name for role in roles} & set(shapes))):
-        try:
-            return _check(roles, shapes, labels)
-        except OutputError as error:
-            problems.append(error)
-    raise problems[0]
+    return Decoder(predict, parameters, alternatives, suggest)
 
 
 def _assign(roles: Sequence[Role], samples: Arrays, labels: int) -> dict[str, str]:
@@ -198,15 +227,11 @@ def _bind(side: str, value: int, sides: Sides) -> Sides | None:
 
 def _choices(roles: Sequence[Role], candidates: list[list[str]]) -> Iterator[dict[str, str]]:
     """Every way to give each role an output of its own, optional ones left out too."""
-    if not roles:
-        yield {}
-        return
-    for rest in _choices(roles[1:], candidates[1:]):
-        for name in candidates[0]:
-            if name not in rest.values():
-                yield {roles[0].name: name, **rest}
-        if roles[0].optional:
-            yield rest
+    options = [[*names, None] if role.optional else names for role, names in zip(roles, candidates, strict=True)]
+    for names in product(*options):
+        choice = {role.name: name for role, name in zip(roles, names, strict=True) if name is not None}
+        if len(set(choice.values())) == len(choice):
+            yield choice
 
 
 def _agree(roles: Sequence[Role], choice: dict[str, str], shapes: Shapes, labels: int) -> bool:
@@ -221,7 +246,3 @@ def _rank(roles: Sequence[Role], choice: dict[str, str]) -> tuple[int, int]:
     """More roles are better; names decide only between choices that shapes and ranges cannot tell apart."""
     words = {role.name: role.word or role.name.rstrip("s") for role in roles}
     return len(choice), sum(words[role] in name.lower() for role, name in choice.items())
-
-
-def _list(shapes: Shapes) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())

@@ -1,19 +1,18 @@
 """The class of each pixel: one prediction per class that an image has, with a mask at the image's size."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from helpers.bundle.manifest import Manifest
 from helpers.errors import check_parameters
 from helpers.images import rle
 from helpers.images.enlargement import Window, enlarge, nearest, visible_window
-from helpers.images.geometry import place
+from helpers.images.geometry import Placement
 from helpers.tasks.boxes import SIDES, check_classes
 from helpers.tasks.classification import sigmoid
-from helpers.tasks.interface import Arrays, Prediction
+from helpers.tasks.interface import Arrays, DecoderParameters, Outputs, Prediction, make_prediction
 from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
 
 STRIP_VALUES = 2**20  # of all classes, that are enlarged at a time; as many as a processor has at hand
@@ -21,16 +20,13 @@ IGNORED = 255  # what class maps have where there is no class
 
 
 @dataclass(frozen=True)
-class MapParameters:
+class MapParameters(DecoderParameters):
     """Which classes are told.
 
     Attributes:
         background: the class, among the network's, that is not told; -1 for none. If the network has a class more than
             there are labels, that is its background, and the first class unless this says which.
-        min_pixels: a class with fewer is not told.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
+        min_pixels: a class with fewer is not told; 1 or more.
     """
 
     background: int = -1
@@ -48,30 +44,24 @@ class ScoreParameters(MapParameters):
         activation: `softmax`; `sigmoid`, where a pixel is of no class unless one is more probable than not, which
             a single class means always; `none` where scores are probabilities; or `independent` where they are those
             that `sigmoid` gives.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     activation: Literal["softmax", "sigmoid", "none", "independent"] = "softmax"
 
 
-def _decode_scores(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: ScoreParameters, arrays: Arrays
-) -> list[Prediction]:
-    labels = len(manifest.labels)
-    scores = outputs["scores"]
+def _decode_scores(outputs: Outputs, parameters: ScoreParameters) -> list[Prediction]:
+    labels, placement, scores = len(outputs.labels), outputs.placement, outputs.values["scores"]
     if scores.shape[0] not in (labels, labels + 1):
         scores = np.moveaxis(scores, -1, 0)
-    placement, count = place(manifest.input, size), len(scores)
-    classes, sums = np.full(size[::-1], count, np.uint8 if count < 2**8 else np.uint16), np.zeros(count + 1)
+    count = len(scores)
+    classes, sums = _no_classes(placement, count), np.zeros(count + 1)
     for strip in _strips(visible_window(placement), count):
         left, top, right, bottom = strip
         winners, probabilities = _winners(enlarge(scores, placement, strip), parameters.activation)
         classes[top:bottom, left:right] = winners
         sums += np.bincount(winners.ravel(), probabilities.ravel(), count + 1)
     background = max(parameters.background, 0) if count > labels else parameters.background
-    return _tell(classes, sums, background, count, manifest, parameters)
+    return _tell(classes, sums, background, outputs.labels, parameters.min_pixels)
 
 
 def _suggest_scores(samples: Arrays, labels: int) -> dict[str, Any]:
@@ -83,21 +73,22 @@ def _suggest_scores(samples: Arrays, labels: int) -> dict[str, Any]:
     return {"activation": "none" if come_to_one else "independent"}
 
 
-def _decode_map(
-    outputs: Arrays, size: tuple[int, int], manifest: Manifest, parameters: MapParameters, arrays: Arrays
-) -> list[Prediction]:
-    grid = outputs["classes"]
+def _decode_map(outputs: Outputs, parameters: MapParameters) -> list[Prediction]:
+    grid, placement = outputs.values["classes"], outputs.placement
     if grid.ndim == 3:
         grid = grid[0] if grid.shape[0] == 1 else grid[..., 0]
-    labels = len(manifest.labels)
-    count = labels + (parameters.background >= 0)
-    check_classes(grid[(grid >= count) & (grid != IGNORED) | (grid < 0)], manifest, "background")
-    placement = place(manifest.input, size)
+    count = len(outputs.labels) + (parameters.background >= 0)
+    check_classes(grid[(grid >= count) & (grid != IGNORED) | (grid < 0)], outputs.labels, "background")
     left, top, right, bottom = window = visible_window(placement)
-    classes = np.full(size[::-1], count, np.uint8 if count < 2**8 else np.uint16)
+    classes = _no_classes(placement, count)
     classes[top:bottom, left:right] = np.minimum(nearest(grid, placement, window), count)
     sums = np.bincount(classes.ravel(), minlength=count + 1).astype(float)
-    return _tell(classes, sums, parameters.background, count, manifest, parameters)
+    return _tell(classes, sums, parameters.background, outputs.labels, parameters.min_pixels)
+
+
+def _no_classes(placement: Placement, count: int) -> np.ndarray:
+    """The image's pixels, all of no class, which is number `count`: of the smallest type, `[height, width]`."""
+    return np.full(placement.image[::-1], count, np.uint8 if count < 2**8 else np.uint16)
 
 
 def _strips(window: Window, classes: int) -> Iterator[Window]:
@@ -128,41 +119,26 @@ def _winners(scores: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _tell(
-    classes: np.ndarray,
-    sums: np.ndarray,
-    background: int,
-    count: int,
-    manifest: Manifest,
-    parameters: MapParameters,
+    classes: np.ndarray, sums: np.ndarray, background: int, labels: Sequence[str], min_pixels: int
 ) -> list[Prediction]:
     """One prediction per class, the one with most pixels first.
 
     Args:
-        classes: int `[height, width]`, of the image; `count` where there is none.
-        sums: float `[count + 1]`, of the probabilities of each class's pixels.
+        classes: int `[height, width]`, of the image; the number of the network's classes where there is none.
+        sums: float, of the probabilities of each class's pixels, and of those that are of none.
         background: the class that is not told, or -1.
-        count: of the network's classes.
-        manifest: for the labels.
-        parameters: `min_pixels`.
+        labels: of the classes, without a background that the network has beyond them.
+        min_pixels: a class with fewer is not told; 1 or more.
     """
+    count = len(sums) - 1
     pixels = np.bincount(classes.ravel(), minlength=count + 1)[:count]
-    present = [c for c in np.argsort(-pixels, kind="stable").tolist() if pixels[c] and c != background]
     predictions = []
-    for number in present:
-        if pixels[number] < parameters.min_pixels:
+    for number in np.argsort(-pixels, kind="stable").tolist():
+        if number == background or pixels[number] < min_pixels:
             continue
-        class_id = number - (0 <= background < number and count > len(manifest.labels))
-        box, mask = _outline(classes == number)
-        predictions.append(
-            {
-                "class_id": class_id,
-                "label": manifest.labels[class_id],
-                "score": float(sums[number] / pixels[number]),
-                "box": box,
-                "mask": mask,
-                "keypoints": None,
-            }
-        )
+        class_id = number - (0 <= background < number and count > len(labels))
+        score = float(sums[number] / pixels[number])
+        predictions.append(make_prediction(labels, class_id, score, *_outline(classes == number)))
     return predictions
 
 

@@ -24,10 +24,8 @@ EDGE = 2  # pixels from a tile's edge, at which a box may be cut
 def tiles(size: tuple[int, int], tile: tuple[int, int], overlap: float) -> list[Window]:
     """Windows of one size that cover an image evenly, row by row; smaller ones where the image is smaller.
 
-    Args:
-        size: of the image: width and height, in pixels.
-        tile: width and height of a window.
-        overlap: share of a window's side that neighbors have in common, at least; below 1.
+    Sizes are width and height, in pixels; `overlap` is the share of a window's side that neighbors have in common, at
+    least, and below 1.
     """
     columns, rows = (_spans(side, length, overlap) for side, length in zip(size, tile, strict=True))
     return [(left, top, right, bottom) for top, bottom in rows for left, right in columns]

@@ -5,15 +5,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from helpers.bundle.manifest import Manifest
-from helpers.errors import check_parameters
-from helpers.images.geometry import place
 from helpers.tasks.boxes import LARGEST_RELATIVE, Detections, locate, make_cells, suppress, to_corners, to_input
-from helpers.tasks.interface import Arrays
+from helpers.tasks.interface import Arrays, DecoderParameters, Outputs
 
 
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(DecoderParameters):
     """How detections are chosen; the defaults are usual for a look at images.
 
     Attributes:
@@ -24,9 +21,6 @@ class Parameters:
         grid: `strides` if boxes are raw, as YOLOX gives them: offsets from the cells of grids, such as those of 8, 16
             and 32 pixels, and logarithms of sizes; `decoded` if they are boxes.
         relative: the numbers of boxes are relative to the network's input, 0 to 1, and not its pixels.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
     """
 
     score_threshold: float = 0.25
@@ -35,9 +29,6 @@ class Parameters:
     class_agnostic: bool = False
     grid: Literal["decoded", "strides"] = "decoded"
     relative: bool = False
-
-    def __post_init__(self) -> None:
-        check_parameters(self)
 
 
 def suggest_parameters(samples: Arrays, labels: int) -> dict[str, Any]:
@@ -52,29 +43,24 @@ def suggest_parameters(samples: Arrays, labels: int) -> dict[str, Any]:
     return {"relative": True} if 0 < table[:, :4].max(initial=0) <= LARGEST_RELATIVE else {}
 
 
-def find_objects(
-    predictions: np.ndarray, size: tuple[int, int], manifest: Manifest, parameters: Parameters, others: int = 0
-) -> tuple[Detections, np.ndarray]:
-    """Detect the objects of one image.
+def find_objects(outputs: Outputs, parameters: Parameters) -> Detections:
+    """The detections of the output `predictions`."""
+    return find_with_others(outputs, parameters)[0]
 
-    Args:
-        predictions: float32 `[4 + C + others, A]` or transposed, boxes as center and size, and the scores of the
-            classes; or `[A, 5 + C + others]` with the objectness that the scores are multiplied with.
-        size: of the image: width and height.
-        manifest: for the input and the labels.
-        parameters: thresholds.
-        others: numbers of each candidate that follow its scores.
 
-    Returns:
-        The detections, and their other numbers, float32 `[n, others]`.
+def find_with_others(outputs: Outputs, parameters: Parameters, others: int = 0) -> tuple[Detections, np.ndarray]:
+    """The detections, and the other numbers of each, float32 `[n, others]`.
+
+    The output `predictions` is float32 `[4 + C + others, A]` or transposed, boxes as center and size, and the scores of
+    the classes; or `[A, 5 + C + others]` with the objectness that the scores are multiplied with.
     """
-    table = _orient(predictions, len(manifest.labels) + others)
-    first = table.shape[0] - others - len(manifest.labels)  # 4, or 5 where objectness stands between
+    labels, placement = len(outputs.labels), outputs.placement
+    table = _orient(outputs.values["predictions"], labels + others)
+    first = table.shape[0] - others - labels  # 4, or 5 where objectness stands between
     scores = table[first : table.shape[0] - others]
     best = scores.max(axis=0) if first == 4 else scores.max(axis=0) * table[4]
     candidates = np.flatnonzero((best > parameters.score_threshold) & np.isfinite(best))
     classes, best = scores[:, candidates].argmax(axis=0), best[candidates]
-    placement = place(manifest.input, size)
     raw = table[:4, candidates].T
     with np.errstate(over="ignore", invalid="ignore"):
         if parameters.grid == "strides":
@@ -85,8 +71,8 @@ def find_objects(
     usable = np.isfinite(boxes).all(axis=1)
     candidates, classes, best, boxes = candidates[usable], classes[usable], best[usable], boxes[usable]
     rows = suppress(boxes, best, parameters.nms_threshold, None if parameters.class_agnostic else classes)
-    detections = locate(boxes[rows], classes[rows], best[rows], manifest, size, parameters.max_detections)
-    return detections, table[table.shape[0] - others :, candidates[rows[detections.rows]]].T
+    detections = locate(outputs, boxes[rows], classes[rows], best[rows], candidates[rows], parameters.max_detections)
+    return detections, table[table.shape[0] - others :, detections.rows].T
 
 
 def _orient(predictions: np.ndarray, numbers: int) -> np.ndarray:

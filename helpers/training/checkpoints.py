@@ -15,7 +15,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,20 +26,13 @@ from helpers.storage import Storage, open_storage
 from helpers.training.group import Group
 from helpers.training.rank import CHECKPOINT_NOTE, RUN_ID
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful
+
 log = logging.getLogger(__name__)
 
 KEPT = 2  # should the newest be damaged, there is one before it
 NAME = "step-{:09d}.pt"
-
-
-class Stateful(Protocol):
-    """A part of a training: a network, an optimizer, a schedule."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state: tensors, numbers, text and containers of them."""
-
-    def load_state_dict(self, state_dict: Any) -> Any:
-        """Load a state that `state_dict` has returned."""
 
 
 @dataclasses.dataclass
@@ -74,7 +67,7 @@ class Checkpoints:
         self,
         place: str,
         group: Group,
-        parts: Mapping[str, Stateful],
+        parts: Mapping[str, "Stateful"],
         settings: Mapping[str, Any],
         resume: bool = True,
         config: Any = None,
@@ -96,8 +89,7 @@ class Checkpoints:
     def restore(self) -> Progress:
         """Put every part in the state of the newest valid checkpoint, and tell how far the training had come.
 
-        Raises:
-            TrainingError: the checkpoint is of a training with other settings.
+        Raises TrainingError if the checkpoint is of a training with other settings.
         """
         content = self.group.broadcast(self._find() if self.group.rank == 0 else None)
         if content is None:
@@ -146,9 +138,7 @@ class Checkpoints:
             try:
                 content = self.storage.read(path)
                 saved = _load(content)
-            except (
-                Exception
-            ) as error:  # for bytes that are no checkpoint, torch raises whatever its parsers come across
+            except Exception as error:  # for damaged bytes torch raises whatever its parsers come across
                 log.warning("checkpoint %s is damaged and skipped: %s", path, first_line(error))
                 continue
             # Ranks that `train_on_spark` has started again go on from their own in any case.

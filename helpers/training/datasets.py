@@ -62,8 +62,7 @@ class Form(Protocol):
 def count_steps(images: Sized, batch_size: int, group: Group) -> int:
     """How many steps an epoch has; the last, incomplete batch is left out.
 
-    Raises:
-        TrainingError: there is not one batch, or no share of it for each rank.
+    Raises TrainingError if there is not one batch, or no share of it for each rank.
     """
     if batch_size % group.world_size:
         raise TrainingError(f"batch size {batch_size} does not divide over {group.world_size} ranks")
@@ -75,10 +74,9 @@ def count_steps(images: Sized, batch_size: int, group: Group) -> int:
 def share_batches(
     images: int, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0
 ) -> Iterator[torch.Tensor]:
-    """This rank's share, int64 indices, of each batch of an epoch, in a random order of all images.
+    """This rank's share, int64 indices, of each batch of an epoch from step `first` on, in random order of all images.
 
-    Together the shares of step k are the batch that a single process would take at step k. `first` is the step to
-    begin with.
+    Together the shares of step k are the batch that a single process would take at step k.
     """
     everything: Any = range(images)  # which the sampler asks for its length alone
     sampler: DistributedSampler = DistributedSampler(
@@ -90,13 +88,9 @@ def share_batches(
 
 
 def read_batches(images: Any, shares: Iterable[torch.Tensor], group: Group, num_workers: int = 0) -> Iterator[Any]:
-    """Read batches, ahead of their use where loaders are to do so.
+    """Read batches of a `DataSet`, of the indices that its `shares` gives.
 
-    Args:
-        images: has `__getitems__`, as a `DataSet` does.
-        shares: indices, as its `shares` gives them.
-        group: with a GPU, batches are put where it fetches them fastest.
-        num_workers: loaders, processes that read ahead for this rank; 0: it reads itself.
+    With `num_workers`, so many processes read ahead for this rank, which reads itself with 0.
     """
     # A generator of its own: else each epoch would draw from the one that the training's own randomness comes from.
     loader = DataLoader(
@@ -117,7 +111,17 @@ def read_batches(images: Any, shares: Iterable[torch.Tensor], group: Group, num_
     return iterator
 
 
-class MappedImages:
+class _Mixed:
+    """A data set that is read in a random order of all its images."""
+
+    def shares(
+        self: Sized, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0
+    ) -> Iterator[torch.Tensor]:
+        """As of a `DataSet`."""
+        return share_batches(len(self), group, batch_size, seed, epoch, first)
+
+
+class MappedImages(_Mixed):
     """Images in an array, which may be a mapped file, and their labels, int64."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, count: int | None = None):
@@ -129,33 +133,20 @@ class MappedImages:
     def __getitems__(self, indices: Any) -> Batch:
         return torch.from_numpy(np.array(self.images[indices])), torch.from_numpy(self.labels[indices])
 
-    def shares(self, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
-        """Of a random order of all."""
-        return share_batches(len(self), group, batch_size, seed, epoch, first)
 
-
-class Folder:
+class Folder(_Mixed):
     """Image files below FOLDER/images, and a table with a row for each."""
 
     def __init__(self, place: str, form: Form, table: pa.Table, source: str, config: Any = None):
-        """Read no image.
+        """Read no image; the table has `file` string, relative to FOLDER/images, and what the form needs.
 
-        Args:
-            place: the folder.
-            form: what to make of an image.
-            table: `file` string, relative to FOLDER/images, and what the form needs.
-            source: what the table was read from, for errors.
-            config: its `storage` says how object storage is reached.
+        Errors name `source`, which the table was read from. The config's `storage` says how object storage is reached.
         """
         self.storage, self.form, self.source = open_storage(f"{place}/images", config), form, source
         self.table = table.combine_chunks()  # Arrow's: millions of Python objects would take ten times the memory
 
     def __len__(self) -> int:
         return self.table.num_rows
-
-    def shares(self, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
-        """Of a random order of all."""
-        return share_batches(len(self), group, batch_size, seed, epoch, first)
 
     def __getitems__(self, indices: Any) -> Any:
         rows = self.table.take(pa.array(np.asarray(indices))).to_pylist()
@@ -181,8 +172,7 @@ class Shards:
     def __init__(self, place: str, form: Form, count: int | None = None, config: Any = None):
         """Read the index, and take the first images only where a count is given.
 
-        Raises:
-            DataError: the shards are of another kind.
+        Raises DataError if the shards are of another kind.
         """
         self.storage, self.form = open_storage(place, config), form
         index = json.loads(self.storage.read(INDEX))
@@ -235,11 +225,7 @@ def is_sharded(place: str, config: Any = None) -> bool:
 
 
 def load_image(content: memoryview, spec: InputSpec, file: str) -> tuple[np.ndarray, Size]:
-    """Decode and resize a stored image as the pipeline does (`helpers.images.decoding.load`).
-
-    Raises:
-        DataError: the image cannot be read; names it.
-    """
+    """Decode and resize a stored image as the pipeline does; raises DataError, which names it, if it cannot be read."""
     try:
         return decoding.load(content, spec, OPENCV_PIXELS)
     except boundary.UnreadableImageError as error:

@@ -94,11 +94,7 @@ def join_group(device: Device = "cpu", threads: int = 1, run_dir: str | None = N
 
 @contextlib.contextmanager
 def lock_run(run_dir: str) -> Iterator[None]:
-    """Lock a run directory for one training; object storage, and a file system without locks, give a warning.
-
-    Raises:
-        TrainingError: another training is at work there.
-    """
+    """Lock a run directory for one training, or raise TrainingError; without locks there is a warning."""
     with contextlib.ExitStack() as stack:
         deadline, waiting = time.monotonic() + LOCK_SECONDS, True
         while waiting:

@@ -274,8 +274,12 @@ class _Task:
 
     def _environment(self, context: "BarrierTaskContext") -> dict[str, str]:
         number = context.partitionId()
-        own: dict[str, Any] = {"host": context.getTaskInfos()[number].address.rpartition(":")[0], "port": _free_port()}
-        own["gpu"] = _visible_device(context.resources()["gpu"].addresses[0]) if self.use_gpu else None
+        with socket.socket() as free:
+            free.bind(("", 0))
+            own = {"host": context.getTaskInfos()[number].address.rpartition(":")[0], "port": free.getsockname()[1]}
+        if self.use_gpu:
+            address, devices = context.resources()["gpu"].addresses[0], os.environ.get("CUDA_VISIBLE_DEVICES")
+            own["gpu"] = devices.split(",")[int(address)] if devices else address  # Spark counts those that it sees
         ranks = [json.loads(other) for other in context.allGather(json.dumps(own))]
         neighbors = [place for place, other in enumerate(ranks) if other["host"] == own["host"]]
         environment = {
@@ -352,15 +356,3 @@ def _wait(child: subprocess.Popen, context: "BarrierTaskContext") -> float:
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
             child.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
-
-
-def _visible_device(address: str) -> str:
-    """Spark counts the GPUs that its executor sees."""
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return devices.split(",")[int(address)] if devices else address

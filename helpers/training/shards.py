@@ -40,7 +40,7 @@ def write_shards(
     """Pack images and what is known of them into shards, in Spark tasks; which is in which is as good as random.
 
     Only rows cross Spark's exchange, no image: each task reads the files of its shard and writes it. The index comes
-    last, so that a training never meets half a data set.
+    last, so that a training never meets half a data set. Returns the number of images.
 
     Args:
         rows: `file` string, relative to `images`, and any columns that training needs: `label` int for the classifier,
@@ -50,9 +50,6 @@ def write_shards(
         images_per_shard: about; a rank holds a few shards in memory.
         config: how object storage is reached.
         labels: names of the classes, which YOLACT takes from the data set.
-
-    Returns:
-        How many images there are.
 
     Raises:
         DataError: there is no image, or one cannot be read.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 USED_STAGES = 3
 
@@ -21,7 +22,7 @@ class ResNet(nn.Module):
         widths = [64 * 2**stage for stage in range(len(blocks))]
         inputs = [64, *(4 * width for width in widths)]
         self.layers = nn.ModuleList(
-            _resnet_stage(inputs[stage], width, blocks[stage], stride=1 if stage == 0 else 2)
+            _stage(Bottleneck, inputs[stage], width, blocks[stage], stride=1 if stage == 0 else 2)
             for stage, width in enumerate(widths)
         )
         self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
@@ -32,27 +33,6 @@ class ResNet(nn.Module):
         """Return C3, C4 and C5."""
         features = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), kernel_size=3, stride=2, padding=1)
         return _last_stages(self.layers, features)
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions with a shortcut; the 3x3 one carries the stride."""
-
-    def __init__(self, inputs: int, width: int, stride: int):
-        super().__init__()
-        outputs = 4 * width
-        self.conv1 = nn.Conv2d(inputs, width, kernel_size=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, outputs, kernel_size=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.downsample = _shortcut(inputs, outputs, stride)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Map `[B, inputs, H, W]` to `[B, 4 width, H / stride, W / stride]`."""
-        inner = F.relu(self.bn1(self.conv1(features)))
-        inner = F.relu(self.bn2(self.conv2(inner)))
-        return F.relu(self.bn3(self.conv3(inner)) + self.downsample(features))
 
 
 class SmallResNet(nn.Module):
@@ -70,9 +50,7 @@ class SmallResNet(nn.Module):
             nn.ReLU(),
         )
         self.layers = nn.ModuleList(
-            nn.Sequential(
-                BasicBlock(inputs[stage], width, stride=2), *(BasicBlock(width, width) for _ in range(count - 1))
-            )
+            _stage(BasicBlock, inputs[stage], width, count, stride=2)
             for stage, (width, count) in enumerate(zip(widths, blocks, strict=True))
         )
         self.channels = list(widths[-USED_STAGES:])
@@ -82,30 +60,18 @@ class SmallResNet(nn.Module):
         return _last_stages(self.layers, self.stem(images))
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut; the first one carries the stride."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, kernel_size=3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.downsample = _shortcut(inputs, outputs, stride)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Map `[B, inputs, H, W]` to `[B, outputs, H / stride, W / stride]`."""
-        inner = F.relu(self.bn1(self.conv1(features)))
-        return F.relu(self.bn2(self.conv2(inner)) + self.downsample(features))
-
-
 class DarkNet(nn.Module):
     """Residual network of YOLOv3 (Redmon and Farhadi, 2018, table 1), without its classifier."""
 
     def __init__(self, blocks: tuple[int, ...]):
         super().__init__()
         widths = [32 * 2**stage for stage in range(len(blocks))]
-        self.layers = nn.ModuleList(_darknet_stage(width, count) for width, count in zip(widths, blocks, strict=True))
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                _darknet_unit(width, 2 * width, kernel=3, stride=2), *(DarkNetBlock(width) for _ in range(count))
+            )
+            for width, count in zip(widths, blocks, strict=True)
+        )
         self._preconv = _darknet_unit(3, 32, kernel=3)
         self.channels = [2 * width for width in widths[-USED_STAGES:]]
 
@@ -135,23 +101,13 @@ BACKBONES: dict[str, Callable[[], ResNet | SmallResNet | DarkNet]] = {
 }
 
 
-def _resnet_stage(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
-    following = (Bottleneck(4 * width, width, stride=1) for _ in range(blocks - 1))
-    return nn.Sequential(Bottleneck(inputs, width, stride), *following)
-
-
-def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """The block's input, projected where its shape is not the output's (He et al., 2016, option B)."""
-    if stride == 1 and inputs == outputs:
-        return nn.Identity()
-    projection = nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False)
-    return nn.Sequential(projection, nn.BatchNorm2d(outputs))
-
-
-def _darknet_stage(width: int, blocks: int) -> nn.Sequential:
-    return nn.Sequential(
-        _darknet_unit(width, 2 * width, kernel=3, stride=2), *(DarkNetBlock(width) for _ in range(blocks))
-    )
+def _stage(block: type[BasicBlock | Bottleneck], inputs: int, width: int, count: int, stride: int) -> nn.Sequential:
+    """Blocks of which the first carries the stride, and projects its shortcut where that changes the shape."""
+    outputs, first = block.expansion * width, block(inputs, width, stride)
+    if stride > 1 or inputs != outputs:  # He et al., 2016, option B
+        projection = nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False)
+        first.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+    return nn.Sequential(first, *(block(outputs, width) for _ in range(count - 1)))
 
 
 def _darknet_unit(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:

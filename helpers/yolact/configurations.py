@@ -85,11 +85,7 @@ CONFIGURATIONS = {
 
 
 def get_configuration(name: str, labels: Sequence[str] = ()) -> Configuration:
-    """Look a network up by name; labels, where there are any, take the place of its own.
-
-    Raises:
-        BundleError: there is none of that name.
-    """
+    """Look a network up by name, or raise BundleError; labels, if any, take the place of its own."""
     if name not in CONFIGURATIONS:
         raise BundleError(f"no YOLACT architecture {name!r}; there are {', '.join(CONFIGURATIONS)}")
     return replace(CONFIGURATIONS[name], labels=tuple(labels)) if labels else CONFIGURATIONS[name]

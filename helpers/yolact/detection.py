@@ -78,13 +78,8 @@ def find_instances(
 ) -> list[dict[str, Any]]:
     """Detect the instances of one image and assemble their masks.
 
-    Args:
-        heads: `loc`, `conf` and `mask` as for `detect`, and `proto`, float32 `[H, W, prototypes]`.
-        priors: float32 `[A, 4]`, anchors.
-        parameters: thresholds and method.
-        input_size: side of the network's input in pixels.
-        image_size: width and height of the image in pixels; boxes are in them, and masks of that size.
-        labels: of the foreground classes.
+    The heads are `loc`, `conf` and `mask` as for `detect`, and `proto`, float32 `[H, W, prototypes]`; labels are of the
+    foreground classes. Boxes are in pixels of the image, of `image_size` (width, height), and masks of that size.
 
     Returns:
         Predictions as the pipeline's results hold them, the most probable first.
@@ -157,10 +152,7 @@ def to_pixels(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
 def overlaps(one: np.ndarray, other: np.ndarray, border: float = 0.0) -> np.ndarray:
     """Intersection over union of boxes `[..., 4]`, broadcast; two boxes without area give not-a-number.
 
-    Args:
-        one: boxes.
-        other: boxes.
-        border: added to every side: 1 where boxes are pixels, both ends included.
+    `border` is added to every side: 1 where boxes are pixels, both ends included.
     """
     low, high = np.maximum(one[..., :2], other[..., :2]), np.minimum(one[..., 2:], other[..., 2:])
     both = np.maximum(high - low + np.float32(border), 0).prod(axis=-1)
@@ -173,13 +165,8 @@ def fast_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Parameter
     """Suppress within each class what overlaps anything more probable, be that suppressed or not (section 5).
 
     The definition compares all candidates of all classes; few of them can be among the best `max_detections`, so
-    candidates are looked at from the best down, a block at a time, until there are enough.
-
-    Args:
-        probabilities: float32 `[classes, n]`.
-        boxes: float32 `[n, 4]`.
-        parameters: thresholds.
-        size: not used.
+    candidates are looked at from the best down, a block at a time, until there are enough. Probabilities are float32
+    `[classes, n]`, and boxes float32 `[n, 4]`; `size` is not used.
     """
     order = _best_of_each(probabilities, parameters.top_k)  # [classes, top_k]
     scores = np.take_along_axis(probabilities, order, axis=1).ravel()
@@ -206,22 +193,21 @@ def cross_class_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Pa
 
 
 def traditional_nms(probabilities: np.ndarray, boxes: np.ndarray, parameters: Parameters, size: int) -> Pairs:
-    """Suppress within each class what overlaps anything more probable that is kept itself.
+    """Suppress within each class what overlaps anything more probable that is kept itself; arguments as for `fast_nms`.
 
-    As the official implementation does, boxes are in pixels of the network's input with both ends included, only
-    probabilities above `score_threshold` count, and a box is suppressed at the threshold itself.
-
-    Args:
-        probabilities: float32 `[classes, n]`.
-        boxes: float32 `[n, 4]`.
-        parameters: thresholds.
-        size: side of the network's input.
+    As the official implementation does, boxes are in pixels of the network's input, of side `size`, with both ends
+    included, only probabilities above `score_threshold` count, and a box is suppressed at the threshold itself.
     """
-    survivors = []
+    survivors, pixels = [], boxes * np.float32(size)
     for row in probabilities:
         candidates = np.flatnonzero(row > parameters.score_threshold)
         candidates = candidates[np.argsort(-row[candidates], kind="stable")]
-        survivors.append(_greedy(boxes * np.float32(size), candidates, parameters.nms_threshold))
+        chosen = []
+        while len(candidates):
+            chosen.append(candidates[0])
+            overlap = overlaps(pixels[candidates[0]], pixels[candidates[1:]], border=1)
+            candidates = candidates[1:][~(overlap >= parameters.nms_threshold)]
+        survivors.append(np.array(chosen, int))
     classes = np.repeat(np.arange(len(survivors)), [len(rows) for rows in survivors])
     anchors = np.concatenate([*survivors, np.zeros(0, int)]).astype(int)
     best = np.argsort(-probabilities[classes, anchors], kind="stable")[: parameters.max_detections]
@@ -233,15 +219,6 @@ NMS: dict[str, Callable[[np.ndarray, np.ndarray, Parameters, int], Pairs]] = {
     "cross_class": cross_class_nms,
     "traditional": traditional_nms,
 }
-
-
-def _greedy(boxes: np.ndarray, candidates: np.ndarray, threshold: float) -> np.ndarray:
-    survivors = []
-    while len(candidates):
-        survivors.append(candidates[0])
-        overlap = overlaps(boxes[candidates[0]], boxes[candidates[1:]], border=1)
-        candidates = candidates[1:][~(overlap >= threshold)]
-    return np.array(survivors, int)
 
 
 def _best_of_each(probabilities: np.ndarray, count: int) -> np.ndarray:

@@ -119,11 +119,8 @@ def _surround(inner: np.ndarray, columns: tuple[bool, bool], rows: tuple[bool, b
 def _crossings(lines: np.ndarray, top: int, axis: Axis, threshold: float) -> np.ndarray:
     """Where the mask begins or ends, as pixels counted down one column after the other.
 
-    Args:
-        lines: float32 `[columns, cells]`, probabilities at the cells from `top - 1` on.
-        top: the first cell that is not surrounding.
-        axis: the image's rows.
-        threshold: of the mask.
+    `lines` are float32 `[columns, cells]`, probabilities at the cells from `top - 1` on, where `top` is the first cell
+    that is not surrounding; `axis` is of the image's rows.
     """
     inside = lines > threshold
     # By position, because numpy finds those of a flat array many times faster than those of a table.

@@ -22,11 +22,7 @@ def level_sizes(size: int, levels: int = 5) -> list[int]:
 
 
 def make_priors(configuration: Configuration, sizes: Iterable[tuple[int, int]] | None = None) -> np.ndarray:
-    """Return the anchors of all levels, one after the other.
-
-    Args:
-        configuration: scales, ratios, and the size that both are relative to.
-        sizes: height and width of each level's map in cells; by default those of the configured input size.
+    """Return the anchors of all levels, one after the other, for maps of the configured input's or of other `sizes`.
 
     Returns:
         float32 `[anchors, 4]`, center x, center y, width and height, relative to the input. They go by level, row,
