@@ -10,12 +10,12 @@ import pytest
 from cluster import read_results
 
 from helpers.errors import RunError
+from helpers.pipeline.folders import staged_counts
 from helpers.pipeline.results import ResultStore, Seen, Work
 from helpers.pipeline.rows import Statistics, is_in, settled, without
 from helpers.pipeline.schemas import EARLIER_RESULT_SCHEMA, KEY_NAMES
 from helpers.pipeline.stages import RESULT_SCHEMA
 from helpers.pipeline.table import File, Table
-from helpers.pipeline.task import staged_counts
 from helpers.storage import open_storage
 from helpers.storage.parquet import write_table
 
@@ -261,7 +261,7 @@ def test_progress_counts_the_files_of_one_run(store):
 
 
 def test_a_staged_files_name_tells_its_counts():
-    assert staged_counts("/x-y/_staging/20260101T000000-abc/000003-1000-12.parquet") == (1000, 12)
+    assert staged_counts(["/x-y/_staging/20260101T000000-abc/000003-1000-12.parquet"]) == (1000, 12)
 
 
 def test_results_without_rows_can_be_read(store):

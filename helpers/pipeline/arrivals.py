@@ -30,9 +30,9 @@ import pyarrow.compute as pc
 from helpers.config import Config
 from helpers.errors import HostError, RunError
 from helpers.images.boundary import READ_ERRORS
+from helpers.pipeline.folders import ABANDONED
 from helpers.pipeline.listing import Listing
 from helpers.pipeline.readers import literal
-from helpers.pipeline.results import ABANDONED
 from helpers.pipeline.rows import file_paths, is_in, is_lasting
 from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.sources import AUTO_LOADER

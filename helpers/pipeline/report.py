@@ -30,9 +30,10 @@ from helpers.images.decoding import load
 from helpers.images.drawing import DRAWN_SCORE
 from helpers.images.spec import InputSpec
 from helpers.images.video import split_path
+from helpers.pipeline.folders import REPORT
 from helpers.pipeline.reading import read_images
 from helpers.pipeline.records import PHASES, read_runs
-from helpers.pipeline.results import REPORT, ResultStore
+from helpers.pipeline.results import ResultStore
 from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.survey import BANDS, Survey
 from helpers.pipeline.task import STAGES

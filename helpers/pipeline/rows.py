@@ -7,6 +7,7 @@ An image is known by its path, length and modification time (`KEY`). Paths of te
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from functools import reduce
 
 import pyarrow as pa
@@ -148,6 +149,15 @@ def rows_of_later_runs(rows: pa.Table, run: str) -> pa.Table:
     """The rows in files of runs that began after one; names begin with that time."""
     later = [file for file in count_values(rows["file"]) if file.rpartition("/")[2][: len(run)] > run]
     return rows.filter(is_in(rows["file"], pa.chunked_array([later], pa.string())))
+
+
+def in_first_file(rows: pa.Table, files: Iterable[str]) -> pa.Table:
+    """Of each image the rows in the first of some files that has any of it."""
+    columns = pa.schema([("file", pa.string()), ("order", pa.int64())])
+    names = list(files)
+    ordered = rows.join(pa.table([names, range(len(names))], schema=columns), "file")
+    ordered = ordered.join(ordered.group_by("path").aggregate([("order", "min")]), "path")
+    return ordered.filter(pc.equal(ordered["order"], ordered["order_min"])).select(rows.schema.names)
 
 
 def count_values(values: pa.ChunkedArray) -> dict[str, int]:

@@ -17,7 +17,7 @@ from helpers.images.boundary import UnreadableImageError
 from helpers.images.decoding import decode
 from helpers.images.drawing import draw, picture_name
 from helpers.images.video import split_path
-from helpers.pipeline.results import PICTURES
+from helpers.pipeline.folders import PICTURES
 from helpers.pipeline.rows import is_in
 from helpers.pipeline.stages import read_images
 from helpers.storage import Storage

@@ -408,12 +408,6 @@ def staging(run: str) -> str:
     return f"{STAGING}/{run}"
 
 
-def staged_counts(path: str) -> tuple[int, int]:
-    """Images and failed images of a task's file, from its name; the driver sees progress in them."""
-    _, images, failed = path.rpartition("/")[2].removesuffix(".parquet").split("-")
-    return int(images), int(failed)
-
-
 def read_staged(batches: Batches, storage: Storage, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Read files of tasks again: a column `path` in, their rows out with the file in the last column of the schema."""
     for batch in batches:
