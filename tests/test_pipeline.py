@@ -26,8 +26,8 @@ from helpers.config import Config, load_config
 from helpers.errors import BundleError, ConfigError, RunError, StorageError, UserError
 from helpers.pipeline import RunSummary
 from helpers.pipeline.listing import list_images
+from helpers.pipeline.report import draw_sample
 from helpers.pipeline.results import ResultStore
-from helpers.pipeline.sample import draw_sample
 from helpers.pipeline.task import STAGES
 from helpers.storage import LocalStorage, open_storage
 from helpers.tracking.progress import Progress

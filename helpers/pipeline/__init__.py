@@ -17,9 +17,8 @@ on the driver
     table        the Delta table that they are in
     catalog      the same results in a table of Spark's
     records      what a run took
-    sample       annotated pictures
     survey       results counted, and a sample chosen
-    report       the page of results
+    report       the page of results, annotated pictures
     exports      results in the formats of other tools
 in tasks
     task         the stages fused, results written

@@ -29,10 +29,10 @@ import numpy as np
 import yaml
 
 from helpers.config import Config
-from helpers.errors import ConfigError, DataError, RunError
+from helpers.errors import ConfigError, RunError
 from helpers.images import rle
 from helpers.images.drawing import DRAWN_SCORE
-from helpers.pipeline.records import read_runs
+from helpers.pipeline.records import runs_of
 from helpers.pipeline.results import ResultStore
 from helpers.storage import Storage, open_storage
 from helpers.storage.parquet import read_table
@@ -137,10 +137,7 @@ def _counted(rows: Iterator[Row], counts: dict[str, int]) -> Iterator[Row]:
 
 def _roots(output: Storage, config: Config) -> list[str]:
     """Where the images of the recorded runs lie, the innermost first."""
-    try:
-        return sorted(read_runs(output.root, config)["source"].unique(), key=len, reverse=True)
-    except DataError:
-        return []
+    return sorted(runs_of(output, config)["source"].unique(), key=len, reverse=True)
 
 
 # ------------------------------------------------------------ formats

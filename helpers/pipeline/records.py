@@ -32,19 +32,8 @@ if TYPE_CHECKING:
 
 RUNS = "runs"
 PACKAGES = ("pyspark", "openvino", "opencv-python-headless", "numpy", "pyarrow")
-SECTIONS = (
-    "source",
-    "reader",
-    "resume",
-    "pictures",
-    "ingest",
-    "partitioning",
-    "inference",
-    "results",
-    "tiling",
-    "cascade",
-    "postprocess",
-)
+SECTIONS = {"source", "reader", "resume", "pictures", "ingest", "partitioning", "inference", "results", "tiling"}
+SECTIONS |= {"cascade", "postprocess"}
 # Anything else below spark.conf may be an account's key under a name of its owner's choice.
 SHOWN_SETTINGS = ("spark.executor.", "spark.task.", "spark.cores.", "spark.speculation", "spark.dynamicAllocation.")
 PHASES = [f"{name}_seconds" for name in ("session", "open", "list", "pass", "publish", "log")] + ["seconds"]
@@ -58,14 +47,12 @@ class Stopwatch:
         self._start = self._last = time.perf_counter()
         self.laps: dict[str, Any] = {}
 
-    def lap(self, phase: str) -> float:
-        """End a phase, and return its seconds."""
+    def lap(self, phase: str) -> None:
+        """End a phase."""
         now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        self.laps[f"{phase}_seconds"] = self.laps.get(f"{phase}_seconds", 0.0) + seconds
+        self.laps[f"{phase}_seconds"] = self.laps.get(f"{phase}_seconds", 0.0) + now - self._last
         self.laps[f"{phase}_ended"] = datetime.now(UTC).isoformat()
-        self.laps["seconds"] = now - self._start
-        return seconds
+        self.laps["seconds"], self._last = now - self._start, now
 
 
 def describe(
@@ -77,16 +64,9 @@ def describe(
     tasks: pa.Table,
     session_seconds: float | None,
 ) -> dict[str, Any]:
-    """What `RUN.json` holds.
+    """What `RUN.json` holds of a run with so many slots, whose tasks have told something (`task.RECORD_SCHEMA`).
 
-    Args:
-        task: the run's.
-        spark: its session.
-        config: its settings; those that cannot hold a secret are taken.
-        slots: how many tasks ran at once.
-        watch: what its phases have taken so far.
-        tasks: what they have told, `task.RECORD_SCHEMA`.
-        session_seconds: from the start of the process until there was a session; None where one was there already.
+    `session_seconds` are from the start of the process until there was a session; None where one was there already.
     """
     return {
         "run": task.run,
@@ -113,17 +93,10 @@ def describe(
 
 def shown_settings(config: Config) -> dict[str, Any]:
     """The settings that cannot hold a secret."""
-    values = config.model_dump(mode="json")
-    spark = values["spark"]
-    return {
-        **{section: values[section] for section in SECTIONS},
-        "spark": {
-            "mode": spark["mode"],
-            "master": shown_master(config),
-            "task_attempts": spark["task_attempts"],
-            "conf": {key: value for key, value in spark["conf"].items() if key.startswith(SHOWN_SETTINGS)},
-        },
-    }
+    values = config.model_dump(mode="json", include=SECTIONS)
+    conf = {key: value for key, value in config.spark.conf.items() if key.startswith(SHOWN_SETTINGS)}
+    spark = {"mode": config.spark.mode, "master": shown_master(config), "task_attempts": config.spark.task_attempts}
+    return values | {"spark": spark | {"conf": conf}}
 
 
 def task_table(records: Iterable[dict[str, Any]]) -> pa.Table:
@@ -134,13 +107,7 @@ def task_table(records: Iterable[dict[str, Any]]) -> pa.Table:
 
 
 def write_record(storage: Storage, run: dict[str, Any], tasks: pa.Table | None = None) -> None:
-    """Write `RUN.json`, in place of what it said before, and `RUN.parquet` ahead of it where tasks have told something.
-
-    Args:
-        storage: the output.
-        run: what `describe` says.
-        tasks: `task.RECORD_SCHEMA`.
-    """
+    """Write `RUN.json` as `describe` has it, in place of what it said before, and ahead of it what tasks have told."""
     if tasks:
         write_table(storage, f"{RUNS}/{run['run']}.parquet", tasks)
     storage.write(f"{RUNS}/{run['run']}.json", json.dumps(run, indent=2).encode())
@@ -149,9 +116,7 @@ def write_record(storage: Storage, run: dict[str, Any], tasks: pa.Table | None =
 def read_runs(locations: str | Iterable[str], config: Config | None = None) -> pd.DataFrame:
     """The runs recorded below some locations, one row each, the oldest first.
 
-    Args:
-        locations: outputs of runs, their `runs` folders, or folders above them.
-        config: says how object storage is reached.
+    Locations are outputs of runs, their `runs` folders, or folders above them; `config` says how they are reached.
 
     Raises:
         DataError: there is no record, or one is damaged.
@@ -174,21 +139,32 @@ def read_runs(locations: str | Iterable[str], config: Config | None = None) -> p
     return table.astype(dict.fromkeys(PHASES, float))
 
 
-def read_tasks(locations: str | Iterable[str], config: Config | None = None) -> pd.DataFrame:
-    """The tasks of all those runs as one table: `task.RECORD_SCHEMA`, and what else tells them apart.
+def runs_of(output: Storage, config: Config) -> pd.DataFrame:
+    """As `read_runs`, of one output, which may have none: a version without records has left none."""
+    try:
+        return read_runs(output.root, config)
+    except DataError:
+        return pd.DataFrame(columns=["source"])
 
-    That is `run`, `output`, `master` and `slots` of their run, and `begin` and `end`, seconds since the pass of the run
-    began. Raises as `read_runs` does.
+
+def read_tasks(locations: str | Iterable[str], config: Config | None = None) -> pd.DataFrame:
+    """The tasks of all those runs as one table (`tasks_of`), with `run`, `output`, `master` and `slots` of their run.
+
+    Raises as `read_runs` does.
     """
     runs, tables = read_runs(locations, config), []
     files = {path: storage for storage, path in _find(locations, config)}
-    for run in runs.itertuples():
-        table = read_table(files[run.file], run.file.removesuffix(".json") + ".parquet").to_pandas()
-        began = run.pass_ended - pd.Timedelta(seconds=run.pass_seconds)
-        begin = (table["started"] - began).dt.total_seconds()
-        extra = {"run": run.run, "output": run.output, "master": run.master, "slots": run.slots, "begin": begin}
-        tables.append(table.assign(**extra, end=begin + table["seconds"]))
+    for _, run in runs.iterrows():
+        tables.append(tasks_of(files[run["file"]], run).assign(**run[["run", "output", "master", "slots"]]))
     return pd.concat(tables, ignore_index=True)
+
+
+def tasks_of(storage: Storage, run: pd.Series) -> pd.DataFrame:
+    """`task.RECORD_SCHEMA` of a run (`read_runs`), and `begin` and `end`, seconds since its pass began."""
+    tasks = read_table(storage, run["file"].removesuffix(".json") + ".parquet").to_pandas()
+    began = run["pass_ended"] - pd.Timedelta(seconds=run["pass_seconds"])
+    begin = (tasks["started"] - began).dt.total_seconds()
+    return tasks.assign(begin=begin, end=begin + tasks["seconds"])
 
 
 def _find(locations: str | Iterable[str], config: Config | None) -> list[tuple[Storage, str]]:

@@ -30,10 +30,9 @@ from helpers.pipeline.known import Known
 from helpers.pipeline.listing import Listing
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_by_spark
 from helpers.pipeline.records import PHASES, Stopwatch, describe, task_table, write_record
-from helpers.pipeline.report import make_report
+from helpers.pipeline.report import draw_sample, make_report, read_pictures
 from helpers.pipeline.results import Seen, Work
 from helpers.pipeline.rows import is_among, outdated, path_range, settled, without
-from helpers.pipeline.sample import draw_sample, read_pictures
 from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.sources import TableSource
 from helpers.pipeline.table import File
