@@ -87,9 +87,8 @@ class IngestSettings(_Section):
     suffixes: tuple[str, ...]
     archives: tuple[str, ...]
     outside_links: bool
-    max_bytes: Annotated[
-        int, Field(gt=0, le=2 * 10**9)
-    ]  # a row of Arrow or Spark; `Config.max_image_bytes` may be less
+    # A row of Arrow or Spark; `Config.max_image_bytes` may be less.
+    max_bytes: Annotated[int, Field(gt=0, le=2 * 10**9)]
     max_pixels: Large
 
 
