@@ -4,16 +4,16 @@
     run                                                 the same code, fused; results written by the tasks
 
 on the driver
-    driver       the functions above, and what a run's tasks share
+    driver       the functions above, a run's models, and what its tasks share
     runs         a run from slice to slice, and what it tells
-    models       bundles, parameters, names in the results
     sources      tables as sources
     arrivals     new files as a source
     listing      which files are images, and the plan
     known        what of it an earlier run has found settled
     readers      who reads the files
     sail         what differs on an engine without a JVM
-    results      exactly-once results
+    results      exactly-once results: the table's log and commits
+    folders      the files of results, staged and committed
     table        the Delta table that they are in
     catalog      the same results in a table of Spark's
     records      what a run took
