@@ -95,10 +95,7 @@ class Arrivals:
         self._stream = self._open({**OPTIONS, "pathGlobFilter": _pattern(suffixes), **config.source.options})
 
     def take(self, skip: Collection[str]) -> Iterator[Entry]:
-        """The files that have arrived until now, as the location's storage lists them, each once.
-
-        Args:
-            skip: folders to leave out.
+        """The files that have arrived until now, as the location's storage lists them, each once, but for some folders.
 
         Raises:
             RunError: Spark cannot read the location, or write below the output.
@@ -123,9 +120,7 @@ class Arrivals:
     def settle(self, listed: Listing, failed: pa.Table | None) -> None:
         """Take note of which files of a slice the next run has to look at again.
 
-        Args:
-            listed: the slice.
-            failed: path and error of its images with one; None where nobody knows.
+        `failed` are path and error of its images with one; None where nobody knows.
         """
         files = pa.concat_tables([listed.images, listed.videos, listed.archives]).select(KEY_NAMES)
         if failed is not None:
@@ -210,11 +205,7 @@ class Arrivals:
 
 
 def listed_path(path: str, files: Storage) -> str:
-    """What a storage calls a file below its location.
-
-    Args:
-        path: what Spark calls it.
-        files: the storage.
+    """What a storage calls a file below its location that Spark calls by a path.
 
     Raises:
         RunError: the file is not below the location.

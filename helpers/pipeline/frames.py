@@ -46,11 +46,7 @@ NO_PATH = "the row has no path"
 
 
 def list_files(batches: Batches, storage: Files) -> Iterator[pa.RecordBatch]:
-    """Look up the files that a table names.
-
-    Args:
-        batches: with a column `path`.
-        storage: where they lie.
+    """Look up the files that a table names in a column `path`.
 
     Yields:
         `LISTED_SCHEMA`, a row per path; `error` is set where there is no file that can be used.
@@ -72,14 +68,9 @@ def _look_up(storage: Files, path: str | None) -> dict[str, Any]:
 def list_frames(
     batches: Batches, storage: Files, every: int, max_pixels: int, memory_megabytes: int | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Find the frames of videos.
+    """Find the frames of videos (`LISTED_SCHEMA` or more), of which every k-th is wanted, from the first on.
 
-    Args:
-        batches: `listing.LISTED_SCHEMA`, or more.
-        storage: where they lie.
-        every: k, where every k-th frame is wanted, from the first on.
-        max_pixels: videos with larger frames are not decoded.
-        memory_megabytes: what this process may take; frames that would take it beyond are not decoded either.
+    Videos with larger frames, or with some that would take this process beyond its memory, are not decoded.
 
     Yields:
         `FRAMES_SCHEMA`, one row per video. `count` is of all frames. The lists are of the wanted, null where they can
@@ -106,15 +97,9 @@ def _find(storage: Files, path: str, max_pixels: int | None) -> Frames:
 
 
 def with_frames(images: pa.Table, videos: pa.Table, every: int) -> pa.Table:
-    """The images and every k-th frame of the videos, one row each; a video without any frame is one row, its error.
+    """The images (`LISTED_SCHEMA`) and every k-th frame of the videos (`FRAMES_SCHEMA`), one row each (`ROWS_SCHEMA`).
 
-    Args:
-        images: `listing.LISTED_SCHEMA`.
-        videos: `FRAMES_SCHEMA`, from `list_frames` with the same `every`.
-        every: which frames; the first is one of them.
-
-    Returns:
-        `ROWS_SCHEMA`, the frames of a video in rising order.
+    The frames of a video come in rising order; a video without any is one row, its error.
     """
     rows = images.append_column("bytes", images["length"])
     tables = [rows, *(_rows(video, every) for video in videos.sort_by("path").to_batches(max_chunksize=1))]
@@ -146,16 +131,12 @@ def list_members(
     memory_megabytes: int | None = None,
     beside: Sequence[str] = (),
 ) -> Iterator[pa.RecordBatch]:
-    """Find the images in archives.
+    """Find the images in archives (`LISTED_SCHEMA` or more).
 
-    Args:
-        batches: `listing.LISTED_SCHEMA`, or more.
-        storage: where they lie.
-        suffixes: of images, in lower case. Members with others are left out, and hidden ones.
-        refused: suffixes of members that are an error, because what is in them would be images outside an archive.
-        max_bytes: of an image; a longer one is an error.
-        memory_megabytes: what this process may take; an archive whose list takes more is an error.
-        beside: suffixes of texts that are carried with the image of the same sample.
+    Members with other suffixes, in lower case, are left out, and so are hidden ones. Those with a refused one are an
+    error, because what is in them would be images outside an archive. So are images with more bytes, and an archive
+    whose list takes this process beyond its memory. `beside` are the suffixes of texts that are carried with the image
+    of the same sample.
 
     Yields:
         `MEMBERS_SCHEMA`, a row per image, and one for an archive that cannot be read, or not to its end.

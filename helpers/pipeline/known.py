@@ -72,12 +72,8 @@ class Known:
     def add(self, listed: Listing, images: pa.Table, failed: pa.Table) -> None:
         """Remember chunks of which every image is settled when the next commit is made.
 
-        A video or an archive that cannot be read, or not to its end, is looked at by every run.
-
-        Args:
-            listed: a slice; of a source that has no chunks, nothing is remembered.
-            images: all that are in it, `KEY`.
-            failed: path and error of those with one; an image may come twice.
+        A video or an archive that cannot be read, or not to its end, is looked at by every run. `images` are all in the
+        slice (`KEY`), and `failed` path and error of those with one, of which an image may have several.
         """
         chunks = listed.chunks
         if not chunks:

@@ -71,11 +71,12 @@ class Listing:
         return ", ".join(counts) + (f"; left out: {left}" if left else "")
 
 
-def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) -> Listing:
-    """All of `list_slices` in this process's memory; takes and raises what that does."""
-    slices = list(list_slices(storage, config, skip))
-    tables = (pa.concat_tables([getattr(part, kind) for part in slices]) for kind in ("images", "videos", "archives"))
-    images, videos, archives = tables
+def list_images(storage: Storage, config: Config) -> Listing:
+    """All of `list_slices` in this process's memory; raises what that does."""
+    slices = list(list_slices(storage, config))
+    images, videos, archives = (
+        pa.concat_tables([getattr(part, kind) for part in slices]) for kind in ("images", "videos", "archives")
+    )
     return Listing(images, slices[-1].left_out, videos, archives)
 
 
@@ -92,15 +93,9 @@ def list_slices(
     an error row instead of passing unseen. A folder that cannot be listed is told and counted, as `UNLISTED`. A file
     whose path could be that of an archive's member is left out and counted, because a path stands for one image.
 
-    Args:
-        storage: where to look.
-        config: its `ingest` and `video` sections name the suffixes, which links are followed, and how long an image
-            may be; `partitioning.slice_images` is the size of a slice, for which `CONTAINER_IMAGES` are counted for a
-            video or an archive.
-        skip: folders to leave out, such as a run's own below its source.
-        known: digests of chunks to leave out.
-        arrived: files to take in the place of all that the storage lists (`arrivals`). Then there may be none, unless
-            the run starts over.
+    A slice has `partitioning.slice_images` images, for `CONTAINER_IMAGES` of which a video or an archive counts. `skip`
+    are folders to leave out, such as a run's own below its source, and `known` digests of chunks. Files that `arrived`
+    (`arrivals`) take the place of all that the storage lists; then there may be none, unless the run starts over.
 
     Yields:
         Slices in the storage's order, of whole chunks. Only the last one may be empty.
@@ -156,12 +151,8 @@ def plan(
     Where a slot would have more than `WAVES` of them, they take more time and bytes than their targets, and no more
     images: further ones would hardly end closer to each other, and each leaves a file that the driver has to know.
 
-    Args:
-        images: what was listed, or with the frames of videos and the members of archives (`frames.ROWS_SCHEMA`).
-        slots: tasks that run at once.
-        config: its `partitioning` section.
-        image_seconds: what an image takes; by default what one without a model does.
-        expected: slots that there may be later.
+    `images` are those listed, or with frames and members (`frames.ROWS_SCHEMA`), which take so many seconds each, by
+    default what one without a model does. `expected` are the slots that there may be later.
     """
     settings, most = config.partitioning, WAVES * slots
     in_time = round(settings.target_seconds / (image_seconds or settings.image_seconds))
@@ -194,14 +185,7 @@ def _suffixes(config: Config) -> dict[str, tuple[str, ...]]:
 def _chunks(
     entries: Iterable[Entry], root: str, config: Config, left_out: Counter[str]
 ) -> Iterator[tuple[str, pa.Table]]:
-    """The files to work on, a chunk at a time with its digest: `LISTED_SCHEMA` and their `kind`.
-
-    Args:
-        entries: what there is.
-        root: where it lies.
-        config: as for `list_slices`.
-        left_out: counts what is left out.
-    """
+    """The files to work on, a chunk at a time with its digest: `LISTED_SCHEMA` and their `kind`; counts all others."""
     within, kinds = len(root) - 1, _suffixes(config)
     suffixes, images, videos = sum(kinds.values(), ()), kinds["image"], kinds["video"]
     most, max_bytes = min(MAX_CHUNK_FILES, config.partitioning.slice_images), config.max_image_bytes

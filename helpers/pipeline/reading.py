@@ -33,19 +33,12 @@ Read = tuple[bytes | None, str | None]  # an image's bytes, or why there are non
 
 
 class File(NamedTuple):
-    """What to read: a file, or a member of an archive.
-
-    Attributes:
-        path: the image's.
-        error: why it is not to be read.
-        limit: bytes that it may have.
-        member: where it is in its archive; None for a file.
-    """
+    """What to read of an image: a file, or a member of an archive; or why not."""
 
     path: str
     error: str | None
-    limit: int
-    member: Member | None
+    limit: int  # bytes that it may have
+    member: Member | None  # where it is in its archive
 
 
 def read_images(
@@ -93,12 +86,8 @@ def read_images(
 def read_beside(batches: Batches, storage: Files, kept: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Add the column `KEPT` where an archive may have the texts for it beside the images; else it is there already.
 
-    A text that cannot be read is null, and the image's predictions are none the worse.
-
-    Args:
-        batches: `ASSIGNED_SCHEMA`, or any with `KEPT`.
-        storage: where the archives lie.
-        kept: the columns for the results.
+    A text that cannot be read is null, and the image's predictions are none the worse. Batches are of
+    `ASSIGNED_SCHEMA`, or any with `KEPT`.
     """
     for batch in batches:
         if KEPT in batch.schema.names:
@@ -126,10 +115,8 @@ def _read_text(storage: Files, text: tuple[str, dict[str, Any] | None]) -> str |
 def read_parquet(batches: Batches, storage: Storage, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Read the rows of Parquet files, for a Spark that has no connector for their storage.
 
-    Args:
-        batches: paths, and in further columns what all rows of a file have in common.
-        storage: where the files lie.
-        schema: the columns that are wanted; what a file lacks is null.
+    Batches have a column `path`, and others for what all rows of a file have in common. What a file lacks of the
+    columns that are wanted is null.
     """
     for batch in batches:
         for row in batch.to_pylist():

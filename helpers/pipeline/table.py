@@ -165,8 +165,7 @@ class Table:
         now = _milliseconds()
         actions = [_added(name, file) for name, file in adds.items()]
         gone = [RemoveAction(path=name, data_change=True, deletion_timestamp=now) for name in removes]
-        values = {APPLICATION: version.number, **marks}
-        transactions = [Transaction(name, value) for name, value in values.items()]
+        transactions = [Transaction(APPLICATION, version.number), *(Transaction(*mark) for mark in marks.items())]
         assert version.table is not None
         with self._explained("its log cannot be written"):
             try:
@@ -182,9 +181,8 @@ class Table:
     def vacuum(self, hours: float, present: Iterable[str]) -> int:
         """Delete files that were removed so many hours ago, and return how many.
 
-        Args:
-            hours: 0 deletes them even while readers of an older version may be at work.
-            present: the names of files that are there; without any of the removed nothing is done.
+        0 deletes them even while readers of an older version may be at work. Nothing is done where none of the removed
+        is among the names of files that are `present`.
 
         Raises:
             StorageError: the storage cannot be written.
@@ -243,14 +241,11 @@ class Table:
         try:
             yield
         except (DeltaError, OSError, ValueError) as error:
-            raise self._explain(COLORS.sub("", redact(str(error))), otherwise) from None
-
-    def _explain(self, message: str, otherwise: str) -> StorageError:
-        lines = [line.strip(" ↳") for line in message.splitlines() if line.strip(" ↳")]
-        if error := self.storage.table_error(self.folder, ": ".join(lines)):
-            return error
-        why = ": ".join([lines[0], lines[-1]] if "Generic" in lines[0] else lines[:1])
-        return StorageError(f"{self.storage.join(self.folder)}: {otherwise} ({first_line(why)})")
+            shown = COLORS.sub("", redact(str(error)))
+            lines = [line.strip(" ↳") for line in shown.splitlines() if line.strip(" ↳")]
+            why = ": ".join([lines[0], lines[-1]] if "Generic" in lines[0] else lines[:1])
+            told = StorageError(f"{self.storage.join(self.folder)}: {otherwise} ({first_line(why)})")
+            raise self.storage.table_error(self.folder, ": ".join(lines)) or told from None
 
 
 def _files(adds: pa.Table) -> pa.Table:

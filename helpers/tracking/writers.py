@@ -95,12 +95,8 @@ def log_run(
 ) -> None:
     """Write what one run of the pipeline has done.
 
-    Args:
-        writer: of the run alone.
-        run: its description (`records.describe`); what took seconds, at the step after the last task.
-        records: of its tasks, one each.
-        stages: what a record has the seconds of.
-        pictures: names and PNG files.
+    `run` is its description (`records.describe`); what took seconds comes at the step after the last task. A record of
+    a task has the seconds of some stages. Pictures are PNG files with their names.
     """
     start = min((record["started"].timestamp() for record in records), default=0.0)
     done, failed, megabytes = 0, 0, 0.0
