@@ -39,8 +39,7 @@ from helpers import pipeline
 from helpers.config import Config, load_config
 from helpers.errors import RunError
 from helpers.pipeline import RunSummary, listing
-from helpers.pipeline.known import Known
-from helpers.pipeline.listing import list_images, list_slices
+from helpers.pipeline.listing import Known, list_images, list_slices
 from helpers.pipeline.records import read_runs
 from helpers.pipeline.results import ResultStore, Seen, Work
 from helpers.pipeline.rows import Statistics, path_range
@@ -206,7 +205,7 @@ def test_what_another_run_has_changed_meanwhile_is_not_known_any_more(files):
 
 
 def test_no_more_chunks_are_told_than_a_commit_may_have(files, small_chunks, monkeypatch):
-    monkeypatch.setattr("helpers.pipeline.known.MOST_CHUNKS", 3)
+    monkeypatch.setattr("helpers.pipeline.listing.MOST_CHUNKS", 3)
     assert len(Known(told(files), ["net@1"], settings())) == 3
 
 

@@ -8,8 +8,7 @@ on the driver
     runs         a run from slice to slice, and what it tells
     sources      tables as sources
     arrivals     new files as a source
-    listing      which files are images, and the plan
-    known        what of it an earlier run has found settled
+    listing      which files are images, what of them is settled, and the plan
     readers      who reads the files
     sail         what differs on an engine without a JVM
     results      exactly-once results: the table's log and commits
@@ -23,9 +22,8 @@ on the driver
 in tasks
     task         the stages fused, results written
     stages       the stages as functions of record batches
-    reading      bytes of files, frames and members
+    reading      files, frames and members: which there are, and their bytes
     views        tiles of images, crops of detections, several models
-    frames       videos to frames, archives to members
     drift        how predictions are distributed
     pyfunc       a bundle as a model of MLflow, in its tasks
 both

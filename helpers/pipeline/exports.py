@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import IO, Any, BinaryIO
 
 import cv2
@@ -36,7 +35,7 @@ from helpers.pipeline.records import runs_of
 from helpers.pipeline.results import ResultStore
 from helpers.storage import Storage, open_storage
 from helpers.storage.parquet import read_table
-from helpers.storage.prefetch import map_groups
+from helpers.storage.prefetch import map_each
 
 COLUMNS = ["path", "width", "height", "error", "predictions", "model"]
 SIDES = ("x1", "y1", "x2", "y2")
@@ -91,7 +90,7 @@ def export_results(store: ResultStore, kind: str, target: str, selection: Select
     counts = {"images": 0, "predictions": 0}
     labels: set[str] = set()
     with store.as_files() as (files, _):
-        rows = _counted(_rows(store, files, selection, kind == "csv", labels), counts)
+        rows = _rows(store, files, selection, kind == "csv", labels, counts)
         if kind == "csv":
             folder, _, name = target.rpartition("/")
             with open_storage(folder or ".", config).create(name) as file:
@@ -106,33 +105,31 @@ def export_results(store: ResultStore, kind: str, target: str, selection: Select
 
 
 def _rows(
-    store: ResultStore, files: list[str], selection: Selection, takes_all: bool, labels: set[str]
+    store: ResultStore,
+    files: list[str],
+    selection: Selection,
+    takes_all: bool,
+    labels: set[str],
+    counts: dict[str, int],
 ) -> Iterator[Row]:
-    """The rows of the model, with the predictions selected; notes the labels of all."""
-    width, model, is_empty = store.storage.concurrent_reads, None, True
-    groups = (files[start : start + width] for start in range(0, len(files), width))
-    for group in map_groups(partial(read_table, store.storage, columns=COLUMNS), groups, width):
-        for table in group:
-            for batch in table.to_batches(max_chunksize=256):  # as Python's objects, rows are large
-                for row in batch.to_pylist():
-                    if selection.model and not row["model"].startswith(selection.model):
-                        continue
-                    model = model or row["model"]
-                    if row["model"] != model and not takes_all:
-                        raise RunError(f"the results are of {model} and of {row['model']}; name one with --model")
-                    is_empty = False
-                    labels.update(map(_label, row["predictions"] or []))
-                    yield {**row, "predictions": selection.predictions(row)}
-    if is_empty:
+    """The rows of the model, with the predictions selected; notes the labels of all, and counts."""
+    model = None
+    for table in map_each(partial(read_table, store.storage, columns=COLUMNS), files, store.storage.concurrent_reads):
+        for batch in table.to_batches(max_chunksize=256):  # as Python's objects, rows are large
+            for row in batch.to_pylist():
+                if selection.model and not row["model"].startswith(selection.model):
+                    continue
+                model = model or row["model"]
+                if row["model"] != model and not takes_all:
+                    raise RunError(f"the results are of {model} and of {row['model']}; name one with --model")
+                labels.update(map(_label, row["predictions"] or []))
+                predictions = selection.predictions(row)
+                counts["images"] += 1
+                counts["predictions"] += len(predictions)
+                yield {**row, "predictions": predictions}
+    if model is None:
         which = f" of a model {selection.model}" if selection.model else ""
         raise RunError(f"there are no results{which} in {store.location}; name the --output of a run")
-
-
-def _counted(rows: Iterator[Row], counts: dict[str, int]) -> Iterator[Row]:
-    for row in rows:
-        counts["images"] += 1
-        counts["predictions"] += len(row["predictions"])
-        yield row
 
 
 def _roots(output: Storage, config: Config) -> list[str]:
@@ -149,10 +146,10 @@ def _write_csv(rows: Iterator[Row], file: BinaryIO) -> None:
     writer.writerow(CSV_COLUMNS)
     for row in rows:
         about = [row[name] for name in ("path", "width", "height", "model", "error")]
-        for prediction in row["predictions"] or [None]:
-            values = prediction and [prediction[name] for name in ("class_id", "label", "score")]
-            box = [prediction["box"][side] for side in SIDES] if prediction and prediction["box"] else [None] * 4
-            writer.writerow([*about, *(values or [None] * 3), *box])
+        for prediction in row["predictions"] or [{}]:
+            values = [prediction.get(name) for name in ("class_id", "label", "score")]
+            box = prediction.get("box") or {}
+            writer.writerow([*about, *values, *(box.get(side) for side in SIDES)])
     text.detach()
 
 
@@ -337,9 +334,7 @@ class _Names:
 
 def _write_all(storage: Storage, files: Iterator[tuple[str, bytes]]) -> None:
     """Write files of some names and contents, several at once where that means waiting."""
-    width = storage.concurrent_reads
-    groups = iter(lambda: list(islice(files, width)), [])
-    for _ in map_groups(lambda file: storage.write(*file), groups, width):
+    for _ in map_each(lambda file: storage.write(*file), files, storage.concurrent_reads):
         pass
 
 

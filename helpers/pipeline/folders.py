@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import chain
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -24,7 +23,7 @@ from helpers.pipeline.task import STAGING, staging
 from helpers.storage import Storage
 from helpers.storage.interface import UNFINISHED, Entry
 from helpers.storage.parquet import write_table
-from helpers.storage.prefetch import map_groups
+from helpers.storage.prefetch import map_each
 
 RESULTS = "results"
 PICTURES = "pictures"
@@ -151,11 +150,9 @@ class Folders:
 
     def rows(self, files: Iterable[str], within: tuple[str, str] | None = None) -> pa.Table:
         """`ROWS_SCHEMA` of every row in some files, or of those with a path between two; raises as `load` does."""
-        files, width = list(files), self._storage.concurrent_reads
-        groups = (files[start : start + width] for start in range(0, len(files), width))
-        read = map_groups(partial(self.load, columns=ROWS_SCHEMA.names[:-1]), groups, width)
-        tables = []
-        for file, table in zip(files, chain.from_iterable(read), strict=True):
+        files, tables = list(files), []
+        read = map_each(partial(self.load, columns=ROWS_SCHEMA.names[:-1]), files, self._storage.concurrent_reads)
+        for file, table in zip(files, read, strict=True):
             if within is not None:
                 first, last = pc.greater_equal(table["path"], within[0]), pc.less_equal(table["path"], within[1])
                 table = table.filter(pc.and_(first, last))

@@ -22,9 +22,9 @@ from helpers.errors import RunError
 from helpers.images.video import split_paths
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import sail, stages
-from helpers.pipeline.frames import FRAMES_SCHEMA, MEMBERS_SCHEMA, ROWS_SCHEMA, list_frames, list_members, with_frames
 from helpers.pipeline.listing import Listing, assign
 from helpers.pipeline.listing import plan as make_plan
+from helpers.pipeline.reading import FRAMES_SCHEMA, MEMBERS_SCHEMA, ROWS_SCHEMA, list_frames, list_members, with_frames
 from helpers.pipeline.schemas import KEY_NAMES, Batches, conform
 from helpers.session import get_slots, is_sail, local_slots, set_where_allowed, spark_failure, spark_schema
 from helpers.storage.interface import Files
@@ -189,7 +189,7 @@ def expand(
     `beside` are the suffixes of texts to be carried with the members of archives.
 
     Returns:
-        `frames.ROWS_SCHEMA`; the listing's own images where there is no video and no archive.
+        `reading.ROWS_SCHEMA`; the listing's own images where there is no video and no archive.
 
     Raises:
         RunError: the tasks failed.

@@ -79,7 +79,7 @@ LOOKS = 20  # at files that another run is moving right now
 class Seen:
     """The table as a run found it when it decided what to do; version -1 where there was none.
 
-    `change` is the newest commit that has changed it, and `listed` what that one tells of a listing (`known`).
+    `change` is the newest commit that has changed it, and `listed` what that one tells of a listing (`listing.Known`).
     """
 
     version: int = -1

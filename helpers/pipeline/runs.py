@@ -26,8 +26,7 @@ from helpers.pipeline import listing, sail
 from helpers.pipeline.arrivals import ARRIVALS, Arrivals
 from helpers.pipeline.catalog import open_results
 from helpers.pipeline.drift import Distributions
-from helpers.pipeline.known import Known
-from helpers.pipeline.listing import Listing
+from helpers.pipeline.listing import Known, Listing
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_by_spark
 from helpers.pipeline.records import PHASES, Stopwatch, describe, task_table, write_record
 from helpers.pipeline.report import draw_sample, make_report, read_pictures

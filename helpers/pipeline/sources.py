@@ -32,9 +32,8 @@ from helpers.errors import ConfigError, RunError, StorageError, first_line
 from helpers.images.archive import MARK as MEMBER_MARK
 from helpers.images.boundary import too_long
 from helpers.images.video import MARK as FRAME_MARK
-from helpers.pipeline.frames import list_files
 from helpers.pipeline.listing import Listing
-from helpers.pipeline.reading import read_parquet
+from helpers.pipeline.reading import list_files, read_parquet
 from helpers.pipeline.schemas import KEPT, KEY_NAMES, LISTED_SCHEMA, RESULT_SCHEMA
 from helpers.pipeline.table import LOG, Table
 from helpers.session import get_slots, spark_failure, spark_schema

@@ -18,7 +18,7 @@ from helpers.images.video import split_paths
 from helpers.pipeline.task import error_kind
 from helpers.storage import Storage
 from helpers.storage.parquet import read_table
-from helpers.storage.prefetch import map_groups
+from helpers.storage.prefetch import map_each
 
 COLUMNS = ["path", "error", "model"]
 COLUMNS += [f"predictions.list.element.{name}" for name in ("class_id", "label", "score", "box.x1")]
@@ -75,10 +75,8 @@ class Survey:
         self._most = np.uint64(2**64 - 1)  # of a path's hash, so that few enough rows are held
         self._held: list[pd.DataFrame] = []
         for number, (storage, files) in enumerate(outputs):
-            width = storage.concurrent_reads
-            groups = (files[start : start + width] for start in range(0, len(files), width))
-            read = map_groups(partial(read_table, storage, columns=COLUMNS), groups, width)
-            for place, table in enumerate(table for group in read for table in group):
+            read = map_each(partial(read_table, storage, columns=COLUMNS), files, storage.concurrent_reads)
+            for place, table in enumerate(read):
                 self._add(table, number, place)
 
     def choose(self, number: int) -> pd.DataFrame:
