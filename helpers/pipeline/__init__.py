@@ -34,21 +34,7 @@ Executors import modules of this package, so importing it imports nothing.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from helpers.pipeline.driver import (  # noqa: F401
-        RunSummary,
-        infer,
-        ingest,
-        make_task,
-        model_identity,
-        postprocess,
-        preprocess,
-        read_results,
-        run,
-        run_frame,
-    )
+from typing import Any
 
 DRIVER = {"RunSummary", "infer", "ingest", "make_task", "model_identity", "postprocess", "preprocess", "read_results"}
 DRIVER |= {"run", "run_frame"}

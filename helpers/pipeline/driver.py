@@ -108,22 +108,16 @@ def run(
 
     Every k-th frame of a video (`video.every`) is an image too, with the path `FILE#frame=N`, and so are members of
     archives, with the path `FILE#member=NAME` and the archive's modification time. Images whose path, length and
-    modification time are already in the results are skipped, unless their error is not of their bytes or
-    `config.resume` is false. A damaged image is a row with an `error`. `session_seconds`, what the session took to
-    start, is recorded. After the results are published nothing raises: pictures, dashboard and record that cannot be
-    written are warnings.
+    modification time are already in the results, of all models, are skipped, unless their error is not of their bytes
+    or `config.resume` is false. A damaged image is a row with an `error`. After the results are published nothing
+    raises: pictures, dashboard and record that cannot be written are warnings.
 
-    The images are worked on in slices of `partitioning.slice_images`: what is new in one is found out and done, and its
-    results are published, before the next is listed. So results appear slice by slice, and this process's memory does
-    not depend on the number of images. With `config.resume` false the tasks' files of all slices wait, and replace all
-    earlier results in one step at the end: a reader never misses an image.
+    Results appear slice by slice (`partitioning.slice_images`), and this process's memory does not depend on the number
+    of images (`runs`). Other runs may work in the same output meanwhile: an image then has the row of one of them
+    (`results`). Source and output may be tables too (`sources`, `catalog`); `cloudFiles:URI` is the files that are new
+    since the last run, of which there may be none (`arrivals`).
 
-    With several models every image is decoded once, and has a row per model; it is skipped when it has all of them.
-
-    Other runs may work in the same output meanwhile: an image then has the row of one of them (`results`).
-
-    Source and output may be tables too, at a location or of Spark's catalog (`sources`, `catalog`). `cloudFiles:URI` is
-    the files that are new since the last run, of which there may be none (`arrivals`).
+    `session_seconds`, what the session took to start, is recorded.
 
     Raises:
         RunError: no image, results of another model in the output, or a failed job.

@@ -51,17 +51,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Selection:
-    """Which predictions are exported.
+    """Which predictions are exported."""
 
-    Attributes:
-        classes: their labels, or numbers; empty for all.
-        min_score: their least score.
-        model: the one whose results they are, or how its name begins; None where there is one only, or for csv.
-    """
-
-    classes: tuple[str, ...] = ()
-    min_score: float = 0.0
-    model: str | None = None
+    classes: tuple[str, ...] = ()  # their labels, or numbers; empty for all
+    min_score: float = 0.0  # the least
+    model: str | None = None  # whose results, or how its name begins; None where there is one only, or for csv
 
     def predictions(self, row: Row) -> list[Row]:
         """Those of a row of results."""

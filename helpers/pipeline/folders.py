@@ -41,17 +41,11 @@ ABANDONED = timedelta(days=1)  # nobody writes one file, or nothing of a run, fo
 
 
 class Leftovers(NamedTuple):
-    """Files of other runs that no version of the table has.
+    """Files of other runs that no version of the table has."""
 
-    Attributes:
-        files: finished and not committed, with their sizes in bytes, those of the run that began last first.
-        useless: of no use to anybody.
-        strange: not of this project, unless the table has them by now.
-    """
-
-    files: dict[str, int]
-    useless: set[str]
-    strange: list[str]
+    files: dict[str, int]  # finished and not committed, with their sizes in bytes; of the run that began last first
+    useless: set[str]  # to anybody
+    strange: list[str]  # not of this project, unless the table has them by now
 
 
 class Folders:

@@ -214,17 +214,14 @@ def _chunks(
             kind = "image" if name.endswith(images) else "video" if name.endswith(videos) else "archive"
             error = entry.error or (too_long(entry.length, max_bytes) if kind == "image" else None)
             rows.append((entry.path, entry.length, entry.modified, error, kind))
-            if len(rows) == most or _ends_chunk(entry.path):
+            # One path in `CHUNK_FILES` ends a chunk. The product mixes the bits of its sum, of which names that differ
+            # in some digits only would set few.
+            mixed = zlib.crc32(entry.path.encode()) * 2_654_435_761 % 2**32
+            if len(rows) == most or mixed < 2**32 // CHUNK_FILES:
                 yield _chunk(rows)
                 rows = []
     if rows:
         yield _chunk(rows)
-
-
-def _ends_chunk(path: str) -> bool:
-    """True for one path in `CHUNK_FILES`."""
-    # The product mixes the sum's bits, of which names that differ in some digits only would set few.
-    return zlib.crc32(path.encode()) * 2_654_435_761 % 2**32 < 2**32 // CHUNK_FILES
 
 
 def _chunk(rows: list[tuple]) -> tuple[str, pa.Table]:

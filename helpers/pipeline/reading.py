@@ -295,7 +295,9 @@ def read_images(
         read = map_groups(partial(_read, storage), [files[run] for run in runs], storage.concurrent_reads)
         for run, contents in zip(runs, read, strict=True):
             part = images.slice(run.start, run.stop - run.start)
-            yield from _parts(part, contents, max_images, batch_bytes)
+            # Files may have grown since they were listed.
+            for again in _runs([len(content or b"") for content, _ in contents], max_images, batch_bytes):
+                yield _batch(part.slice(again.start, again.stop - again.start), contents)
         if is_frame.true_count:
             pixel_limit = frame_pixels(max_pixels, memory_megabytes)
             yield from _read_frames(batch.filter(is_frame), storage, max_images, pixel_limit, memory_megabytes)
@@ -413,12 +415,6 @@ def _read_member(storage: Files, path: str, member: Member, limit: int) -> bytes
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
     read = partial(storage.read_range, split_member(path)[0])
     return read_member(read, member.length, member.offset, member.packed)
-
-
-def _parts(part: pa.RecordBatch, read: list[Read], max_images: int, batch_bytes: int) -> Iterator[pa.RecordBatch]:
-    """Batches of what was read: files may have grown since they were listed."""
-    for run in _runs([len(content or b"") for content, _ in read], max_images, batch_bytes):
-        yield _batch(part.slice(run.start, run.stop - run.start), read)
 
 
 def _batch(part: pa.RecordBatch, read: list[Read]) -> pa.RecordBatch:

@@ -265,6 +265,8 @@ def _data(survey: Survey, stores: list[ResultStore], is_whole: bool, runs: pd.Da
         cells = dict(zip([name for name, _ in RUN_COLUMNS], _run_cells(newest), strict=True))
         tiles += [[name, cells[name]] for name in ("images per second", "seconds")]
     tasks = pd.DataFrame() if newest is None else tasks_of(stores[0].storage, newest).sort_values("begin")
+    part = f", {TASKS_SHOWN:,} of them shown" if len(tasks) > TASKS_SHOWN else ""
+    task_text = f"{len(tasks):,} tasks{part}; those with failed images in red"
     errors = [
         {"side": number, "reason": redact(reason), "count": count, "examples": list(map(redact, side.examples[reason]))}
         for number, side in enumerate(survey.sides)
@@ -296,7 +298,7 @@ def _data(survey: Survey, stores: list[ResultStore], is_whole: bool, runs: pd.Da
         "errors": errors,
         "run_text": "" if newest is None else f"The newest run, {newest['run']}, of {newest['model']}.",
         "stages": [{"stage": name, "seconds": float(tasks[f"{name}_seconds"].sum())} for name in STAGES if len(tasks)],
-        "tasks": {"text": _task_text(tasks), "rows": _task_rows(tasks)},
+        "tasks": {"text": task_text if len(tasks) else "", "rows": _task_rows(tasks)},
         "run_columns": RUN_COLUMNS,
         "runs": [_run_cells(run) for _, run in runs[::-1][:RUNS_SHOWN].iterrows()],
         "settings": [] if newest is None else _settings(newest),
@@ -321,13 +323,6 @@ def _sources(runs: pd.DataFrame, config: Config) -> list[Storage]:
         with contextlib.suppress(StorageError):
             places.append(open_storage(uri, config))
     return sorted(places, key=lambda place: -len(place.root))
-
-
-def _task_text(tasks: pd.DataFrame) -> str:
-    if not len(tasks):
-        return ""
-    part = f", {TASKS_SHOWN:,} of them shown" if len(tasks) > TASKS_SHOWN else ""
-    return f"{len(tasks):,} tasks{part}; those with failed images in red"
 
 
 def _task_rows(tasks: pd.DataFrame) -> list[Row]:

@@ -314,8 +314,9 @@ class Run:
             self.tracked = MLflow(self.config.tracking.mlflow, self.task.run)  # which starts beside the tasks
             about = self._describe()
             self.tracked.log_settings({name: about[name] for name in SETTINGS})
-        seconds, later = _image_seconds(self.task, self.config), expected_slots(self.spark)
-        plan = listing.plan(todo, self.slots, self.config, seconds, later)
+        settings = self.config.partitioning
+        seconds = settings.image_seconds + self.task.flops / (settings.gflops * 1e9)
+        plan = listing.plan(todo, self.slots, self.config, seconds, expected_slots(self.spark))
         log.info("%s", plan)
         assigned = listing.assign(todo, plan)
         self.watch.lap("list")
@@ -445,17 +446,10 @@ def _tell_watchers(summary: RunSummary, about: dict[str, Any], config: Config) -
             call_hook(settings.hook, text)
     if settings.prometheus:
         with only_warn("the file for Prometheus could not be written", "tracking.prometheus is its place"):
-            shares = {
-                f"drift_{part}": max((parts[part] for parts in about["drift"].values()), default=0.0)
-                for part in ("classes", "scores")
-            }
+            drift = about["drift"].values()
+            shares = {f"drift_{part}": max((one[part] for one in drift), default=0.0) for part in ("classes", "scores")}
             stages = {f"stage_{name}_seconds": sum(r[f"{name}_seconds"] for r in summary.records) for name in STAGES}
             counts = {name: value for name, value in json.loads(text).items() if name != "results"}
             phases = {name: about[name] for name in PHASES if about[name] is not None}
-            ended = {"ended_timestamp_seconds": time.time()}
-            numbers = {**phases, **stages, **shares, **counts, **ended}
+            numbers = phases | stages | shares | counts | {"ended_timestamp_seconds": time.time()}
             write_prometheus(settings.prometheus, numbers, {"results": summary.results, "model": about["model"]})
-
-
-def _image_seconds(task: Task, config: Config) -> float:
-    return config.partitioning.image_seconds + task.flops / (config.partitioning.gflops * 1e9)

@@ -57,23 +57,16 @@ class Cascade:
 
 @dataclass(frozen=True)
 class Views:
-    """An image with its views.
+    """An image with its views."""
 
-    Attributes:
-        key: its columns of `KEY`.
-        size: width and height; None where it could not be decoded.
-        error: why it could not.
-        pixels: uint8 BGR `[height, width, 3]`; None where they could not be decoded, or are not needed any more.
-        windows: where the views are; there may be none.
-        merge: makes what `tasks.predict` returns for the image of what it returned for the views, in their order.
-    """
-
-    key: dict[str, Any]
-    size: Size | None
-    error: str | None
-    pixels: Image | None
-    windows: Sequence[Window]
-    merge: Callable[[list[Any]], Any]
+    key: dict[str, Any]  # its columns of `KEY`
+    size: Size | None  # width and height; None where it could not be decoded ...
+    error: str | None  # ... and why
+    pixels: Image | None  # uint8 BGR `[height, width, 3]`; None where there are none, or they are not needed any more
+    windows: Sequence[Window]  # where the views are; there may be none
+    merge: Callable[
+        [list[Any]], Any
+    ]  # what `tasks.predict` returns for the views, in their order, to that for the image
 
 
 Rows = list[tuple[Views, dict[str, Any]]]  # images with their row of `RESULT_SCHEMA`

@@ -28,21 +28,13 @@ PARTS = ("session", "listing", "start", "work", "overhead", "retries", "tail", "
 
 @dataclass(frozen=True)
 class Cluster:
-    """Executors and their slots.
-
-    Attributes:
-        executors: how many.
-        cores: tasks at once of each.
-        speeds: of the executors, in turn: 1 is as fast as where the model was calibrated.
-        executors_per_machine: that share a machine, which has a core for each task that they run at once.
-        price: of one executor for an hour, in whatever money.
-    """
+    """Executors and their slots."""
 
     executors: int
-    cores: int = 1
-    speeds: tuple[float, ...] = (1.0,)
-    executors_per_machine: int = 1
-    price: float = 0.0
+    cores: int = 1  # tasks at once of each
+    speeds: tuple[float, ...] = (1.0,)  # of the executors, in turn: 1 is as fast as where the model was calibrated
+    executors_per_machine: int = 1  # which has a core for each task that they run at once
+    price: float = 0.0  # of one executor for an hour, in whatever money
 
     def __post_init__(self) -> None:
         if min(self.executors, self.cores, self.executors_per_machine) < 1 or self.price < 0:

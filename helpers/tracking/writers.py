@@ -83,7 +83,12 @@ class Writers(Writer):
     def __init__(self, *writers: Writer):
         for name in vars(Writer).keys() - {"log_figure"}:
             if not name.startswith("_"):
-                setattr(self, name, partial(_call_each, [getattr(writer, name) for writer in writers]))
+                setattr(self, name, partial(self._call_each, [getattr(writer, name) for writer in writers]))
+
+    @staticmethod
+    def _call_each(methods: Iterable[Callable[..., None]], *arguments: Any, **named: Any) -> None:
+        for method in methods:
+            method(*arguments, **named)
 
 
 def log_run(
@@ -127,8 +132,3 @@ def log_run(
 
 def _end(record: dict[str, Any]) -> float:
     return record["started"].timestamp() + record["seconds"]
-
-
-def _call_each(methods: Iterable[Callable[..., None]], *arguments: Any, **named: Any) -> None:
-    for method in methods:
-        method(*arguments, **named)
