@@ -90,7 +90,8 @@ def export_results(store: ResultStore, kind: str, target: str, selection: Select
             with open_storage(folder or ".", config).create(name) as file:
                 _write_csv(rows, file)
         else:
-            WRITERS[kind](rows, open_storage(target, config), _roots(store.storage, config))
+            good = (row for row in rows if row["error"] is None)
+            WRITERS[kind](good, open_storage(target, config), _roots(store.storage, config))
     if selection.classes and not counts["predictions"]:
         log.warning(
             "no prediction is of %s; the classes are %s", ", ".join(selection.classes), ", ".join(sorted(labels))
@@ -158,7 +159,7 @@ def _write_coco(rows: Iterator[Row], storage: Storage, roots: list[str]) -> None
         images = _List(instances, b'{"images":[')
         annotations, found = _List(kept, b'],"annotations":['), _List(detections, b"[")
         number = 0
-        for identity, row in enumerate(_without_errors(rows), 1):
+        for identity, row in enumerate(rows, 1):
             size = {"width": row["width"], "height": row["height"]}
             images.add({"id": identity, "file_name": _relative(row["path"], roots), **size})
             for prediction in _boxed(row):
@@ -194,7 +195,7 @@ def _write_yolo(rows: Iterator[Row], storage: Storage, roots: list[str]) -> None
 
     def files() -> Iterator[tuple[str, bytes]]:
         names = _Names(roots, ".txt")
-        for row in _without_errors(rows):
+        for row in rows:
             labels.update({p["class_id"]: _label(p) for p in row["predictions"]})
             lines = (_yolo_line(prediction, row["width"], row["height"]) for prediction in _boxed(row))
             yield f"labels/{names.of(row['path'])}", "".join(lines).encode()
@@ -218,7 +219,7 @@ def _yolo_line(prediction: Row, width: int, height: int) -> str:
 def _write_labelme(rows: Iterator[Row], storage: Storage, roots: list[str]) -> None:
     def files() -> Iterator[tuple[str, bytes]]:
         names = _Names(roots, ".json")
-        for row in _without_errors(rows):
+        for row in rows:
             content = {
                 "version": LABELME,
                 "flags": {_label(p): True for p in row["predictions"][:1] if p["box"] is None},
@@ -253,7 +254,7 @@ def _write_fiftyone(rows: Iterator[Row], storage: Storage, roots: list[str]) -> 
     storage.write("metadata.json", json.dumps({"media_type": "image", "info": {}}).encode())
     with storage.create("samples.json") as file:
         samples = _List(file, b'{"samples":[')
-        for row in _without_errors(rows):
+        for row in rows:
             samples.add({"filepath": row["path"], "tags": [], **_fiftyone_fields(row)})
         file.write(b"]}")
 
@@ -334,10 +335,6 @@ def _write_all(storage: Storage, files: Iterator[tuple[str, bytes]]) -> None:
 
 def _label(prediction: Row) -> str:
     return prediction["label"] or f"class {prediction['class_id']}"
-
-
-def _without_errors(rows: Iterator[Row]) -> Iterator[Row]:
-    return (row for row in rows if row["error"] is None)
 
 
 def _relative(path: str, roots: list[str]) -> str:

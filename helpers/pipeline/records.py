@@ -8,6 +8,7 @@ run: so no published task is without its record, unless the driver died before i
 the end can tell are null until then. No setting that can hold a secret is written.
 """
 
+import contextlib
 import json
 import platform
 import time
@@ -18,17 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from helpers.config import Config
 from helpers.errors import DataError
-from helpers.pipeline.task import RECORD_SCHEMA, Task
+from helpers.pipeline.task import RECORD_SCHEMA
 from helpers.session import shown_master
 from helpers.storage import Storage, open_storage
 from helpers.storage.parquet import read_table, write_table
 
 if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+    pass
 
 RUNS = "runs"
 PACKAGES = ("pyspark", "openvino", "opencv-python-headless", "numpy", "pyarrow")
@@ -55,42 +55,6 @@ class Stopwatch:
         self.laps["seconds"], self._last = now - self._start, now
 
 
-def describe(
-    task: Task,
-    spark: "SparkSession",
-    config: Config,
-    slots: int,
-    watch: Stopwatch,
-    tasks: pa.Table,
-    session_seconds: float | None,
-) -> dict[str, Any]:
-    """What `RUN.json` holds of a run with so many slots, whose tasks have told something (`task.RECORD_SCHEMA`).
-
-    `session_seconds` are from the start of the process until there was a session; None where one was there already.
-    """
-    return {
-        "run": task.run,
-        "started": watch.started.isoformat(),
-        "source": task.source.root,
-        "output": task.output.root,
-        "model": " and ".join(model.identity for model in task.models),
-        "bundle": " and ".join(model.bundle.manifest.digest for model in task.models),
-        "flops": task.flops,
-        "slots": slots,  # as planned for
-        "workers": tasks.select(["host", "process"]).group_by(["host", "process"]).aggregate([]).num_rows,
-        "partitions": tasks.num_rows,
-        **{name: pc.sum(tasks[name]).as_py() or 0 for name in ("images", "failed", "bytes")},
-        "retries": pc.sum(tasks["attempt"]).as_py() or 0,
-        "session_seconds": session_seconds,
-        **dict.fromkeys(PHASES[1:]),
-        **watch.laps,
-        "seconds": None,
-        "spark": spark.version,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "config": shown_settings(config),
-    }
-
-
 def shown_settings(config: Config) -> dict[str, Any]:
     """The settings that cannot hold a secret."""
     values = config.model_dump(mode="json", include=SECTIONS)
@@ -107,7 +71,7 @@ def task_table(records: Iterable[dict[str, Any]]) -> pa.Table:
 
 
 def write_record(storage: Storage, run: dict[str, Any], tasks: pa.Table | None = None) -> None:
-    """Write `RUN.json` as `describe` has it, in place of what it said before, and ahead of it what tasks have told."""
+    """Write `RUN.json`, in place of what it said before, and ahead of it what tasks have told (`RECORD_SCHEMA`)."""
     if tasks:
         write_table(storage, f"{RUNS}/{run['run']}.parquet", tasks)
     storage.write(f"{RUNS}/{run['run']}.json", json.dumps(run, indent=2).encode())
@@ -179,8 +143,11 @@ def _find(locations: str | Iterable[str], config: Config | None) -> list[tuple[S
     return files
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a runtime with another build of it, such as opencv-python
-        return None
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that a run's time depends on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        found[package] = None  # of a runtime with another build of it, such as opencv-python
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -28,7 +28,7 @@ from helpers.pipeline.catalog import open_results
 from helpers.pipeline.drift import Distributions
 from helpers.pipeline.listing import Known, Listing
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_by_spark
-from helpers.pipeline.records import PHASES, Stopwatch, describe, task_table, write_record
+from helpers.pipeline.records import PHASES, Stopwatch, shown_settings, task_table, versions, write_record
 from helpers.pipeline.report import draw_sample, make_report, read_pictures
 from helpers.pipeline.results import Seen, Work
 from helpers.pipeline.rows import is_among, outdated, path_range, settled, without
@@ -402,10 +402,29 @@ class Run:
         self.known.told(listed, seen)
 
     def _describe(self) -> dict[str, Any]:
-        own = self.slots, self.watch, self.tasks, self.session_seconds
-        about = describe(self.task, self.spark, self.config, *own)
-        source = self.table or self.arrivals
-        return about | {"source": source.name} if source else about
+        """What `RUN.json` holds (`records`)."""
+        task, tasks, source = self.task, self.tasks, self.table or self.arrivals
+        return {
+            "run": task.run,
+            "started": self.watch.started.isoformat(),
+            "source": source.name if source else task.source.root,
+            "output": task.output.root,
+            "model": " and ".join(self.models),
+            "bundle": " and ".join(model.bundle.manifest.digest for model in task.models),
+            "flops": task.flops,
+            "slots": self.slots,  # as planned for
+            "workers": tasks.group_by(["host", "process"]).aggregate([]).num_rows,
+            "partitions": tasks.num_rows,
+            **{name: self._sum(name) for name in ("images", "failed", "bytes")},
+            "retries": self._sum("attempt"),
+            "session_seconds": self.session_seconds,  # until there was one; None where one was there already
+            **dict.fromkeys(PHASES[1:]),
+            **self.watch.laps,
+            "seconds": None,
+            "spark": self.spark.version,
+            "versions": versions(),
+            "config": shown_settings(self.config),
+        }
 
     def _summarize(self) -> RunSummary:
         failed = self._sum("failed")

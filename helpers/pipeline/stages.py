@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from helpers import tasks
 from helpers.bundle.manifest import Bundle, Manifest, OutputSpec
@@ -217,22 +218,18 @@ def _each(
 ) -> tuple[pa.Array, list[str | None]]:
     """Values of a type for a batch, all together, or one by one where that fails, and the errors; null where one is."""
     errors, good = batch["error"].to_pylist(), batch["error"].is_null()
-    rows = np.flatnonzero(good)
-    if not len(rows):
+    if not good.true_count:
         return pa.nulls(len(errors), kind), errors
-    if len(rows) < len(errors):  # filtering copies, and raw outputs can be large
-        batch = batch.filter(good)
-    predictions, _ = attempt(predict, batch)
-    if predictions is not None and len(predictions) == len(errors):
-        return predictions, errors
+    # Filtering copies, and raw outputs can be large.
+    predictions, _ = attempt(predict, batch.filter(good) if good.false_count else batch)
     if predictions is None:
-        alone = [attempt(predict, batch.slice(place, 1)) for place in range(len(rows))]
-        for row, (_, error) in zip(rows, alone, strict=True):
-            errors[row] = error
-        predictions = pa.concat_arrays([pa.array([], kind), *(one for one, _ in alone if one is not None)])
-    places = accumulate((error is None for error in errors), initial=0)
-    positions = [place if error is None else None for error, place in zip(errors, places, strict=False)]
-    return predictions.take(pa.array(positions, pa.int64())), errors
+        alone = [(None, e) if e else attempt(predict, batch.slice(row, 1)) for row, e in enumerate(errors)]
+        values = [pa.nulls(1, kind) if value is None else value for value, _ in alone]
+        return pa.concat_arrays(values), [error for _, error in alone]
+    if good.false_count:
+        places = pc.subtract(pc.cumulative_sum(good.cast(pa.int64())), 1)
+        predictions = predictions.take(pc.if_else(good, places, None))
+    return predictions, errors
 
 
 def _array(batch: pa.RecordBatch, output: OutputSpec) -> np.ndarray:
