@@ -167,7 +167,7 @@ def tensor_batch(
         errors: of the rows.
         pixels: the model's input of the rows without an error, uint8 `[rows, height, width, channels]`.
     """
-    widths, heights = zip(*(size or (None, None) for size in sizes), strict=True)
+    widths, heights = zip(*[size or (None, None) for size in sizes], strict=True)
     failed = [error is not None for error in errors]
     nbytes = int(np.prod(pixels.shape[1:]))
     offsets = np.fromiter(accumulate((0 if bad else nbytes for bad in failed), initial=0), np.int32)

@@ -100,8 +100,8 @@ def log_run(
 ) -> None:
     """Write what one run of the pipeline has done.
 
-    `run` is its record (`RUN.json`); what took seconds comes at the step after the last task. A record of a task has the
-    seconds of some stages. Pictures are PNG files with their names.
+    `run` is its record (`RUN.json`); what took seconds comes at the step after the last task. A record of a task has
+    the seconds of some stages. Pictures are PNG files with their names.
     """
     start = min((record["started"].timestamp() for record in records), default=0.0)
     done, failed, megabytes = 0, 0, 0.0
