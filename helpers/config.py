@@ -223,9 +223,7 @@ def load_config(profile: str | None = None, **overrides: Any) -> Config:
     values: dict[str, Any] = {"profile": profile}
     origins: dict[str, str] = {}
     for origin, layer in layers.items():
-        for key, value in _flatten(layer):
-            _assign(values, key, value, origin)
-            origins[key] = origin
+        _merge(values, layer, origin, origins)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -305,28 +303,21 @@ def _value(key: str, text: str) -> Any:
         ) from None
 
 
-def _flatten(layer: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items = []
+def _merge(
+    values: dict[str, Any], layer: Mapping[str, Any], origin: str, origins: dict[str, str], above: str = ""
+) -> None:
+    """Set what a layer has below a section in its values, and note where each comes from."""
     for key, value in layer.items():
-        if isinstance(value, Mapping) and value and prefix not in NAMES_WITH_DOTS:
-            items += _flatten(value, f"{prefix}{key}.")
-        else:
-            items.append((f"{prefix}{key}", value))
-    return items
-
-
-def _assign(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
-    prefix = next((name for name in NAMES_WITH_DOTS if key.startswith(name) and key != name), None)
-    parts = [*prefix.split(".")[:2], key.removeprefix(prefix)] if prefix else key.split(".")
-    for position, part in enumerate(parts[:-1]):
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            above = ".".join(parts[: position + 1])
-            raise ConfigError(f"{_shown(key)} (set in {origin}): {above} is a single value, nothing can stand below it")
-    if value == {}:
-        values.setdefault(parts[-1], {})
-    else:
-        values[parts[-1]] = value
+        first, dot, rest = ("" if above in NAMES_WITH_DOTS else key).partition(".")
+        key, value = (first, {rest: value}) if dot else (key, value)
+        if not isinstance(value, Mapping) or above in NAMES_WITH_DOTS:
+            values[key], origins[f"{above}{key}"] = value, origin
+            continue
+        section = values.setdefault(key, {})
+        if not isinstance(section, dict):
+            below = _shown(".".join([f"{above}{key}", *value][:2]))
+            raise ConfigError(f"{below} (set in {origin}): {above}{key} is a single value, nothing can stand below it")
+        _merge(section, value, origin, origins, f"{above}{key}.")
 
 
 def _explain(error: ValidationError, origins: dict[str, str]) -> str:

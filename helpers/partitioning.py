@@ -65,10 +65,10 @@ def plan_partitions(
 
     Args:
         lengths: bytes of each image; 0 for a file that will be an error row.
-        slots: tasks that run at once, at least 1.
-        target_bytes: about how many bytes per partition.
-        target_images: about how many images per partition.
-        partitions: the number of partitions, if it is not to be planned.
+        slots: tasks that run at once.
+        target_bytes: of a partition, about.
+        target_images: likewise.
+        partitions: their number, if it is not to be planned.
         in_order: bool `[images]`, which are frames; by default none.
         at_least: as many partitions, where they are planned, so that slots that come later find work.
 

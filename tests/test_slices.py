@@ -46,7 +46,7 @@ from helpers.pipeline.rows import Statistics, path_range
 from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.table import File
 from helpers.storage import LocalStorage, open_storage
-from helpers.tracking.progress import Progress
+from helpers.tracking.progress import show_progress
 
 NAMES = [f"{folder}/{number:03d}.png" for folder in ("a", "b", "b-1", "c") for number in range(25)]
 
@@ -522,6 +522,6 @@ def test_the_progress_of_a_later_slice_counts_the_earlier_ones(caplog, monkeypat
     caplog.set_level("INFO", "helpers")
     monkeypatch.setattr("helpers.tracking.progress.LOG_SECONDS", 0.0)
     monkeypatch.setattr("helpers.tracking.progress.POLL_SECONDS", 0.01)
-    with Progress(30, lambda: (20, 1), done=10, is_whole=False):
+    with show_progress(30, lambda: (20, 1), done=10, is_whole=False):
         pass
     assert "20 of 30 images listed so far, 1 failed" in caplog.text and "s left" in caplog.text

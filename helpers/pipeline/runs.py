@@ -39,7 +39,7 @@ from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_
 from helpers.session import expected_slots, get_slots, is_sail, local_slots, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
 from helpers.tracking.mlflow import MLflow, server
-from helpers.tracking.progress import Progress
+from helpers.tracking.progress import show_progress
 from helpers.tracking.tensorboard import TensorBoard
 from helpers.tracking.watching import call_hook, write_prometheus
 from helpers.tracking.writers import log_run
@@ -333,11 +333,11 @@ class Run:
     def _run_tasks(self, images: pa.Table, plan: PartitionPlan, is_last: bool) -> list[dict[str, Any]]:
         spark, task, store, config = self.spark, self.task, self.store, self.config
         store.stage(task.run, not config.resume)
-        progress = Progress(self.processed + images.num_rows, self._count, self.processed, is_last)
+        total = self.processed + images.num_rows
         first = self.first_partition
         rows: list[Row] = []
         try:
-            with progress:
+            with show_progress(total, self._count, self.processed, is_last):
                 for part in self._inputs(images, plan):
                     numbered: Any = replace(task, first_partition=first)
                     if is_sail(spark):
