@@ -198,13 +198,13 @@ class ResultStore:
 
         return self._newest(see)
 
-    def rows(self, files: Iterable[str] | None = None) -> pa.Table:
-        """`ROWS_SCHEMA` of every row in some files, by default of all results.
+    def rows(self, files: Iterable[str]) -> pa.Table:
+        """`ROWS_SCHEMA` of every row in some files.
 
         Raises:
             FileNotFoundError: there is no such file.
         """
-        return self.look().rows if files is None else self._folders.rows(files)
+        return self._folders.rows(files)
 
     def files(self, number: int | None = None) -> list[str]:
         """The files of the newest version of the table, or of an earlier one, as `rows` takes them.
@@ -230,21 +230,6 @@ class ResultStore:
         before = accumulate(files["rows"].fill_null(0).to_pylist(), initial=0)
         newest = [f"{RESULTS}/{name}" for name, earlier in zip(names, before, strict=False) if earlier < most_rows]
         yield sorted(newest), len(newest) == len(names)
-
-    def read(self, number: int | None = None) -> pa.Table:
-        """All results of a version in this process's memory; of millions of images, see `driver.read_results`.
-
-        Raises:
-            StorageError: there is no such version, or its files have been deleted meanwhile.
-        """
-        try:
-            tables = [self._folders.load(file) for file in self.files(number)]
-        except FileNotFoundError as error:
-            raise StorageError(
-                f"{error.filename} is gone, as files are that a run has removed more than results.retention_days ago; "
-                "name a newer version"
-            ) from None
-        return pa.concat_tables(tables or [self.schema(number).empty_table()])
 
     def schema(self, number: int | None = None) -> pa.Schema:
         """The columns of a version: `RESULT_SCHEMA`, and what else its runs have kept of their sources.
