@@ -88,9 +88,6 @@ class Jvm:
 def jvm_command(settings: Mapping[str, str]) -> list[str] | None:
     """The command of a local session's JVM, to be started without Spark's launcher: two scripts, a Python and a JVM.
 
-    Args:
-        settings: of the session.
-
     Returns:
         None where the launcher is needed, or better tells what is wrong: on Windows, with settings and variables that
         are not this project's, and without a Java that surely is new enough.

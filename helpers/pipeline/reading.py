@@ -272,14 +272,10 @@ def read_images(
 
     A video's frame becomes the bytes of an uncompressed image file, and the stages after this one see no difference.
 
-    Args:
-        batches: `ASSIGNED_SCHEMA` or at least `KEY` of it, or `IMAGE_SCHEMA`.
-        storage: where the paths lie.
-        max_images: images per output batch.
-        batch_bytes: bytes per output batch, unless a single image has more.
-        max_bytes: of an image file; no more of it is read, and a longer one is an error. Videos may have any length.
-        max_pixels: of a video's frame; larger ones are not decoded.
-        memory_megabytes: what this process may take; frames that would take it beyond are not decoded either.
+    Paths are those of `ASSIGNED_SCHEMA`, or at least of its `KEY`. A batch of the output has so many images and bytes
+    at most, unless a single image has more. No more than `max_bytes` of an image file are read, and a longer one is an
+    error; videos may have any length. Frames that have too many pixels, or would take this process beyond its memory,
+    are not decoded.
 
     Yields:
         `IMAGE_SCHEMA`; `content` is null where `error` is set.

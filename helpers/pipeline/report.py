@@ -67,17 +67,8 @@ LONGEST = 224, 960  # pixels of a thumbnail's longer side, at least and at most
 # Share of a thumbnail's sides, and quality of JPEG: the first whose file is short enough; noise makes long ones.
 ATTEMPTS = (1, 82), (1, 60), (1, 40), (0.5, 60), (0.25, 60)
 
-RUN_COLUMNS = [
-    ["started", ""],
-    ["images", "number"],
-    ["failed", "number"],
-    ["images per second", "number"],
-    ["seconds", "number"],
-    ["slots", "number"],
-    ["retries", "number"],
-    ["source", ""],
-    ["model", ""],
-]
+NUMBERS = ("images", "failed", "images per second", "seconds", "slots", "retries")
+RUN_COLUMNS = [["started", ""], *([name, "number"] for name in NUMBERS), ["source", ""], ["model", ""]]
 
 Row = dict[str, Any]
 Thumbnail = tuple[str | None, str | None]  # a `data:` URI, or why there is none

@@ -427,15 +427,10 @@ class ResultStore:
     ) -> pa.Table:
         """Add to a change what is new in some files, and return these rows.
 
-        A file is moved where all of it is new; else its new rows are written to another one.
-
-        Args:
-            change: the commit in the making.
-            version: of the table.
-            own: rows of the files (`ROWS_SCHEMA`); those of an image, one per model, stay together.
-            new: whether each is new: if one of an image is, all are.
-            files: staged, or moved and never committed, with their sizes in bytes. Of an image that is in several, the
-                first has the rows.
+        A file, staged or moved and never committed, is moved where all of it is new; else its new rows are written to
+        another one. Of an image that is in several, the first has the rows. `files` have their sizes in bytes, `own`
+        are their rows (`ROWS_SCHEMA`), and `new` says whether each is new. The rows of an image, one per model, stay
+        together: if one is, all are.
         """
         fresh = in_first_file(own.filter(is_in(own["path"], own.filter(new)["path"])), files)
         counts, removed, results = count_values(own["file"]), version.removed(), self._folders.results()

@@ -236,9 +236,6 @@ class Run:
     def end(self, last: str) -> RunSummary:
         """Publish what has waited, tidy up, and write what a run leaves beside its results.
 
-        Args:
-            last: what the last slice says it lists.
-
         Raises:
             RunError: there was no image.
             StorageError: the results cannot be written.
@@ -303,12 +300,7 @@ class Run:
         return self._start
 
     def _pass(self, todo: pa.Table, is_last: bool) -> list[dict[str, Any]]:
-        """Run the tasks over the new images of a slice, and return what they tell.
-
-        Args:
-            todo: those images.
-            is_last: whether no slice follows.
-        """
+        """Run the tasks over the new images of a slice, and return what they tell."""
         self.slots = get_slots(self.spark)  # executors come and go between slices
         if self.tracked is None and server(self.config.tracking.mlflow):
             self.tracked = MLflow(self.config.tracking.mlflow, self.task.run)  # which starts beside the tasks

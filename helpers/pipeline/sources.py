@@ -65,11 +65,7 @@ def is_table(source: str, config: Config) -> bool:
 
 
 def open_files(source: str | None, config: Config) -> Files:
-    """What reads the files of a source, without Spark; mistakes in the settings are told.
-
-    Args:
-        source: where it is; None for a DataFrame.
-        config: its `source` section says whether it is a table.
+    """What reads the files of a source, or of a DataFrame for None, without Spark; mistakes in the settings are told.
 
     Raises:
         ConfigError: settings that do not go together.

@@ -159,13 +159,10 @@ def _load(
 def tensor_batch(
     batch: pa.RecordBatch, sizes: Sequence[Size | None], errors: Sequence[str | None], pixels: np.ndarray
 ) -> pa.RecordBatch:
-    """A batch of `TENSOR_SCHEMA`, without copying pixels.
+    """A batch of `TENSOR_SCHEMA` with the `KEY` of another, without copying pixels.
 
-    Args:
-        batch: with the columns of `KEY`.
-        sizes: of the original images; None where there is none.
-        errors: of the rows.
-        pixels: the model's input of the rows without an error, uint8 `[rows, height, width, channels]`.
+    Sizes are of the original images, and pixels the model's input of the rows without an error, uint8 `[rows, height,
+    width, channels]`.
     """
     widths, heights = zip(*[size or (None, None) for size in sizes], strict=True)
     failed = [error is not None for error in errors]

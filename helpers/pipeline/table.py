@@ -31,17 +31,10 @@ LOG = "_delta_log"
 # Databricks' default, instead of the library's 100: a version is read from this many small files at most.
 CONFIGURATION = {"delta.checkpointInterval": "10"}
 COMMIT = b'{"commitInfo"'  # begins the line of the log on a commit itself
-FILES_SCHEMA = pa.schema(
-    {
-        "name": pa.string(),
-        "rows": pa.int64(),
-        "first": pa.string(),
-        "last": pa.string(),
-        "first_model": pa.string(),
-        "last_model": pa.string(),
-    }
-)
-TOLD = ("path", "num_records", "min.path", "max.path", "min.model", "max.model")  # what the library calls them
+# What is known of the files of a table, and what the library calls it.
+TOLD = {"name": "path", "rows": "num_records", "first": "min.path", "last": "max.path"}
+TOLD |= {"first_model": "min.model", "last_model": "max.model"}
+FILES_SCHEMA = pa.schema([(name, pa.int64() if name == "rows" else pa.string()) for name in TOLD])
 COLORS = re.compile(r"\x1b\[\d*m")
 
 
@@ -252,7 +245,7 @@ def _files(adds: pa.Table) -> pa.Table:
     """What the library says of the files in a table, without all that nobody asks for: there may be many."""
     columns = [
         adds[told].cast(column.type) if told in adds.column_names else pa.nulls(adds.num_rows, column.type)
-        for column, told in zip(FILES_SCHEMA, TOLD, strict=True)
+        for column, told in zip(FILES_SCHEMA, TOLD.values(), strict=True)
     ]
     return pa.table(columns, schema=FILES_SCHEMA)
 

@@ -324,11 +324,7 @@ class Clock:
             yield batch
 
     def finish(self, load_seconds: float = 0.0) -> None:
-        """End the last stage.
-
-        Args:
-            load_seconds: what of the inference was loading the model.
-        """
+        """End the last stage; so many seconds of the inference were loading the model."""
         self._enter(STAGES[-1])
         self.seconds = self._last - self.start
         self.cpu_seconds += time.process_time()

@@ -62,13 +62,7 @@ class Writer:
         """Write the graph of a network for an input."""
 
     def log_embedding(self, points: np.ndarray, labels: Sequence[str], pictures: np.ndarray) -> None:
-        """Write points with a label and a picture each; they replace earlier ones.
-
-        Args:
-            points: float `[N, channels]`.
-            labels: N texts.
-            pictures: uint8 `[N, height, width]`.
-        """
+        """Write points, float `[N, channels]`, with N labels and pictures, uint8 `[N, height, width]`."""
 
     def publish(self) -> None:
         """Let readers see everything so far."""
