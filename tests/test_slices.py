@@ -4,9 +4,9 @@ How it was checked that each test fails without its protection: one change at a 
 
     changed                                                          failed
     listing.py: chunks end after a number of files                   a change changes the digest of its own chunk only
-    listing.py: a chunk with a passing error is remembered             a passing error is looked at again
-    listing.py: `look` forgets nothing                                 what another run has changed meanwhile
-    listing.py: models and settings do not count                       another setting
+    listing.py: a chunk with a passing error is remembered           a passing error is looked at again
+    listing.py: `look` forgets nothing                               what another run has changed meanwhile
+    listing.py: models and settings do not count                     another setting
     driver.py: the run does not look whether another has committed   what another run commits between slices
     driver.py: workers start in any case                             nothing new starts no task
     driver.py: every slice counts its partitions from 0              slices give what one pass gives

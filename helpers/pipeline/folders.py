@@ -75,9 +75,9 @@ class Folders:
         self._storage.delete(staging(run))
         self._storage.prune(STAGING)
 
-    def staged(self, run: str) -> list[str]:
+    def staged(self, run: str) -> set[str]:
         """The files of rows that a run's tasks have staged."""
-        return list(self._list(STAGING, run)[0])
+        return set(self._list(STAGING, run)[0])
 
     def results(self) -> dict[str, Entry]:
         """The files of rows in the results, whether or not the table has them."""
