@@ -59,10 +59,10 @@ def open_output(output: str, config: Config) -> Storage:
         ConfigError: this is no name of a table.
         StorageError: the location cannot be used.
     """
-    if not output.startswith(TABLE):
-        return open_storage(output, config)
-    name = _checked_name(output)
-    return open_storage(config.results.staging or f"{config.paths.results}/{name.replace('`', '')}", config)
+    if output.startswith(TABLE):
+        name = _checked_name(output).replace("`", "")
+        output = config.results.staging or f"{config.paths.results}/{name}"
+    return open_storage(output, config)
 
 
 def open_results(
