@@ -328,7 +328,9 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
             name for name in origins if name.startswith(f"{key}.")
         ]
         origin = origins[max(matches, key=len)] if matches else "conf/base.yaml"
-        named = f"{_shown(key)}{_shown_value(problem)} (set in {origin})"
+        # The value is shown if it is a number where one belongs: what is of another kind may be a secret.
+        value = f" = {problem['input']!r}" if problem["type"] in NUMBER_PROBLEMS else ""
+        named = f"{_shown(key)}{value} (set in {origin})"
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             near = difflib.get_close_matches(key, [name for name in origins if name != key], n=1)
             hint = f"; did you mean {near[0]}?" if near else "; conf/base.yaml lists every setting"
@@ -341,8 +343,3 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
 def _shown(name: str) -> str:
     """A name of a setting or a profile; what does not look like one may be a secret that was set in its place."""
     return name if SHOWN_NAME.fullmatch(name) else "a name that is not shown"
-
-
-def _shown_value(problem: Mapping[str, Any]) -> str:
-    """The value of a known setting, if it is a number where one belongs: what is of another kind may be a secret."""
-    return f" = {problem['input']!r}" if problem["type"] in NUMBER_PROBLEMS else ""

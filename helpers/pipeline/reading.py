@@ -203,7 +203,8 @@ def _members(
             if kind in beside and member.error is None and member.length <= MAX_TEXT:
                 texts[sample, kind] = member
             name = member.name.lower()
-            if _is_hidden(name) or not name.endswith(suffixes + refused):
+            is_hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+            if is_hidden or not name.endswith(suffixes + refused):
                 continue
             error = member.error or too_long(member.length, max_bytes)
             if not name.endswith(suffixes):
@@ -233,10 +234,6 @@ def _with_texts(images: pa.Table, texts: dict[tuple[str, str], Member], kinds: S
 
 def _member_table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=MEMBERS_SCHEMA)
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _last_of_each_path(members: pa.Table) -> pa.Table:

@@ -111,7 +111,13 @@ class Table:
                 if SYSTEM_ERROR.search(str(error)) and "code: 2," not in str(error):
                     raise
                 return NONE
-            self._check(table)
+            columns = pa.schema(table.schema().to_arrow())
+            first = pa.schema(list(columns)[: len(self.schema)]) if self.may_have_more else columns
+            if not first.equals(self.schema):
+                raise StorageError(
+                    f"{self.storage.join(self.folder)} is a table of other columns ({', '.join(columns.names)}); name "
+                    "another --output, or move it away"
+                )
             return Version(table.version(), _files(pa.table(table.get_add_actions(flatten=True))), table)
 
     def create(self, files: Mapping[str, File] | None = None, about: Mapping[str, Any] | None = None) -> Version:
@@ -218,15 +224,6 @@ class Table:
                 if not str(about.get("operation")).startswith("VACUUM"):
                     return number, about
         return -1, {}
-
-    def _check(self, table: DeltaTable) -> None:
-        columns = pa.schema(table.schema().to_arrow())
-        first = pa.schema(list(columns)[: len(self.schema)]) if self.may_have_more else columns
-        if not first.equals(self.schema):
-            raise StorageError(
-                f"{self.storage.join(self.folder)} is a table of other columns ({', '.join(columns.names)}); name "
-                "another --output, or move it away"
-            )
 
     @contextlib.contextmanager
     def _explained(self, otherwise: str) -> Iterator[None]:
