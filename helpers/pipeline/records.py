@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -26,9 +26,6 @@ from helpers.pipeline.task import RECORD_SCHEMA
 from helpers.session import shown_master
 from helpers.storage import Storage, open_storage
 from helpers.storage.parquet import read_table, write_table
-
-if TYPE_CHECKING:
-    pass
 
 RUNS = "runs"
 PACKAGES = ("pyspark", "openvino", "opencv-python-headless", "numpy", "pyarrow")
