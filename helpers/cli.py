@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -133,9 +133,8 @@ def export(options: argparse.Namespace, config: Config) -> int:
         options.onnx.write_bytes(converted.onnx.SerializeToString())
     calibration: Iterable[np.ndarray] = ()
     if options.calibration:
-        calibration = conversion.calibration_images(
-            open_storage(options.calibration, config), converted.architecture, config
-        )
+        source = open_storage(options.calibration, config)
+        calibration = conversion.calibration_images(source, converted.architecture, config)
     target = open_storage(options.output, config)
     bundle = conversion.make_bundle(
         converted.model,
@@ -156,7 +155,7 @@ def export(options: argparse.Namespace, config: Config) -> int:
 
 
 def plan(options: argparse.Namespace, config: Config) -> int:
-    """What a run would take elsewhere, from the records of runs that were made."""
+    """What a run would take on other machines, from the records of runs that were made."""
     from helpers.pipeline.records import read_runs, read_tasks
     from helpers.planning.cost_model import fit
     from helpers.planning.planner import PARTS, Cluster, curve, plot_curve, predict
@@ -272,101 +271,72 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m helpers", description="Vision models over images on Spark.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("run", parents=[shared], help="the four stages over every image below a location")
-    command.add_argument(
-        "--source",
-        required=True,
-        metavar="URI",
-        help="folder, container or archive of images and videos, a table, or cloudFiles:URI",
-    )
-    command.add_argument(
-        "--model", required=True, action="append", metavar="URI", help="bundle, or models:/NAME@ALIAS; may repeat"
-    )
-    command.add_argument(
-        "--output", required=True, metavar="URI", help="where results go, as a Delta table in results/; or table:NAME"
-    )
-    command.set_defaults(command=run)
+    def command(function: Callable[[argparse.Namespace, Config], int]) -> Callable[..., argparse.Action]:
+        """Add the command of a function, which has its name and docstring; what is returned adds its options."""
+        added = commands.add_parser(function.__name__, parents=[shared], help=(function.__doc__ or "").rstrip("."))
+        added.set_defaults(command=function)
+        return added.add_argument
 
-    command = commands.add_parser("train", parents=[shared], help="a PyTorch program as the ranks of one training")
-    command.add_argument("--processes", type=int, default=2, metavar="N", help="how many ranks; each takes a slot")
-    command.add_argument("--gpu", action="store_true", help="give each rank a GPU")
-    command.add_argument("program", metavar="PROGRAM", help="its file, on this machine")
-    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="of its command line")
-    command.set_defaults(command=train)
+    add = command(run)
+    source = "folder, container or archive of images and videos, a table, or cloudFiles:URI"
+    add("--source", required=True, metavar="URI", help=source)
+    add("--model", required=True, action="append", metavar="URI", help="bundle, or models:/NAME@ALIAS; may repeat")
+    output = "where results go, as a Delta table in results/; or table:NAME"
+    add("--output", required=True, metavar="URI", help=output)
 
-    command = commands.add_parser("export", parents=[shared], help="a model of any kind to a model bundle")
-    command.add_argument(
-        "--architecture",
-        metavar="NAME",
-        help="a PyTorch network: a card in conf/cards, the .yaml of one, a YOLACT, torchvision:NAME or timm:NAME",
-    )
-    command.add_argument("--checkpoint", type=Path, metavar="FILE", help="its state dictionary")
-    command.add_argument("--file", type=Path, metavar="FILE", help="or a model: .onnx, .xml, .tflite, .pb or .pt2")
-    command.add_argument("--card", type=Path, metavar="FILE", help="what the file or the library does not say, as YAML")
-    command.add_argument("--output", required=True, metavar="URI", help="where the bundle goes")
-    command.add_argument(
-        "--precision",
-        default="fp32",
-        choices=("fp32", "fp16", "bf16", "int8"),
-        help="of the weights; bf16 is fp16 weights and bfloat16 arithmetic",
-    )
-    command.add_argument("--calibration", metavar="URI", help="folder of images, for int8")
-    command.add_argument("--images", metavar="URI", help="folder of images for preview.png; by default --calibration's")
-    command.add_argument("--opset", type=int, default=18, help="of the ONNX graph in between, from 11; default 18")
-    command.add_argument("--onnx", type=Path, metavar="FILE", help="leave the ONNX graph there too")
-    command.add_argument("--keep-onnx", action="store_true", help="keep the ONNX graph in the bundle, for CUDA")
-    command.add_argument("--register", metavar="NAME", help="register it on the server of tracking.mlflow")
-    command.add_argument("--alias", metavar="ALIAS", help="of the registered version, such as champion")
-    command.set_defaults(command=export)
+    add = command(train)
+    add("--processes", type=int, default=2, metavar="N", help="how many ranks; each takes a slot")
+    add("--gpu", action="store_true", help="give each rank a GPU")
+    add("program", metavar="PROGRAM", help="its file, on this machine")
+    add("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="of its command line")
 
-    command = commands.add_parser("plan", parents=[shared], help="what a run would take on other machines")
-    command.add_argument(
-        "--records", required=True, action="append", metavar="URI", help="--output of a run; may repeat"
-    )
-    command.add_argument("--images", required=True, type=int, metavar="N", help="how many images")
-    command.add_argument("--executors", required=True, type=int, metavar="K", help="how many executors")
-    command.add_argument("--cores", type=int, default=1, metavar="C", help="tasks at once of each executor")
-    command.add_argument(
-        "--speed", type=speeds, default=[1.0], metavar="S[,S...]", help="of the executors in turn; 1: as the records'"
-    )
-    command.add_argument(
-        "--executors-per-machine", type=int, default=1, metavar="M", help="executors that share a machine"
-    )
-    command.add_argument("--price", type=float, default=0.0, metavar="P", help="of one executor for an hour")
-    command.add_argument("--partitions", type=int, metavar="N", help="tasks; by default the best number")
-    command.add_argument("--image-bytes", type=float, metavar="B", help="of a mean image; by default the records'")
-    command.add_argument(
-        "--failure-rate", type=float, default=0.0, metavar="F", help="share of tasks' attempts that fail"
-    )
-    command.add_argument("--plot", metavar="FILE", help="draw time and cost against executors, as PNG or SVG")
-    command.set_defaults(command=plan)
+    add = command(export)
+    network = "a PyTorch network: a card in conf/cards, the .yaml of one, a YOLACT, torchvision:NAME or timm:NAME"
+    add("--architecture", metavar="NAME", help=network)
+    add("--checkpoint", type=Path, metavar="FILE", help="its state dictionary")
+    add("--file", type=Path, metavar="FILE", help="or a model: .onnx, .xml, .tflite, .pb or .pt2")
+    add("--card", type=Path, metavar="FILE", help="what the file or the library does not say, as YAML")
+    add("--output", required=True, metavar="URI", help="where the bundle goes")
+    precision = "of the weights; bf16 is fp16 weights and bfloat16 arithmetic"
+    add("--precision", default="fp32", choices=("fp32", "fp16", "bf16", "int8"), help=precision)
+    add("--calibration", metavar="URI", help="folder of images, for int8")
+    add("--images", metavar="URI", help="folder of images for preview.png; by default --calibration's")
+    add("--opset", type=int, default=18, help="of the ONNX graph in between, from 11; default 18")
+    add("--onnx", type=Path, metavar="FILE", help="leave the ONNX graph there too")
+    add("--keep-onnx", action="store_true", help="keep the ONNX graph in the bundle, for CUDA")
+    add("--register", metavar="NAME", help="register it on the server of tracking.mlflow")
+    add("--alias", metavar="ALIAS", help="of the registered version, such as champion")
 
-    command = commands.add_parser(
-        "history", parents=[shared], help="the runs that have changed the results of an output"
-    )
-    command.add_argument("output", metavar="OUTPUT", help="--output of the runs")
-    command.set_defaults(command=history)
+    add = command(plan)
+    add("--records", required=True, action="append", metavar="URI", help="--output of a run; may repeat")
+    add("--images", required=True, type=int, metavar="N", help="how many images")
+    add("--executors", required=True, type=int, metavar="K", help="how many executors")
+    add("--cores", type=int, default=1, metavar="C", help="tasks at once of each executor")
+    speed = "of the executors in turn; 1: as the records'"
+    add("--speed", type=speeds, default=[1.0], metavar="S[,S...]", help=speed)
+    add("--executors-per-machine", type=int, default=1, metavar="M", help="executors that share a machine")
+    add("--price", type=float, default=0.0, metavar="P", help="of one executor for an hour")
+    add("--partitions", type=int, metavar="N", help="tasks; by default the best number")
+    add("--image-bytes", type=float, metavar="B", help="of a mean image; by default the records'")
+    add("--failure-rate", type=float, default=0.0, metavar="F", help="share of tasks' attempts that fail")
+    add("--plot", metavar="FILE", help="draw time and cost against executors, as PNG or SVG")
 
-    command = commands.add_parser("report", parents=[shared], help="the page of results, OUTPUT/report/index.html")
-    command.add_argument("output", metavar="OUTPUT", help="--output of the runs")
-    command.add_argument(
-        "--against", metavar="OTHER", help="another output, to see what one finds and the other does not"
-    )
-    command.set_defaults(command=report)
+    add = command(history)
+    add("output", metavar="OUTPUT", help="--output of the runs")
 
-    command = commands.add_parser("results", parents=[shared], help="results in the format of another tool")
-    command.add_argument("output", metavar="OUTPUT", help="--output of the runs")
-    command.add_argument("--format", required=True, choices=("coco", "csv", "fiftyone", "labelme", "yolo"))
-    command.add_argument("--to", required=True, metavar="URI", help="a folder; of csv the file")
-    command.add_argument("--classes", metavar="NAME[,NAME...]", help="of these classes only, by label or number")
-    command.add_argument(
-        "--min-score", type=float, default=0.0, metavar="S", help="of predictions at least so probable"
-    )
-    command.add_argument("--model", metavar="NAME", help="of this model only, by its name or how that begins")
-    command.set_defaults(command=results)
+    add = command(report)
+    add("output", metavar="OUTPUT", help="--output of the runs")
+    add("--against", metavar="OTHER", help="another output, to see what one finds and the other does not")
 
-    command = commands.add_parser("doctor", parents=[shared], help="what this host has and lacks")
-    command.set_defaults(command=doctor)
+    add = command(results)
+    add("output", metavar="OUTPUT", help="--output of the runs")
+    add("--format", required=True, choices=("coco", "csv", "fiftyone", "labelme", "yolo"))
+    add("--to", required=True, metavar="URI", help="a folder; of csv the file")
+    add("--classes", metavar="NAME[,NAME...]", help="of these classes only, by label or number")
+    add("--min-score", type=float, default=0.0, metavar="S", help="of predictions at least so probable")
+    add("--model", metavar="NAME", help="of this model only, by its name or how that begins")
+
+    command(doctor)
     return parser
 
 

@@ -87,9 +87,8 @@ class IngestSettings(_Section):
     suffixes: tuple[str, ...]
     archives: tuple[str, ...]
     outside_links: bool
-    max_bytes: Annotated[
-        int, Field(gt=0, le=2 * 10**9)
-    ]  # a row of Arrow or Spark; `Config.max_image_bytes` may be less
+    # A row of Arrow or Spark; `Config.max_image_bytes` may be less.
+    max_bytes: Annotated[int, Field(gt=0, le=2 * 10**9)]
     max_pixels: Large
 
 
@@ -224,9 +223,7 @@ def load_config(profile: str | None = None, **overrides: Any) -> Config:
     values: dict[str, Any] = {"profile": profile}
     origins: dict[str, str] = {}
     for origin, layer in layers.items():
-        for key, value in _flatten(layer):
-            _assign(values, key, value, origin)
-            origins[key] = origin
+        _merge(values, layer, origin, origins)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -306,28 +303,21 @@ def _value(key: str, text: str) -> Any:
         ) from None
 
 
-def _flatten(layer: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items = []
+def _merge(
+    values: dict[str, Any], layer: Mapping[str, Any], origin: str, origins: dict[str, str], above: str = ""
+) -> None:
+    """Set what a layer has below a section in its values, and note where each comes from."""
     for key, value in layer.items():
-        if isinstance(value, Mapping) and value and prefix not in NAMES_WITH_DOTS:
-            items += _flatten(value, f"{prefix}{key}.")
-        else:
-            items.append((f"{prefix}{key}", value))
-    return items
-
-
-def _assign(values: dict[str, Any], key: str, value: Any, origin: str) -> None:
-    prefix = next((name for name in NAMES_WITH_DOTS if key.startswith(name) and key != name), None)
-    parts = [*prefix.split(".")[:2], key.removeprefix(prefix)] if prefix else key.split(".")
-    for position, part in enumerate(parts[:-1]):
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            above = ".".join(parts[: position + 1])
-            raise ConfigError(f"{_shown(key)} (set in {origin}): {above} is a single value, nothing can stand below it")
-    if value == {}:
-        values.setdefault(parts[-1], {})
-    else:
-        values[parts[-1]] = value
+        first, dot, rest = ("" if above in NAMES_WITH_DOTS else key).partition(".")
+        key, value = (first, {rest: value}) if dot else (key, value)
+        if not isinstance(value, Mapping) or above in NAMES_WITH_DOTS:
+            values[key], origins[f"{above}{key}"] = value, origin
+            continue
+        section = values.setdefault(key, {})
+        if not isinstance(section, dict):
+            below = _shown(".".join([f"{above}{key}", *value][:2]))
+            raise ConfigError(f"{below} (set in {origin}): {above}{key} is a single value, nothing can stand below it")
+        _merge(section, value, origin, origins, f"{above}{key}.")
 
 
 def _explain(error: ValidationError, origins: dict[str, str]) -> str:
@@ -338,7 +328,9 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
             name for name in origins if name.startswith(f"{key}.")
         ]
         origin = origins[max(matches, key=len)] if matches else "conf/base.yaml"
-        named = f"{_shown(key)}{_shown_value(problem)} (set in {origin})"
+        # The value is shown if it is a number where one belongs: what is of another kind may be a secret.
+        value = f" = {problem['input']!r}" if problem["type"] in NUMBER_PROBLEMS else ""
+        named = f"{_shown(key)}{value} (set in {origin})"
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             near = difflib.get_close_matches(key, [name for name in origins if name != key], n=1)
             hint = f"; did you mean {near[0]}?" if near else "; conf/base.yaml lists every setting"
@@ -351,8 +343,3 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
 def _shown(name: str) -> str:
     """A name of a setting or a profile; what does not look like one may be a secret that was set in its place."""
     return name if SHOWN_NAME.fullmatch(name) else "a name that is not shown"
-
-
-def _shown_value(problem: Mapping[str, Any]) -> str:
-    """The value of a known setting, if it is a number where one belongs: what is of another kind may be a secret."""
-    return f" = {problem['input']!r}" if problem["type"] in NUMBER_PROBLEMS else ""

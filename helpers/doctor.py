@@ -37,20 +37,9 @@ class Finding:
 
 def examine(config: Config, names: Collection[str] = ()) -> list[Finding]:
     """Look at everything, or at what is named, in the order in which a newcomer should mend it."""
-    checks: dict[str, Callable[[Config], str]] = {
-        "python": _python,
-        "packages": _packages,
-        "java": _java,
-        "spark": _spark,
-        "workers": _workers,
-        "openvino": _openvino,
-        "data": _data,
-        "models": _models,
-        "secret": _secret,
-        "storage": _storage,
-        "machine": _machine,
-    }
-    return [_look(name, check, config) for name, check in checks.items() if not names or name in names]
+    checks = [_python, _packages, _java, _spark, _workers, _openvino, _data, _models, _secret, _storage, _machine]
+    by_name = {check.__name__.removeprefix("_"): check for check in checks}
+    return [_look(name, check, config) for name, check in by_name.items() if not names or name in names]
 
 
 def _look(name: str, check: Callable[[Config], str], config: Config) -> Finding:
@@ -64,9 +53,8 @@ def _look(name: str, check: Callable[[Config], str], config: Config) -> Finding:
 
 def _python(config: Config) -> str:
     if sys.version_info < MINIMUM_PYTHON:
-        raise UserError(
-            f"Python {sys.version.split()[0]} is too old; install {'.'.join(map(str, MINIMUM_PYTHON))} or newer"
-        )
+        newer = ".".join(map(str, MINIMUM_PYTHON))
+        raise UserError(f"Python {sys.version.split()[0]} is too old; install {newer} or newer")
     return sys.version.split()[0]
 
 
@@ -143,10 +131,9 @@ def _workers(config: Config) -> str:
         return "have the packages of this environment" if config.spark.mode == "local" else "are the host's"
     if config.spark.environment:
         return f"get {find_environment(config)}"
-    return (
-        f"must have the packages of requirements.txt and {os.environ.get('PYSPARK_PYTHON', sys.executable)}; if they \
-have not, `make pack` and set spark.environment"
-    )
+    python = os.environ.get("PYSPARK_PYTHON", sys.executable)
+    remedy = "`make pack` and set spark.environment"
+    return f"must have the packages of requirements.txt and {python}; if they have not, {remedy}"
 
 
 def _openvino(config: Config) -> str:
@@ -161,12 +148,9 @@ def _data(config: Config) -> str:
     folder = Path(config.paths.data, "FashionMNIST", "raw")
     sizes = {file.name: file.stat().st_size for file in folder.glob("*-ubyte")}
     if sizes != FASHION_MNIST:
-        raise UserError(f"Fashion-MNIST is not in {config.paths.data}, or is damaged there: {_fetch(config)}")
+        remedy = "run notebook 04" if config.profile in ("colab", "databricks") else "run `make setup`"
+        raise UserError(f"Fashion-MNIST is not in {config.paths.data}, or is damaged there: {remedy}")
     return f"Fashion-MNIST in {config.paths.data}"
-
-
-def _fetch(config: Config) -> str:
-    return "run notebook 04" if config.profile in ("colab", "databricks") else "run `make setup`"
 
 
 def _models(config: Config) -> str:

@@ -68,11 +68,8 @@ def check_parameters(parameters: Any, lowest: Mapping[str, float] | None = None)
     """Check the values of a dataclass of post-processing parameters by its annotations.
 
     A `float` is a number from 0 to 1, an `int` a whole number of 1 or more, a `bool` true or false, a `Literal` one of
-    its values, and a `tuple` a list of what it names.
-
-    Args:
-        parameters: the dataclass.
-        lowest: the least value of numbers with another range, by name; such a number has no upper end.
+    its values, and a `tuple` a list of what it names. `lowest` has the least values of numbers with another range, by
+    name; such a number has no upper end.
 
     Raises:
         ConfigError: the first value that is none of these.

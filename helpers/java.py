@@ -28,26 +28,11 @@ ARCHIVE = Path(sys.prefix, "spark-classes.jsa")  # made by `conf/classes.py`
 
 # What Spark's launcher gives every JVM, less the module of vector instructions, whose use by MLlib Java warns of.
 OPTIONS = ["-XX:+IgnoreUnrecognizedVMOptions", "--enable-native-access=ALL-UNNAMED"]
-OPTIONS += [
-    f"--add-opens={module}=ALL-UNNAMED"
-    for module in (
-        "java.base/java.lang",
-        "java.base/java.lang.invoke",
-        "java.base/java.lang.reflect",
-        "java.base/java.io",
-        "java.base/java.net",
-        "java.base/java.nio",
-        "java.base/java.util",
-        "java.base/java.util.concurrent",
-        "java.base/java.util.concurrent.atomic",
-        "java.base/jdk.internal.ref",
-        "java.base/sun.nio.ch",
-        "java.base/sun.nio.cs",
-        "java.base/sun.security.action",
-        "java.base/sun.util.calendar",
-        "java.security.jgss/sun.security.krb5",
-    )
-]
+OPENED = "lang lang.invoke lang.reflect io net nio util util.concurrent util.concurrent.atomic"
+OPENED_TOO = "jdk.internal.ref sun.nio.ch sun.nio.cs sun.security.action sun.util.calendar"
+OPTIONS += [f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in OPENED.split()]
+OPTIONS += [f"--add-opens=java.base/{name}=ALL-UNNAMED" for name in OPENED_TOO.split()]
+OPTIONS += ["--add-opens=java.security.jgss/sun.security.krb5=ALL-UNNAMED"]
 OPTIONS += [
     "-Djdk.reflect.useDirectMethodHandle=false",
     "-Dio.netty.tryReflectionSetAccessible=true",
@@ -102,9 +87,6 @@ class Jvm:
 
 def jvm_command(settings: Mapping[str, str]) -> list[str] | None:
     """The command of a local session's JVM, to be started without Spark's launcher: two scripts, a Python and a JVM.
-
-    Args:
-        settings: of the session.
 
     Returns:
         None where the launcher is needed, or better tells what is wrong: on Windows, with settings and variables that

@@ -31,12 +31,9 @@ def mask_iou(mask_a: np.ndarray, mask_b: np.ndarray) -> float:
 
 
 def boundary_iou(mask_a: np.ndarray, mask_b: np.ndarray, dilation_ratio: float = BOUNDARY_RATIO) -> float:
-    """Intersection over union of what of two masks lies near their own contours (equation 4).
+    """Intersection over union of what of two masks, as of `mask_iou`, lies near their own contours (equation 4).
 
-    Args:
-        mask_a: `[height, width]`, bool or not zero inside.
-        mask_b: likewise.
-        dilation_ratio: the boundary's width as a share of the image's diagonal.
+    The boundary's width is a share of the image's diagonal.
 
     Raises:
         ValueError: they are of different shapes.

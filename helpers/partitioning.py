@@ -13,19 +13,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PartitionPlan:
-    """Which partition each image goes to.
+    """Which partition each image goes to."""
 
-    Attributes:
-        assignment: int32 `[images]`, the partition of each.
-        files: int64 `[partitions]`, images in each.
-        bytes: int64 `[partitions]`, their bytes.
-        slots: how many tasks run at once.
-    """
-
-    assignment: np.ndarray
-    files: np.ndarray
-    bytes: np.ndarray
-    slots: int
+    assignment: np.ndarray  # int32 `[images]`, the partition of each
+    files: np.ndarray  # int64 `[partitions]`, images in each
+    bytes: np.ndarray  # int64 `[partitions]`, their bytes
+    slots: int  # how many tasks run at once
 
     @property
     def partitions(self) -> int:
@@ -72,10 +65,10 @@ def plan_partitions(
 
     Args:
         lengths: bytes of each image; 0 for a file that will be an error row.
-        slots: tasks that run at once, at least 1.
-        target_bytes: about how many bytes per partition.
-        target_images: about how many images per partition.
-        partitions: the number of partitions, if it is not to be planned.
+        slots: tasks that run at once.
+        target_bytes: of a partition, about.
+        target_images: likewise.
+        partitions: their number, if it is not to be planned.
         in_order: bool `[images]`, which are frames; by default none.
         at_least: as many partitions, where they are planned, so that slots that come later find work.
 
@@ -87,8 +80,8 @@ def plan_partitions(
         raise ValueError("lengths must not be negative; slots, targets and partitions must be at least 1")
     if not sizes.size:
         return PartitionPlan(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64), slots)
-    target = partitions or _count(sizes, slots, target_bytes, target_images, at_least)
-    count = min(target, sizes.size)
+    needed = max(math.ceil(int(sizes.sum()) / target_bytes), math.ceil(sizes.size / target_images), at_least, 1)
+    count = min(partitions or slots * math.ceil(needed / slots), sizes.size)
     costs = sizes + max(1, int(sizes.mean()))
     assignment = np.empty(sizes.size, np.int32)
     heap = [(0, partition) for partition in range(count)]
@@ -114,8 +107,3 @@ def _fill(loads: np.ndarray, costs: np.ndarray) -> np.ndarray:
     room = np.maximum(0, means.min() - loads)
     middles = np.cumsum(costs) - costs / 2
     return np.searchsorted(np.cumsum(room)[:-1], middles, side="right")
-
-
-def _count(sizes: np.ndarray, slots: int, target_bytes: int, target_images: int, at_least: int) -> int:
-    needed = max(math.ceil(int(sizes.sum()) / target_bytes), math.ceil(sizes.size / target_images), at_least, 1)
-    return slots * math.ceil(needed / slots)

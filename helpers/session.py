@@ -445,38 +445,32 @@ def _settings(config: Config) -> dict[str, str]:
 
 def _jvm_settings(config: Config) -> dict[str, str]:
     """What Spark is told where this process starts its JVM, and how its workers find their Python."""
-    packed = {}
-    if config.spark.environment and config.spark.mode == "cluster":
-        packed = {"spark.archives": f"{find_environment(config)}#{UNPACKED}"}
+    spark, is_cluster = config.spark, config.spark.mode == "cluster"
+    log4j = f"-Dlog4j2.configurationFile={(CONF / 'log4j2.properties').as_uri()}"
+    settings = {
+        # Tasks take and free one batch after another. Their Arrow keeps memory for so many milliseconds, its default,
+        # where the driver's gives it back at once (`helpers`).
+        "spark.executorEnv.MIMALLOC_PURGE_DELAY": "10",
+        "spark.driver.memory": spark.driver_memory,
+        "spark.driver.extraJavaOptions": log4j if is_cluster else f"{log4j} {local_options()}",
+        "spark.task.maxFailures": str(spark.task_attempts),
+        "spark.ui.showConsoleProgress": "false",
+        "spark.redaction.regex": REDACTED_NAMES,
+    }
+    if is_cluster:
+        # A plan goes by the executors that are there, so it pays to wait for all of them, and not for ever.
+        settings["spark.scheduler.minRegisteredResourcesRatio"] = "1.0"
+        settings["spark.scheduler.maxRegisteredResourcesWaitingTime"] = f"{spark.wait_seconds}s"
+    if is_cluster and config.inference.device in ("GPU", "CUDA"):
+        settings["spark.executor.resource.gpu.amount"] = "1"
+        settings["spark.task.resource.gpu.amount"] = str(config.inference.gpu_share)
+    if is_cluster and spark.environment:
+        settings["spark.archives"] = f"{find_environment(config)}#{UNPACKED}"
         os.environ["PYSPARK_PYTHON"] = f"./{UNPACKED}/bin/python"
     else:
         # Workers run the interpreter that runs the driver, not the first python3 on the PATH.
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    gpu = {}
-    if config.spark.mode == "cluster" and config.inference.device in ("GPU", "CUDA"):
-        share = str(config.inference.gpu_share)
-        gpu = {"spark.executor.resource.gpu.amount": "1", "spark.task.resource.gpu.amount": share}
-    daemon = {}
-    if config.spark.mode == "local" and PYTHONPATH not in config.spark.conf:
+    if spark.mode == "local" and PYTHONPATH not in spark.conf:
         # It must find this package, which the archive of `ship_helpers` brings with the first task only.
-        daemon = {"spark.python.daemon.module": DAEMON, PYTHONPATH: str(PACKAGE.parent)}
-    log4j = f"-Dlog4j2.configurationFile={(CONF / 'log4j2.properties').as_uri()}"
-    wait = {}
-    if config.spark.mode == "cluster":
-        # A plan goes by the executors that are there, so it pays to wait for all of them, and not for ever.
-        wait["spark.scheduler.minRegisteredResourcesRatio"] = "1.0"
-        wait["spark.scheduler.maxRegisteredResourcesWaitingTime"] = f"{config.spark.wait_seconds}s"
-    return {
-        **packed,
-        **gpu,
-        **wait,
-        **daemon,
-        # Tasks take and free one batch after another. Their Arrow keeps memory for so many milliseconds, its default,
-        # where the driver's gives it back at once (`helpers`).
-        "spark.executorEnv.MIMALLOC_PURGE_DELAY": "10",
-        "spark.driver.memory": config.spark.driver_memory,
-        "spark.driver.extraJavaOptions": f"{log4j} {local_options()}" if config.spark.mode != "cluster" else log4j,
-        "spark.task.maxFailures": str(config.spark.task_attempts),
-        "spark.ui.showConsoleProgress": "false",
-        "spark.redaction.regex": REDACTED_NAMES,
-    }
+        settings |= {"spark.python.daemon.module": DAEMON, PYTHONPATH: str(PACKAGE.parent)}
+    return settings

@@ -33,7 +33,8 @@ from test_video import pictures, write_clip
 from helpers import doctor
 from helpers.config import PROJECT, load_config
 from helpers.errors import StorageError
-from helpers.pipeline.results import KEEP, ResultStore
+from helpers.pipeline.folders import KEEP
+from helpers.pipeline.results import ResultStore
 from helpers.pipeline.rows import without
 from helpers.pipeline.schemas import RESULT_SCHEMA
 from helpers.pipeline.table import Table

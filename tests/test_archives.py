@@ -28,8 +28,8 @@ from helpers.images.archive import find_members, read_member, split_member, spli
 from helpers.images.boundary import LASTING, UnreadableImageError
 from helpers.memory import bounded, resident_megabytes
 from helpers.pipeline import stages
-from helpers.pipeline.frames import list_members
 from helpers.pipeline.listing import LIKE_MEMBERS, list_images
+from helpers.pipeline.reading import list_members
 from helpers.storage import LocalStorage, open_storage
 
 ZipInfo = zipfile.ZipInfo
@@ -614,7 +614,7 @@ def test_tar_headers_are_forgotten_as_they_are_read(tmp_path):
 
 
 def test_many_members_are_rows_in_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.pipeline.frames.ROWS_PER_BATCH", 7)
+    monkeypatch.setattr("helpers.pipeline.reading.MEMBERS_PER_BATCH", 7)
     write(tmp_path, a_tar=tar({f"{number:02}.png": b"1" for number in range(20)}))
     archives = list_images(open_storage(str(tmp_path)), settings()).archives
     batches = list(list_members(archives.to_batches(), LocalStorage(str(tmp_path)), SUFFIXES, REFUSED, MOST))

@@ -38,7 +38,7 @@ from PIL import Image
 from helpers.cli import main
 from helpers.pipeline import make_task, readers
 from helpers.pipeline.listing import assign, list_images, plan
-from helpers.pipeline.sample import draw_sample
+from helpers.pipeline.report import draw_sample
 from studies.cluster import wait_for
 
 WIDTH, HEIGHT = 60, 40

@@ -9,15 +9,15 @@ How it was checked that each test fails without its protection: in a copy of the
     results.py: a file once removed is added again                      removed as useless
     results.py: what is missing of a run's work is not looked for       nobody has any more
     results.py: `_remove` removes nothing, or copies nothing            death at any step, reader at any step
-    results.py: what was moved and not committed is left                death at any step
+    folders.py: what was moved and not committed is left                death at any step
     results.py: a staged file is deleted before the commit              keeping a part
-    results.py: `_leftovers` sees nothing staged                        staged at a death, history
-    results.py: `_leftovers` does not care whose files are its own      files of a run that starts over
-    results.py: what is older than a start over is kept                 staged before a run started over
+    folders.py: `leftovers` sees nothing staged                         staged at a death, history
+    folders.py: `leftovers` does not care whose files are its own       files of a run that starts over
+    folders.py: what is older than a start over is kept                 staged before a run started over
     results.py: recovery ignores which run is later                     late rows of a dead run
     results.py: a file that is gone is always an error                  deleted while a run reads
-    results.py: `_close` does nothing                                   staged before a run started over, bear tasks
-    results.py: `unstage` does nothing                                  a run that starts over
+    folders.py: `close` does nothing                                    staged before a run started over, bear tasks
+    folders.py: `unstage` does nothing                                  a run that starts over
 """
 
 import contextlib

@@ -7,8 +7,8 @@ import pytest
 from helpers.config import load_config
 from helpers.errors import RunError, StorageError
 from helpers.pipeline import stages
-from helpers.pipeline.frames import list_frames
 from helpers.pipeline.listing import LISTED_SCHEMA, UNLISTED, assign, list_images, plan
+from helpers.pipeline.reading import list_frames
 from helpers.pipeline.stages import ASSIGNED_SCHEMA
 from helpers.storage import open_storage
 

@@ -19,6 +19,7 @@ import optuna
 import pandas as pd
 import pytest
 import torch
+from cluster import read_results
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from mlflow_server import free_port, start_mlflow
@@ -34,7 +35,6 @@ from helpers.config import load_config
 from helpers.errors import BundleError, ConfigError, RunError, TrainingError
 from helpers.export.registration import publish
 from helpers.pipeline.pyfunc import OUTPUT_SCHEMA
-from helpers.pipeline.results import ResultStore
 from helpers.pipeline.runs import Run
 from helpers.session import spark_schema
 from helpers.storage import lock, open_storage
@@ -448,7 +448,7 @@ def test_a_run_by_alias_says_which_version_it_was_and_follows_the_alias(spark, u
         client.set_registered_model_alias("fashion", "champion", version)
         output = str(tmp_path / f"out{step}")
         assert pipeline.run(spark, str(samples), "models:/fashion@champion", output, config).ok == 60
-        rows = ResultStore(open_storage(output)).read()
+        rows = read_results(output)
         (model,) = rows["model"].unique().to_pylist()
         models.append((model, predictions_of(rows.to_pylist())))
     (first, one), (second, two), (third, again) = models
@@ -521,7 +521,7 @@ def test_pyfunc_predicts_what_the_pipeline_predicts(spark, uri, versions, sample
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     config = load_config("local", **settings_of(uri, tmp_path, **{"spark.master": "local[2]"}))
     pipeline.run(spark, str(samples), "models:/fashion/1", str(tmp_path / "out"), config)
-    expected = ResultStore(open_storage(str(tmp_path / "out"))).read().to_pylist()
+    expected = read_results(str(tmp_path / "out")).to_pylist()
     model = mlflow.pyfunc.load_model("models:/fashion/1")
     paths = [row["path"] for row in expected]
     by_path = model.predict(pd.DataFrame({"path": paths}))
@@ -536,7 +536,7 @@ def test_spark_udf_predicts_what_the_pipeline_predicts(spark, uri, versions, sam
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     config = load_config("local", **settings_of(uri, tmp_path, **{"spark.master": "local[2]"}))
     pipeline.run(spark, str(samples), "models:/fashion/1", str(tmp_path / "out"), config)
-    expected = ResultStore(open_storage(str(tmp_path / "out"))).read().to_pylist()
+    expected = read_results(str(tmp_path / "out")).to_pylist()
     as_json = {"result_type": "string", "params": {"format": "json"}}
     predict = mlflow.pyfunc.spark_udf(spark, "models:/fashion/1", env_manager="local", **as_json)
     table = spark.createDataFrame([(row["path"],) for row in expected], "path string").repartition(2)

@@ -26,11 +26,11 @@ from helpers.config import Config, load_config
 from helpers.errors import BundleError, ConfigError, RunError, StorageError, UserError
 from helpers.pipeline import RunSummary
 from helpers.pipeline.listing import list_images
+from helpers.pipeline.report import draw_sample
 from helpers.pipeline.results import ResultStore
-from helpers.pipeline.sample import draw_sample
 from helpers.pipeline.task import STAGES
 from helpers.storage import LocalStorage, open_storage
-from helpers.tracking.progress import Progress
+from helpers.tracking.progress import show_progress
 
 LOCAL = {"spark.master": "local[2]", "pictures": 0}
 
@@ -549,7 +549,7 @@ def test_a_progress_that_cannot_be_counted_is_a_warning(caplog):
     def fail() -> tuple[int, int]:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    with Progress(10, fail):
+    with show_progress(10, fail, done=0, is_whole=True):
         pass
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "Stale file handle" in record.message

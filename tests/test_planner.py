@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from helpers.errors import DataError
 from helpers.planning.cost_model import CostModel, fit
-from helpers.planning.makespan import equal_makespan, expected_makespan
 from helpers.planning.planner import (
     PARTS,
     Cluster,
     best_partitions,
     curve,
+    equal_makespan,
+    expected_makespan,
     predict,
 )
 from studies.simulation import Speculation, draw_failures, play, simulate

@@ -10,12 +10,12 @@ import pytest
 from cluster import read_results
 
 from helpers.errors import RunError
+from helpers.pipeline.folders import staged_counts
 from helpers.pipeline.results import ResultStore, Seen, Work
 from helpers.pipeline.rows import Statistics, is_in, settled, without
 from helpers.pipeline.schemas import EARLIER_RESULT_SCHEMA, KEY_NAMES
 from helpers.pipeline.stages import RESULT_SCHEMA
 from helpers.pipeline.table import File, Table
-from helpers.pipeline.task import staged_counts
 from helpers.storage import open_storage
 from helpers.storage.parquet import write_table
 
@@ -48,6 +48,11 @@ def table(*names: str, version: int = 0, error: str | None = None, model: str = 
         for name in names
     ]
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
+
+
+def read(store: ResultStore) -> pa.Table:
+    """All results, with the columns of today."""
+    return pa.concat_tables([store._folders.load(file) for file in store.files()] or [RESULT_SCHEMA.empty_table()])
 
 
 def stage(store: ResultStore, run: str, partition: int, rows: pa.Table) -> str:
@@ -96,18 +101,18 @@ def test_published_files_are_what_readers_see(store):
     published = publish(store, stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c")))
     assert keys(store) == [("a", 0), ("b", 0), ("c", 0)]
     assert len(published) == 2 and all(store.storage.exists(path) for path in published)
-    assert store.read().sort_by("path").equals(table("a", "b", "c"))
+    assert read(store).sort_by("path").equals(table("a", "b", "c"))
     assert not store.storage.exists("_staging")
 
 
 def test_staged_rows_are_not_in_the_results(store):
     stage(store, "run1", 0, table("a", "b"))
-    assert store.rows().num_rows == 0 and store.read().num_rows == 0
+    assert store.look().rows.num_rows == 0 and read(store).num_rows == 0
 
 
 def test_rows_have_key_model_and_file(store):
     publish(store, stage(store, "run1", 0, table("a", model="net@7")))
-    (row,) = store.rows().to_pylist()
+    (row,) = store.look().rows.to_pylist()
     assert (row["path"], row["length"], row["modified"], row["model"]) == ("a", 1, DAY, "net@7")
     assert store.storage.exists(row["file"]) and Path(row["file"]).parent == Path("results")
 
@@ -120,7 +125,7 @@ def test_files_of_two_runs_and_partitions_never_share_a_name(store):
 
 def test_images_in_the_results_are_left_out_of_a_run(store):
     publish(store, stage(store, "run1", 0, table("a", "b", "c")))
-    todo = without(pa.concat_tables([table("b", "d"), table("c", version=1), table("a")]), store.rows())
+    todo = without(pa.concat_tables([table("b", "d"), table("c", version=1), table("a")]), store.look().rows)
     assert [(row["path"], row["modified"]) for row in todo.to_pylist()] == [
         ("d", DAY),
         ("c", DAY + timedelta(microseconds=1)),
@@ -130,13 +135,13 @@ def test_images_in_the_results_are_left_out_of_a_run(store):
 def test_an_image_of_another_length_is_done_again(store):
     publish(store, stage(store, "run1", 0, table("a")))
     longer = table("a").set_column(1, "length", pa.array([99]))
-    assert without(longer, store.rows()).num_rows == 1
+    assert without(longer, store.look().rows).num_rows == 1
     publish(store, stage(store, "run2", 0, longer))
-    assert store.read()["length"].to_pylist() == [99]
+    assert read(store)["length"].to_pylist() == [99]
 
 
 def test_nothing_is_left_out_where_there_are_no_results(store):
-    assert without(table("a", "b"), store.rows()).num_rows == 2
+    assert without(table("a", "b"), store.look().rows).num_rows == 2
 
 
 @pytest.mark.parametrize(
@@ -157,14 +162,14 @@ def test_nothing_is_left_out_where_there_are_no_results(store):
 )
 def test_only_an_error_of_the_bytes_is_final(store, error, done):
     publish(store, stage(store, "run1", 0, table("a", error=error)))
-    assert without(table("a"), settled(store.rows())).num_rows == (0 if done else 1)
+    assert without(table("a"), settled(store.look().rows)).num_rows == (0 if done else 1)
 
 
 def test_an_image_that_is_tried_again_replaces_its_error(store):
     publish(store, stage(store, "run1", 0, pa.concat_tables([table("a"), table("b", error="permission denied")])))
-    todo = without(table("a", "b"), settled(store.rows()))
+    todo = without(table("a", "b"), settled(store.look().rows))
     publish(store, stage(store, "run2", 0, todo))
-    assert keys(store) == [("a", 0), ("b", 0)] and store.read()["error"].null_count == 2
+    assert keys(store) == [("a", 0), ("b", 0)] and read(store)["error"].null_count == 2
 
 
 def test_what_a_killed_run_tried_again_with_success_is_kept(store):
@@ -172,7 +177,7 @@ def test_what_a_killed_run_tried_again_with_success_is_kept(store):
     stage(store, "run2", 0, pa.concat_tables([table("a"), table("b", error="permission denied")]))
     assert store.recover() == 1
     assert keys(store) == [("a", 0), ("b", 0)]
-    assert dict(zip(*store.read().select(["path", "error"]).columns, strict=True)) == {
+    assert dict(zip(*read(store).select(["path", "error"]).columns, strict=True)) == {
         pa.scalar("a"): pa.scalar(None, pa.string()),
         pa.scalar("b"): pa.scalar("permission denied"),
     }
@@ -184,7 +189,7 @@ def test_another_attempt_of_a_task_replaces_no_file_of_the_first(store):
     publish(store, stage(store, "run1", 0, pa.concat_tables([bad[0], table("b"), table("c")])))
     stage(store, "run1", 0, pa.concat_tables([table("a"), bad[1], table("c")]))
     assert store.recover() == 1
-    assert keys(store) == [("a", 0), ("b", 0), ("c", 0)] and store.read()["error"].null_count == 3
+    assert keys(store) == [("a", 0), ("b", 0), ("c", 0)] and read(store)["error"].null_count == 3
 
 
 def test_more_paths_than_an_array_holds_are_looked_up():
@@ -261,17 +266,17 @@ def test_progress_counts_the_files_of_one_run(store):
 
 
 def test_a_staged_files_name_tells_its_counts():
-    assert staged_counts("/x-y/_staging/20260101T000000-abc/000003-1000-12.parquet") == (1000, 12)
+    assert staged_counts(["/x-y/_staging/20260101T000000-abc/000003-1000-12.parquet"]) == (1000, 12)
 
 
 def test_results_without_rows_can_be_read(store):
     publish(store)
     assert read_results(store.storage.root).schema.equals(RESULT_SCHEMA)
-    assert store.read().num_rows == 0 and store.read().schema.equals(RESULT_SCHEMA)
+    assert read(store).num_rows == 0 and read(store).schema.equals(RESULT_SCHEMA)
 
 
 def test_reading_before_any_run_gives_no_rows(store):
-    assert store.read().schema.equals(RESULT_SCHEMA) and store.read().num_rows == 0
+    assert read(store).schema.equals(RESULT_SCHEMA) and read(store).num_rows == 0
 
 
 def test_spark_reads_exactly_the_contracts_schema(store, spark):
@@ -296,7 +301,7 @@ def test_results_of_an_earlier_version_become_a_table_in_one_commit_with_a_line_
     caplog.set_level("INFO", "helpers")
     earlier.resume("net@1")
     assert earlier.look().rows.num_rows == 3
-    assert read_results(earlier.storage.root).sort_by("path").equals(earlier.read().sort_by("path"))
+    assert read_results(earlier.storage.root).sort_by("path").equals(read(earlier).sort_by("path"))
     assert [(run["version"], run["images"], run["models"]) for run in earlier.history()] == [(0, 3, "net@1")]
     (line,) = caplog.messages
     assert "2 Parquet files of an earlier version" in line and earlier.location in line
@@ -307,7 +312,7 @@ def test_results_of_an_earlier_version_become_a_table_in_one_commit_with_a_line_
 
 def test_results_of_an_earlier_version_are_read_before_and_after_with_nulls_for_what_they_lack(earlier):
     for _ in range(2):
-        rows = earlier.read().sort_by("path")
+        rows = read(earlier).sort_by("path")
         assert rows.equals(table("a", "b", "c"))
         assert [row["predictions"][0]["keypoints"] for row in rows.to_pylist()] == [None] * 3
         earlier.prepare()
@@ -342,7 +347,7 @@ def test_what_a_killed_run_of_an_earlier_version_left_is_recovered(store):
     publish(store, stage(store, "run1", 0, table("a")))
     stage(store, "run2", 0, as_before(table("a", "b")))
     assert store.recover() == 1
-    assert store.read().sort_by("path").equals(table("a", "b"))
+    assert read(store).sort_by("path").equals(table("a", "b"))
 
 
 # ---------------------------------------------------------------- results of several models
@@ -375,7 +380,7 @@ def test_what_a_killed_run_left_replaces_all_rows_of_an_image_or_none(store):
     publish(store, stage(store, "run1", 0, both("a", "b", errors=("permission denied", "permission denied"))))
     stage(store, "run2", 0, pa.concat_tables([both("a", errors=(None, "permission denied")), both("c")]))
     assert store.recover("net@1", "net@2") == 2
-    errors = Counter((row["path"], row["error"]) for row in store.read().to_pylist())
+    errors = Counter((row["path"], row["error"]) for row in read(store).to_pylist())
     assert errors == {("a", None): 1, ("a", "permission denied"): 1, ("b", "permission denied"): 2, ("c", None): 2}
 
 

@@ -4,9 +4,9 @@ How it was checked that each test fails without its protection: one change at a 
 
     changed                                                          failed
     listing.py: chunks end after a number of files                   a change changes the digest of its own chunk only
-    known.py: a chunk with a passing error is remembered             a passing error is looked at again
-    known.py: `look` forgets nothing                                 what another run has changed meanwhile
-    known.py: models and settings do not count                       another setting
+    listing.py: a chunk with a passing error is remembered           a passing error is looked at again
+    listing.py: `look` forgets nothing                               what another run has changed meanwhile
+    listing.py: models and settings do not count                     another setting
     driver.py: the run does not look whether another has committed   what another run commits between slices
     driver.py: workers start in any case                             nothing new starts no task
     driver.py: every slice counts its partitions from 0              slices give what one pass gives
@@ -39,15 +39,14 @@ from helpers import pipeline
 from helpers.config import Config, load_config
 from helpers.errors import RunError
 from helpers.pipeline import RunSummary, listing
-from helpers.pipeline.known import Known
-from helpers.pipeline.listing import list_images, list_slices
+from helpers.pipeline.listing import Known, list_images, list_slices
 from helpers.pipeline.records import read_runs
 from helpers.pipeline.results import ResultStore, Seen, Work
 from helpers.pipeline.rows import Statistics, path_range
 from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.table import File
 from helpers.storage import LocalStorage, open_storage
-from helpers.tracking.progress import Progress
+from helpers.tracking.progress import show_progress
 
 NAMES = [f"{folder}/{number:03d}.png" for folder in ("a", "b", "b-1", "c") for number in range(25)]
 
@@ -206,7 +205,7 @@ def test_what_another_run_has_changed_meanwhile_is_not_known_any_more(files):
 
 
 def test_no_more_chunks_are_told_than_a_commit_may_have(files, small_chunks, monkeypatch):
-    monkeypatch.setattr("helpers.pipeline.known.MOST_CHUNKS", 3)
+    monkeypatch.setattr("helpers.pipeline.listing.MOST_CHUNKS", 3)
     assert len(Known(told(files), ["net@1"], settings())) == 3
 
 
@@ -523,6 +522,6 @@ def test_the_progress_of_a_later_slice_counts_the_earlier_ones(caplog, monkeypat
     caplog.set_level("INFO", "helpers")
     monkeypatch.setattr("helpers.tracking.progress.LOG_SECONDS", 0.0)
     monkeypatch.setattr("helpers.tracking.progress.POLL_SECONDS", 0.01)
-    with Progress(30, lambda: (20, 1), done=10, is_whole=False):
+    with show_progress(30, lambda: (20, 1), done=10, is_whole=False):
         pass
     assert "20 of 30 images listed so far, 1 failed" in caplog.text and "s left" in caplog.text

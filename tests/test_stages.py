@@ -15,6 +15,7 @@ from helpers.memory import resident_megabytes
 from helpers.pipeline import make_task, stages
 from helpers.pipeline.listing import assign, list_images, plan
 from helpers.pipeline.rows import without
+from helpers.pipeline.schemas import KEY
 from helpers.storage import open_storage
 from helpers.tasks import DECODERS, parameters_for, predict
 
@@ -199,7 +200,9 @@ def test_tensors_and_pixels_are_each_others_inverse_also_in_slices(bundle):
     spec = bundle.manifest.input
     pixels = np.random.default_rng(0).integers(0, 256, (5, *spec.shape), np.uint8)
     failed = [False, True, False, False, True, True, False, False]
-    column = stages._tensors(pixels, failed)
+    keys = pa.RecordBatch.from_pylist([{"path": "a"}] * len(failed), pa.schema(KEY))
+    errors = ["damaged" if bad else None for bad in failed]
+    column = stages.tensor_batch(keys, [None] * len(failed), errors, pixels[: failed.count(False)])["tensor"]
     column.validate(full=True)
     assert [value is None for value in column.to_pylist()] == failed
     batch = pa.RecordBatch.from_arrays([column], names=["tensor"])

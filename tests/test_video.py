@@ -32,9 +32,8 @@ from helpers.images.video import find_frames, frame_paths, read_frames, split_pa
 from helpers.memory import resident_megabytes
 from helpers.partitioning import plan_partitions
 from helpers.pipeline import RunSummary, make_task, stages
-from helpers.pipeline.frames import list_frames, with_frames
 from helpers.pipeline.listing import assign, list_images, plan
-from helpers.pipeline.reading import FRAMES_BYTES
+from helpers.pipeline.reading import FRAMES_BYTES, list_frames, with_frames
 from helpers.pipeline.table import Table
 from helpers.storage import LocalStorage, open_storage
 

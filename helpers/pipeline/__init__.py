@@ -3,55 +3,41 @@
     ingest -> preprocess -> infer -> postprocess        DataFrames, for a notebook
     run                                                 the same code, fused; results written by the tasks
 
-on the driver
-    driver       the functions above, and what a run's tasks share
+the run
+    driver       the functions above, a run's models, and what its tasks share
     runs         a run from slice to slice, and what it tells
-    models       bundles, parameters, names in the results
+sources and the plan
+    listing      which files are images, what of them is settled, and the plan
     sources      tables as sources
     arrivals     new files as a source
-    listing      which files are images, and the plan
-    known        what of it an earlier run has found settled
     readers      who reads the files
-    sail         what differs on an engine without a JVM
-    results      exactly-once results
-    table        the Delta table that they are in
-    catalog      the same results in a table of Spark's
-    records      what a run took
-    sample       annotated pictures
-    survey       results counted, and a sample chosen
-    report       the page of results
-    exports      results in the formats of other tools
-in tasks
+a task's work
     task         the stages fused, results written
     stages       the stages as functions of record batches
-    reading      bytes of files, frames and members
+    reading      files, frames and members: which there are, and their bytes
     views        tiles of images, crops of detections, several models
-    frames       videos to frames, archives to members
-    drift        how predictions are distributed
+    daemon       the process that a machine's workers are forked from
+    sail         what differs on an engine without a JVM
     pyfunc       a bundle as a model of MLflow, in its tasks
-both
-    rows         keys of results, and comparisons of them
+what a run writes
+    results      exactly-once results: the table's log and commits
+    folders      the files of results, staged and committed
+    table        the Delta table that they are in
+    catalog      the same results in a table of Spark's
     schemas      the columns of all of this
+    rows         keys of results, and comparisons of them
+    records      what a run took
+    drift        how predictions are distributed
+the report
+    report       the page of results, annotated pictures
+    survey       results counted, and a sample chosen
+    exports      results in the formats of other tools
 
 Executors import modules of this package, so importing it imports nothing.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from helpers.pipeline.driver import (  # noqa: F401
-        RunSummary,
-        infer,
-        ingest,
-        make_task,
-        model_identity,
-        postprocess,
-        preprocess,
-        read_results,
-        run,
-        run_frame,
-    )
+from typing import Any
 
 DRIVER = {"RunSummary", "infer", "ingest", "make_task", "model_identity", "postprocess", "preprocess", "read_results"}
 DRIVER |= {"run", "run_frame"}

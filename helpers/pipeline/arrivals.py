@@ -30,9 +30,9 @@ import pyarrow.compute as pc
 from helpers.config import Config
 from helpers.errors import HostError, RunError
 from helpers.images.boundary import READ_ERRORS
+from helpers.pipeline.folders import ABANDONED
 from helpers.pipeline.listing import Listing
 from helpers.pipeline.readers import literal
-from helpers.pipeline.results import ABANDONED
 from helpers.pipeline.rows import file_paths, is_in, is_lasting
 from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.sources import AUTO_LOADER
@@ -73,11 +73,7 @@ class _Table(NamedTuple):
 
 
 class Arrivals:
-    """The files of a location that have arrived and are not settled.
-
-    Attributes:
-        name: what the records say of the source.
-    """
+    """The files of a location that have arrived and are not settled; the name is what the records say of the source."""
 
     def __init__(self, spark: "SparkSession", task: Task, config: Config):
         """Open the stream, which reads nothing yet.
@@ -92,19 +88,23 @@ class Arrivals:
         self._tables: dict[str, _Table] = {}  # that were read, by run
         self._left: list[pa.Table] = []  # files that are not settled
         suffixes = (*config.ingest.suffixes, *config.video.suffixes, *config.ingest.archives)
-        self._stream = self._open({**OPTIONS, "pathGlobFilter": _pattern(suffixes), **config.source.options})
+        either = ("".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in suffix) for suffix in suffixes)
+        pattern = "{" + ",".join(f"*{end}" for end in either) + "}"  # names that end in a suffix, in capitals or not
+        self._stream = self._open({**OPTIONS, "pathGlobFilter": pattern, **config.source.options})
 
     def take(self, skip: Collection[str]) -> Iterator[Entry]:
-        """The files that have arrived until now, as the location's storage lists them, each once.
-
-        Args:
-            skip: folders to leave out.
+        """The files that have arrived until now, as the location's storage lists them, each once, but for some folders.
 
         Raises:
             RunError: Spark cannot read the location, or write below the output.
         """
         try:
-            self._write_down()
+            stream = self._stream.writeStream.format("delta").option("checkpointLocation", self._place(CHECKPOINT))
+            query = stream.trigger(availableNow=True).start(self._place(self._run))  # into a table of this run's
+            try:
+                query.awaitTermination()
+            finally:
+                query.stop()
             self._tables = {run: table for run, table in self._present().items() if table.is_whole}
             # Spark does not keep the rows while the tasks of a slice run.
             files = on_disk(map(tuple, self._newest().toLocalIterator())) if self._tables else iter(())
@@ -123,9 +123,7 @@ class Arrivals:
     def settle(self, listed: Listing, failed: pa.Table | None) -> None:
         """Take note of which files of a slice the next run has to look at again.
 
-        Args:
-            listed: the slice.
-            failed: path and error of its images with one; None where nobody knows.
+        `failed` are path and error of its images with one; None where nobody knows.
         """
         files = pa.concat_tables([listed.images, listed.videos, listed.archives]).select(KEY_NAMES)
         if failed is not None:
@@ -165,15 +163,6 @@ class Arrivals:
             ) from None
         return files.select("path", "length", F.col("modificationTime").alias("modified"))
 
-    def _write_down(self) -> None:
-        """Write what has arrived into a table of this run's."""
-        stream = self._stream.writeStream.format("delta").option("checkpointLocation", self._place(CHECKPOINT))
-        query = stream.trigger(availableNow=True).start(self._place(self._run))
-        try:
-            query.awaitTermination()
-        finally:
-            query.stop()
-
     def _present(self) -> dict[str, _Table]:
         """The tables of arrivals, by run."""
         folder = self._output.join(self._folder)
@@ -210,11 +199,7 @@ class Arrivals:
 
 
 def listed_path(path: str, files: Storage) -> str:
-    """What a storage calls a file below its location.
-
-    Args:
-        path: what Spark calls it.
-        files: the storage.
+    """What a storage calls a file below its location that Spark calls by a path.
 
     Raises:
         RunError: the file is not below the location.
@@ -228,9 +213,3 @@ def listed_path(path: str, files: Storage) -> str:
 def _spark_path(storage: Storage, name: str = "") -> str:
     """What Spark calls a place: it does not see Databricks' mount."""
     return re.sub("^/dbfs/", "dbfs:/", storage.join(name) if name else storage.root)
-
-
-def _pattern(suffixes: Collection[str]) -> str:
-    """Spark's pattern of file names that end in a suffix, in capitals or not."""
-    ends = ("".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in suffix) for suffix in suffixes)
-    return "{" + ",".join(f"*{end}" for end in ends) + "}"

@@ -26,12 +26,13 @@ import pyarrow.compute as pc
 
 from helpers.config import Config
 from helpers.errors import ConfigError, RunError, only_warn
-from helpers.pipeline.results import ResultStore, Seen, Work, time_of
-from helpers.pipeline.rows import ROWS_SCHEMA, is_in, is_new, path_range
+from helpers.pipeline.folders import run_of, staged_counts, time_of
+from helpers.pipeline.results import TOLD, ResultStore, Seen, Work
+from helpers.pipeline.rows import ROWS_SCHEMA, in_first_file, is_new, path_range
 from helpers.pipeline.schemas import RESULT_SCHEMA, conform
 from helpers.pipeline.sources import TABLE
 from helpers.pipeline.table import NONE
-from helpers.pipeline.task import STAGING, read_staged, staged_counts, staging, write_rows
+from helpers.pipeline.task import read_staged, staging, write_rows
 from helpers.session import set_where_allowed, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
 
@@ -58,10 +59,10 @@ def open_output(output: str, config: Config) -> Storage:
         ConfigError: this is no name of a table.
         StorageError: the location cannot be used.
     """
-    if not output.startswith(TABLE):
-        return open_storage(output, config)
-    name = _checked_name(output)
-    return open_storage(config.results.staging or f"{config.paths.results}/{name.replace('`', '')}", config)
+    if output.startswith(TABLE):
+        name = _checked_name(output).replace("`", "")
+        output = config.results.staging or f"{config.paths.results}/{name}"
+    return open_storage(output, config)
 
 
 def open_results(
@@ -108,7 +109,7 @@ class CatalogStore(ResultStore):
         """
         if most_rows is not None:
             files = sorted(self._merged)
-            before = accumulate((staged_counts(file)[0] for file in files), initial=0)
+            before = accumulate((staged_counts([file])[0] for file in files), initial=0)
             yield [file for file, rows in zip(files, before, strict=False) if rows < most_rows], False
             return
         copy = uuid.uuid4().hex
@@ -131,7 +132,7 @@ class CatalogStore(ResultStore):
             RunError: Spark has no Delta here, or may not make or read the table, or it has other columns.
         """
         with only_warn("what killed runs have left could not be removed"):
-            self._tidy()
+            self._folders.tidy()
         columns = spark_schema(self._schema)
         for attempt in range(1, LOOKS + 1):
             try:
@@ -144,9 +145,8 @@ class CatalogStore(ResultStore):
                     raise
             time.sleep(0.1 * attempt)
         there = self._spark.table(self._name).schema
-        if [(f.name, f.dataType.simpleString()) for f in there] != [
-            (f.name, f.dataType.simpleString()) for f in columns
-        ]:
+        kinds = [[(field.name, field.dataType.simpleString()) for field in schema] for schema in (there, columns)]
+        if kinds[0] != kinds[1]:
             raise RunError(
                 f"{self.location} is a table of other columns ({', '.join(there.names)}) than this run's results "
                 f"({', '.join(columns.names)}); name another --output, or change source.keep"
@@ -181,8 +181,7 @@ class CatalogStore(ResultStore):
 
     def progress(self, run: str) -> tuple[int, int]:
         """Images and failed images that a run's tasks have finished and nobody has merged."""
-        counts = [staged_counts(name) for name in self._list(STAGING, run)[0] if name not in self._merged]
-        return sum(images for images, _ in counts), sum(failed for _, failed in counts)
+        return staged_counts(path for path in self._folders.staged(run) if path not in self._merged)
 
     def publish(self, work: Work) -> list[str]:
         """Merge a run's work into the table, and return its files, which stay until `unstage`.
@@ -194,8 +193,6 @@ class CatalogStore(ResultStore):
 
         if not work.files and not work.gone.num_rows and not work.starts_over:
             return []
-        counts = [staged_counts(path) for path in work.files]
-        images, failed = sum(images for images, _ in counts), sum(failed for _, failed in counts)
         rows = self._read(work.files)
         if work.gone.num_rows:
             gone = self._spark.createDataFrame(work.gone.select(["path", "model"])).withColumn(GONE, F.lit(True))
@@ -203,12 +200,11 @@ class CatalogStore(ResultStore):
             gone = gone.join(rows.select("path", "model"), ["path", "model"], "left_anti")
             rows = rows.unionByName(gone, allowMissingColumns=True)
         others = "WHEN NOT MATCHED BY SOURCE THEN DELETE" if work.starts_over else ""
-        about = {"run": work.run, "models": " and ".join(work.models), "images": images, "ok": images - failed}
-        self._merge(rows, about | {"failed": failed, "seconds": work.seconds}, others=others)
+        self._merge(rows, work.about(*staged_counts(work.files)), others)
         self._merged |= set(work.files)
         if work.starts_over:  # what earlier runs have left has no place in the table any more
             for path in self._leftovers(NONE)[0]:
-                if time_of(path.split("/")[1]) < time_of(work.run):
+                if time_of(run_of(path)) < time_of(work.run):
                     self.storage.delete(path)
         return sorted(work.files)
 
@@ -217,14 +213,13 @@ class CatalogStore(ResultStore):
 
         Raises:
             RunError: it is another model's than those given, or Spark cannot write the table.
-            StorageError: a file is damaged, or not ours.
         """
         from pyspark.sql import functions as F
 
         files = self._leftovers(NONE)[0]  # those of the run that began last first
         own = self.rows(files)
         if not own.num_rows:
-            self._close()
+            self._folders.close()
             return 0
         self._check_models(own["model"].unique().to_pylist(), models)
         rows = self.look(path_range(own)).rows
@@ -233,20 +228,14 @@ class CatalogStore(ResultStore):
         # A task may have outlived its driver, and a later run have seen the image as it is now.
         late = pc.fill_null(pc.greater(own["modified_max"], own["modified"]), False)
         new = own.filter(pc.and_(is_new(own, rows, len(models)), pc.invert(late)))
-        left, picked = new, list[pa.Table]()
-        for file in files:
-            of_file = left.filter(pc.equal(left["file"], file))
-            picked.append(of_file.select(["path", "file"]).rename_columns(["path", FILE]))
-            left = left.filter(pc.invert(is_in(left["path"], of_file["path"])))
         images = pc.count_distinct(new["path"]).as_py()
         if images:
-            wanted = self._spark.createDataFrame(pa.concat_tables(picked))
-            left_rows = self._read(new["file"].unique().to_pylist())
-            runs = ", ".join(dict.fromkeys(file.split("/")[1] for file in files))
-            about = {"run": runs, "images": images}
-            self._merge(left_rows.join(F.broadcast(wanted), ["path", FILE], "left_semi"), about)
+            wanted = in_first_file(new, files).select(["path", "file"]).rename_columns(["path", FILE])
+            rows_left = self._read(new["file"].unique().to_pylist())
+            rows_left = rows_left.join(F.broadcast(self._spark.createDataFrame(wanted)), ["path", FILE], "left_semi")
+            self._merge(rows_left, {"run": ", ".join(dict.fromkeys(map(run_of, files))), "images": images})
             log.info("kept the results of %d images of an earlier run that did not end", images)
-        self._close()
+        self._folders.close()
         return images
 
     def vacuum(self, days: float) -> None:
@@ -268,7 +257,7 @@ class CatalogStore(ResultStore):
         for row in rows.to_pylist():
             about = json.loads(row["userMetadata"]) if str(row["userMetadata"]).startswith('{"run"') else {}
             if about:
-                values = {name: about.get(name) for name in ("run", "models", "images", "ok", "failed", "seconds")}
+                values = {name: about.get(name) for name in TOLD}
                 runs.append({"time": row["timestamp"].astimezone(UTC), **values, "version": row["version"]})
         return runs
 
@@ -279,20 +268,13 @@ class CatalogStore(ResultStore):
         schema = self._schema.append(pa.field(FILE, pa.string()))
         paths = pa.table({"path": pa.array(sorted(files), pa.string())})
         read = partial(read_staged, storage=self.storage, schema=schema)
-        rows = (
-            self._spark.createDataFrame(paths)
-            .repartition(max(1, paths.num_rows))
-            .mapInArrow(read, spark_schema(schema))
-        )
-        return rows.withColumn(GONE, F.lit(False))
+        files_of_tasks = self._spark.createDataFrame(paths).repartition(max(1, paths.num_rows))
+        return files_of_tasks.mapInArrow(read, spark_schema(schema)).withColumn(GONE, F.lit(False))
 
     def _merge(self, rows: "DataFrame", about: dict[str, Any], others: str = "") -> None:
-        """Merge rows into the table in one commit, again where another run was first.
+        """Merge rows of the results, with `GONE`, into the table in one commit, again where another run was first.
 
-        Args:
-            rows: of the results, with `GONE`.
-            about: what the table's history tells.
-            others: what becomes of the rows in the table that have no new ones.
+        `others` says what becomes of the rows in the table that have no new ones.
         """
         names = [f"`{name}`" for name in self._schema.names]
         query = f"""

@@ -110,14 +110,11 @@ def distance(one: Mapping, other: Mapping) -> float:
     return math.sqrt(max(divergence - chance, 0.0))
 
 
-def _same(one: Counter[str], other: Counter[str]) -> tuple[Counter[str], Counter[str]]:
+def _same(one: Counter[str], other: Counter[str]) -> tuple[Counter[str], ...]:
     """Counts of the same classes, where one of them does not name all of its own."""
     if not (one[OTHERS] or other[OTHERS]):
         return one, other
-    return _named(one, one.keys() & other.keys()), _named(other, one.keys() & other.keys())
-
-
-def _named(counts: Counter[str], names: Iterable[str]) -> Counter[str]:
-    named = Counter({name: counts[name] for name in names if name != OTHERS})
-    named[OTHERS] = counts.total() - named.total()
-    return named
+    names = one.keys() & other.keys() - {OTHERS}
+    rests = [counts.total() - sum(counts[name] for name in names) for counts in (one, other)]
+    both = zip((one, other), rests, strict=True)
+    return tuple(Counter({name: counts[name] for name in names} | {OTHERS: rest}) for counts, rest in both)

@@ -6,28 +6,33 @@
 Only the DataFrame calls that Spark Connect has too are used.
 """
 
+import hashlib
+import json
 import time
 import uuid
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from helpers.bundle.manifest import Bundle, load_bundle
 from helpers.bundle.runtime import batch_size
 from helpers.config import Config
+from helpers.errors import ConfigError
 from helpers.pipeline import listing, stages
 from helpers.pipeline.arrivals import Arrivals
 from helpers.pipeline.catalog import CatalogStore, open_output, open_results
-from helpers.pipeline.models import cascade_of, model_identity, open_bundle, open_models, parameters_of
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_all_by_spark, reading
 from helpers.pipeline.records import Stopwatch
 from helpers.pipeline.runs import Run, RunSummary
 from helpers.pipeline.sources import AUTO_LOADER, TableSource, is_table, open_files, open_table, text_columns
-from helpers.pipeline.task import Task
-from helpers.pipeline.views import Tiling
+from helpers.pipeline.task import RunModel, Task
+from helpers.pipeline.views import Cascade, Tiling
 from helpers.session import get_slots, spark_schema
 from helpers.storage import open_storage
+from helpers.tasks import has_boxes, parameter_names, parameters_for
+from helpers.tracking import registry
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -103,22 +108,16 @@ def run(
 
     Every k-th frame of a video (`video.every`) is an image too, with the path `FILE#frame=N`, and so are members of
     archives, with the path `FILE#member=NAME` and the archive's modification time. Images whose path, length and
-    modification time are already in the results are skipped, unless their error is not of their bytes or
-    `config.resume` is false. A damaged image is a row with an `error`. `session_seconds`, what the session took to
-    start, is recorded. After the results are published nothing raises: pictures, dashboard and record that cannot be
-    written are warnings.
+    modification time are already in the results, of all models, are skipped, unless their error is not of their bytes
+    or `config.resume` is false. A damaged image is a row with an `error`. After the results are published nothing
+    raises: pictures, dashboard and record that cannot be written are warnings.
 
-    The images are worked on in slices of `partitioning.slice_images`: what is new in one is found out and done, and its
-    results are published, before the next is listed. So results appear slice by slice, and this process's memory does
-    not depend on the number of images. With `config.resume` false the tasks' files of all slices wait, and replace all
-    earlier results in one step at the end: a reader never misses an image.
+    Results appear slice by slice (`partitioning.slice_images`), and this process's memory does not depend on the number
+    of images (`runs`). Other runs may work in the same output meanwhile: an image then has the row of one of them
+    (`results`). Source and output may be tables too (`sources`, `catalog`); `cloudFiles:URI` is the files that are new
+    since the last run, of which there may be none (`arrivals`).
 
-    With several models every image is decoded once, and has a row per model; it is skipped when it has all of them.
-
-    Other runs may work in the same output meanwhile: an image then has the row of one of them (`results`).
-
-    Source and output may be tables too, at a location or of Spark's catalog (`sources`, `catalog`). `cloudFiles:URI` is
-    the files that are new since the last run, of which there may be none (`arrivals`).
+    `session_seconds`, what the session took to start, is recorded.
 
     Raises:
         RunError: no image, results of another model in the output, or a failed job.
@@ -166,11 +165,7 @@ def read_results(spark: "SparkSession", output: str, config: Config, version: in
 def make_task(source: str | None, model: str | Sequence[str], output: str, config: Config) -> Task:
     """Everything the tasks of a run share; `Task.results` also runs in one process, without Spark.
 
-    Args:
-        source: where the images lie; None where a DataFrame says it.
-        model: a bundle's location, or several.
-        output: where results go.
-        config: settings.
+    `source` is None where a DataFrame says where the images lie.
 
     Raises:
         ConfigError: a model is named twice, or settings of the source or the output do not go together.
@@ -197,3 +192,88 @@ def make_task(source: str | None, model: str | Sequence[str], output: str, confi
         cascade=cascade_of(models, config),
         kept=pa.schema([]) if source is None or is_table(source, config) else text_columns(config),
     )
+
+
+# ------------------------------------------------------------ the models of a run
+
+
+def open_models(uris: Sequence[str], config: Config) -> tuple[RunModel, ...]:
+    """Open the bundles of a run, each with its parameters and its name in the results."""
+    bundles = [open_bundle(uri, config) for uri in uris]
+    models: list[RunModel] = []
+    for bundle, parameters in zip(bundles, parameters_of(bundles, config), strict=True):
+        detector = models[0].identity if config.cascade.enabled and models else None
+        models.append(RunModel(bundle, model_identity(bundle, parameters, config, detector), parameters))
+    if len({model.identity for model in models}) < len(models):
+        raise ConfigError("--model names the same model twice; name each once")
+    return tuple(models)
+
+
+def open_bundle(uri: str, config: Config) -> Bundle:
+    """Open a bundle, or the one of a registered model: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        BundleError: it cannot be used, or there is no such model.
+        ConfigError: a registered model needs a server that is not set.
+    """
+    return registry.fetch(uri, config) if uri.startswith(registry.SCHEME) else load_bundle(open_storage(uri, config))
+
+
+def parameters_of(bundles: Sequence[Bundle], config: Config) -> list[dict[str, Any]]:
+    """The post-processing parameters of each model: what it has of those for all, and its own below its name.
+
+    Raises:
+        ConfigError: a setting is a parameter of no model, or of a model that the run does not have.
+    """
+    manifests = [bundle.manifest for bundle in bundles]
+    shared = {name: value for name, value in config.postprocess.items() if not isinstance(value, dict)}
+    own = {name: value for name, value in config.postprocess.items() if isinstance(value, dict)}
+    if strangers := sorted(set(own) - {manifest.name for manifest in manifests}):
+        known = ", ".join(manifest.name for manifest in manifests)
+        raise ConfigError(f"postprocess.{strangers[0]}: no model of this run has that name; there is {known}")
+    names = [parameter_names(manifest) for manifest in manifests]
+    nobodys = set(shared).difference(*names)  # which `parameters_for` has an error for
+    return [
+        parameters_for(
+            manifest,
+            {name: shared[name] for name in shared if name in known or name in nobodys} | own.get(manifest.name, {}),
+        )
+        for manifest, known in zip(manifests, names, strict=True)
+    ]
+
+
+def model_identity(bundle: Bundle, parameters: dict[str, Any], config: Config, detector: str | None = None) -> str:
+    """Name a model in the results so that whatever changes its predictions changes its name.
+
+    The name is the bundle's, and of a registered model `NAME/VERSION`; a digest follows it. `detector` is the identity
+    of the model whose detections it looks at.
+    """
+    settings: list[Any] = [bundle.manifest.digest, parameters, config.inference.precision]
+    if config.inference.device != "CPU":
+        settings.append(config.inference.device)
+    if detector is not None:
+        settings += [detector, config.cascade.model_dump()]
+    elif config.tiling.factor:
+        settings.append(config.tiling.model_dump())
+    text = json.dumps(settings, sort_keys=True)
+    return f"{bundle.registered or bundle.manifest.name}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def cascade_of(models: tuple[RunModel, ...], config: Config) -> Cascade | None:
+    """What of the first model's detections the second one looks at; None where both look at whole images.
+
+    Raises:
+        ConfigError: the models are not two, or of tasks that do not go together.
+    """
+    settings = config.cascade
+    if not settings.enabled:
+        return None
+    tasks = [model.bundle.manifest.task for model in models]
+    if len(tasks) != 2:
+        count = len(tasks)
+        raise ConfigError(f"cascade.enabled needs two models, and this run has {count}; name a detector and another")
+    if not has_boxes(tasks[0]):
+        raise ConfigError(f"cascade.enabled: the first model is for {tasks[0]}; name one that gives boxes first")
+    if tasks[1] == "embedding":
+        raise ConfigError("cascade.enabled: the second model gives embeddings, and a row has one; name another model")
+    return Cascade(settings.min_score, settings.padding, settings.max_crops)

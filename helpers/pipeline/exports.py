@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import IO, Any, BinaryIO
 
 import cv2
@@ -29,14 +28,14 @@ import numpy as np
 import yaml
 
 from helpers.config import Config
-from helpers.errors import ConfigError, DataError, RunError
+from helpers.errors import ConfigError, RunError
 from helpers.images import rle
 from helpers.images.drawing import DRAWN_SCORE
-from helpers.pipeline.records import read_runs
+from helpers.pipeline.records import runs_of
 from helpers.pipeline.results import ResultStore
 from helpers.storage import Storage, open_storage
 from helpers.storage.parquet import read_table
-from helpers.storage.prefetch import map_groups
+from helpers.storage.prefetch import map_each
 
 COLUMNS = ["path", "width", "height", "error", "predictions", "model"]
 SIDES = ("x1", "y1", "x2", "y2")
@@ -52,17 +51,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Selection:
-    """Which predictions are exported.
+    """Which predictions are exported."""
 
-    Attributes:
-        classes: their labels, or numbers; empty for all.
-        min_score: their least score.
-        model: the one whose results they are, or how its name begins; None where there is one only, or for csv.
-    """
-
-    classes: tuple[str, ...] = ()
-    min_score: float = 0.0
-    model: str | None = None
+    classes: tuple[str, ...] = ()  # their labels, or numbers; empty for all
+    min_score: float = 0.0  # the least
+    model: str | None = None  # whose results, or how its name begins; None where there is one only, or for csv
 
     def predictions(self, row: Row) -> list[Row]:
         """Those of a row of results."""
@@ -91,13 +84,14 @@ def export_results(store: ResultStore, kind: str, target: str, selection: Select
     counts = {"images": 0, "predictions": 0}
     labels: set[str] = set()
     with store.as_files() as (files, _):
-        rows = _counted(_rows(store, files, selection, kind == "csv", labels), counts)
+        rows = _rows(store, files, selection, kind == "csv", labels, counts)
         if kind == "csv":
             folder, _, name = target.rpartition("/")
             with open_storage(folder or ".", config).create(name) as file:
                 _write_csv(rows, file)
         else:
-            WRITERS[kind](rows, open_storage(target, config), _roots(store.storage, config))
+            good = (row for row in rows if row["error"] is None)
+            WRITERS[kind](good, open_storage(target, config), _roots(store.storage, config))
     if selection.classes and not counts["predictions"]:
         log.warning(
             "no prediction is of %s; the classes are %s", ", ".join(selection.classes), ", ".join(sorted(labels))
@@ -106,41 +100,36 @@ def export_results(store: ResultStore, kind: str, target: str, selection: Select
 
 
 def _rows(
-    store: ResultStore, files: list[str], selection: Selection, takes_all: bool, labels: set[str]
+    store: ResultStore,
+    files: list[str],
+    selection: Selection,
+    takes_all: bool,
+    labels: set[str],
+    counts: dict[str, int],
 ) -> Iterator[Row]:
-    """The rows of the model, with the predictions selected; notes the labels of all."""
-    width, model, is_empty = store.storage.concurrent_reads, None, True
-    groups = (files[start : start + width] for start in range(0, len(files), width))
-    for group in map_groups(partial(read_table, store.storage, columns=COLUMNS), groups, width):
-        for table in group:
-            for batch in table.to_batches(max_chunksize=256):  # as Python's objects, rows are large
-                for row in batch.to_pylist():
-                    if selection.model and not row["model"].startswith(selection.model):
-                        continue
-                    model = model or row["model"]
-                    if row["model"] != model and not takes_all:
-                        raise RunError(f"the results are of {model} and of {row['model']}; name one with --model")
-                    is_empty = False
-                    labels.update(map(_label, row["predictions"] or []))
-                    yield {**row, "predictions": selection.predictions(row)}
-    if is_empty:
+    """The rows of the model, with the predictions selected; notes the labels of all, and counts."""
+    model = None
+    for table in map_each(partial(read_table, store.storage, columns=COLUMNS), files, store.storage.concurrent_reads):
+        for batch in table.to_batches(max_chunksize=256):  # as Python's objects, rows are large
+            for row in batch.to_pylist():
+                if selection.model and not row["model"].startswith(selection.model):
+                    continue
+                model = model or row["model"]
+                if row["model"] != model and not takes_all:
+                    raise RunError(f"the results are of {model} and of {row['model']}; name one with --model")
+                labels.update(map(_label, row["predictions"] or []))
+                predictions = selection.predictions(row)
+                counts["images"] += 1
+                counts["predictions"] += len(predictions)
+                yield {**row, "predictions": predictions}
+    if model is None:
         which = f" of a model {selection.model}" if selection.model else ""
         raise RunError(f"there are no results{which} in {store.location}; name the --output of a run")
 
 
-def _counted(rows: Iterator[Row], counts: dict[str, int]) -> Iterator[Row]:
-    for row in rows:
-        counts["images"] += 1
-        counts["predictions"] += len(row["predictions"])
-        yield row
-
-
 def _roots(output: Storage, config: Config) -> list[str]:
     """Where the images of the recorded runs lie, the innermost first."""
-    try:
-        return sorted(read_runs(output.root, config)["source"].unique(), key=len, reverse=True)
-    except DataError:
-        return []
+    return sorted(runs_of(output, config)["source"].unique(), key=len, reverse=True)
 
 
 # ------------------------------------------------------------ formats
@@ -152,10 +141,10 @@ def _write_csv(rows: Iterator[Row], file: BinaryIO) -> None:
     writer.writerow(CSV_COLUMNS)
     for row in rows:
         about = [row[name] for name in ("path", "width", "height", "model", "error")]
-        for prediction in row["predictions"] or [None]:
-            values = prediction and [prediction[name] for name in ("class_id", "label", "score")]
-            box = [prediction["box"][side] for side in SIDES] if prediction and prediction["box"] else [None] * 4
-            writer.writerow([*about, *(values or [None] * 3), *box])
+        for prediction in row["predictions"] or [{}]:
+            values = [prediction.get(name) for name in ("class_id", "label", "score")]
+            box = prediction.get("box") or {}
+            writer.writerow([*about, *values, *(box.get(side) for side in SIDES)])
     text.detach()
 
 
@@ -170,7 +159,7 @@ def _write_coco(rows: Iterator[Row], storage: Storage, roots: list[str]) -> None
         images = _List(instances, b'{"images":[')
         annotations, found = _List(kept, b'],"annotations":['), _List(detections, b"[")
         number = 0
-        for identity, row in enumerate(_without_errors(rows), 1):
+        for identity, row in enumerate(rows, 1):
             size = {"width": row["width"], "height": row["height"]}
             images.add({"id": identity, "file_name": _relative(row["path"], roots), **size})
             for prediction in _boxed(row):
@@ -206,7 +195,7 @@ def _write_yolo(rows: Iterator[Row], storage: Storage, roots: list[str]) -> None
 
     def files() -> Iterator[tuple[str, bytes]]:
         names = _Names(roots, ".txt")
-        for row in _without_errors(rows):
+        for row in rows:
             labels.update({p["class_id"]: _label(p) for p in row["predictions"]})
             lines = (_yolo_line(prediction, row["width"], row["height"]) for prediction in _boxed(row))
             yield f"labels/{names.of(row['path'])}", "".join(lines).encode()
@@ -230,7 +219,7 @@ def _yolo_line(prediction: Row, width: int, height: int) -> str:
 def _write_labelme(rows: Iterator[Row], storage: Storage, roots: list[str]) -> None:
     def files() -> Iterator[tuple[str, bytes]]:
         names = _Names(roots, ".json")
-        for row in _without_errors(rows):
+        for row in rows:
             content = {
                 "version": LABELME,
                 "flags": {_label(p): True for p in row["predictions"][:1] if p["box"] is None},
@@ -265,7 +254,7 @@ def _write_fiftyone(rows: Iterator[Row], storage: Storage, roots: list[str]) -> 
     storage.write("metadata.json", json.dumps({"media_type": "image", "info": {}}).encode())
     with storage.create("samples.json") as file:
         samples = _List(file, b'{"samples":[')
-        for row in _without_errors(rows):
+        for row in rows:
             samples.add({"filepath": row["path"], "tags": [], **_fiftyone_fields(row)})
         file.write(b"]}")
 
@@ -340,18 +329,12 @@ class _Names:
 
 def _write_all(storage: Storage, files: Iterator[tuple[str, bytes]]) -> None:
     """Write files of some names and contents, several at once where that means waiting."""
-    width = storage.concurrent_reads
-    groups = iter(lambda: list(islice(files, width)), [])
-    for _ in map_groups(lambda file: storage.write(*file), groups, width):
+    for _ in map_each(lambda file: storage.write(*file), files, storage.concurrent_reads):
         pass
 
 
 def _label(prediction: Row) -> str:
     return prediction["label"] or f"class {prediction['class_id']}"
-
-
-def _without_errors(rows: Iterator[Row]) -> Iterator[Row]:
-    return (row for row in rows if row["error"] is None)
 
 
 def _relative(path: str, roots: list[str]) -> str:

@@ -4,6 +4,7 @@ A listing comes in slices, so that the driver's memory does not depend on how ma
 """
 
 import hashlib
+import json
 import logging
 import math
 import zlib
@@ -19,10 +20,13 @@ import pyarrow.compute as pc
 from helpers.config import Config
 from helpers.errors import RunError
 from helpers.images.archive import MARK
-from helpers.images.boundary import too_long
+from helpers.images.boundary import LASTING, too_long
 from helpers.images.video import split_paths
 from helpers.partitioning import PartitionPlan, plan_partitions
+from helpers.pipeline.results import Seen
+from helpers.pipeline.rows import file_paths, index_in, is_in, is_lasting
 from helpers.pipeline.schemas import ASSIGNED_SCHEMA, LISTED_SCHEMA, conform
+from helpers.pipeline.task import error_kind
 from helpers.storage import Storage
 from helpers.storage.interface import Entry, Files
 
@@ -33,6 +37,8 @@ CONTAINER_IMAGES = 1000  # for how many images a video or an archive stands, who
 UNLISTED = "folders that cannot be listed"
 LIKE_MEMBERS = f"with {MARK} in the path, which is for members of archives"
 WAVES = 64  # tasks per slot, beyond which more of them do no good
+MOST_CHUNKS = 4000  # that a commit tells: 65 million files
+MOST_KINDS = 5  # of errors in a chunk
 WARNINGS = 10  # of such folders, at most
 
 
@@ -74,8 +80,9 @@ class Listing:
 def list_images(storage: Storage, config: Config, skip: Collection[str] = ()) -> Listing:
     """All of `list_slices` in this process's memory; takes and raises what that does."""
     slices = list(list_slices(storage, config, skip))
-    tables = (pa.concat_tables([getattr(part, kind) for part in slices]) for kind in ("images", "videos", "archives"))
-    images, videos, archives = tables
+    images, videos, archives = (
+        pa.concat_tables([getattr(part, kind) for part in slices]) for kind in ("images", "videos", "archives")
+    )
     return Listing(images, slices[-1].left_out, videos, archives)
 
 
@@ -92,15 +99,9 @@ def list_slices(
     an error row instead of passing unseen. A folder that cannot be listed is told and counted, as `UNLISTED`. A file
     whose path could be that of an archive's member is left out and counted, because a path stands for one image.
 
-    Args:
-        storage: where to look.
-        config: its `ingest` and `video` sections name the suffixes, which links are followed, and how long an image
-            may be; `partitioning.slice_images` is the size of a slice, for which `CONTAINER_IMAGES` are counted for a
-            video or an archive.
-        skip: folders to leave out, such as a run's own below its source.
-        known: digests of chunks to leave out.
-        arrived: files to take in the place of all that the storage lists (`arrivals`). Then there may be none, unless
-            the run starts over.
+    A slice has `partitioning.slice_images` images, for `CONTAINER_IMAGES` of which a video or an archive counts. `skip`
+    are folders to leave out, such as a run's own below its source, and `known` digests of chunks. Files that `arrived`
+    (`arrivals`) take the place of all that the storage lists; then there may be none, unless the run starts over.
 
     Yields:
         Slices in the storage's order, of whole chunks. Only the last one may be empty.
@@ -156,12 +157,8 @@ def plan(
     Where a slot would have more than `WAVES` of them, they take more time and bytes than their targets, and no more
     images: further ones would hardly end closer to each other, and each leaves a file that the driver has to know.
 
-    Args:
-        images: what was listed, or with the frames of videos and the members of archives (`frames.ROWS_SCHEMA`).
-        slots: tasks that run at once.
-        config: its `partitioning` section.
-        image_seconds: what an image takes; by default what one without a model does.
-        expected: slots that there may be later.
+    `images` are those listed, or with frames and members (`reading.ROWS_SCHEMA`), which take so many seconds each, by
+    default what one without a model does. `expected` are the slots that there may be later.
     """
     settings, most = config.partitioning, WAVES * slots
     in_time = round(settings.target_seconds / (image_seconds or settings.image_seconds))
@@ -194,14 +191,7 @@ def _suffixes(config: Config) -> dict[str, tuple[str, ...]]:
 def _chunks(
     entries: Iterable[Entry], root: str, config: Config, left_out: Counter[str]
 ) -> Iterator[tuple[str, pa.Table]]:
-    """The files to work on, a chunk at a time with its digest: `LISTED_SCHEMA` and their `kind`.
-
-    Args:
-        entries: what there is.
-        root: where it lies.
-        config: as for `list_slices`.
-        left_out: counts what is left out.
-    """
+    """The files to work on, a chunk at a time with its digest: `LISTED_SCHEMA` and their `kind`; counts all others."""
     within, kinds = len(root) - 1, _suffixes(config)
     suffixes, images, videos = sum(kinds.values(), ()), kinds["image"], kinds["video"]
     most, max_bytes = min(MAX_CHUNK_FILES, config.partitioning.slice_images), config.max_image_bytes
@@ -224,17 +214,14 @@ def _chunks(
             kind = "image" if name.endswith(images) else "video" if name.endswith(videos) else "archive"
             error = entry.error or (too_long(entry.length, max_bytes) if kind == "image" else None)
             rows.append((entry.path, entry.length, entry.modified, error, kind))
-            if len(rows) == most or _ends_chunk(entry.path):
+            # One path in `CHUNK_FILES` ends a chunk. The product mixes the bits of its sum, of which names that differ
+            # in some digits only would set few.
+            mixed = zlib.crc32(entry.path.encode()) * 2_654_435_761 % 2**32
+            if len(rows) == most or mixed < 2**32 // CHUNK_FILES:
                 yield _chunk(rows)
                 rows = []
     if rows:
         yield _chunk(rows)
-
-
-def _ends_chunk(path: str) -> bool:
-    """True for one path in `CHUNK_FILES`."""
-    # The product mixes the sum's bits, of which names that differ in some digits only would set few.
-    return zlib.crc32(path.encode()) * 2_654_435_761 % 2**32 < 2**32 // CHUNK_FILES
 
 
 def _chunk(rows: list[tuple]) -> tuple[str, pa.Table]:
@@ -261,3 +248,97 @@ def _of_kind(files: pa.Table | None, kind: str) -> pa.Table:
     is_kind = pc.equal(files["kind"], kind)
     files = files.drop_columns("kind")
     return files if pc.all(is_kind).as_py() else files.filter(is_kind)
+
+
+# ------------------------------------------------------------ what earlier runs have settled
+
+
+class Known:
+    """What runs remember of a listing: the chunks that a run need not look at, and those that the next one need not.
+
+    A run's commit tells the digests of the chunks of which every image is settled in the version that it makes, with
+    the number of their images and the errors among them. The next run lists all files, which no storage saves it, and
+    leaves out the chunks that it knows: it reads no row of theirs.
+
+    A digest counts as long as nothing else has changed the table. So a run believes the newest commit only, forgets all
+    when another run has committed meanwhile, and what it tells itself is what it has seen settled since. What is told
+    is some kilobytes per million images; more than `MOST_CHUNKS` are not told, and are looked at by every run.
+    """
+
+    def __init__(self, seen: Seen, models: Iterable[str], config: Config):
+        """Believe what the newest commit tells, if it is of the same models and settings."""
+        settings = [*models, *LASTING, config.ingest.model_dump_json(), config.video.model_dump_json()]
+        settings.append(str(config.max_image_bytes))
+        self._settings = hashlib.blake2b("\n".join(settings).encode(), digest_size=12).hexdigest()
+        told = json.loads(seen.listed or "{}")
+        self._chunks: dict[str, list] = {}
+        self._earlier: dict[str, list] = told["chunks"] if told.get("settings") == self._settings else {}
+        self.commit = (seen.change, seen.listed)  # after which all of this holds
+
+    def __contains__(self, digest: object) -> bool:
+        return digest in self._earlier
+
+    def __len__(self) -> int:
+        return len(self._earlier)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether this run knows something that the newest commit does not tell."""
+        told = json.loads(self.commit[1] or "{}")
+        return bool(self._chunks) and (told.get("settings"), told.get("chunks")) != (self._settings, self._chunks)
+
+    def take(self, digests: Iterable[str]) -> tuple[int, Counter[str]]:
+        """Count the images of chunks that are known, and the errors among them."""
+        images, errors = 0, Counter[str]()
+        for digest in digests:
+            self._chunks[digest] = chunk = self._earlier[digest]
+            images += chunk[0]
+            errors.update(chunk[1])
+        return images, errors
+
+    def look(self, seen: Seen) -> None:
+        """Forget everything if another run has changed the table since this one has looked."""
+        if (seen.change, seen.listed) != self.commit:
+            self._earlier, self._chunks = {}, {}
+            self.commit = (seen.change, seen.listed)
+
+    def add(self, listed: Listing, images: pa.Table, failed: pa.Table) -> None:
+        """Remember chunks of which every image is settled when the next commit is made.
+
+        A video or an archive that cannot be read, or not to its end, is looked at by every run. `images` are all in the
+        slice (`KEY`), and `failed` path and error of those with one, of which an image may have several.
+        """
+        chunks = listed.chunks
+        if not chunks:
+            return
+        starts = np.cumsum([0, *(len(chunk.paths) for chunk in chunks)])
+        paths = pa.chunked_array([chunk.paths for chunk in chunks], pa.string())
+
+        def places(table: pa.Table) -> np.ndarray:
+            if table.num_rows == len(paths) and table["path"].equals(paths):  # all are images, and this saves memory
+                return np.repeat(np.arange(len(chunks)), np.diff(starts))
+            if not table.num_rows:
+                return np.zeros(0, np.int64)
+            positions = index_in(file_paths(table["path"]), paths)
+            return np.searchsorted(starts, positions.to_numpy(), side="right") - 1
+
+        counts = np.bincount(places(images), minlength=len(chunks)).tolist()
+        errors: list[dict[str, str]] = [{} for _ in chunks]
+        rows = zip(places(failed), failed["path"].to_pylist(), failed["error"].to_pylist(), strict=True)
+        for place, path, error in rows:
+            errors[place][path] = error_kind(error)
+        files = [is_in(failed["path"], part["path"]) for part in (listed.videos, listed.archives)]
+        is_open = pc.or_(pc.or_(*files), pc.invert(is_lasting(failed["error"])))
+        unsettled = set(places(failed.filter(is_open)).tolist())
+        for number, chunk in enumerate(chunks):
+            kinds = dict(Counter(errors[number].values()))
+            if number not in unsettled and len(kinds) <= MOST_KINDS and len(self._chunks) < MOST_CHUNKS:
+                self._chunks[chunk.digest] = [counts[number], kinds]
+
+    def tell(self, run: str) -> str:
+        """What the next commit is to tell; no two commits tell the same."""
+        return json.dumps({"run": run, "settings": self._settings, "chunks": self._chunks})
+
+    def told(self, listed: str, seen: Seen) -> None:
+        """Expect the next look to find what a commit has told, which was made on a version that was seen."""
+        self.commit = (max(seen.version, 0) + 1, listed)

@@ -22,9 +22,9 @@ from helpers.errors import RunError
 from helpers.images.video import split_paths
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import sail, stages
-from helpers.pipeline.frames import FRAMES_SCHEMA, MEMBERS_SCHEMA, ROWS_SCHEMA, list_frames, list_members, with_frames
 from helpers.pipeline.listing import Listing, assign
 from helpers.pipeline.listing import plan as make_plan
+from helpers.pipeline.reading import FRAMES_SCHEMA, MEMBERS_SCHEMA, ROWS_SCHEMA, list_frames, list_members, with_frames
 from helpers.pipeline.schemas import KEY_NAMES, Batches, conform
 from helpers.session import get_slots, is_sail, local_slots, set_where_allowed, spark_failure, spark_schema
 from helpers.storage.interface import Files
@@ -189,29 +189,23 @@ def expand(
     `beside` are the suffixes of texts to be carried with the members of archives.
 
     Returns:
-        `frames.ROWS_SCHEMA`; the listing's own images where there is no video and no archive.
+        `reading.ROWS_SCHEMA`; the listing's own images where there is no video and no archive.
 
     Raises:
         RunError: the tasks failed.
     """
     if not listed.videos.num_rows and not listed.archives.num_rows:
         return listed.images
-    memory_megabytes = config.inference.memory_megabytes
-    find_frames = partial(
-        list_frames,
-        storage=storage,
-        every=config.video.every,
-        max_pixels=config.ingest.max_pixels,
-        memory_megabytes=memory_megabytes,
-    )
+    own = config.ingest
+    shared: Any = {"storage": storage, "memory_megabytes": config.inference.memory_megabytes}
+    find_frames = partial(list_frames, every=config.video.every, max_pixels=own.max_pixels, **shared)
     find_members = partial(
         list_members,
-        storage=storage,
-        suffixes=tuple(suffix.lower() for suffix in config.ingest.suffixes),
-        refused=tuple(suffix.lower() for suffix in config.ingest.archives + config.video.suffixes),
+        suffixes=tuple(suffix.lower() for suffix in own.suffixes),
+        refused=tuple(suffix.lower() for suffix in own.archives + config.video.suffixes),
         max_bytes=config.max_image_bytes,
-        memory_megabytes=memory_megabytes,
         beside=beside,
+        **shared,
     )
     try:
         videos = _find(spark, listed.videos, find_frames, FRAMES_SCHEMA, config)
@@ -220,13 +214,8 @@ def expand(
         raise RunError(f"the images in videos and archives could not be found: {spark_failure(error)}") from error
     frames = with_frames(listed.images, videos, config.video.every)
     images = pa.concat_tables([frames, conform(members, ROWS_SCHEMA)])
-    log.info(
-        "%d videos, %d of their frames are images; %d archives, %d of their members are",
-        videos.num_rows,
-        frames.num_rows - listed.images.num_rows,
-        listed.archives.num_rows,
-        members.num_rows,
-    )
+    counts = videos.num_rows, frames.num_rows - listed.images.num_rows, listed.archives.num_rows, members.num_rows
+    log.info("%d videos, %d of their frames are images; %d archives, %d of their members are", *counts)
     return images
 
 

@@ -8,43 +8,29 @@ run: so no published task is without its record, unless the driver died before i
 the end can tell are null until then. No setting that can hold a secret is written.
 """
 
+import contextlib
 import json
 import platform
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from helpers.config import Config
 from helpers.errors import DataError
-from helpers.pipeline.task import RECORD_SCHEMA, Task
+from helpers.pipeline.task import RECORD_SCHEMA
 from helpers.session import shown_master
 from helpers.storage import Storage, open_storage
 from helpers.storage.parquet import read_table, write_table
 
-if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
-
 RUNS = "runs"
 PACKAGES = ("pyspark", "openvino", "opencv-python-headless", "numpy", "pyarrow")
-SECTIONS = (
-    "source",
-    "reader",
-    "resume",
-    "pictures",
-    "ingest",
-    "partitioning",
-    "inference",
-    "results",
-    "tiling",
-    "cascade",
-    "postprocess",
-)
+SECTIONS = {"source", "reader", "resume", "pictures", "ingest", "partitioning", "inference", "results", "tiling"}
+SECTIONS |= {"cascade", "postprocess"}
 # Anything else below spark.conf may be an account's key under a name of its owner's choice.
 SHOWN_SETTINGS = ("spark.executor.", "spark.task.", "spark.cores.", "spark.speculation", "spark.dynamicAllocation.")
 PHASES = [f"{name}_seconds" for name in ("session", "open", "list", "pass", "publish", "log")] + ["seconds"]
@@ -58,72 +44,20 @@ class Stopwatch:
         self._start = self._last = time.perf_counter()
         self.laps: dict[str, Any] = {}
 
-    def lap(self, phase: str) -> float:
-        """End a phase, and return its seconds."""
+    def lap(self, phase: str) -> None:
+        """End a phase."""
         now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        self.laps[f"{phase}_seconds"] = self.laps.get(f"{phase}_seconds", 0.0) + seconds
+        self.laps[f"{phase}_seconds"] = self.laps.get(f"{phase}_seconds", 0.0) + now - self._last
         self.laps[f"{phase}_ended"] = datetime.now(UTC).isoformat()
-        self.laps["seconds"] = now - self._start
-        return seconds
-
-
-def describe(
-    task: Task,
-    spark: "SparkSession",
-    config: Config,
-    slots: int,
-    watch: Stopwatch,
-    tasks: pa.Table,
-    session_seconds: float | None,
-) -> dict[str, Any]:
-    """What `RUN.json` holds.
-
-    Args:
-        task: the run's.
-        spark: its session.
-        config: its settings; those that cannot hold a secret are taken.
-        slots: how many tasks ran at once.
-        watch: what its phases have taken so far.
-        tasks: what they have told, `task.RECORD_SCHEMA`.
-        session_seconds: from the start of the process until there was a session; None where one was there already.
-    """
-    return {
-        "run": task.run,
-        "started": watch.started.isoformat(),
-        "source": task.source.root,
-        "output": task.output.root,
-        "model": " and ".join(model.identity for model in task.models),
-        "bundle": " and ".join(model.bundle.manifest.digest for model in task.models),
-        "flops": task.flops,
-        "slots": slots,  # as planned for
-        "workers": tasks.select(["host", "process"]).group_by(["host", "process"]).aggregate([]).num_rows,
-        "partitions": tasks.num_rows,
-        **{name: pc.sum(tasks[name]).as_py() or 0 for name in ("images", "failed", "bytes")},
-        "retries": pc.sum(tasks["attempt"]).as_py() or 0,
-        "session_seconds": session_seconds,
-        **dict.fromkeys(PHASES[1:]),
-        **watch.laps,
-        "seconds": None,
-        "spark": spark.version,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "config": shown_settings(config),
-    }
+        self.laps["seconds"], self._last = now - self._start, now
 
 
 def shown_settings(config: Config) -> dict[str, Any]:
     """The settings that cannot hold a secret."""
-    values = config.model_dump(mode="json")
-    spark = values["spark"]
-    return {
-        **{section: values[section] for section in SECTIONS},
-        "spark": {
-            "mode": spark["mode"],
-            "master": shown_master(config),
-            "task_attempts": spark["task_attempts"],
-            "conf": {key: value for key, value in spark["conf"].items() if key.startswith(SHOWN_SETTINGS)},
-        },
-    }
+    values = config.model_dump(mode="json", include=SECTIONS)
+    conf = {key: value for key, value in config.spark.conf.items() if key.startswith(SHOWN_SETTINGS)}
+    spark = {"mode": config.spark.mode, "master": shown_master(config), "task_attempts": config.spark.task_attempts}
+    return values | {"spark": spark | {"conf": conf}}
 
 
 def task_table(records: Iterable[dict[str, Any]]) -> pa.Table:
@@ -134,13 +68,7 @@ def task_table(records: Iterable[dict[str, Any]]) -> pa.Table:
 
 
 def write_record(storage: Storage, run: dict[str, Any], tasks: pa.Table | None = None) -> None:
-    """Write `RUN.json`, in place of what it said before, and `RUN.parquet` ahead of it where tasks have told something.
-
-    Args:
-        storage: the output.
-        run: what `describe` says.
-        tasks: `task.RECORD_SCHEMA`.
-    """
+    """Write `RUN.json`, in place of what it said before, and ahead of it what tasks have told (`RECORD_SCHEMA`)."""
     if tasks:
         write_table(storage, f"{RUNS}/{run['run']}.parquet", tasks)
     storage.write(f"{RUNS}/{run['run']}.json", json.dumps(run, indent=2).encode())
@@ -149,9 +77,7 @@ def write_record(storage: Storage, run: dict[str, Any], tasks: pa.Table | None =
 def read_runs(locations: str | Iterable[str], config: Config | None = None) -> pd.DataFrame:
     """The runs recorded below some locations, one row each, the oldest first.
 
-    Args:
-        locations: outputs of runs, their `runs` folders, or folders above them.
-        config: says how object storage is reached.
+    Locations are outputs of runs, their `runs` folders, or folders above them; `config` says how they are reached.
 
     Raises:
         DataError: there is no record, or one is damaged.
@@ -174,21 +100,32 @@ def read_runs(locations: str | Iterable[str], config: Config | None = None) -> p
     return table.astype(dict.fromkeys(PHASES, float))
 
 
-def read_tasks(locations: str | Iterable[str], config: Config | None = None) -> pd.DataFrame:
-    """The tasks of all those runs as one table: `task.RECORD_SCHEMA`, and what else tells them apart.
+def runs_of(output: Storage, config: Config) -> pd.DataFrame:
+    """As `read_runs`, of one output, which may have none: a version without records has left none."""
+    try:
+        return read_runs(output.root, config)
+    except DataError:
+        return pd.DataFrame(columns=["source"])
 
-    That is `run`, `output`, `master` and `slots` of their run, and `begin` and `end`, seconds since the pass of the run
-    began. Raises as `read_runs` does.
+
+def read_tasks(locations: str | Iterable[str], config: Config | None = None) -> pd.DataFrame:
+    """The tasks of all those runs as one table (`tasks_of`), with `run`, `output`, `master` and `slots` of their run.
+
+    Raises as `read_runs` does.
     """
     runs, tables = read_runs(locations, config), []
     files = {path: storage for storage, path in _find(locations, config)}
-    for run in runs.itertuples():
-        table = read_table(files[run.file], run.file.removesuffix(".json") + ".parquet").to_pandas()
-        began = run.pass_ended - pd.Timedelta(seconds=run.pass_seconds)
-        begin = (table["started"] - began).dt.total_seconds()
-        extra = {"run": run.run, "output": run.output, "master": run.master, "slots": run.slots, "begin": begin}
-        tables.append(table.assign(**extra, end=begin + table["seconds"]))
+    for _, run in runs.iterrows():
+        tables.append(tasks_of(files[run["file"]], run).assign(**run[["run", "output", "master", "slots"]]))
     return pd.concat(tables, ignore_index=True)
+
+
+def tasks_of(storage: Storage, run: pd.Series) -> pd.DataFrame:
+    """`task.RECORD_SCHEMA` of a run (`read_runs`), and `begin` and `end`, seconds since its pass began."""
+    tasks = read_table(storage, run["file"].removesuffix(".json") + ".parquet").to_pandas()
+    began = run["pass_ended"] - pd.Timedelta(seconds=run["pass_seconds"])
+    begin = (tasks["started"] - began).dt.total_seconds()
+    return tasks.assign(begin=begin, end=begin + tasks["seconds"])
 
 
 def _find(locations: str | Iterable[str], config: Config | None) -> list[tuple[Storage, str]]:
@@ -203,8 +140,11 @@ def _find(locations: str | Iterable[str], config: Config | None) -> list[tuple[S
     return files
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a runtime with another build of it, such as opencv-python
-        return None
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that a run's time depends on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        found[package] = None  # of a runtime with another build of it, such as opencv-python
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,16 +1,17 @@
-"""The page of results, `OUTPUT/report/index.html`: what runs did, and a sample of the images with their predictions.
+"""What people look at: the page of results, `OUTPUT/report/index.html`, and pictures, `OUTPUT/pictures`.
 
-All rows, or the newest ones, are counted (`helpers.pipeline.survey`). Only those of the sample are read whole, and only
-its images at all.
+The page shows what runs did, and a sample of the images with their predictions. All rows, or the newest ones, are
+counted (`helpers.pipeline.survey`). Only those of the sample are read whole, and only its images at all.
 """
 
 import base64
 import contextlib
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -20,26 +21,35 @@ import cv2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from helpers.config import Config
-from helpers.errors import DataError, RunError, StorageError, first_line
+from helpers.errors import RunError, StorageError, first_line, only_warn
 from helpers.images import rle
 from helpers.images.archive import split_member
 from helpers.images.boundary import UnreadableImageError, attempt
-from helpers.images.decoding import load
-from helpers.images.drawing import DRAWN_SCORE
+from helpers.images.decoding import decode, load
+from helpers.images.drawing import DRAWN_SCORE, draw, picture_name
 from helpers.images.spec import InputSpec
 from helpers.images.video import split_path
+from helpers.pipeline.folders import PICTURES, REPORT
 from helpers.pipeline.reading import read_images
-from helpers.pipeline.records import PHASES, read_runs
-from helpers.pipeline.results import REPORT, ResultStore
+from helpers.pipeline.records import PHASES, runs_of, tasks_of
+from helpers.pipeline.results import ResultStore
+from helpers.pipeline.rows import is_in
 from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.survey import BANDS, Survey
 from helpers.pipeline.task import STAGES
 from helpers.redaction import redact
 from helpers.storage import Storage, open_storage
+from helpers.storage.interface import Files
 from helpers.storage.parquet import read_table
 from helpers.tracking.page import render
+
+log = logging.getLogger(__name__)
+
+BYTES_PER_PICTURE_PIXEL = 32  # of a picture while it is drawn: decoded, enlarged, masked and encoded
+PICTURES_SHOWN = 100  # on a dashboard, at most
 
 PAGE = f"{REPORT}/index.html"
 COLUMNS = [*KEY_NAMES, "width", "height", "error", "predictions", "model"]
@@ -57,17 +67,8 @@ LONGEST = 224, 960  # pixels of a thumbnail's longer side, at least and at most
 # Share of a thumbnail's sides, and quality of JPEG: the first whose file is short enough; noise makes long ones.
 ATTEMPTS = (1, 82), (1, 60), (1, 40), (0.5, 60), (0.25, 60)
 
-RUN_COLUMNS = [
-    ["started", ""],
-    ["images", "number"],
-    ["failed", "number"],
-    ["images per second", "number"],
-    ["seconds", "number"],
-    ["slots", "number"],
-    ["retries", "number"],
-    ["source", ""],
-    ["model", ""],
-]
+NUMBERS = ("images", "failed", "images per second", "seconds", "slots", "retries")
+RUN_COLUMNS = [["started", ""], *([name, "number"] for name in NUMBERS), ["source", ""], ["model", ""]]
 
 Row = dict[str, Any]
 Thumbnail = tuple[str | None, str | None]  # a `data:` URI, or why there is none
@@ -94,7 +95,7 @@ def make_report(
         StorageError: a location cannot be used.
     """
     stores = [store] if against is None else [store, against]
-    runs = [_runs(one.storage, config) for one in stores]
+    runs = [runs_of(one.storage, config) for one in stores]
     with contextlib.ExitStack() as stack:
         parts = [stack.enter_context(one.as_files(most_rows)) for one in stores]
         outputs = [(one.storage, files) for one, (files, _) in zip(stores, parts, strict=True)]
@@ -254,7 +255,9 @@ def _data(survey: Survey, stores: list[ResultStore], is_whole: bool, runs: pd.Da
     if newest is not None:
         cells = dict(zip([name for name, _ in RUN_COLUMNS], _run_cells(newest), strict=True))
         tiles += [[name, cells[name]] for name in ("images per second", "seconds")]
-    tasks = pd.DataFrame() if newest is None else _tasks(stores[0].storage, newest)
+    tasks = pd.DataFrame() if newest is None else tasks_of(stores[0].storage, newest).sort_values("begin")
+    part = f", {TASKS_SHOWN:,} of them shown" if len(tasks) > TASKS_SHOWN else ""
+    task_text = f"{len(tasks):,} tasks{part}; those with failed images in red"
     errors = [
         {"side": number, "reason": redact(reason), "count": count, "examples": list(map(redact, side.examples[reason]))}
         for number, side in enumerate(survey.sides)
@@ -286,7 +289,7 @@ def _data(survey: Survey, stores: list[ResultStore], is_whole: bool, runs: pd.Da
         "errors": errors,
         "run_text": "" if newest is None else f"The newest run, {newest['run']}, of {newest['model']}.",
         "stages": [{"stage": name, "seconds": float(tasks[f"{name}_seconds"].sum())} for name in STAGES if len(tasks)],
-        "tasks": {"text": _task_text(tasks), "rows": _task_rows(tasks)},
+        "tasks": {"text": task_text if len(tasks) else "", "rows": _task_rows(tasks)},
         "run_columns": RUN_COLUMNS,
         "runs": [_run_cells(run) for _, run in runs[::-1][:RUNS_SHOWN].iterrows()],
         "settings": [] if newest is None else _settings(newest),
@@ -304,36 +307,13 @@ def _names(survey: Survey, outputs: list[str]) -> list[str]:
     return [f"{tails[side.store]}: {side.model}" for side in survey.sides]
 
 
-def _runs(output: Storage, config: Config) -> pd.DataFrame:
-    """The recorded runs of an output, the oldest first; an output may have none, of a version without records."""
-    try:
-        return read_runs(output.root, config)
-    except DataError:
-        return pd.DataFrame()
-
-
 def _sources(runs: pd.DataFrame, config: Config) -> list[Storage]:
     """Where the runs' images lie, the innermost first; what is no location, such as a table, is left out."""
     places = []
-    for uri in runs["source"].unique() if len(runs) else ():
+    for uri in runs["source"].unique():
         with contextlib.suppress(StorageError):
             places.append(open_storage(uri, config))
     return sorted(places, key=lambda place: -len(place.root))
-
-
-def _tasks(output: Storage, run: pd.Series) -> pd.DataFrame:
-    """The records of a run's tasks, with `begin` and `end` in seconds since its pass began."""
-    tasks = read_table(output, run["file"].removesuffix(".json") + ".parquet").to_pandas()
-    began = run["pass_ended"] - pd.Timedelta(seconds=run["pass_seconds"])
-    begin = (tasks["started"] - began).dt.total_seconds()
-    return tasks.assign(begin=begin, end=begin + tasks["seconds"]).sort_values("begin", ignore_index=True)
-
-
-def _task_text(tasks: pd.DataFrame) -> str:
-    if not len(tasks):
-        return ""
-    part = f", {TASKS_SHOWN:,} of them shown" if len(tasks) > TASKS_SHOWN else ""
-    return f"{len(tasks):,} tasks{part}; those with failed images in red"
 
 
 def _task_rows(tasks: pd.DataFrame) -> list[Row]:
@@ -375,3 +355,77 @@ def _settings(run: pd.Series) -> list[list[str]]:
         if isinstance(values, dict):
             flat |= {f"{section}.{name}": value for name, value in values.items()}
     return [[name, redact(json.dumps(value))] for name, value in flat.items()]
+
+
+# ------------------------------------------------------------ pictures
+
+
+def draw_sample(output: Storage, files: list[str], source: Files, config: Config) -> list[str]:
+    """Annotate a sample of the images in a run's result files and write the PNG files; return their names.
+
+    `pictures` says how many; one takes at most about `inference.memory_megabytes`. An image that has changed since it
+    was worked on, or cannot be drawn, costs its picture and a warning.
+    """
+    names: list[str] = []
+    max_pixels = config.inference.memory_megabytes * 2**20 // BYTES_PER_PICTURE_PIXEL
+    for file in files:
+        if len(names) >= config.pictures:
+            break
+        with only_warn(f"no pictures of the images in {file}"):
+            table = read_table(output, file)
+            count = min(math.ceil(config.pictures / len(files)), config.pictures - len(names))
+            rows = _first_rows(table, count)
+            rows = {path: row for path, row in rows.items() if _can_be_drawn(row, source, max_pixels)}
+            batches = pa.Table.from_pylist(list(rows.values()), table.schema).to_batches()
+            limits = config.max_image_bytes, config.ingest.max_pixels
+            for batch in read_images(batches, source, 1, 1, *limits):
+                (image,) = batch.to_pylist()
+                with only_warn(f"no picture of {image['path']}"):
+                    png = _draw(image, rows[image["path"]])
+                    output.write(f"{PICTURES}/{picture_name(image['path'])}", png)
+                    names.append(picture_name(image["path"]))
+    return names
+
+
+def read_pictures(output: Storage, names: list[str]) -> Iterator[tuple[str, bytes]]:
+    """The first pictures for a dashboard, one at a time: name and PNG file."""
+    for name in names[:PICTURES_SHOWN]:
+        yield name, output.read(f"{PICTURES}/{name}")
+
+
+def _first_rows(table: pa.Table, count: int) -> dict[str, Row]:
+    """By path, one row of each of the first images, with the predictions of all models."""
+    table = table.filter(pc.is_null(table["error"]))
+    rows: dict[str, Row] = {}
+    for row in table.filter(is_in(table["path"], table["path"].unique().slice(0, count))).to_pylist():
+        first = rows.setdefault(row["path"], row)
+        if first is not row:
+            first["predictions"] += row["predictions"]
+    return rows
+
+
+def _can_be_drawn(row: Row, source: Files, max_pixels: int) -> bool:
+    """Whether an image is small enough and its file still is the one that was worked on; the log says why not."""
+    file, member = split_member(split_path(row["path"])[0])
+    why = "its file has changed meanwhile, is gone or cannot be read"
+    if row["width"] * row["height"] > max_pixels:
+        why = f"it has {row['width']} x {row['height']} pixels, more than inference.memory_megabytes is enough for"
+    else:
+        with contextlib.suppress(StorageError, OSError):
+            entry = source.stat(file)
+            length = row["length"] if member is None else entry.length
+            if (entry.length, entry.modified) == (length, row["modified"]):
+                return True
+    log.warning("no picture of %s: %s", row["path"], why)
+    return False
+
+
+def _draw(image: Row, row: Row) -> bytes:
+    """A PNG file of an image (`IMAGE_SCHEMA`) with its row's predictions."""
+    width, height = row["width"], row["height"]
+    if image["error"] is not None:
+        raise UnreadableImageError(image["error"])
+    pixels = decode(image["content"], max_pixels=width * height)
+    if pixels.shape[:2] != (height, width):
+        raise UnreadableImageError(f"it does not have the {width} x {height} pixels of its row any more")
+    return cv2.imencode(".png", draw(pixels, row["predictions"]))[1].tobytes()

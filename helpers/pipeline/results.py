@@ -34,27 +34,26 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from helpers.errors import RunError, StorageError, explain, first_line, only_warn
-from helpers.pipeline.records import RUNS
+from helpers.errors import RunError, StorageError, only_warn
+from helpers.pipeline.folders import RESULTS, STARTED_OVER, Folders, name_of, run_of, staged_counts, target_of, time_of
 from helpers.pipeline.rows import (
     ROWS_SCHEMA,
     Statistics,
     count_values,
+    in_first_file,
     is_among,
     is_in,
     is_new,
@@ -62,30 +61,16 @@ from helpers.pipeline.rows import (
     rows_of_later_runs,
     without,
 )
-from helpers.pipeline.schemas import EARLIER_RESULT_SCHEMA, RESULT_SCHEMA, conform
-from helpers.pipeline.table import LOG, NONE, Conflict, File, Table, Version
-from helpers.pipeline.task import STAGING, staged_counts, staging
+from helpers.pipeline.schemas import RESULT_SCHEMA
+from helpers.pipeline.table import NONE, Conflict, File, Table, Version
+from helpers.pipeline.task import STAGING
 from helpers.storage import Storage
-from helpers.storage.interface import UNFINISHED, Entry
 from helpers.storage.parquet import write_table
-from helpers.storage.prefetch import map_groups
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-RESULTS = "results"
-PICTURES = "pictures"
-REPORT = "report"
-KEEP, ALONE = ".keep", ".alone"  # in a run's staging folder: whether others may take its files
-# Files of rows in our folders, and what else may lie there: in the results hidden files, which no reader takes.
-FILES = {RESULTS: re.compile(r"[^._/][^/]*\.parquet"), STAGING: re.compile(r"[\w-]+/\d{6,}-\d+-\d+\.parquet")}
-OTHERS = {
-    RESULTS: re.compile(rf"\.[^/]*|{LOG}(/.*)?"),
-    STAGING: re.compile(rf"([\w-]+/)?(\.keep|\.alone|{UNFINISHED.pattern})|\.[0-9a-f]{{32}}\.deleted(/.*)?"),
-}
-OURS = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}-[\w-]+\.parquet")  # a file that a run has brought into the results
-STARTED_OVER = "spark-vision started over"  # the table's mark of when the last run began that did
-ABANDONED = timedelta(days=1)  # nobody writes one file, or nothing of a run, for so long
+TOLD = ("run", "models", "images", "ok", "failed", "seconds")  # by a commit in the table's history
 REMEMBERED = 50  # commits that a run is compared with; each is a file of the log
 LOOKS = 20  # at files that another run is moving right now
 
@@ -94,7 +79,7 @@ LOOKS = 20  # at files that another run is moving right now
 class Seen:
     """The table as a run found it when it decided what to do; version -1 where there was none.
 
-    `change` is the newest commit that has changed it, and `listed` what that one tells of a listing (`known`).
+    `change` is the newest commit that has changed it, and `listed` what that one tells of a listing (`listing.Known`).
     """
 
     version: int = -1
@@ -123,6 +108,10 @@ class Work:
     listed: str = ""
     told: dict[str, str] = field(default_factory=dict)  # what else its commit tells in the table's history
 
+    def about(self, images: int, failed: int) -> dict[str, Any]:
+        """What any commit of a run tells in the table's history (`TOLD`)."""
+        return _about(self.run, self.models, images, failed, self.seconds)
+
 
 @dataclass
 class _Change:
@@ -139,7 +128,7 @@ class _Change:
 
 
 class ResultStore:
-    """The results below one output location.
+    """The results below one output location; a damaged table, file or log is a StorageError of every method.
 
     `kept` are the user's columns that a run adds to them; None for those who only look, whatever there is.
     """
@@ -148,6 +137,7 @@ class ResultStore:
         self.storage = storage
         self._schema = pa.schema([*RESULT_SCHEMA, *(kept or [])])
         self._table = Table(storage, RESULTS, self._schema, may_have_more=kept is None)
+        self._folders = Folders(storage, self._schema, may_have_more=kept is None)
 
     @property
     def location(self) -> str:
@@ -162,30 +152,27 @@ class ResultStore:
     @property
     def folders(self) -> list[str]:
         """What is below the output of ours, and is no source of images."""
-        return [self.storage.join(name) for name in (RESULTS, PICTURES, REPORT, RUNS, STAGING)]
+        return self._folders.places
 
     def check(self) -> None:
         """Find out before Spark starts whether a run can write here.
 
         Raises:
-            StorageError: something that is not ours lies in our folders, nothing can be written, or the table is
-                damaged.
+            StorageError: something that is not ours lies in our folders, or nothing can be written.
         """
-        self._list(RESULTS)
+        self._folders.results()
         self._leftovers(self._table.open())
-        self.storage.write(f"{STAGING}/{KEEP}", b"")
-        self.storage.delete(f"{STAGING}/{KEEP}")
-        self.storage.prune(STAGING)
+        self._folders.check()
 
     def prepare(self) -> None:
         """Tidy up, and make a table of the results of an earlier version, which were plain Parquet.
 
         Raises:
-            StorageError: something that is not ours lies in our folders, or a file or the table is damaged.
+            StorageError: something that is not ours lies in our folders.
         """
         with only_warn("what killed runs have left could not be removed"):
-            self._tidy()
-        self._list(RESULTS)
+            self._folders.tidy()
+        self._folders.results()
         self._leftovers(self._take_over(self._table.open()))
 
     def resume(self, *models: str) -> None:
@@ -203,9 +190,6 @@ class ResultStore:
         """The table as it is now, with its rows; with those of which the path is between two, if these are given.
 
         Only files that may hold such rows are read.
-
-        Raises:
-            StorageError: a file or the table is damaged.
         """
 
         def see(version: Version) -> Seen:
@@ -214,94 +198,56 @@ class ResultStore:
 
         return self._newest(see)
 
-    def rows(self, files: Iterable[str] | None = None, within: tuple[str, str] | None = None) -> pa.Table:
-        """Path, length, modification time, error, model and file of every row in some files, by default all results.
-
-        Args:
-            files: paths.
-            within: the first and the last path of an image that is wanted.
+    def rows(self, files: Iterable[str]) -> pa.Table:
+        """`ROWS_SCHEMA` of every row in some files.
 
         Raises:
             FileNotFoundError: there is no such file.
-            StorageError: a file is damaged, or not ours.
         """
-        if files is None:
-            return self.look().rows
-        files, width = list(files), self.storage.concurrent_reads
-        groups = (files[start : start + width] for start in range(0, len(files), width))
-        read = map_groups(partial(self._load, columns=ROWS_SCHEMA.names[:-1]), groups, width)
-        tables = []
-        for file, table in zip(files, chain.from_iterable(read), strict=True):
-            if within is not None:
-                first, last = (pc.greater_equal(table["path"], within[0]), pc.less_equal(table["path"], within[1]))
-                table = table.filter(pc.and_(first, last))
-            tables.append(table.append_column("file", pa.array([file] * table.num_rows, pa.string())))
-        return pa.concat_tables(tables or [ROWS_SCHEMA.empty_table()])
+        return self._folders.rows(files)
 
     def files(self, number: int | None = None) -> list[str]:
         """The files of the newest version of the table, or of an earlier one, as `rows` takes them.
 
         Raises:
-            StorageError: there is no such version, or the table is damaged.
+            StorageError: there is no such version.
         """
         version = self._table.open(number)
-        paths = self._list(RESULTS)[0] if version is NONE else [f"{RESULTS}/{name}" for name in version.names]
+        paths = self._folders.results() if version is NONE else [f"{RESULTS}/{name}" for name in version.names]
         return sorted(paths)
 
     @contextlib.contextmanager
     def as_files(self, most_rows: int | None = None) -> Iterator[tuple[list[str], bool]]:
         """The results as files, paths as of `files`, for the length of a block, and whether these are all results.
 
-        Args:
-            most_rows: the files of the last runs, as many as it takes to have so many rows; None for all.
-
-        Raises:
-            StorageError: the table is damaged.
+        With `most_rows` they are the files of the last runs, as many as it takes to have so many rows.
         """
-        yield (self.files(), True) if most_rows is None else self._newest_files(most_rows)
-
-    def _newest_files(self, rows: int) -> tuple[list[str], bool]:
+        if most_rows is None:
+            yield self.files(), True
+            return
         files = self._table.open().files.sort_by([("name", "descending")])  # which begins with the time of the run
         names = files["name"].to_pylist()
         before = accumulate(files["rows"].fill_null(0).to_pylist(), initial=0)
-        newest = [f"{RESULTS}/{name}" for name, earlier in zip(names, before, strict=False) if earlier < rows]
-        return sorted(newest), len(newest) == len(names)
-
-    def read(self, number: int | None = None) -> pa.Table:
-        """All results of a version in this process's memory; of millions of images, see `driver.read_results`.
-
-        Raises:
-            StorageError: there is no such version, or its files have been deleted meanwhile.
-        """
-        try:
-            tables = [self._load(file) for file in self.files(number)]
-        except FileNotFoundError as error:
-            raise StorageError(
-                f"{error.filename} is gone, as files are that a run has removed more than results.retention_days ago; "
-                "name a newer version"
-            ) from None
-        return pa.concat_tables(tables or [self.schema(number).empty_table()])
+        newest = [f"{RESULTS}/{name}" for name, earlier in zip(names, before, strict=False) if earlier < most_rows]
+        yield sorted(newest), len(newest) == len(names)
 
     def schema(self, number: int | None = None) -> pa.Schema:
         """The columns of a version: `RESULT_SCHEMA`, and what else its runs have kept of their sources.
 
         Raises:
-            StorageError: there is no such version, or the table is damaged.
+            StorageError: there is no such version.
         """
         return self._table.open(number).schema or self._schema
 
     def history(self) -> list[dict[str, Any]]:
-        """The runs that have changed the table, the newest first: time, run, models, images, ok, failed and version.
+        """The runs that have changed the table, the newest first: time, what each told (`TOLD`), and version.
 
         A run is there with each slice of its images, and the seconds that this took.
-
-        Raises:
-            StorageError: the table is damaged.
         """
         return [
             {
                 "time": datetime.fromtimestamp(commit["timestamp"] // 1000, UTC),
-                **{name: commit.get(name) for name in ("run", "models", "images", "ok", "failed", "seconds")},
+                **{name: commit.get(name) for name in TOLD},
                 "version": commit["version"],
             }
             for commit in self._table.history()
@@ -309,50 +255,35 @@ class ResultStore:
         ]
 
     def told(self, name: str) -> list[str]:
-        """What the table's last commits tell under a name (`Work.told`), the newest first.
-
-        Raises:
-            StorageError: the table is damaged.
-        """
+        """What the table's last commits tell under a name (`Work.told`), the newest first."""
         return [commit[name] for commit in self._table.history(REMEMBERED) if name in commit]
 
     def is_empty(self) -> bool:
-        """Whether no image has results.
-
-        Raises:
-            StorageError: the table is damaged.
-        """
+        """Whether no image has results."""
         return not self._table.open().files.num_rows
 
     def stage(self, run: str, starts_over: bool = False) -> None:
         """Make a run's staging folder, or have it again where another run has removed it as empty."""
-        self.storage.write(f"{staging(run)}/{ALONE if starts_over else KEEP}", b"")
+        self._folders.stage(run, starts_over)
 
     def unstage(self, run: str) -> None:
         """Remove a run's staging folder, unless somebody has put something there meanwhile."""
-        self._list(STAGING, run)
-        self.storage.delete(staging(run))
-        self.storage.prune(STAGING)
+        self._folders.unstage(run)
 
     def progress(self, run: str) -> tuple[int, int]:
         """Images and failed images that a run's tasks have finished so far."""
-        counts = [staged_counts(name) for name in self._list(STAGING, run)[0]]
-        return sum(images for images, _ in counts), sum(failed for _, failed in counts)
+        return staged_counts(self._folders.staged(run))
 
     def recover(self, *models: str) -> int:
         """Commit what other runs, killed or slow ones, have left staged, and return how many images that were.
 
-        Args:
-            models: what this run is of; by default one, which may be any.
-
         Raises:
-            RunError: it is another model's than those given.
-            StorageError: a file is damaged, or not ours.
+            RunError: it is another model's than those given; without any, all may be of one.
         """
         images = 0
         if any(self._leftovers(self._table.open())):
             images = self._commit(partial(self._plan_recovery, models)).about["images"]
-        self._close()
+        self._folders.close()
         if images:
             log.info("kept the results of %d images of an earlier run that did not end", images)
         return images
@@ -362,7 +293,7 @@ class ResultStore:
 
         Raises:
             RunError: another run has taken what this one had finished and lost it, or the results are another model's.
-            StorageError: the table cannot be written, or is damaged.
+            StorageError: the table cannot be written.
         """
         if not work.files and not work.gone.num_rows and not work.starts_over:
             if self._table.open() is NONE:
@@ -381,9 +312,7 @@ class ResultStore:
 
     def vacuum(self, days: float) -> None:
         """Delete the files that commits have removed so many days ago."""
-        self._table.vacuum(24 * days, map(_name, self._list(RESULTS)[0]))
-
-    # ------------------------------------------------------------ commits
+        self._table.vacuum(24 * days, map(name_of, self._folders.results()))
 
     def _commit(self, plan: Callable[[Version, _Change], None]) -> _Change:
         """Plan a change of the newest version and commit it; again, where another run was first."""
@@ -397,17 +326,17 @@ class ResultStore:
                     if version.number or version.files.num_rows:
                         raise Conflict
                 for source, target in change.moves.items():
-                    self._move(source, target)
+                    self._folders.move(source, target)
                 if change.adds or change.removes:
-                    adds = {_name(path): file for path, file in change.adds.items()}
-                    removes = sorted(map(_name, change.removes))
+                    adds = {name_of(path): file for path, file in change.adds.items()}
+                    removes = sorted(map(name_of, change.removes))
                     self._table.commit(version, adds, removes, change.about, change.marks)
                 break
             except (Conflict, FileNotFoundError) as error:
                 newer = self._table.open()
                 names = newer.names
                 for path in change.written:
-                    if _name(path) not in names:  # it is, where only the answer to the commit was lost
+                    if name_of(path) not in names:  # it is, where only the answer to the commit was lost
                         self.storage.delete(path)
                 if newer.number > version.number:
                     version, looks = newer, 0
@@ -426,22 +355,20 @@ class ResultStore:
         if not work.starts_over and max(version.number, 0) != max(work.seen.version, 0):
             self._plan_again(work, version, change)
             return
-        staged, names = self._list(STAGING, work.run)[0], version.names
+        staged, names = self._folders.staged(work.run), version.names
         for path, file in work.files.items():
-            target = _target(path)
+            target = target_of(path)
             if path in staged:
                 change.moves[path] = target
             elif not self.storage.exists(target):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.storage.join(path))
-            if _name(target) not in names:
+            if name_of(target) not in names:
                 change.adds[target] = file
-        counts = [staged_counts(path) for path in work.files]
-        images, failed = sum(images for images, _ in counts), sum(failed for _, failed in counts)
-        change.about = _about(work.run, work.models, images, failed, work.seconds) | work.told
+        change.about = work.about(*staged_counts(work.files)) | work.told
         change.about |= {"listed": work.listed} if work.listed else {}
         if work.starts_over:
             change.marks = {STARTED_OVER: time_of(work.run)}
-            change.removes = {f"{RESULTS}/{name}" for name in names} - set(map(_target, work.files))
+            change.removes = {f"{RESULTS}/{name}" for name in names} - set(map(target_of, work.files))
         else:
             self._remove(change, version, work.seen.rows, _paths(work.todo, work.gone))
 
@@ -451,11 +378,11 @@ class ResultStore:
         A row is not, if it is in the table, or if a run that began later has worked on its image meanwhile.
         """
         log.info("another run has changed %s; looking again at what is new", self.location)
-        staged, results, names = self._list(STAGING, work.run)[0], self._list(RESULTS)[0], version.names
+        staged, results, names = self._folders.staged(work.run), self._folders.results(), version.names
         files = {}
         for path, file in work.files.items():
-            place = path if path in staged else _target(path)
-            if path in staged or (place in results and _name(place) not in names):
+            place = path if path in staged else target_of(path)
+            if path in staged or (place in results and name_of(place) not in names):
                 files[place] = file.size
         own = self.rows(files)
         rows = self._rows_of(version, path_range(own, work.todo, work.gone))
@@ -470,7 +397,7 @@ class ResultStore:
                 f"another run has taken the results of {left.num_rows} images from {self.storage.join(STAGING)} and "
                 "lost them; run again, all others are kept"
             )
-        change.about = _about(work.run, work.models, *_counts(fresh), work.seconds) | work.told
+        change.about = work.about(*_counts(fresh)) | work.told
         self._remove(change, version, rows, _paths(fresh, rows.filter(is_among(rows, work.gone))))
 
     def _plan_recovery(self, models: tuple[str, ...], version: Version, change: _Change) -> None:
@@ -478,17 +405,17 @@ class ResultStore:
         files, useless = self._leftovers(version)
         change.removes = {path for path in useless if path.startswith(f"{RESULTS}/")}
         change.spent = sorted(useless - change.removes)
-        files = {path: self._renew(path, size) for path, size in files.items()}
+        files = {path: self._folders.renew(path, size) for path, size in files.items()}
         own = self.rows(files)
         if models:
             self._check_models(own["model"].unique().to_pylist(), models)
         rows = self._rows_of(version, path_range(own)) if own.num_rows else ROWS_SCHEMA.empty_table()
-        runs = list(dict.fromkeys(map(_run, files)))
+        runs = list(dict.fromkeys(map(run_of, files)))
         new = is_new(own, rows, len(models) or 1)
         for run in runs:
             # A task that outlived its driver may have ended after a later run, which saw the image as it is now.
             late = is_in(own["path"], rows_of_later_runs(rows, run)["path"])
-            of_run = is_in(own["file"], pa.chunked_array([[path for path in files if _run(path) == run]]))
+            of_run = is_in(own["file"], pa.chunked_array([[path for path in files if run_of(path) == run]]))
             new = pc.and_(new, pc.invert(pc.and_(of_run, late)))
         change.run = runs[0] if runs else ""
         fresh = self._bring(change, version, own, new, files)
@@ -500,56 +427,41 @@ class ResultStore:
     ) -> pa.Table:
         """Add to a change what is new in some files, and return these rows.
 
-        A file is moved where all of it is new; else its new rows are written to another one.
-
-        Args:
-            change: the commit in the making.
-            version: of the table.
-            own: rows of the files (`ROWS_SCHEMA`).
-            new: whether each is new. The rows of an image, one per model, stay together: if one is, all are.
-            files: staged ones, or some that were moved and never committed, with their sizes in bytes. Of an image
-                that is in several, the first has the rows.
+        A file, staged or moved and never committed, is moved where all of it is new; else its new rows are written to
+        another one. Of an image that is in several, the first has the rows. `files` have their sizes in bytes, `own`
+        are their rows (`ROWS_SCHEMA`), and `new` says whether each is new. The rows of an image, one per model, stay
+        together: if one is, all are.
         """
-        fresh = own.filter(is_in(own["path"], own.filter(new)["path"]))
-        order = pa.table(
-            {"file": list(files), "order": range(len(files))}, pa.schema([("file", pa.string()), ("order", pa.int64())])
-        )
-        fresh = fresh.join(order, "file")
-        fresh = fresh.join(fresh.group_by("path").aggregate([("order", "min")]), "path")
-        fresh = fresh.filter(pc.equal(fresh["order"], fresh["order_min"])).select(ROWS_SCHEMA.names)
-        counts, removed, results = count_values(own["file"]), version.removed(), self._list(RESULTS)[0]
+        fresh = in_first_file(own.filter(is_in(own["path"], own.filter(new)["path"])), files)
+        counts, removed, results = count_values(own["file"]), version.removed(), self._folders.results()
         for path, size in files.items():
-            target, rows = _target(path), fresh.filter(pc.equal(fresh["file"], path))
-            is_taken = _name(target) in removed or (path != target and target in results)
+            target, rows = target_of(path), fresh.filter(pc.equal(fresh["file"], path))
+            is_taken = name_of(target) in removed or (path != target and target in results)
             if rows.num_rows == counts.get(path) and not is_taken:
                 change.adds[target] = File(size, Statistics.of(rows).to_json())
                 change.moves |= {path: target} if path != target else {}
                 continue
             if rows.num_rows:
-                table = self._load(path)
+                table = self._folders.load(path)
                 self._write(change, table.filter(is_in(table["path"], rows["path"])))
             if path != target:
                 change.spent.append(path)
-            elif _name(path) not in removed:
+            elif name_of(path) not in removed:
                 change.removes.add(path)
         return fresh
 
     def _remove(self, change: _Change, version: Version, rows: pa.Table, paths: pa.ChunkedArray) -> None:
         """Add to a change that the table's rows of some paths go: their files, with copies of what else is in them.
 
-        Args:
-            change: the commit in the making.
-            version: of the table.
-            rows: of the table, those of these paths at least.
-            paths: of images.
+        `rows` are rows of the version, those of these paths at least.
         """
         doomed = rows.filter(is_in(rows["path"], paths))
         if not doomed.num_rows:
             return
         all_rows = dict(zip(version.files["name"].to_pylist(), version.files["rows"].to_pylist(), strict=True))
         for file, number in count_values(doomed["file"]).items():
-            if number != all_rows[_name(file)]:
-                table = self._load(file)
+            if number != all_rows[name_of(file)]:
+                table = self._folders.load(file)
                 rest = table.filter(pc.invert(is_in(table["path"], paths)))
                 if rest.num_rows:
                     self._write(change, rest)
@@ -559,14 +471,6 @@ class ResultStore:
         path = f"{RESULTS}/{change.run}-{uuid.uuid4().hex[:8]}.parquet"
         change.written.append(path)
         change.adds[path] = File(write_table(self.storage, path, rows), Statistics.of(rows).to_json())
-
-    def _move(self, source: str, target: str) -> None:
-        """Move a staged file, unless another run has just done the same."""
-        try:
-            self.storage.rename(source, target)
-        except FileNotFoundError:
-            if not self.storage.exists(target):
-                raise
 
     def _newest(self, read: Callable[[Version], T]) -> T:
         """What is read of the newest version, whose files another run may delete meanwhile."""
@@ -605,18 +509,16 @@ class ResultStore:
                 "another --output, or replace them with --set resume=false"
             )
 
-    # ------------------------------------------------------------ files, with paths relative to the output
-
     def _take_over(self, version: Version) -> Version:
         """Make a table of results of an earlier version of this project, which were plain Parquet files."""
-        entries = self._list(RESULTS)[0] if version is NONE else {}
+        entries = self._folders.results() if version is NONE else {}
         if not entries:
             return version
         files, models, counts = {}, set(), Counter[str]()
         for path, entry in entries.items():
-            size = self._renew(path, entry.length)
-            rows = self._load(path, ROWS_SCHEMA.names[:-1])
-            files[_name(path)] = File(size, Statistics.of(rows).to_json())
+            size = self._folders.renew(path, entry.length)
+            rows = self._folders.load(path, ROWS_SCHEMA.names[:-1])
+            files[name_of(path)] = File(size, Statistics.of(rows).to_json())
             models |= set(rows["model"].unique().to_pylist())
             counts.update(dict(zip(("images", "failed"), _counts(rows), strict=True)))
         about = _about("an earlier version's", sorted(models), counts["images"], counts["failed"])
@@ -624,157 +526,19 @@ class ResultStore:
         log.info("the %d Parquet files of an earlier version in %s are a Delta table now", len(files), self.location)
         return version
 
-    def _renew(self, path: str, size: int) -> int:
-        """Give a file of an earlier version the columns of today; takes and returns its size in bytes."""
-        if self._open(path).schema_arrow.equals(self._schema):
-            return size
-        return write_table(self.storage, path, self._load(path))
-
     def _rows_of(self, version: Version, within: tuple[str, str] | None) -> pa.Table:
         """The rows of a version, or those in a range of paths."""
         files = version.files if within is None else version.between(*within)
-        return self.rows((f"{RESULTS}/{name}" for name in sorted(files["name"].to_pylist())), within)
+        return self._folders.rows((f"{RESULTS}/{name}" for name in sorted(files["name"].to_pylist())), within)
 
     def _leftovers(self, version: Version) -> tuple[dict[str, int], set[str]]:
-        """Files that other runs have finished and nobody has committed, and the files of no use to anybody.
-
-        The former with their sizes, the run that began last first.
-
-        Raises:
-            StorageError: something that is not ours lies in our folders.
-        """
-        (staged, markers), results = self._list(STAGING), self._list(RESULTS)[0]
-        runs = {name: {path.split("/")[1] for path in markers if _name(path) == name} for name in (KEEP, ALONE)}
-        files = {path: entry.length for path, entry in staged.items() if _run(path) not in runs[ALONE]}
-        began = version.mark(STARTED_OVER)
-        useless = {path for path in files if time_of(_run(path)) < began}
-        names = version.names
-        untracked = {path for path in results if version is not NONE and _name(path) not in names}
-        removed = version.removed() if untracked else set()
-        for path in untracked:
-            name = _name(path)
-            run = next((run for run in runs[KEEP] | runs[ALONE] if name.startswith(f"{run}-")), None)
-            if name in removed or run in runs[ALONE]:
-                continue
-            if run and FILES[STAGING].fullmatch(_staged(path).partition("/")[2]) and time_of(run) >= began:
-                files[path] = results[path].length
-            elif run or OURS.fullmatch(name):
-                useless.add(path)
-            elif name not in self._table.open().names:  # it may have been added just now
-                raise self._strange(path)
-        last_first = sorted(sorted(files.keys() - useless), key=_run, reverse=True)
-        return {path: files[path] for path in last_first}, useless
-
-    def _close(self) -> None:
-        """Remove the folders of other runs from staging that have nothing in them, or nothing new for a day."""
-        staged, others = self._list(STAGING)
-        entries = staged | others
-        for run in {path.split("/")[1] for path in entries if entries[path].is_directory or path.count("/") > 1}:
-            folder = staging(run)
-            below = {path: entry for path, entry in entries.items() if path.startswith(f"{folder}/")}
-            if below.keys() <= {f"{folder}/{KEEP}"}:
-                self.storage.delete(f"{folder}/{KEEP}")
-                self.storage.prune(folder)
-            elif max(entry.modified for entry in below.values()) < datetime.now(UTC) - ABANDONED:
-                self.storage.delete(folder)
-        self.storage.prune(STAGING)
-
-    def _load(self, path: str, columns: list[str] | None = None) -> pa.Table:
-        """One file of rows, or some of its columns."""
-        file = self._open(path)
-        schema = pa.schema([*self._schema, *list(file.schema_arrow)[len(self._schema) :]])
-        try:
-            rows = file.read(columns, use_threads=False)  # of one task: too few for threads
-            return conform(rows, pa.schema([schema.field(name) for name in columns or schema.names]))
-        except (OSError, pa.ArrowException) as error:
-            raise self._unreadable(path, first_line(error)) from None
-
-    def _open(self, path: str) -> pq.ParquetFile:
-        """One file of rows; a staged one from where another run has moved it, if it has."""
-        try:
-            place = path if path == _target(path) or self.storage.exists(path) else _target(path)
-            # No Python file object: Arrow's threads can outlive the interpreter with one, and abort the process.
-            file = pq.ParquetFile(pa.BufferReader(self.storage.read(place)))
-        except FileNotFoundError:
-            raise
-        except pa.ArrowException as error:
-            raise self._unreadable(path, first_line(error)) from None
-        except OSError as error:
-            raise StorageError(explain(error, self.storage.join(path))) from None
-        # Those who compact the table may write types of their own, which are cast.
-        names, ours = file.schema_arrow.names, self._schema.names
-        if self._table.may_have_more:
-            names = names[: len(ours)]
-        if names not in (ours, EARLIER_RESULT_SCHEMA.names):
-            raise self._unreadable(path, "its columns are others")
-        return file
-
-    def _unreadable(self, path: str, why: str) -> StorageError:
-        return StorageError(
-            f"{self.storage.join(path)} holds no results that can be read ({why}); move it away and run again"
-        )
-
-    def _strange(self, path: str) -> StorageError:
-        return StorageError(
-            f"{self.storage.join(path)} is not of this project, and {self.storage.join(path.partition('/')[0])} is for "
-            "its results alone; move it away, or name another --output"
-        )
-
-    def _list(self, folder: str, run: str = "") -> tuple[dict[str, Entry], dict[str, Entry]]:
-        """The files of rows in one of our folders, and what else may lie there.
-
-        Raises:
-            StorageError: anything else is in it.
-        """
-        start, files, others = f"{folder}/{run}" if run else folder, {}, {}
-        try:
-            entries = list(self.storage.list(start, directories=True)) if self.storage.exists(start) else []
-        except StorageError:
-            if self.storage.exists(start):
-                raise
-            entries = []  # another run has just removed it
-        for entry in entries:
-            name = entry.path[len(self.storage.join(folder)) + 1 :]
-            if not entry.is_directory and FILES[folder].fullmatch(name):
-                files[f"{folder}/{name}"] = entry
-            elif OTHERS[folder].fullmatch(name) or (entry.is_directory and folder == STAGING and "/" not in name):
-                others[f"{folder}/{name}"] = entry
-            else:
-                raise self._strange(f"{folder}/{name}".rstrip("/"))
-        return files, others
-
-    def _tidy(self) -> None:
-        """Remove the unfinished files of writers that were killed."""
-        for folder in (RESULTS, PICTURES, REPORT, RUNS):
-            for entry in list(self.storage.list(folder)) if self.storage.exists(folder) else []:
-                parent, _, name = entry.path.rpartition("/")
-                is_old = entry.modified < datetime.now(UTC) - ABANDONED
-                if parent == self.storage.join(folder) and UNFINISHED.fullmatch(name) and is_old:
-                    self.storage.delete(entry.path)
-
-
-def time_of(run: str) -> int:
-    """When a run began, from its name, as a number."""
-    return int("".join(filter(str.isdigit, run[: len("20260101T000000")])) or 0)
-
-
-def _target(path: str) -> str:
-    """Where a staged file comes to lie in the results."""
-    return f"{RESULTS}/{path.removeprefix(f'{STAGING}/').replace('/', '-')}" if path.startswith(STAGING) else path
-
-
-def _staged(path: str) -> str:
-    """Where a file of a task in the results was staged."""
-    return re.sub(rf"^{RESULTS}/(.+)-(\d+-\d+-\d+\.parquet)$", rf"{STAGING}/\1/\2", path)
-
-
-def _run(path: str) -> str:
-    """The run of a staged file, or of one that was."""
-    return _staged(path).split("/")[1]
-
-
-def _name(path: str) -> str:
-    return path.rpartition("/")[2]
+        """Files that other runs have finished and nobody has committed (`Leftovers.files`), and those of no use."""
+        files, useless, strange = self._folders.leftovers(version)
+        names = self._table.open().names if strange else set()  # one may have been added just now
+        for path in strange:
+            if name_of(path) not in names:
+                raise self._folders.strange(path)
+        return files, useless
 
 
 def _paths(*tables: pa.Table) -> pa.ChunkedArray:
@@ -791,11 +555,4 @@ def _counts(rows: pa.Table) -> tuple[int, int]:
 
 def _about(run: str, models: Iterable[str], images: int, failed: int, seconds: float | None = None) -> dict[str, Any]:
     """What a commit tells in the table's history."""
-    return {
-        "run": run,
-        "models": " and ".join(models),
-        "images": images,
-        "ok": images - failed,
-        "failed": failed,
-        "seconds": seconds,
-    }
+    return dict(zip(TOLD, (run, " and ".join(models), images, images - failed, failed, seconds), strict=True))

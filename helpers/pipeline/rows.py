@@ -7,6 +7,7 @@ An image is known by its path, length and modification time (`KEY`). Paths of te
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from functools import reduce
 
 import pyarrow as pa
@@ -53,11 +54,8 @@ class Statistics:
 def settled(rows: pa.Table, models: int = 1) -> pa.Table:
     """The rows that stay as they are until their image changes: without an error, or with one of the image itself.
 
-    Any other error (of reading, memory, a permission, a limit that is set) can pass without a change of the image.
-
-    Args:
-        rows: the results.
-        models: of the run; an image without a settled row of each is worked on again, and all its rows are replaced.
+    Any other error (of reading, memory, a permission, a limit that is set) can pass without a change of the image. An
+    image without a settled row of each of a run's models is worked on again, and all its rows are replaced.
     """
     if rows["error"].null_count < rows.num_rows:  # else a copy is saved
         rows = rows.filter(pc.or_kleene(pc.is_null(rows["error"]), is_lasting(rows["error"])))
@@ -107,11 +105,7 @@ def is_new(rows: pa.Table, others: pa.Table, models: int = 1) -> pa.ChunkedArray
 def outdated(rows: pa.Table, images: pa.Table, videos: pa.Table, archives: pa.Table) -> pa.Table:
     """The rows of videos and archives that have changed: the new version may have fewer images, or none.
 
-    Args:
-        rows: the results.
-        images: what is listed now, the videos' frames and the archives' members among it.
-        videos: the video files listed now.
-        archives: the same of archives.
+    All but the rows are listed now, the videos' frames and the archives' members among the images.
     """
     kinds = [
         (videos, split_paths, KEY_NAMES),
@@ -126,15 +120,9 @@ def outdated(rows: pa.Table, images: pa.Table, videos: pa.Table, archives: pa.Ta
 def _outdated(
     rows: pa.Table, images: pa.Table, listed: pa.Table, files: pa.ChunkedArray, parts: pa.ChunkedArray, key: list[str]
 ) -> pa.ChunkedArray:
-    """Whether each row is outdated, for one kind of files.
+    """Whether each row is outdated, for one kind of files, `listed` now and known by a key.
 
-    Args:
-        rows: the results.
-        images: what is listed now.
-        listed: the files of this kind that are listed now.
-        files: of each row's path, the file ...
-        parts: ... and the part of it, null where the path is the file's own.
-        key: columns by which a file is known.
+    Of each row's path there is the file, and the part of it, null where the path is the file's own.
     """
     now = rows.select(KEY_NAMES).set_column(0, "path", files)
     same = is_among(now, listed, key)
@@ -148,6 +136,15 @@ def rows_of_later_runs(rows: pa.Table, run: str) -> pa.Table:
     """The rows in files of runs that began after one; names begin with that time."""
     later = [file for file in count_values(rows["file"]) if file.rpartition("/")[2][: len(run)] > run]
     return rows.filter(is_in(rows["file"], pa.chunked_array([later], pa.string())))
+
+
+def in_first_file(rows: pa.Table, files: Iterable[str]) -> pa.Table:
+    """Of each image the rows in the first of some files that has any of it."""
+    columns = pa.schema([("file", pa.string()), ("order", pa.int64())])
+    names = list(files)
+    ordered = rows.join(pa.table([names, range(len(names))], schema=columns), "file")
+    ordered = ordered.join(ordered.group_by("path").aggregate([("order", "min")]), "path")
+    return ordered.filter(pc.equal(ordered["order"], ordered["order_min"])).select(rows.schema.names)
 
 
 def count_values(values: pa.ChunkedArray) -> dict[str, int]:

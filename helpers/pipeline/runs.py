@@ -26,14 +26,12 @@ from helpers.pipeline import listing, sail
 from helpers.pipeline.arrivals import ARRIVALS, Arrivals
 from helpers.pipeline.catalog import open_results
 from helpers.pipeline.drift import Distributions
-from helpers.pipeline.known import Known
-from helpers.pipeline.listing import Listing
+from helpers.pipeline.listing import Known, Listing
 from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_by_spark
-from helpers.pipeline.records import PHASES, Stopwatch, describe, task_table, write_record
-from helpers.pipeline.report import make_report
+from helpers.pipeline.records import PHASES, Stopwatch, shown_settings, task_table, versions, write_record
+from helpers.pipeline.report import draw_sample, make_report, read_pictures
 from helpers.pipeline.results import Seen, Work
 from helpers.pipeline.rows import is_among, outdated, path_range, settled, without
-from helpers.pipeline.sample import draw_sample, read_pictures
 from helpers.pipeline.schemas import KEY_NAMES
 from helpers.pipeline.sources import TableSource
 from helpers.pipeline.table import File
@@ -41,7 +39,7 @@ from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_
 from helpers.session import expected_slots, get_slots, is_sail, local_slots, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
 from helpers.tracking.mlflow import MLflow, server
-from helpers.tracking.progress import Progress
+from helpers.tracking.progress import show_progress
 from helpers.tracking.tensorboard import TensorBoard
 from helpers.tracking.watching import call_hook, write_prometheus
 from helpers.tracking.writers import log_run
@@ -238,9 +236,6 @@ class Run:
     def end(self, last: str) -> RunSummary:
         """Publish what has waited, tidy up, and write what a run leaves beside its results.
 
-        Args:
-            last: what the last slice says it lists.
-
         Raises:
             RunError: there was no image.
             StorageError: the results cannot be written.
@@ -305,19 +300,15 @@ class Run:
         return self._start
 
     def _pass(self, todo: pa.Table, is_last: bool) -> list[dict[str, Any]]:
-        """Run the tasks over the new images of a slice, and return what they tell.
-
-        Args:
-            todo: those images.
-            is_last: whether no slice follows.
-        """
+        """Run the tasks over the new images of a slice, and return what they tell."""
         self.slots = get_slots(self.spark)  # executors come and go between slices
         if self.tracked is None and server(self.config.tracking.mlflow):
             self.tracked = MLflow(self.config.tracking.mlflow, self.task.run)  # which starts beside the tasks
             about = self._describe()
             self.tracked.log_settings({name: about[name] for name in SETTINGS})
-        seconds, later = _image_seconds(self.task, self.config), expected_slots(self.spark)
-        plan = listing.plan(todo, self.slots, self.config, seconds, later)
+        settings = self.config.partitioning
+        seconds = settings.image_seconds + self.task.flops / (settings.gflops * 1e9)
+        plan = listing.plan(todo, self.slots, self.config, seconds, expected_slots(self.spark))
         log.info("%s", plan)
         assigned = listing.assign(todo, plan)
         self.watch.lap("list")
@@ -334,11 +325,11 @@ class Run:
     def _run_tasks(self, images: pa.Table, plan: PartitionPlan, is_last: bool) -> list[dict[str, Any]]:
         spark, task, store, config = self.spark, self.task, self.store, self.config
         store.stage(task.run, not config.resume)
-        progress = Progress(self.processed + images.num_rows, self._count, self.processed, is_last)
+        total = self.processed + images.num_rows
         first = self.first_partition
         rows: list[Row] = []
         try:
-            with progress:
+            with show_progress(total, self._count, self.processed, is_last):
                 for part in self._inputs(images, plan):
                     numbered: Any = replace(task, first_partition=first)
                     if is_sail(spark):
@@ -403,10 +394,29 @@ class Run:
         self.known.told(listed, seen)
 
     def _describe(self) -> dict[str, Any]:
-        own = self.slots, self.watch, self.tasks, self.session_seconds
-        about = describe(self.task, self.spark, self.config, *own)
-        source = self.table or self.arrivals
-        return about | {"source": source.name} if source else about
+        """What `RUN.json` holds (`records`)."""
+        task, tasks, source = self.task, self.tasks, self.table or self.arrivals
+        return {
+            "run": task.run,
+            "started": self.watch.started.isoformat(),
+            "source": source.name if source else task.source.root,
+            "output": task.output.root,
+            "model": " and ".join(self.models),
+            "bundle": " and ".join(model.bundle.manifest.digest for model in task.models),
+            "flops": task.flops,
+            "slots": self.slots,  # as planned for
+            "workers": tasks.group_by(["host", "process"]).aggregate([]).num_rows,
+            "partitions": tasks.num_rows,
+            **{name: self._sum(name) for name in ("images", "failed", "bytes")},
+            "retries": self._sum("attempt"),
+            "session_seconds": self.session_seconds,  # until there was one; None where one was there already
+            **dict.fromkeys(PHASES[1:]),
+            **self.watch.laps,
+            "seconds": None,
+            "spark": self.spark.version,
+            "versions": versions(),
+            "config": shown_settings(self.config),
+        }
 
     def _summarize(self) -> RunSummary:
         failed = self._sum("failed")
@@ -447,17 +457,10 @@ def _tell_watchers(summary: RunSummary, about: dict[str, Any], config: Config) -
             call_hook(settings.hook, text)
     if settings.prometheus:
         with only_warn("the file for Prometheus could not be written", "tracking.prometheus is its place"):
-            shares = {
-                f"drift_{part}": max((parts[part] for parts in about["drift"].values()), default=0.0)
-                for part in ("classes", "scores")
-            }
+            drift = about["drift"].values()
+            shares = {f"drift_{part}": max((one[part] for one in drift), default=0.0) for part in ("classes", "scores")}
             stages = {f"stage_{name}_seconds": sum(r[f"{name}_seconds"] for r in summary.records) for name in STAGES}
             counts = {name: value for name, value in json.loads(text).items() if name != "results"}
             phases = {name: about[name] for name in PHASES if about[name] is not None}
-            ended = {"ended_timestamp_seconds": time.time()}
-            numbers = {**phases, **stages, **shares, **counts, **ended}
+            numbers = phases | stages | shares | counts | {"ended_timestamp_seconds": time.time()}
             write_prometheus(settings.prometheus, numbers, {"results": summary.results, "model": about["model"]})
-
-
-def _image_seconds(task: Task, config: Config) -> float:
-    return config.partitioning.image_seconds + task.flops / (config.partitioning.gflops * 1e9)

@@ -32,9 +32,8 @@ from helpers.errors import ConfigError, RunError, StorageError, first_line
 from helpers.images.archive import MARK as MEMBER_MARK
 from helpers.images.boundary import too_long
 from helpers.images.video import MARK as FRAME_MARK
-from helpers.pipeline.frames import list_files
 from helpers.pipeline.listing import Listing
-from helpers.pipeline.reading import read_parquet
+from helpers.pipeline.reading import list_files, read_parquet
 from helpers.pipeline.schemas import KEPT, KEY_NAMES, LISTED_SCHEMA, RESULT_SCHEMA
 from helpers.pipeline.table import LOG, Table
 from helpers.session import get_slots, spark_failure, spark_schema
@@ -66,11 +65,7 @@ def is_table(source: str, config: Config) -> bool:
 
 
 def open_files(source: str | None, config: Config) -> Files:
-    """What reads the files of a source, without Spark; mistakes in the settings are told.
-
-    Args:
-        source: where it is; None for a DataFrame.
-        config: its `source` section says whether it is a table.
+    """What reads the files of a source, or of a DataFrame for None, without Spark; mistakes in the settings are told.
 
     Raises:
         ConfigError: settings that do not go together.
@@ -132,29 +127,17 @@ def open_table(spark: "SparkSession", source: str, config: Config) -> "TableSour
 
 @dataclass
 class TableSource:
-    """The rows of a table as a source of images.
+    """The rows of a table as a source of images."""
 
-    Attributes:
-        name: what the records say of it.
-        rows: the user's.
-        keys: the same, of which the paths or keys may be asked for without reading all else.
-        columns: which of them are what.
-        files: reads the files that rows name.
-        kept: the columns for the results, as these have them.
-        max_bytes: of an image.
-        nameless: how many rows have no path or key; `list` finds out.
-        listed: how many rows there are, likewise.
-    """
-
-    name: str
-    rows: "DataFrame"
-    keys: "DataFrame"
-    columns: SourceSettings
-    files: Files
-    kept: pa.Schema
-    max_bytes: int
-    nameless: int = 0
-    listed: int = 0
+    name: str  # what the records say of it
+    rows: "DataFrame"  # the user's
+    keys: "DataFrame"  # the same, of which the paths or keys may be asked for without reading all else
+    columns: SourceSettings  # which of them are what
+    files: Files  # reads the files that rows name
+    kept: pa.Schema  # the columns for the results, as these have them
+    max_bytes: int  # of an image
+    nameless: int = 0  # how many rows have no path or key; `list` finds out
+    listed: int = 0  # how many rows there are, likewise
 
     @classmethod
     def of(
@@ -170,15 +153,8 @@ class TableSource:
         for setting, expected in types.items():
             if column := getattr(columns, setting):
                 _check_column(rows, f"source.{setting}", column, expected)
-        return cls(
-            name,
-            rows,
-            rows if keys is None else keys,
-            columns,
-            files,
-            _kept_schema(rows, columns.keep),
-            config.max_image_bytes,
-        )
+        kept = _kept_schema(rows, columns.keep)
+        return cls(name, rows, rows if keys is None else keys, columns, files, kept, config.max_image_bytes)
 
     @property
     def key(self) -> list[str]:
@@ -226,10 +202,8 @@ class TableSource:
 
         content = _column(self.rows, self.columns.content or "")
         length = F.coalesce(F.octet_length(content), F.lit(0)).cast("long")
-        over_limit = (
-            f"the image has more than the {self.max_bytes} bytes that ingest.max_bytes and inference.memory_megabytes "
-            "allow"
-        )
+        limits = "ingest.max_bytes and inference.memory_megabytes allow"
+        over_limit = f"the image has more than the {self.max_bytes} bytes that {limits}"
         error = F.when(self._name.isNull(), NO_KEY).when(content.isNull(), NO_CONTENT)
         error = error.when(length > self.max_bytes, over_limit)
         columns = {"length": length, "modified": self._modified, "error": error}
@@ -477,13 +451,12 @@ def _divide(files: pa.Table, config: Config, are_images: bool) -> Listing:
     if are_images:
         return Listing(files, {})
     names = pc.utf8_lower(files["path"])
-    is_video, is_archive = (_ends(names, suffixes) for suffixes in (config.video.suffixes, config.ingest.archives))
+    nothing = pa.chunked_array([pa.array(np.zeros(len(names), bool))])
+    is_video, is_archive = (
+        reduce(pc.or_, (pc.ends_with(names, suffix.lower()) for suffix in suffixes), nothing)
+        for suffixes in (config.video.suffixes, config.ingest.archives)
+    )
     errors = [too_long(length, config.max_image_bytes) for length in files["length"].to_pylist()]
     images = files.set_column(3, "error", pc.coalesce(files["error"], pa.array(errors, pa.string())))
     is_image = pc.invert(pc.or_(is_video, is_archive))
     return Listing(images.filter(is_image), {}, files.filter(is_video), files.filter(is_archive))
-
-
-def _ends(names: pa.ChunkedArray, suffixes: Sequence[str]) -> pa.ChunkedArray:
-    tests = [pc.ends_with(names, suffix.lower()) for suffix in suffixes]
-    return reduce(pc.or_, tests, pa.chunked_array([pa.array(np.zeros(len(names), bool))]))

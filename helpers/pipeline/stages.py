@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from helpers import tasks
 from helpers.bundle.manifest import Bundle, Manifest, OutputSpec
@@ -21,8 +22,8 @@ from helpers.images.geometry import place
 from helpers.images.headers import Size
 from helpers.images.spec import InputSpec
 from helpers.memory import bounded
-from helpers.pipeline.reading import read_images
-from helpers.pipeline.schemas import (
+from helpers.pipeline.reading import read_images  # noqa: F401 - stage 1
+from helpers.pipeline.schemas import (  # noqa: F401 - what stages take and give
     ASSIGNED_SCHEMA,
     EMBEDDING,
     IMAGE_SCHEMA,
@@ -36,36 +37,19 @@ from helpers.pipeline.schemas import (
 )
 from helpers.tasks import get_arrays
 
-__all__ = [
-    "IMAGE_SCHEMA",
-    "ASSIGNED_SCHEMA",
-    "RESULT_SCHEMA",
-    "TENSOR_SCHEMA",
-    "infer",
-    "output_schema",
-    "postprocess",
-    "preprocess",
-    "read_images",
-]
-
 NOT_FINITE = "the model's outputs for this image are not finite: the model is damaged, or not fit for its arithmetic"
 
 
 def preprocess(
     batches: Batches, spec: InputSpec, max_images: int, max_pixels: int, memory_megabytes: int | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Stage 2: bytes to the model's input.
+    """Stage 2: the bytes of `IMAGE_SCHEMA` to the model's input, as the bundle's `spec` says.
 
-    Args:
-        batches: `IMAGE_SCHEMA`.
-        spec: size, color order and resize rule, from the bundle's manifest.
-        max_images: images per output batch.
-        max_pixels: larger images are not decoded.
-        memory_megabytes: what this process may take; images that would take it beyond are not decoded either.
+    Images with more than `max_pixels`, or that would take this process beyond its memory, are not decoded.
 
     Yields:
-        `TENSOR_SCHEMA`; `tensor` holds uint8 `[height, width, channels]` row by row, and the size is the original's.
-        The tensor's own size is that of `geometry.place`.
+        `TENSOR_SCHEMA`, `max_images` at most in a batch; `tensor` holds uint8 `[height, width, channels]` row by row,
+        and the size is the original's. The tensor's own size is that of `geometry.place`.
     """
     step = 1 if spec.is_variable else max_images
     for batch in batches:
@@ -81,15 +65,9 @@ def infer(
     memory_megabytes: int | None = None,
     device: str = "CPU",
 ) -> Iterator[pa.RecordBatch]:
-    """Stage 3: the model's input to its raw outputs, in the process's one compiled model.
+    """Stage 3: the model's input to its raw outputs, in the process's one compiled model; settings as of `get_model`.
 
-    Args:
-        batches: `TENSOR_SCHEMA`; one batch is one inference, or several of one image where the model takes no more.
-        bundle: which model.
-        precision: arithmetic; None for the bundle's own.
-        threads: OpenVINO threads.
-        memory_megabytes: what this process may take.
-        device: what computes, as `get_model` has it.
+    A batch of `TENSOR_SCHEMA` is one inference, or several of one image where the model takes no more.
 
     Yields:
         `output_schema(manifest)`; the outputs are null where `error` is set. Outputs that are not numbers, or infinite,
@@ -121,14 +99,10 @@ def postprocess(
     model: str,
     read: Callable[[str], bytes] | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Stage 4: raw outputs to predictions.
+    """Stage 4: raw outputs, `output_schema(manifest)`, to predictions.
 
-    Args:
-        batches: `output_schema(manifest)`.
-        manifest: task, outputs and labels.
-        parameters: of the task's post-processing.
-        model: what the results' `model` column says.
-        read: reads a file of the bundle, for tasks that need more than the graph's outputs (`Bundle.read`).
+    `model` is what the results' column says, and `read` reads a file of the bundle (`Bundle.read`) for tasks that need
+    more than the graph's outputs.
 
     Yields:
         `RESULT_SCHEMA`; `predictions` is null where `error` is set. What goes wrong with one image is its own error.
@@ -157,7 +131,8 @@ def _preprocess(
     batch: pa.RecordBatch, spec: InputSpec, max_pixels: int, memory_megabytes: int | None
 ) -> pa.RecordBatch:
     pixels = np.empty((0 if spec.is_variable else batch.num_rows, *spec.shape), np.uint8)
-    errors, sizes, count = batch["error"].to_pylist(), [], 0
+    errors, count = batch["error"].to_pylist(), 0
+    sizes: list[Size | None] = []
     # The files are in memory by now, and in a fused run the model, because the last stage's start is the first.
     with bounded(memory_megabytes) as left:
         for row, content in enumerate(batch["content"]):
@@ -171,10 +146,8 @@ def _preprocess(
                     else:
                         pixels[count] = tensor
                     count += 1
-            sizes.append(size or (None, None))
-    widths, heights = zip(*sizes, strict=True)
-    tensors = _tensors(pixels[:count], [error is not None for error in errors])
-    return extend(batch, TENSOR_SCHEMA, width=widths, height=heights, error=errors, tensor=tensors)
+            sizes.append(size)
+    return tensor_batch(batch, sizes, errors, pixels[:count])
 
 
 def _load(
@@ -184,28 +157,21 @@ def _load(
 
 
 def tensor_batch(
-    batch: pa.RecordBatch, sizes: Sequence[Size | None], errors: Sequence[str | None], inputs: list[np.ndarray]
+    batch: pa.RecordBatch, sizes: Sequence[Size | None], errors: Sequence[str | None], pixels: np.ndarray
 ) -> pa.RecordBatch:
-    """A batch of `TENSOR_SCHEMA`.
+    """A batch of `TENSOR_SCHEMA` with the `KEY` of another, without copying pixels.
 
-    Args:
-        batch: with the columns of `KEY`.
-        sizes: of the original images; None where there is none.
-        errors: of the rows.
-        inputs: the model's input, uint8 `[height, width, channels]`, of the rows without an error.
+    Sizes are of the original images, and pixels the model's input of the rows without an error, uint8 `[rows, height,
+    width, channels]`.
     """
-    widths, heights = zip(*(size or (None, None) for size in sizes), strict=True)
-    pixels = np.stack(inputs) if inputs else np.zeros((0, 0), np.uint8)
-    tensors = _tensors(pixels, [error is not None for error in errors])
-    return extend(batch, TENSOR_SCHEMA, width=widths, height=heights, error=errors, tensor=tensors)
-
-
-def _tensors(pixels: np.ndarray, failed: list[bool]) -> pa.Array:
-    """The rows of a uint8 array as a binary column, without copying, with nulls where an image failed."""
+    widths, heights = zip(*[size or (None, None) for size in sizes], strict=True)
+    failed = [error is not None for error in errors]
     nbytes = int(np.prod(pixels.shape[1:]))
     offsets = np.fromiter(accumulate((0 if bad else nbytes for bad in failed), initial=0), np.int32)
     valid = None if not any(failed) else pa.array([not bad for bad in failed]).buffers()[1]
-    return pa.Array.from_buffers(pa.binary(), len(failed), [valid, pa.py_buffer(offsets), pa.py_buffer(pixels)])
+    buffers = [valid, pa.py_buffer(offsets), pa.py_buffer(pixels)]
+    tensors = pa.Array.from_buffers(pa.binary(), len(failed), buffers)
+    return extend(batch, TENSOR_SCHEMA, width=widths, height=heights, error=errors, tensor=tensors)
 
 
 def _not_finite(outputs: dict[str, np.ndarray]) -> list[int]:
@@ -225,7 +191,7 @@ def _split_rows(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 
 def _pixels(batch: pa.RecordBatch, spec: InputSpec) -> np.ndarray:
-    """The inverse of `_tensors`: uint8 `[good images, height, width, channels]`, without copying."""
+    """The pixels of a `tensor_batch`: uint8 `[good images, height, width, channels]`, without copying."""
     column = batch["tensor"]
     _, offsets, data = column.buffers()
     bounds = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
@@ -249,22 +215,18 @@ def _each(
 ) -> tuple[pa.Array, list[str | None]]:
     """Values of a type for a batch, all together, or one by one where that fails, and the errors; null where one is."""
     errors, good = batch["error"].to_pylist(), batch["error"].is_null()
-    rows = np.flatnonzero(good)
-    if not len(rows):
+    if not good.true_count:
         return pa.nulls(len(errors), kind), errors
-    if len(rows) < len(errors):  # filtering copies, and raw outputs can be large
-        batch = batch.filter(good)
-    predictions, _ = attempt(predict, batch)
-    if predictions is not None and len(predictions) == len(errors):
-        return predictions, errors
+    # Filtering copies, and raw outputs can be large.
+    predictions, _ = attempt(predict, batch.filter(good) if good.false_count else batch)
     if predictions is None:
-        alone = [attempt(predict, batch.slice(place, 1)) for place in range(len(rows))]
-        for row, (_, error) in zip(rows, alone, strict=True):
-            errors[row] = error
-        predictions = pa.concat_arrays([pa.array([], kind), *(one for one, _ in alone if one is not None)])
-    places = accumulate((error is None for error in errors), initial=0)
-    positions = [place if error is None else None for error, place in zip(errors, places, strict=False)]
-    return predictions.take(pa.array(positions, pa.int64())), errors
+        alone = [(None, e) if e else attempt(predict, batch.slice(row, 1)) for row, e in enumerate(errors)]
+        values = [pa.nulls(1, kind) if value is None else value for value, _ in alone]
+        return pa.concat_arrays(values), [error for _, error in alone]
+    if good.false_count:
+        places = pc.subtract(pc.cumulative_sum(good.cast(pa.int64())), 1)
+        predictions = predictions.take(pc.if_else(good, places, None))
+    return predictions, errors
 
 
 def _array(batch: pa.RecordBatch, output: OutputSpec) -> np.ndarray:

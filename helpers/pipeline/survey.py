@@ -18,7 +18,7 @@ from helpers.images.video import split_paths
 from helpers.pipeline.task import error_kind
 from helpers.storage import Storage
 from helpers.storage.parquet import read_table
-from helpers.storage.prefetch import map_groups
+from helpers.storage.prefetch import map_each
 
 COLUMNS = ["path", "error", "model"]
 COLUMNS += [f"predictions.list.element.{name}" for name in ("class_id", "label", "score", "box.x1")]
@@ -34,23 +34,16 @@ NO_PREDICTION = 2  # where others have a score
 
 @dataclass
 class Side:
-    """The results of one model in one output, counted.
+    """The results of one model in one output, counted."""
 
-    Attributes:
-        store: number of the output.
-        model: as the results name it.
-        counts: predictions by the class's number, in each of `BANDS` of the score; of a classification the best alone.
-        errors: images by what `error_kind` says.
-        examples: paths of each.
-    """
-
-    store: int
-    model: str
+    store: int  # number of the output
+    model: str  # as the results name it
     images: int = 0
     is_boxed: bool = False
+    # Predictions by the class's number, in each of `BANDS` of the score; of a classification the best alone.
     counts: dict[int, np.ndarray] = field(default_factory=dict)
-    errors: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    errors: Counter[str] = field(default_factory=Counter)  # images by what `error_kind` says
+    examples: dict[str, list[str]] = field(default_factory=dict)  # paths of each
 
     @property
     def predictions(self) -> int:
@@ -59,26 +52,19 @@ class Side:
 
 
 class Survey:
-    """What some outputs have in their tables, and the rows that a sample is chosen from.
-
-    Attributes:
-        sides: the results of each model in each output.
-        classes: numbers of all classes by their labels.
-    """
+    """What some outputs have in their tables, and the rows that a sample is chosen from."""
 
     def __init__(self, outputs: list[tuple[Storage, list[str]]]):
         """Count the rows in the files of each output."""
-        self.sides: list[Side] = []
-        self.classes: dict[str, int] = {}
+        self.sides: list[Side] = []  # of each model in each output
+        self.classes: dict[str, int] = {}  # numbers of all by their labels
         self._kinds: dict[str, int] = {}  # numbers of the kinds of errors, from 1
         self._marks = np.zeros(0, np.uint64)  # a number by chance for each class
         self._most = np.uint64(2**64 - 1)  # of a path's hash, so that few enough rows are held
         self._held: list[pd.DataFrame] = []
         for number, (storage, files) in enumerate(outputs):
-            width = storage.concurrent_reads
-            groups = (files[start : start + width] for start in range(0, len(files), width))
-            read = map_groups(partial(read_table, storage, columns=COLUMNS), groups, width)
-            for place, table in enumerate(table for group in read for table in group):
+            read = map_each(partial(read_table, storage, columns=COLUMNS), files, storage.concurrent_reads)
+            for place, table in enumerate(read):
                 self._add(table, number, place)
 
     def choose(self, number: int) -> pd.DataFrame:

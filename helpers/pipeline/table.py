@@ -31,17 +31,10 @@ LOG = "_delta_log"
 # Databricks' default, instead of the library's 100: a version is read from this many small files at most.
 CONFIGURATION = {"delta.checkpointInterval": "10"}
 COMMIT = b'{"commitInfo"'  # begins the line of the log on a commit itself
-FILES_SCHEMA = pa.schema(
-    {
-        "name": pa.string(),
-        "rows": pa.int64(),
-        "first": pa.string(),
-        "last": pa.string(),
-        "first_model": pa.string(),
-        "last_model": pa.string(),
-    }
-)
-TOLD = ("path", "num_records", "min.path", "max.path", "min.model", "max.model")  # what the library calls them
+# What is known of the files of a table, and what the library calls it.
+TOLD = {"name": "path", "rows": "num_records", "first": "min.path", "last": "max.path"}
+TOLD |= {"first_model": "min.model", "last_model": "max.model"}
+FILES_SCHEMA = pa.schema([(name, pa.int64() if name == "rows" else pa.string()) for name in TOLD])
 COLORS = re.compile(r"\x1b\[\d*m")
 
 
@@ -118,7 +111,13 @@ class Table:
                 if SYSTEM_ERROR.search(str(error)) and "code: 2," not in str(error):
                     raise
                 return NONE
-            self._check(table)
+            columns = pa.schema(table.schema().to_arrow())
+            first = pa.schema(list(columns)[: len(self.schema)]) if self.may_have_more else columns
+            if not first.equals(self.schema):
+                raise StorageError(
+                    f"{self.storage.join(self.folder)} is a table of other columns ({', '.join(columns.names)}); name "
+                    "another --output, or move it away"
+                )
             return Version(table.version(), _files(pa.table(table.get_add_actions(flatten=True))), table)
 
     def create(self, files: Mapping[str, File] | None = None, about: Mapping[str, Any] | None = None) -> Version:
@@ -165,8 +164,7 @@ class Table:
         now = _milliseconds()
         actions = [_added(name, file) for name, file in adds.items()]
         gone = [RemoveAction(path=name, data_change=True, deletion_timestamp=now) for name in removes]
-        values = {APPLICATION: version.number, **marks}
-        transactions = [Transaction(name, value) for name, value in values.items()]
+        transactions = [Transaction(APPLICATION, version.number), *(Transaction(*mark) for mark in marks.items())]
         assert version.table is not None
         with self._explained("its log cannot be written"):
             try:
@@ -182,9 +180,8 @@ class Table:
     def vacuum(self, hours: float, present: Iterable[str]) -> int:
         """Delete files that were removed so many hours ago, and return how many.
 
-        Args:
-            hours: 0 deletes them even while readers of an older version may be at work.
-            present: the names of files that are there; without any of the removed nothing is done.
+        0 deletes them even while readers of an older version may be at work. Nothing is done where none of the removed
+        is among the names of files that are `present`.
 
         Raises:
             StorageError: the storage cannot be written.
@@ -228,36 +225,24 @@ class Table:
                     return number, about
         return -1, {}
 
-    def _check(self, table: DeltaTable) -> None:
-        columns = pa.schema(table.schema().to_arrow())
-        first = pa.schema(list(columns)[: len(self.schema)]) if self.may_have_more else columns
-        if not first.equals(self.schema):
-            raise StorageError(
-                f"{self.storage.join(self.folder)} is a table of other columns ({', '.join(columns.names)}); name "
-                "another --output, or move it away"
-            )
-
     @contextlib.contextmanager
     def _explained(self, otherwise: str) -> Iterator[None]:
         """Turn the library's errors, which may show addresses with a SAS token, into ours."""
         try:
             yield
         except (DeltaError, OSError, ValueError) as error:
-            raise self._explain(COLORS.sub("", redact(str(error))), otherwise) from None
-
-    def _explain(self, message: str, otherwise: str) -> StorageError:
-        lines = [line.strip(" ↳") for line in message.splitlines() if line.strip(" ↳")]
-        if error := self.storage.table_error(self.folder, ": ".join(lines)):
-            return error
-        why = ": ".join([lines[0], lines[-1]] if "Generic" in lines[0] else lines[:1])
-        return StorageError(f"{self.storage.join(self.folder)}: {otherwise} ({first_line(why)})")
+            shown = COLORS.sub("", redact(str(error)))
+            lines = [line.strip(" ↳") for line in shown.splitlines() if line.strip(" ↳")]
+            why = ": ".join([lines[0], lines[-1]] if "Generic" in lines[0] else lines[:1])
+            told = StorageError(f"{self.storage.join(self.folder)}: {otherwise} ({first_line(why)})")
+            raise self.storage.table_error(self.folder, ": ".join(lines)) or told from None
 
 
 def _files(adds: pa.Table) -> pa.Table:
     """What the library says of the files in a table, without all that nobody asks for: there may be many."""
     columns = [
         adds[told].cast(column.type) if told in adds.column_names else pa.nulls(adds.num_rows, column.type)
-        for column, told in zip(FILES_SCHEMA, TOLD, strict=True)
+        for column, told in zip(FILES_SCHEMA, TOLD.values(), strict=True)
     ]
     return pa.table(columns, schema=FILES_SCHEMA)
 

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -171,7 +171,7 @@ class KeptColumns:
 
     def __init__(self, schema: pa.Schema, models: int):
         self._type, self._models = pa.struct(list(schema)), models
-        self._rows: dict[str, tuple[pa.Array, int]] = {}  # by path: the values of its batch, and which are its own
+        self._rows: dict[str, pa.Array] = {}  # by path: its values, a slice of its batch's
         self._left = Counter[str]()  # results that are to come
 
     def remember(self, batches: Batches) -> Iterator[pa.RecordBatch]:
@@ -179,34 +179,21 @@ class KeptColumns:
         for batch in batches:
             values = batch[KEPT].cast(self._type)
             for row, path in enumerate(batch["path"].to_pylist()):
-                self._rows[path] = values, row
+                self._rows[path] = values.slice(row, 1)
                 self._left[path] = self._models
             yield batch.drop_columns([KEPT])
 
     def append(self, results: Batches) -> Iterator[pa.RecordBatch]:
         """Put them behind the columns of the results."""
         for batch in results:
-            values = self._take(batch["path"].to_pylist())
+            paths = batch["path"].to_pylist()
+            values = pa.concat_arrays([self._rows[path] for path in paths] or [pa.array([], self._type)])
+            self._left.subtract(paths)
+            for path in paths:
+                if not self._left[path]:
+                    del self._left[path], self._rows[path]
             schema = pa.schema([*batch.schema, *self._type])
             yield pa.RecordBatch.from_arrays([*batch.columns, *values.flatten()], schema=schema)
-
-    def _take(self, paths: list[str]) -> pa.Array:
-        rows: dict[int, list[int]] = {}  # of each batch's values, which are wanted here
-        values: dict[int, pa.Array] = {}
-        order: list[tuple[int, int]] = []
-        for path in paths:
-            array, row = self._rows[path]
-            values[id(array)] = array
-            wanted = rows.setdefault(id(array), [])
-            order.append((id(array), len(wanted)))
-            wanted.append(row)
-            self._left[path] -= 1
-            if not self._left[path]:
-                del self._left[path], self._rows[path]
-        starts = dict(zip(rows, accumulate(map(len, rows.values()), initial=0), strict=False))
-        parts = [values[number].take(pa.array(wanted)) for number, wanted in rows.items()]
-        together = pa.concat_arrays(parts or [pa.array([], self._type)])
-        return together.take(pa.array([starts[number] + place for number, place in order], pa.int64()))
 
 
 @dataclass(frozen=True)
@@ -337,11 +324,7 @@ class Clock:
             yield batch
 
     def finish(self, load_seconds: float = 0.0) -> None:
-        """End the last stage.
-
-        Args:
-            load_seconds: what of the inference was loading the model.
-        """
+        """End the last stage; so many seconds of the inference were loading the model."""
         self._enter(STAGES[-1])
         self.seconds = self._last - self.start
         self.cpu_seconds += time.process_time()
@@ -406,12 +389,6 @@ def error_kind(error: str) -> str:
 def staging(run: str) -> str:
     """The folder below the output where a run's tasks leave their files."""
     return f"{STAGING}/{run}"
-
-
-def staged_counts(path: str) -> tuple[int, int]:
-    """Images and failed images of a task's file, from its name; the driver sees progress in them."""
-    _, images, failed = path.rpartition("/")[2].removesuffix(".parquet").split("-")
-    return int(images), int(failed)
 
 
 def read_staged(batches: Batches, storage: Storage, schema: pa.Schema) -> Iterator[pa.RecordBatch]:

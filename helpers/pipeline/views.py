@@ -57,35 +57,25 @@ class Cascade:
 
 @dataclass(frozen=True)
 class Views:
-    """An image with its views.
+    """An image with its views."""
 
-    Attributes:
-        key: its columns of `KEY`.
-        size: width and height; None where it could not be decoded.
-        error: why it could not.
-        pixels: uint8 BGR `[height, width, 3]`; None where they could not be decoded, or are not needed any more.
-        windows: where the views are; there may be none.
-        merge: makes what `tasks.predict` returns for the image of what it returned for the views, in their order.
-    """
-
-    key: dict[str, Any]
-    size: Size | None
-    error: str | None
-    pixels: Image | None
-    windows: Sequence[Window]
-    merge: Callable[[list[Any]], Any]
+    key: dict[str, Any]  # its columns of `KEY`
+    size: Size | None  # width and height; None where it could not be decoded ...
+    error: str | None  # ... and why
+    pixels: Image | None  # uint8 BGR `[height, width, 3]`; None where there are none, or they are not needed any more
+    windows: Sequence[Window]  # where the views are; there may be none
+    merge: Callable[
+        [list[Any]], Any
+    ]  # what `tasks.predict` returns for the views, in their order, to that for the image
 
 
 Rows = list[tuple[Views, dict[str, Any]]]  # images with their row of `RESULT_SCHEMA`
 
 
 def decode_each(batches: Batches, max_pixels: int, memory_megabytes: int | None = None) -> Iterator[Views]:
-    """Decode images one at a time; each has one view, which is the whole.
+    """Decode the images of `IMAGE_SCHEMA` one at a time; each has one view, which is the whole.
 
-    Args:
-        batches: `IMAGE_SCHEMA`.
-        max_pixels: larger images are not decoded.
-        memory_megabytes: what this process may take; images that would take it beyond are not decoded either.
+    Images with more pixels, or that would take this process beyond its memory, are not decoded.
     """
     for batch in batches:
         keys = batch.select([*KEY_NAMES, "error"]).to_pylist()
@@ -101,13 +91,9 @@ def decode_each(batches: Batches, max_pixels: int, memory_megabytes: int | None 
 def tile_each(
     images: Iterable[Views], manifest: Manifest, parameters: Mapping[str, Any], tiling: Tiling
 ) -> Iterator[Views]:
-    """Cut images that are large against a model's input into tiles.
+    """Cut images that are large against a model's input into tiles; each comes with the whole as its view.
 
-    Args:
-        images: each with the whole as its view.
-        manifest: of the model.
-        parameters: of its post-processing; its filters are for the merged predictions.
-        tiling: which images, and how.
+    The filters among the post-processing's parameters are for the merged predictions.
     """
     tile = manifest.input.width, manifest.input.height
 
@@ -135,13 +121,9 @@ def _merge_tiles(
 def crop_each(
     rows: Iterable[Rows], manifest: Manifest, parameters: Mapping[str, Any], cascade: Cascade
 ) -> Iterator[Views]:
-    """The detections of one model as the views of another.
+    """The detections of one model, as `join` makes them of images with their pixels, as the views of another.
 
-    Args:
-        rows: of the detector, as `join` makes them, of images with their pixels.
-        manifest: of the second model.
-        parameters: of its post-processing; its filters are for the merged predictions.
-        cascade: which detections.
+    Manifest and parameters are the second model's; filters among these are for the merged predictions.
     """
     for finished in rows:
         for views, row in finished:
@@ -182,20 +164,12 @@ def _merge_crops(
 
 
 def preprocess_views(
-    images: Iterable[Views],
-    spec: InputSpec,
-    max_views: int,
-    memory_megabytes: int | None = None,
-    max_held: int | None = None,
+    images: Iterable[Views], spec: InputSpec, max_views: int, memory_megabytes: int | None, max_held: int | None
 ) -> Iterator[pa.RecordBatch]:
-    """Views to the model's input.
+    """Views to the model's input; of an image without any view there is one row, with an error.
 
-    Args:
-        images: with their views; of an image without any there is one row, with an error.
-        spec: of the model.
-        max_views: per batch.
-        memory_megabytes: what this process may take.
-        max_held: bytes of decoded images after which a batch is full, where somebody else waits with them.
+    A batch has `max_views` at most. It is full, too, after `max_held` bytes of decoded images, where somebody else
+    waits with them.
 
     Yields:
         `TENSOR_SCHEMA`, one row per view, with the view's size.
@@ -233,7 +207,8 @@ def _fit(
 def _batch(rows: list[tuple[dict[str, Any], Size | None, str | None, np.ndarray | None]]) -> pa.RecordBatch:
     keys, sizes, errors, inputs = zip(*rows, strict=True)
     batch = pa.RecordBatch.from_pylist(keys, schema=pa.schema(KEY))
-    return tensor_batch(batch, sizes, list(errors), [pixels for pixels in inputs if pixels is not None])
+    good = [pixels for pixels in inputs if pixels is not None]
+    return tensor_batch(batch, sizes, errors, np.stack(good) if good else np.zeros((0, 0), np.uint8))
 
 
 def remember(images: Iterable[Views], waiting: "deque[Views]", with_pixels: bool = False) -> Iterator[Views]:
@@ -249,12 +224,8 @@ def remember(images: Iterable[Views], waiting: "deque[Views]", with_pixels: bool
 def join(results: Batches, waiting: "deque[Views]") -> Iterator[Rows]:
     """Rows of views to rows of their images, in order, as many at a time as are finished.
 
-    Args:
-        results: `RESULT_SCHEMA`, of `preprocess_views`' rows.
-        waiting: the images of these rows, as `remember` leaves them; each is taken away when its row is made.
-
-    Yields:
-        Images with their row of `RESULT_SCHEMA`; what goes wrong with a view is its image's error.
+    The images of the views are `waiting`, as `remember` leaves them, until their rows are made. What goes wrong with a
+    view is its image's error.
     """
     parts: list[dict[str, Any]] = []
     for batch in results:

@@ -18,46 +18,28 @@ FEWEST_REST = 3  # tasks after their worker's first, from which a rate can be to
 
 @dataclass(frozen=True)
 class CostModel:
-    """Where a run's time goes, in seconds on a slot of the calibration run's speed, on a machine of one task per core.
+    """Where a run's time goes, in seconds on a slot of the calibration's speed, on a machine of one task per core."""
 
-    Attributes:
-        session_seconds: until there is a session; 0 where it exists already.
-        open_seconds: of the driver apart from the listing: bundle, earlier results, number of slots, start of workers.
-        image_list_seconds: the driver's part for an image: listing and planning.
-        start_seconds: from the beginning of the pass until the first task is at work.
-        worker_seconds: of each worker's first task beyond its images: loading the model, code that is used first.
-        task_seconds: of every task beyond its images: scheduling, starting, writing.
-        image_seconds: an image's part that is independent of its bytes: inference and post-processing.
-        byte_seconds: a byte's part: reading, decoding and resizing.
-        image_bytes: of a mean image.
-        finish_seconds: from the last task's end until the driver has all records.
-        log_seconds: of the driver for records, pictures and TensorBoard.
-        task_publish_seconds: the driver's part for each task: publishing its file.
-        variation: standard deviation of a task's time around this model, as a share of it.
-        contention: how much slower a task is for each other one on its machine, as a share; 0 where the records are of
-            one number of tasks a machine.
-        concurrency: tasks at once on a machine to which these seconds belong.
-        alone: what images take a task that has idle cores beside its own, as a share of what they take otherwise.
-        computing: the share of the images' time in which the processor worked on them; little of it where the storage
-            was slow, or the machine did other work.
-    """
-
-    session_seconds: float
-    open_seconds: float
-    image_list_seconds: float
-    start_seconds: float
-    worker_seconds: float
-    task_seconds: float
-    image_seconds: float
-    byte_seconds: float
-    image_bytes: float
-    finish_seconds: float = 0.0
-    log_seconds: float = 0.0
-    task_publish_seconds: float = 0.0
-    variation: float = 0.0
+    session_seconds: float  # until there is a session; 0 where it exists already
+    open_seconds: float  # of the driver apart from the listing: bundle, earlier results, slots, start of workers
+    image_list_seconds: float  # the driver's part for an image: listing and planning
+    start_seconds: float  # from the beginning of the pass until the first task is at work
+    worker_seconds: float  # of each worker's first task beyond its images: loading the model, code that is used first
+    task_seconds: float  # of every task beyond its images: scheduling, starting, writing
+    image_seconds: float  # an image's part that is independent of its bytes: inference and post-processing
+    byte_seconds: float  # a byte's part: reading, decoding and resizing
+    image_bytes: float  # of a mean image
+    finish_seconds: float = 0.0  # from the last task's end until the driver has all records
+    log_seconds: float = 0.0  # of the driver for records, pictures and TensorBoard
+    task_publish_seconds: float = 0.0  # the driver's part for each task: publishing its file
+    variation: float = 0.0  # standard deviation of a task's time around this model, as a share of it
+    # How much slower a task is for each other one on its machine, as a share; 0 where the records are of one number of
+    # tasks a machine; and the tasks at once on a machine to which these seconds belong.
     contention: float = 0.0
     concurrency: float = 1.0
-    alone: float = 1.0
+    alone: float = 1.0  # what images take a task that has idle cores beside its own, as a share of what they take else
+    # The share of the images' time in which the processor worked on them; little of it where the storage was slow, or
+    # the machine did other work.
     computing: float = 1.0
 
     @property

@@ -2,19 +2,22 @@
 
     run time = session + listing + start of the pass + the slots' work, their overhead and their tail + publishing
 
-What each part takes comes from the records of a short run (`cost_model`). When the last task ends, `makespan` says in
-closed form. Pure: numpy and pandas only; `plot_curve` draws with matplotlib.
+What each part takes comes from the records of a short run (`cost_model`). When the last task ends is known in closed
+form; a simulation of the stage, event by event, gives the same (`tests/test_planner.py`). Pure: numpy and pandas only;
+`plot_curve` draws with matplotlib.
 """
 
+import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from helpers.planning.cost_model import CostModel
-from helpers.planning.makespan import expected_makespan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,21 +28,13 @@ PARTS = ("session", "listing", "start", "work", "overhead", "retries", "tail", "
 
 @dataclass(frozen=True)
 class Cluster:
-    """Executors and their slots.
-
-    Attributes:
-        executors: how many.
-        cores: tasks at once of each.
-        speeds: of the executors, in turn: 1 is as fast as where the model was calibrated.
-        executors_per_machine: that share a machine, which has a core for each task that they run at once.
-        price: of one executor for an hour, in whatever money.
-    """
+    """Executors and their slots."""
 
     executors: int
-    cores: int = 1
-    speeds: tuple[float, ...] = (1.0,)
-    executors_per_machine: int = 1
-    price: float = 0.0
+    cores: int = 1  # tasks at once of each
+    speeds: tuple[float, ...] = (1.0,)  # of the executors, in turn: 1 is as fast as where the model was calibrated
+    executors_per_machine: int = 1  # which has a core for each task that they run at once
+    price: float = 0.0  # of one executor for an hour, in whatever money
 
     def __post_init__(self) -> None:
         if min(self.executors, self.cores, self.executors_per_machine) < 1 or self.price < 0:
@@ -143,15 +138,10 @@ def predict(
     image_bytes: float | None = None,
     failure_rate: float = 0.0,
 ) -> Prediction:
-    """Predict a run.
+    """Predict a run of some images on a cluster, by a model that was fitted on runs like it.
 
-    Args:
-        model: fitted on runs like it.
-        images: how many.
-        cluster: where.
-        partitions: how many tasks; None for the best number (`best_partitions`).
-        image_bytes: of a mean image, by default as in the calibration.
-        failure_rate: of a task's attempts.
+    Partitions are by default the best number of them, and bytes of a mean image those of the calibration. The failure
+    rate is of tasks' attempts.
     """
     if image_bytes is not None:
         model = replace(model, image_bytes=image_bytes)
@@ -205,33 +195,18 @@ def curve(
     steps = np.geomspace(1, 2 * cluster.executors, 9).round().astype(int).tolist()
     rows = []
     for executors in sorted({*steps, cluster.executors}):
-        prediction = predict(
-            model,
-            images,
-            replace(cluster, executors=executors),
-            image_bytes=image_bytes,
-            failure_rate=failure_rate,
-        )
-        parts = {name: getattr(prediction, name) for name in PARTS}
-        rows.append(
-            {"executors": executors, "slots": prediction.cluster.slots, "partitions": prediction.partitions, **parts}
-        )
-        rows[-1].update(
-            seconds=prediction.seconds, images_per_second=images / prediction.pass_seconds, cost=prediction.cost
-        )
+        other = replace(cluster, executors=executors)
+        one = predict(model, images, other, image_bytes=image_bytes, failure_rate=failure_rate)
+        row = {"executors": executors, "slots": other.slots, "partitions": one.partitions}
+        row |= {name: getattr(one, name) for name in PARTS} | {"seconds": one.seconds}
+        rows.append(row | {"images_per_second": images / one.pass_seconds, "cost": one.cost})
     table = pd.DataFrame(rows)
     table["efficiency"] = table["seconds"].iloc[0] / table["seconds"] / table["executors"]
     return table
 
 
 def plot_curve(table: pd.DataFrame, executors: int, price: float = 0.0) -> "Figure":
-    """Draw time, and cost where there is a price, against executors.
-
-    Args:
-        table: of `curve`.
-        executors: the number to mark.
-        price: of one executor for an hour.
-    """
+    """Draw time, and cost where an executor has a price, against executors (`curve`), with a mark at one number."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, ScalarFormatter
 
@@ -262,3 +237,86 @@ def plot_curve(table: pd.DataFrame, executors: int, price: float = 0.0) -> "Figu
 def task_seconds(model: CostModel, images: int, partitions: int) -> float:
     """What a task takes that has its share of the images, on a slot of speed 1."""
     return model.task_seconds + model.mean_image_seconds * images / partitions
+
+
+# ------------------------------------------------------------ when the last of many about equal tasks ends
+
+
+def equal_makespan(
+    tasks: int, seconds: float, speeds: Sequence[float] | np.ndarray, ready: Sequence[float] | np.ndarray | float = 0.0
+) -> float:
+    """When the last of equal tasks ends on slots of different speeds: exactly what the simulation gives.
+
+    A slot's tasks begin at `ready + k seconds / speed`; those that begin first are the ones that run. All but the last
+    two a slot are counted, and only those are played.
+    """
+    pace = np.asarray(speeds, float)
+    begin = np.broadcast_to(np.asarray(ready, float), pace.shape)
+    if (pace == pace[0]).all() and (begin == begin[0]).all():
+        return float(begin[0] + math.ceil(tasks / pace.size) * seconds / pace[0]) if tasks else 0.0
+    late = _level((tasks - pace.size) * seconds, pace, begin)
+    done = np.floor(np.maximum(0.0, late - begin) * pace / seconds).astype(int) if seconds else np.zeros(pace.size, int)
+    free = [(float(b + k * seconds / p), slot) for slot, (b, k, p) in enumerate(zip(begin, done, pace, strict=True))]
+    end = max((time for time, slot in free if done[slot]), default=0.0)
+    heapq.heapify(free)
+    for _ in range(tasks - int(done.sum())):
+        time, slot = free[0]
+        last = time + seconds / pace[slot]
+        heapq.heapreplace(free, (last, slot))
+        end = max(end, last)
+    return float(end)
+
+
+def expected_makespan(
+    tasks: int,
+    seconds: float,
+    speeds: np.ndarray,
+    start: float = 0.0,
+    variation: float = 0.0,
+    failure_rate: float = 0.0,
+    last: float | None = None,
+) -> float:
+    """When the last task ends, on average, where tasks fluctuate and fail.
+
+    Whole waves of equal tasks leave no tail. Fluctuation lets a slot end later by what the largest of as many normal
+    deviations is, until slots are out of step; then what is left of the tasks under way when the last one begins is
+    uniform on their time, and the largest rest counts. A failure near the end adds half a task.
+
+    Args:
+        tasks: how many.
+        seconds: of each on a slot of speed 1.
+        speeds: of the slots.
+        start: seconds until a slot of speed 1 can take its first task.
+        variation: standard deviation of a task's time, as a share of it.
+        failure_rate: of a task's attempts.
+        last: seconds of the tasks of a last wave that leaves slots idle, where there are waves: all slots are equal.
+    """
+    pace = np.asarray(speeds, float)
+    alike = bool((pace == pace[0]).all())
+    saved = (seconds - last) / pace[0] if last is not None and alike and tasks % pace.size else 0.0
+    end = equal_makespan(tasks, seconds, pace, start / pace) - saved
+    again = failure_rate / (1 - failure_rate) * seconds * tasks / 2 / pace.sum()
+    busy = pace[:tasks]
+    late = seconds / (busy if tasks <= pace.size else pace).mean() / 2 * (1 - (1 - failure_rate) ** busy.size)
+    if tasks <= pace.size:
+        return end + variation * _largest(tasks) * seconds / busy.min() + again + late
+    level, mean = _level(tasks * seconds, pace, start / pace), seconds / pace.mean()
+    in_step = variation * _largest(pace.size) * math.sqrt(tasks / pace.size) * mean
+    values, counts = np.unique(pace, return_counts=True)
+    kinds = zip(values.tolist(), counts.tolist(), strict=True)
+    out_of_step = max(seconds / v * (n / (n + 1) + variation * _largest(n)) for v, n in kinds) - mean / 2
+    return max(end, level + min(in_step, out_of_step)) + again + late
+
+
+def _largest(count: int) -> float:
+    """The expected largest of normal deviations (Blom, 1958)."""
+    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25)) if count > 1 else 0.0
+
+
+def _level(work: float, pace: np.ndarray, begin: np.ndarray) -> float:
+    """When slots that begin one after another have done some work together, if it could be divided at will."""
+    order = np.argsort(begin, kind="stable")
+    speed, weighted = np.cumsum(pace[order]), np.cumsum((pace * begin)[order])
+    levels = (work + weighted) / speed
+    later = np.append(begin[order][1:], np.inf)
+    return float(levels[np.argmax(levels <= later)])

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -41,6 +41,12 @@ def map_groups(function: Callable[[T], R], groups: Iterable[Sequence[T]], thread
             yield _results(coming)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def map_each(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """The same for items one by one: as many are a group as wait at once."""
+    following = iter(items)
+    return chain.from_iterable(map_groups(function, iter(lambda: list(islice(following, threads)), []), threads))
 
 
 def _results(coming: list[Future[R]]) -> list[R]:

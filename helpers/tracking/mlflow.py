@@ -84,12 +84,8 @@ class MLflow(Writer):
     ):
         """Start the run with the first thing that is written, or go on with it.
 
-        Args:
-            setting: of `tracking.mlflow`, a server's address among them.
-            name: of the run, for people.
-            note: where a training keeps the run's identifier, so that it can go on with it.
-            goes_on: whether to do so.
-            tags: of the run.
+        `setting` is that of `tracking.mlflow`, and `name` for people. In a `note` a training keeps the run's
+        identifier, so that it can go on with it.
         """
         self.setting, self.name, self.note, self.goes_on, self.tags = setting, name, note, goes_on, dict(tags or {})
         self.run_id = ""
@@ -227,14 +223,10 @@ class MLflow(Writer):
 def open_writers(
     place: str, mlflow: str, settings: Mapping[str, Any], steps: int = 0, charts: Charts | None = None
 ) -> Writer:
-    """What a training writes to: TensorBoard, and MLflow where it is on.
+    """What a training writes to: TensorBoard in its folder, and MLflow where `tracking.mlflow` has it on.
 
-    Args:
-        place: the training's folder.
-        mlflow: as `tracking.mlflow`.
-        settings: that decide the training's result.
-        steps: after how many the training goes on.
-        charts: several curves in one chart each, of TensorBoard.
+    `settings` are those that decide the training's result, `steps` says after how many it goes on, and `charts` (of
+    TensorBoard) have several curves each.
     """
     board = TensorBoard(place, steps, charts)
     if server(mlflow) is None:

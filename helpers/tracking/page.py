@@ -33,11 +33,7 @@ POLICY = (
 
 
 def render(data: dict[str, Any]) -> bytes:
-    """The page, `page.html`, with its data.
-
-    Args:
-        data: what the page's program (`page.js`) reads: texts, finite numbers, lists and mappings of them.
-    """
+    """The page, `page.html`, with what its program (`page.js`) reads: texts, finite numbers, lists and mappings."""
     program = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
     scripts = [_in_html(text) for text in (charts(), program)]
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]

@@ -9,8 +9,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
@@ -22,7 +21,8 @@ POLL_SECONDS = 0.5
 LOG_SECONDS = 10.0
 
 
-class Progress:
+@contextlib.contextmanager
+def show_progress(total: int, count: Callable[[], tuple[int, int]], done: int, is_whole: bool) -> Iterator[None]:
     """Poll a count in the background while a block runs.
 
     Args:
@@ -31,45 +31,33 @@ class Progress:
         done: how many there were before the block.
         is_whole: whether the total is; else it is what is known so far, and may grow in a later block.
     """
+    ended = threading.Event()
+    unit = " images" if is_whole else " images listed so far"
+    thread = threading.Thread(target=_show, args=(total, count, done, unit, ended), daemon=True, name="progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
-    def __init__(self, total: int, count: Callable[[], tuple[int, int]], done: int = 0, is_whole: bool = True):
-        self._total, self._count, self._done = total, count, done
-        self._so_far = "" if is_whole else " listed so far"
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="progress")
-        self._start = time.monotonic()
 
-    def __enter__(self) -> "Progress":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        with only_warn("the progress is not shown any more"):
-            self._show_until_ended()
-
-    def _show_until_ended(self) -> None:
-        show = sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
-        logged, images, failed = self._start, self._done, 0
-        unit = f" images{self._so_far}"
-        with tqdm(total=self._total, initial=images, unit=unit, smoothing=0, disable=not show, file=sys.stderr) as bar:
-            while True:
-                ended = self._ended.wait(POLL_SECONDS)
-                with contextlib.suppress(StorageError):  # of no matter here: the run itself tells what stops it
-                    images, failed = self._count()
-                bar.n = images
-                bar.set_postfix_str(f"{failed} failed" if failed else "")
-                if not show and time.monotonic() - logged >= LOG_SECONDS:
-                    logged = time.monotonic()
-                    self._log(images, failed)
-                if ended:
-                    return
-
-    def _log(self, images: int, failed: int) -> None:
-        rate = (images - self._done) / (time.monotonic() - self._start)
-        left = f"{(self._total - images) / rate:.0f} s left" if rate else "nothing finished yet"
-        known = f"{self._total} images{self._so_far}"
-        log.info("%d of %s, %d failed, %.1f images/s, %s", images, known, failed, rate, left)
+@only_warn("the progress is not shown any more")
+def _show(total: int, count: Callable[[], tuple[int, int]], done: int, unit: str, ended: threading.Event) -> None:
+    show = sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
+    start = logged = time.monotonic()
+    images, failed = done, 0
+    with tqdm(total=total, initial=images, unit=unit, smoothing=0, disable=not show, file=sys.stderr) as bar:
+        while True:
+            is_end = ended.wait(POLL_SECONDS)
+            with contextlib.suppress(StorageError):  # of no matter here: the run itself tells what stops it
+                images, failed = count()
+            bar.n = images
+            bar.set_postfix_str(f"{failed} failed" if failed else "")
+            now = time.monotonic()
+            if not show and now - logged >= LOG_SECONDS:
+                logged, rate = now, (images - done) / (now - start)
+                left = f"{(total - images) / rate:.0f} s left" if rate else "nothing finished yet"
+                log.info("%d of %d%s, %d failed, %.1f images/s, %s", images, total, unit, failed, rate, left)
+            if is_end:
+                return

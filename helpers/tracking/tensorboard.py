@@ -122,12 +122,9 @@ class TensorBoard(Writer):
         self._writer.add_event(Event(wall_time=clock.time(), graph_def=drawn.SerializeToString()))
 
     def log_embedding(self, points: np.ndarray, labels: Sequence[str], pictures: np.ndarray) -> None:
-        """Write points for the *Projector*, with a label and a picture each; they replace earlier ones.
+        """Write points for the *Projector*, as of `Writer`; they replace earlier ones.
 
-        Args:
-            points: float `[N, channels]`.
-            labels: N texts.
-            pictures: uint8 `[N, height, width]`; a sprite of them may have 8,192 pixels a side.
+        A sprite of all pictures may have 8,192 pixels a side.
         """
         import cv2
 

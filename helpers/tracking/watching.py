@@ -18,11 +18,9 @@ PREFIX = "spark_vision_"
 
 
 def call_hook(hook: str, summary: str) -> None:
-    """Give the summary of a run to a URL, as a POST request, or to the standard input of a command.
+    """Give the summary of a run, JSON, to a URL, as a POST request, or to the standard input of a command.
 
-    Args:
-        hook: a URL, a command, or a reference to one of them (`env:NAME` and the like), which is shown nowhere.
-        summary: JSON.
+    The hook may be a reference to one of them (`env:NAME` and the like), which is shown nowhere.
 
     Raises:
         UserError: the answer is no success, or the command fails.
@@ -44,12 +42,9 @@ def call_hook(hook: str, summary: str) -> None:
 
 
 def write_prometheus(path: str, numbers: Mapping[str, float], labels: Mapping[str, str]) -> None:
-    """Write numbers in the text format of Prometheus, in one step, so that its collector reads whole files.
+    """Write numbers by their names in the text format of Prometheus, each with all labels.
 
-    Args:
-        path: of the file; node_exporter's textfile collector takes names that end with `.prom`.
-        numbers: by name.
-        labels: of all of them.
+    It happens in one step, so that the textfile collector of node_exporter reads whole files, named `*.prom`.
     """
     # Escaped as the format says: backslashes, quotes and line feeds, which are JSON's too.
     shown = ",".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in labels.items())

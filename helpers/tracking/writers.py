@@ -62,13 +62,7 @@ class Writer:
         """Write the graph of a network for an input."""
 
     def log_embedding(self, points: np.ndarray, labels: Sequence[str], pictures: np.ndarray) -> None:
-        """Write points with a label and a picture each; they replace earlier ones.
-
-        Args:
-            points: float `[N, channels]`.
-            labels: N texts.
-            pictures: uint8 `[N, height, width]`.
-        """
+        """Write points, float `[N, channels]`, with N labels and pictures, uint8 `[N, height, width]`."""
 
     def publish(self) -> None:
         """Let readers see everything so far."""
@@ -83,7 +77,12 @@ class Writers(Writer):
     def __init__(self, *writers: Writer):
         for name in vars(Writer).keys() - {"log_figure"}:
             if not name.startswith("_"):
-                setattr(self, name, partial(_call_each, [getattr(writer, name) for writer in writers]))
+                setattr(self, name, partial(self._call_each, [getattr(writer, name) for writer in writers]))
+
+    @staticmethod
+    def _call_each(methods: Iterable[Callable[..., None]], *arguments: Any, **named: Any) -> None:
+        for method in methods:
+            method(*arguments, **named)
 
 
 def log_run(
@@ -95,12 +94,8 @@ def log_run(
 ) -> None:
     """Write what one run of the pipeline has done.
 
-    Args:
-        writer: of the run alone.
-        run: its description (`records.describe`); what took seconds, at the step after the last task.
-        records: of its tasks, one each.
-        stages: what a record has the seconds of.
-        pictures: names and PNG files.
+    `run` is its record (`RUN.json`); what took seconds comes at the step after the last task. A record of a task has
+    the seconds of some stages. Pictures are PNG files with their names.
     """
     start = min((record["started"].timestamp() for record in records), default=0.0)
     done, failed, megabytes = 0, 0, 0.0
@@ -131,8 +126,3 @@ def log_run(
 
 def _end(record: dict[str, Any]) -> float:
     return record["started"].timestamp() + record["seconds"]
-
-
-def _call_each(methods: Iterable[Callable[..., None]], *arguments: Any, **named: Any) -> None:
-    for method in methods:
-        method(*arguments, **named)

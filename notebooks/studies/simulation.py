@@ -2,7 +2,7 @@
 
 A free slot takes the first waiting task (list scheduling: Graham, 1966). A failed task goes to the front of
 the queue, as in `TaskSetManager`. With speculation, an idle slot runs a copy of a task that takes much longer than the
-median, and the first to end counts. Locality is ignored. `helpers.planning.makespan` has the mean in closed form.
+median, and the first to end counts. Locality is ignored. `helpers.planning.planner` has the mean in closed form.
 """
 
 import bisect
