@@ -59,9 +59,7 @@ class Manifest:
     arithmetic: Literal["f32", "bf16", "f16"]  # of the multiplications, as accuracy was checked with: f32, bf16 or f16
     flops: int  # floating-point operations for one image: two for each multiplication with its addition
     checkpoint: dict[str, str]  # file name and sha256 of what was exported
-    quantization: dict[str, Setting] = field(
-        default_factory=dict
-    )  # of int8: what it lost, as `quantization.Record` says
+    quantization: dict[str, Setting] = field(default_factory=dict)  # of int8: what it lost, a `quantization.Record`
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     format: int = FORMAT
     decoder: str = ""  # how the task reads the outputs; empty for the task's first
