@@ -23,7 +23,7 @@ from helpers.tracking.registry import DIGEST, LOADER
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
-# What `helpers.pipeline.pyfunc` imports, and the readers of object storage that a path may need. The last brings pydantic.
+# What `helpers.pipeline.pyfunc` imports, and the readers of object storage that a path may need; the last has pydantic.
 NEEDS = ("numpy", "pandas", "pyarrow", "opencv-python-headless", "openvino", "pycocotools", "obstore", "mlflow-skinny")
 WAIT_SECONDS = 60  # for the server to have a version's files
 MODEL = "model"  # the folder among the run's artifacts
