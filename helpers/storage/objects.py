@@ -264,7 +264,8 @@ class ObjectStorage:
         with self._explained(path):
             with contextlib.suppress(FileNotFoundError):
                 if name:
-                    return bool(self._head(name))
+                    self._head(name)
+                    return True
             return not self._is_web and (not name or self._is_folder(name))
 
     def prune(self, path: str) -> None:

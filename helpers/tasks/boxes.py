@@ -142,8 +142,8 @@ def locate(
 ) -> Detections:
     """Take boxes, float32 `[n, 4]` in pixels of the input, to the image; leave out those outside of it or no boxes.
 
-    Of the first label's class as 0; `rows` is the place of each among the candidates. Raises OutputError if a class has
-    no label.
+    The first label's class is 0, and `rows` is the place of each among the candidates. Raises OutputError if a class
+    has no label.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         located = outputs.placement.to_image(boxes)
