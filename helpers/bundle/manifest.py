@@ -152,7 +152,7 @@ def load_bundle(storage: Storage) -> Bundle:
 
 def _parse(content: bytes) -> Manifest:
     """A manifest of the annotated types; raises ValueError, which says what is wrong first."""
-    from pydantic import TypeAdapter, ValidationError  # the driver has it, and MLflow; no task of a run reads a manifest
+    from pydantic import TypeAdapter, ValidationError  # no task of a run reads a manifest
 
     try:
         return TypeAdapter(Manifest).validate_json(content, strict=True)
