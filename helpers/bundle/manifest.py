@@ -56,10 +56,10 @@ class Manifest:
     labels: tuple[str, ...]
     postprocess: dict[str, Setting]
     precision: str  # of the weights in the file: fp32, fp16 or int8; bf16 is fp16 for bf16 arithmetic
-    arithmetic: Literal["f32", "bf16", "f16"]  # of the multiplications, as accuracy was checked with: f32, bf16 or f16
+    arithmetic: Literal["f32", "bf16", "f16"]  # of the multiplications, as accuracy was checked with
     flops: int  # floating-point operations for one image: two for each multiplication with its addition
     checkpoint: dict[str, str]  # file name and sha256 of what was exported
-    quantization: dict[str, Setting] = field(default_factory=dict)  # of int8: what it lost, a `quantization.Record`
+    quantization: dict[str, Setting] = field(default_factory=dict)  # what int8 lost, as `quantization.Record` says
     files: dict[str, str] = field(default_factory=dict)  # name -> sha256
     format: int = FORMAT
     decoder: str = ""  # how the task reads the outputs; empty for the task's first
@@ -152,7 +152,7 @@ def load_bundle(storage: Storage) -> Bundle:
 
 def _parse(content: bytes) -> Manifest:
     """A manifest of the annotated types; raises ValueError, which says what is wrong first."""
-    from pydantic import TypeAdapter, ValidationError  # a run's driver has it, and only that reads manifests
+    from pydantic import TypeAdapter, ValidationError  # no task of a run reads a manifest
 
     try:
         return TypeAdapter(Manifest).validate_json(content, strict=True)

@@ -37,12 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ARITHMETIC: dict[str, Literal["f32", "bf16"]] = {
-    "fp32": "f32",
-    "fp16": "f32",
-    "bf16": "bf16",
-    "int8": "f32",
-}  # what is not 8-bit, as it was checked
+# Of what is not 8-bit, as it was checked.
+ARITHMETIC: dict[str, Literal["f32", "bf16"]] = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
 PRECISIONS = tuple(ARITHMETIC)
 OPSET, OLDEST_OPSET, NEWEST_OPSET = 18, 11, 23  # before 11, bilinear enlargement cannot be expressed
 CALIBRATION_IMAGES = 300

@@ -49,13 +49,9 @@ ACTIVATIONS = {"SoftMax": "probabilities", "Softmax": "probabilities", "Sigmoid"
 def convert_file(path: Path, card: Path | None = None, pictures: Sequence[Image] = ()) -> Converted:
     """Convert a model's file, and find out what a pipeline must know of it.
 
-    Args:
-        path: of the file.
-        card: goes on top of what the file says of itself; None where that is enough.
-        pictures: to tell outputs apart by, uint8 BGR `[height, width, 3]` each; without any, generated ones.
-
-    Raises:
-        BundleError: the file is no model or damaged, the card is missing or wrong, or the graph is not of its task.
+    The card goes on top of what the file says of itself. Pictures, uint8 BGR `[height, width, 3]` each, or generated
+    ones tell outputs apart. Raises BundleError if the file is no model or damaged, the card is missing or wrong, or the
+    graph is not of its task.
     """
     pictures = pictures or generate_pictures()
     model = read_graph(path)

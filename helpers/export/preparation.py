@@ -60,13 +60,9 @@ def keep_image(model: "ov.Model", constants: Mapping[str, Any], origin: str) -> 
 def find_input(model: "ov.Model", given: CardInput, origin: str) -> tuple[InputSpec, str]:
     """What a graph takes for an image, by its shape, of three dimensions or four with the batch, and by the card.
 
-    The card's height and width may differ from the graph's where that can be reshaped.
-
-    Returns:
-        The input as a manifest has it, and the layout, `NCHW` or `NHWC`.
-
-    Raises:
-        BundleError: the graph has another number of inputs, takes no images, or its shape leaves something open.
+    The card's height and width may differ from the graph's where that can be reshaped. Returns the input as a manifest
+    has it, and the layout, `NCHW` or `NHWC`. Raises BundleError if the graph has another number of inputs, takes no
+    images, or its shape leaves something open.
     """
     shape = model.input().get_partial_shape()
     sides = [_length(side) for side in shape][-3:] if shape.rank.is_static else [OPEN] * 3
@@ -136,11 +132,8 @@ def select_outputs(
 ) -> dict[str, list[str]]:
     """Let a graph have the outputs that a card names, by role, in place; any tensor of the graph can be one.
 
-    Returns:
-        The new names of the outputs that stand for one role, see `join_strides`.
-
-    Raises:
-        BundleError: there is no tensor of a name.
+    Returns the new names of the outputs that stand for one role, see `join_strides`. Raises BundleError if there is no
+    tensor of a name.
     """
     parts = {role: given for role, given in outputs.items() if not isinstance(given, str)}
     names = {role: given for role, given in outputs.items() if isinstance(given, str)}

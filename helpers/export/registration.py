@@ -66,7 +66,11 @@ def _register(bundle: Bundle, run: str, name: str, alias: str | None, config: Co
         _save(bundle, folder, Path(temporary))
         try:
             client.log_artifacts(run, str(folder), MODEL)
-            _ensure_model(client, name)
+            try:
+                client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
             source, tags = f"runs:/{run}/{MODEL}", {DIGEST: bundle.manifest.digest}
             made = client.create_model_version(name, source, run, tags, await_creation_for=WAIT_SECONDS)
             if alias:
@@ -143,13 +147,3 @@ def _make_wheel(folder: Path) -> Path | None:
     if made.returncode:
         raise HostError(f"the package's wheel cannot be made: {first_line(made.stderr)}; pip and setuptools make it")
     return next(folder.glob("*.whl"))
-
-
-def _ensure_model(client: Any, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise

@@ -22,26 +22,9 @@ from helpers.tasks import (
     semantic_segmentation,
 )
 from helpers.tasks.filters import Filters
-from helpers.tasks.interface import NO_ARRAYS, AmbiguityError, Arrays, OutputError, Prediction, Sizes
+from helpers.tasks.interface import NO_ARRAYS, AmbiguityError, Arrays, OutputError, Sizes
+from helpers.tasks.interface import Prediction as Prediction
 from helpers.tasks.roles import Decoder
-
-__all__ = [
-    "DECODERS",
-    "NO_ARRAYS",
-    "Arrays",
-    "Decoder",
-    "OutputError",
-    "Prediction",
-    "apply_filters",
-    "get_arrays",
-    "get_decoder",
-    "has_boxes",
-    "parameter_names",
-    "parameters_for",
-    "predict",
-    "suggest",
-    "without_filters",
-]
 
 # By task and name; the first of a task is its default, which bundles of an empty `decoder` mean.
 DECODERS: dict[str, dict[str, Decoder]] = {

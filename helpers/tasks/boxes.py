@@ -122,14 +122,9 @@ def suggest_format(boxes: np.ndarray) -> dict[str, Any]:
 def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float, classes: np.ndarray | None = None) -> np.ndarray:
     """Greedy non-maximum suppression: each box that overlaps a better one's survivor goes.
 
-    Args:
-        boxes: float32 `[n, 4]`, finite.
-        scores: float32 `[n]`, above 0.
-        threshold: intersection over union above which a box is suppressed.
-        classes: int `[n]`; boxes of different classes do not suppress each other. None for one class.
-
-    Returns:
-        The places of the survivors, the best first.
+    Boxes are float32 `[n, 4]` and finite, scores float32 `[n]` and above 0. A box is suppressed above the threshold of
+    intersection over union; boxes of different classes, int `[n]` if there are several, do not suppress each other.
+    Returns the places of the survivors, the best first.
     """
     corners = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
     order = np.arange(len(boxes)) if classes is None else np.argsort(classes, kind="stable")
@@ -147,8 +142,8 @@ def locate(
 ) -> Detections:
     """Take boxes, float32 `[n, 4]` in pixels of the input, to the image; leave out those outside of it or no boxes.
 
-    Of the first label's class as 0; `rows` is the place of each among the candidates. Raises OutputError if a class has
-    no label.
+    The first label's class is 0, and `rows` is the place of each among the candidates. Raises OutputError if a class
+    has no label.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         located = outputs.placement.to_image(boxes)

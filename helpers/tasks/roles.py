@@ -90,15 +90,9 @@ class Decoder:
     def assign_roles(self, samples: Arrays, labels: int) -> dict[str, str]:
         """Tell which output plays which role; shapes and ranges decide, not names.
 
-        Args:
-            samples: outputs of real images by name, float32 `[B, ...]`.
-            labels: how many there are; 0 if nobody has said.
-
-        Returns:
-            The name of each role's output; outputs without a role are not among them.
-
-        Raises:
-            OutputError: a role fits no output, or several outputs fit equally well.
+        Samples are outputs of real images by name, float32 `[B, ...]`, and labels how many there are; 0 if nobody has
+        said. Returns the name of each role's output; outputs without a role are not among them. Raises OutputError if a
+        role fits no output, or several outputs fit equally well.
         """
         problems: list[OutputError] = []
         for roles in self.alternatives:

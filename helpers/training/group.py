@@ -67,14 +67,9 @@ class Group:
 def join_group(device: Device = "cpu", threads: int = 1, run_dir: str | None = None) -> Iterator[Group]:
     """Join the ranks of a training until the end of the `with` block.
 
-    Args:
-        device: `cuda` gives each rank of a host a GPU of its own.
-        threads: of each rank; two that wait for each other lose far more on a busy machine.
-        run_dir: where the training leaves what it makes; until the end no other one can begin there.
-
-    Raises:
-        HostError: a GPU is asked for and there is none.
-        TrainingError: another training is at work in the run directory.
+    The device `cuda` gives each rank of a host a GPU of its own. Threads are of each rank: two that wait for each other
+    lose far more on a busy machine. Until the end no other training can begin in `run_dir`, where this one leaves what
+    it makes. Raises HostError if a GPU is asked for and there is none, and TrainingError if another is at work there.
     """
     # torchrun and `train_on_spark` describe the ranks in these variables; alone, there are none.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -50,7 +50,7 @@ def encode_masks(
     height: int,
     threshold: float = 0.5,
 ) -> list[dict[str, Any]]:
-    """Assemble the masks of one image's detections (section 3.3).
+    """Assemble the masks of one image's detections (section 3.3), as pycocotools reads them.
 
     Args:
         prototypes: float32 `[rows, columns, prototypes]`.
@@ -59,9 +59,6 @@ def encode_masks(
         width: of the original image, in pixels.
         height: likewise.
         threshold: a pixel belongs to the mask if its probability is above; at least 0.
-
-    Returns:
-        For each detection `{"size": [height, width], "counts": str}`, as pycocotools reads it.
     """
     rows, columns, depth = prototypes.shape
     # Equation 1, without its sigmoid, which only the cells within the boxes need.
