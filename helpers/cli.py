@@ -271,26 +271,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m helpers", description="Vision models over images on Spark.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function: Callable[[argparse.Namespace, Config], int]) -> Callable[..., argparse.Action]:
-        """Add the command of a function, which has its name and docstring; what is returned adds its options."""
-        added = commands.add_parser(function.__name__, parents=[shared], help=(function.__doc__ or "").rstrip("."))
+    def command(name: str, function: Callable[[argparse.Namespace, Config], int]) -> Callable[..., argparse.Action]:
+        """Add the command of a function, whose docstring is its help; what is returned adds its options."""
+        added = commands.add_parser(name, parents=[shared], help=(function.__doc__ or "").rstrip("."))
         added.set_defaults(command=function)
         return added.add_argument
 
-    add = command(run)
+    add = command("run", run)
     source = "folder, container or archive of images and videos, a table, or cloudFiles:URI"
     add("--source", required=True, metavar="URI", help=source)
     add("--model", required=True, action="append", metavar="URI", help="bundle, or models:/NAME@ALIAS; may repeat")
     output = "where results go, as a Delta table in results/; or table:NAME"
     add("--output", required=True, metavar="URI", help=output)
 
-    add = command(train)
+    add = command("train", train)
     add("--processes", type=int, default=2, metavar="N", help="how many ranks; each takes a slot")
     add("--gpu", action="store_true", help="give each rank a GPU")
     add("program", metavar="PROGRAM", help="its file, on this machine")
     add("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="of its command line")
 
-    add = command(export)
+    add = command("export", export)
     network = "a PyTorch network: a card in conf/cards, the .yaml of one, a YOLACT, torchvision:NAME or timm:NAME"
     add("--architecture", metavar="NAME", help=network)
     add("--checkpoint", type=Path, metavar="FILE", help="its state dictionary")
@@ -307,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--register", metavar="NAME", help="register it on the server of tracking.mlflow")
     add("--alias", metavar="ALIAS", help="of the registered version, such as champion")
 
-    add = command(plan)
+    add = command("plan", plan)
     add("--records", required=True, action="append", metavar="URI", help="--output of a run; may repeat")
     add("--images", required=True, type=int, metavar="N", help="how many images")
     add("--executors", required=True, type=int, metavar="K", help="how many executors")
@@ -321,14 +321,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--failure-rate", type=float, default=0.0, metavar="F", help="share of tasks' attempts that fail")
     add("--plot", metavar="FILE", help="draw time and cost against executors, as PNG or SVG")
 
-    add = command(history)
+    add = command("history", history)
     add("output", metavar="OUTPUT", help="--output of the runs")
 
-    add = command(report)
+    add = command("report", report)
     add("output", metavar="OUTPUT", help="--output of the runs")
     add("--against", metavar="OTHER", help="another output, to see what one finds and the other does not")
 
-    add = command(results)
+    add = command("results", results)
     add("output", metavar="OUTPUT", help="--output of the runs")
     add("--format", required=True, choices=("coco", "csv", "fiftyone", "labelme", "yolo"))
     add("--to", required=True, metavar="URI", help="a folder; of csv the file")
@@ -336,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--min-score", type=float, default=0.0, metavar="S", help="of predictions at least so probable")
     add("--model", metavar="NAME", help="of this model only, by its name or how that begins")
 
-    command(doctor)
+    command("doctor", doctor)
     return parser
 
 
