@@ -67,6 +67,7 @@ PYTHONPATH = "spark.executorEnv.PYTHONPATH"
 UNPACKED = "environment"  # the folder of a packed environment in an executor's working directory
 
 _told: "weakref.WeakKeyDictionary[SparkSession, int]" = weakref.WeakKeyDictionary()  # executors, where some lack
+NO_CATALOG = "Sail's catalog ends with its session; set spark.mode=local, which needs Java"
 SAIL_REMEDY = "install it with `pip install pysail==0.7.2`, or set spark.mode=local, which needs Java"
 
 _shipped: "weakref.WeakKeyDictionary[SparkSession, str]" = weakref.WeakKeyDictionary()
@@ -396,6 +397,7 @@ def _start_sail() -> Any:
     except ImportError:
         raise HostError(f"Sail is not installed: {SAIL_REMEDY}") from None
     os.environ.setdefault("RUST_LOG", "warn")
+    os.environ.setdefault("SAIL_EXECUTION__BATCH_SIZE", "100")  # rows, which may have the bytes of an image each
     server = SparkConnectServer(ip="127.0.0.1", port=0)
     server.start(background=True)
     return server

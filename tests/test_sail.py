@@ -3,6 +3,7 @@
 A process cannot hold a classic and a Connect session at once, so every run here is a process of its own.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from helpers.pipeline import sail
 
 STAGES = """
 import sys
-import pyarrow as pa
 import pyarrow.parquet as pq
 from helpers import pipeline
 from helpers.config import load_config
@@ -28,7 +28,7 @@ from helpers.errors import HostError
 from helpers.session import get_slots, get_spark
 
 source, model, target = sys.argv[1:]
-config = load_config("local", source={"path": "path"}, spark={"mode": "sail", "master": "local[2]"})
+config = load_config("local", spark={"mode": "sail", "master": "local[2]"})
 spark = get_spark(config)
 assert get_slots(spark) == 2
 frame = pipeline.ingest(spark, source, config)
@@ -36,7 +36,7 @@ for stage in (pipeline.preprocess, pipeline.infer, pipeline.postprocess):
     frame = stage(frame, model, config)
 pq.write_table(frame.toArrow(), target)
 try:
-    pipeline.run_frame(spark.createDataFrame(pa.table({"path": ["a.png"]})), model, target + ".out", config)
+    pipeline.run(spark, source, model, "table:results", config)
 except HostError as error:
     print(error)
 """
@@ -97,7 +97,19 @@ def test_stages_one_by_one_give_the_rows_of_the_run(source, bundle_uri, expected
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     assert sorted(pq.read_table(target).to_pylist(), key=lambda row: row["path"]) == expected
-    assert "set spark.mode=local" in ended.stdout  # for a table as a source
+    assert "cannot go to table:results" in ended.stdout and "set spark.mode=local" in ended.stdout
+
+
+def test_tables_are_sources_as_they_are_of_spark():
+    """Spark's own tests, on Sail."""
+    wanted = (
+        "parquet_file or error_row or archive or that_spark_reads or bytes or two_models or newest_version or every"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted, "test_sources.py"]
+    environment = {**os.environ, "HELPERS_SPARK__MODE": "sail"}
+    here = Path(__file__).parent
+    ended = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 0 and " passed" in ended.stdout, ended.stdout[-5000:]
 
 
 class Counting:
@@ -105,8 +117,10 @@ class Counting:
 
     def __init__(self, failures: int = 0):
         self.lock, self.running, self.most, self.calls, self.failures = threading.Lock(), 0, 0, 0, failures
+        self.numbers = set[int]()
 
-    def __call__(self, batches):
+    def __call__(self, batches, number):
+        self.numbers.add(number)
         with self.lock:
             self.running, self.calls = self.running + 1, self.calls + 1
             self.most = max(self.most, self.running)
@@ -119,12 +133,12 @@ class Counting:
         yield from batches
 
 
-BATCH = pa.RecordBatch.from_pydict({"a": [1]})
+BATCH = pa.RecordBatch.from_pydict({"a": [1]})  # of 8 bytes
 
 
 def test_as_many_tasks_run_at_once_as_there_are_slots():
     task = Counting()
-    threads = [threading.Thread(target=lambda: list(sail.OneOfFew(task, 3, 1)([BATCH]))) for _ in range(12)]
+    threads = [threading.Thread(target=lambda: list(sail.Tasks(task, 3, 1, 8)([BATCH]))) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -132,8 +146,14 @@ def test_as_many_tasks_run_at_once_as_there_are_slots():
     assert task.calls == 12 and task.most == 3
 
 
+def test_many_bytes_of_one_partition_are_several_tasks_with_numbers_of_their_own():
+    task = Counting()
+    assert list(sail.Tasks(task, 2, 1, 16)([BATCH] * 5)) == [BATCH] * 5
+    assert task.calls == len(task.numbers) == 3
+
+
 def test_a_task_is_tried_as_often_as_sparks_are():
     task = Counting(failures=3)
-    assert list(sail.OneOfFew(task, 2, 4)([BATCH])) == [BATCH] and task.calls == 4
+    assert list(sail.Tasks(task, 2, 4, 8)([BATCH])) == [BATCH] and task.calls == 4
     with pytest.raises(OSError, match="busy"):
-        list(sail.OneOfFew(Counting(failures=4), 2, 4)([BATCH]))
+        list(sail.Tasks(Counting(failures=4), 2, 4, 8)([BATCH]))
