@@ -21,6 +21,7 @@ import weakref
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -95,6 +96,32 @@ def starting(config: Config) -> Iterator[None]:
         raise
 
 
+def choose_mode(config: Config, *uses: str) -> tuple[str, str]:
+    """Return the `spark.mode` of a session and why, where `auto` leaves it open.
+
+    Args:
+        config: settings.
+        uses: what the session is for: `training`, or the locations of a run.
+    """
+    if config.spark.mode != "auto":
+        return config.spark.mode, "it is set"
+    if not find_spec("pysail"):
+        return "local", "pysail is not installed"
+    if _local_cores(config.spark.master) is None:
+        return "local", "spark.master names a cluster"
+    reasons = [f"{use} needs Spark itself" for use in uses if re.match("training$|table:|cloudFiles:", use)]
+    return ("local", reasons[0]) if reasons else ("sail", "pysail is installed")
+
+
+def with_mode(config: Config, *uses: str) -> Config:
+    """The settings with the mode of `choose_mode`; the log says why."""
+    mode, why = choose_mode(config, *uses)
+    if mode == config.spark.mode:
+        return config
+    log.info("spark.mode %s: %s", mode, why)
+    return config.model_copy(update={"spark": config.spark.model_copy(update={"mode": mode})})
+
+
 def get_spark(config: Config) -> "SparkSession":
     """Return the host's session, or make one, and ship `helpers` to its executors.
 
@@ -103,6 +130,7 @@ def get_spark(config: Config) -> "SparkSession":
     """
     from pyspark.sql import SparkSession
 
+    config = with_mode(config)
     builder = SparkSession.builder.appName(config.spark.app_name)
     check_master(config)
     if config.spark.mode == "connect":
@@ -302,7 +330,13 @@ def find_environment(config: Config) -> str:
 
 
 def ship_helpers(spark: "SparkSession") -> None:
-    """Make `import helpers` work in the tasks of this session; a second call ships nothing."""
+    """Make `import helpers` work in the tasks of this session; a second call ships nothing.
+
+    Raises:
+        HostError: Sail takes nothing, as it runs no trainings.
+    """
+    if is_sail(spark):
+        raise HostError("a training on Spark's tasks needs Spark itself: set spark.mode=local, which needs Java")
     archive = pack_helpers()
     if _shipped.get(spark) != archive.name:
         spark.addArtifacts(str(archive), pyfile=True)
