@@ -59,8 +59,9 @@ def run(options: argparse.Namespace, config: Config) -> int:
     """The four stages over every image below `--source`."""
     import psutil
 
-    from helpers.session import get_spark, starting
+    from helpers.session import get_spark, starting, with_mode
 
+    config = with_mode(config, options.source, options.output)
     # Mistakes are told before Spark is up; its JVM starts beside the imports, which take as long.
     with starting(config):
         from helpers import pipeline
@@ -92,12 +93,11 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
 def train(options: argparse.Namespace, config: Config) -> int:
     """A PyTorch program as the ranks of one training."""
-    from helpers.session import get_spark
+    from helpers.session import get_spark, with_mode
     from helpers.training import train_on_spark
 
-    result = train_on_spark(
-        get_spark(config), options.program, options.arguments, options.processes, use_gpu=options.gpu
-    )
+    spark = get_spark(with_mode(config, "training"))
+    result = train_on_spark(spark, options.program, options.arguments, options.processes, use_gpu=options.gpu)
     print(json.dumps(result))
     return 0
 
@@ -232,9 +232,9 @@ def doctor(options: argparse.Namespace, config: Config) -> int:
 def _open_results(output: str, config: Config) -> "ResultStore":
     from helpers.pipeline.catalog import open_results
     from helpers.pipeline.sources import TABLE
-    from helpers.session import get_spark
+    from helpers.session import get_spark, with_mode
 
-    return open_results(get_spark(config) if output.startswith(TABLE) else None, output, config)
+    return open_results(get_spark(with_mode(config, output)) if output.startswith(TABLE) else None, output, config)
 
 
 class _JsonFormatter(logging.Formatter):

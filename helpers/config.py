@@ -56,7 +56,7 @@ SparkOptions = Annotated[dict[str, str], BeforeValidator(_as_text)]
 class SparkSettings(_Section):
     """How to get a Spark session on this host."""
 
-    mode: Literal["local", "sail", "connect", "cluster", "databricks"]
+    mode: Literal["local", "sail", "auto", "connect", "cluster", "databricks"]
     master: str
     app_name: str
     driver_memory: Annotated[str, Field(pattern=r"^\d+[kmgt]$")]

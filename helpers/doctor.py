@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from helpers.config import DISTRIBUTION, INSTALLED, PROJECT, Config, detect_profile
 from helpers.errors import TRAIN_REMEDY, HostError, UserError
 from helpers.java import check_java
-from helpers.session import check_answers, check_master, count_cores, find_environment, shown_master
+from helpers.session import check_answers, check_master, choose_mode, count_cores, find_environment, shown_master
 from helpers.storage import open_storage
 
 MINIMUM_PYTHON = (3, 11)
@@ -93,8 +93,9 @@ def _install(config: Config) -> str:
 
 
 def _java(config: Config) -> str:
-    if config.spark.mode in ("databricks", "sail") or config.spark.master.startswith("sc://"):
-        return f"not needed here in mode {config.spark.mode}"
+    mode, _ = choose_mode(config)
+    if mode in ("databricks", "sail") or config.spark.master.startswith("sc://"):
+        return f"not needed here in mode {mode}"
     return check_java()
 
 
@@ -108,7 +109,8 @@ def _spark(config: Config) -> str:
     if config.spark.mode == "cluster":
         _check_master(master)
     where = "the session of this host" if config.spark.mode == "databricks" else shown_master(config)
-    return f"pyspark {_version('pyspark')}, mode {config.spark.mode}, {where} (profile {config.profile})"
+    mode, why = choose_mode(config)
+    return f"pyspark {_version('pyspark')}, mode {mode} ({why}), {where} (profile {config.profile})"
 
 
 def _check_master(master: str) -> None:
@@ -128,7 +130,8 @@ def _check_master(master: str) -> None:
 
 def _workers(config: Config) -> str:
     if config.spark.mode != "cluster":
-        return "have the packages of this environment" if config.spark.mode == "local" else "are the host's"
+        is_own = config.spark.mode in ("local", "sail", "auto")
+        return "have the packages of this environment" if is_own else "are the host's"
     if config.spark.environment:
         return f"get {find_environment(config)}"
     python = os.environ.get("PYSPARK_PYTHON", sys.executable)

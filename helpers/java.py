@@ -21,7 +21,8 @@ from helpers.errors import HostError
 
 MINIMUM_JAVA = 17
 JAVA_REMEDY = "install it with `apt-get install openjdk-17-jre-headless` (Debian), `brew install openjdk@17` (macOS) \
-or from adoptium.net, and set JAVA_HOME if it is not on the PATH"
+or from adoptium.net, and set JAVA_HOME if it is not on the PATH; all but trainings can do without: `pip install \
+pysail==0.7.2`, and set spark.mode=sail"
 
 POLL_SECONDS = 0.01  # for a file that a starting JVM writes
 ARCHIVE = Path(sys.prefix, "spark-classes.jsa")  # made by `conf/classes.py`

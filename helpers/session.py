@@ -21,6 +21,7 @@ import weakref
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -67,6 +68,7 @@ PYTHONPATH = "spark.executorEnv.PYTHONPATH"
 UNPACKED = "environment"  # the folder of a packed environment in an executor's working directory
 
 _told: "weakref.WeakKeyDictionary[SparkSession, int]" = weakref.WeakKeyDictionary()  # executors, where some lack
+NO_CATALOG = "Sail's catalog ends with its session; set spark.mode=local, which needs Java"
 SAIL_REMEDY = "install it with `pip install pysail==0.7.2`, or set spark.mode=local, which needs Java"
 
 _shipped: "weakref.WeakKeyDictionary[SparkSession, str]" = weakref.WeakKeyDictionary()
@@ -94,6 +96,32 @@ def starting(config: Config) -> Iterator[None]:
         raise
 
 
+def choose_mode(config: Config, *uses: str) -> tuple[str, str]:
+    """Return the `spark.mode` of a session and why, where `auto` leaves it open.
+
+    Args:
+        config: settings.
+        uses: what the session is for: `training`, or the locations of a run.
+    """
+    if config.spark.mode != "auto":
+        return config.spark.mode, "it is set"
+    if not find_spec("pysail"):
+        return "local", "pysail is not installed"
+    if _local_cores(config.spark.master) is None:
+        return "local", "spark.master names a cluster"
+    reasons = [f"{use} needs Spark itself" for use in uses if re.match("training$|table:|cloudFiles:", use)]
+    return ("local", reasons[0]) if reasons else ("sail", "pysail is installed")
+
+
+def with_mode(config: Config, *uses: str) -> Config:
+    """The settings with the mode of `choose_mode`; the log says why."""
+    mode, why = choose_mode(config, *uses)
+    if mode == config.spark.mode:
+        return config
+    log.info("spark.mode %s: %s", mode, why)
+    return config.model_copy(update={"spark": config.spark.model_copy(update={"mode": mode})})
+
+
 def get_spark(config: Config) -> "SparkSession":
     """Return the host's session, or make one, and ship `helpers` to its executors.
 
@@ -102,6 +130,7 @@ def get_spark(config: Config) -> "SparkSession":
     """
     from pyspark.sql import SparkSession
 
+    config = with_mode(config)
     builder = SparkSession.builder.appName(config.spark.app_name)
     check_master(config)
     if config.spark.mode == "connect":
@@ -301,7 +330,13 @@ def find_environment(config: Config) -> str:
 
 
 def ship_helpers(spark: "SparkSession") -> None:
-    """Make `import helpers` work in the tasks of this session; a second call ships nothing."""
+    """Make `import helpers` work in the tasks of this session; a second call ships nothing.
+
+    Raises:
+        HostError: Sail takes nothing, as it runs no trainings.
+    """
+    if is_sail(spark):
+        raise HostError("a training on Spark's tasks needs Spark itself: set spark.mode=local, which needs Java")
     archive = pack_helpers()
     if _shipped.get(spark) != archive.name:
         spark.addArtifacts(str(archive), pyfile=True)
@@ -396,6 +431,7 @@ def _start_sail() -> Any:
     except ImportError:
         raise HostError(f"Sail is not installed: {SAIL_REMEDY}") from None
     os.environ.setdefault("RUST_LOG", "warn")
+    os.environ.setdefault("SAIL_EXECUTION__BATCH_SIZE", "100")  # rows, which may have the bytes of an image each
     server = SparkConnectServer(ip="127.0.0.1", port=0)
     server.start(background=True)
     return server

@@ -124,7 +124,7 @@ WRONG = {
     "longer than a value may be": ("ingest.max_bytes", 2**31, "less than or equal to 2000000000"),
     "more than a batch may have": ("inference.batch_megabytes", 2048, "less than or equal to 1024"),
     "share above one": ("max_failed_share", 1.5, "less than or equal to 1"),
-    "not one of the choices": ("spark.mode", "yarn", "'local', 'sail', 'connect', 'cluster' or 'databricks'"),
+    "not one of the choices": ("spark.mode", "yarn", "'local', 'sail', 'auto', 'connect', 'cluster' or 'databricks'"),
     "malformed": ("spark.driver_memory", "lots", "pattern"),
 }
 

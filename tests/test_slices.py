@@ -507,6 +507,14 @@ def test_an_image_with_a_passing_error_is_tried_again_by_each_run(run):
     assert counts(run()) == (COUNT, COUNT - 1, 0, 1)
 
 
+def test_what_the_driver_reads_in_several_slices_is_all_in_the_results(run, photos, tmp_path):
+    hidden = ["a/_9.png", "c/_9.png"]  # which Spark's reader passes over
+    for name in hidden:
+        write_photo(photos / name, 9)
+    assert counts(run(reader="spark", **{"partitioning.slice_images": 15})) == (COUNT + 2, COUNT + 1, 1, 0)
+    assert {*hidden} < {*names_of(tmp_path / "out")} and len(names_of(tmp_path / "out")) == COUNT + 2
+
+
 def test_archives_without_images_are_an_error_only_where_there_is_nothing_else(run, photos):
     for number in range(3):
         with zipfile.ZipFile(photos / f"{number}.zip", "w") as archive:

@@ -5,6 +5,7 @@ Executors import this module; it needs numpy and OpenVINO only, and for NVIDIA G
 
 import gc
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -227,8 +228,13 @@ def _load(bundle: Bundle, precision: str, threads: int, device: str) -> Model:
 
         return load_onnx(bundle, threads, device=int(number or 0))
     start = time.perf_counter()
+    # It would fork this process, in a thread, to count its users; OpenVINO does without it.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino as ov  # the driver of a run loads no model, and so does without
 
+    # It makes a table when it is first called, and two tasks of one process that do so at once wait for each other for
+    # ever: one has the table's lock and wants Python's, the other has Python's.
+    ov.Type.u8.to_dtype()
     core = ov.Core()
     check_device(core, device)
     if folder := user_folder():

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from helpers.config import Config
-from helpers.errors import ConfigError, RunError, only_warn
+from helpers.errors import ConfigError, HostError, RunError, only_warn
 from helpers.pipeline.folders import run_of, staged_counts, time_of
 from helpers.pipeline.results import TOLD, ResultStore, Seen, Work
 from helpers.pipeline.rows import ROWS_SCHEMA, in_first_file, is_new, path_range
@@ -33,7 +33,7 @@ from helpers.pipeline.schemas import RESULT_SCHEMA, conform
 from helpers.pipeline.sources import TABLE
 from helpers.pipeline.table import NONE
 from helpers.pipeline.task import read_staged, staging, write_rows
-from helpers.session import set_where_allowed, spark_failure, spark_schema
+from helpers.session import NO_CATALOG, is_sail, set_where_allowed, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -75,11 +75,16 @@ def open_results(
         output: where.
         config: settings.
         kept: the columns that a run keeps of its source; None for those who only look.
+
+    Raises:
+        HostError: the output is a table, and Sail has none that lasts.
     """
     storage = open_output(output, config)
     if not output.startswith(TABLE):
         return ResultStore(storage, kept)
     assert spark is not None
+    if is_sail(spark):
+        raise HostError(f"the results cannot go to {output}: {NO_CATALOG}")
     return CatalogStore(spark, output, storage, kept)
 
 

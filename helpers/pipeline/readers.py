@@ -63,7 +63,13 @@ def planned_paths(spark: "SparkSession", images: pa.Table, plan: PartitionPlan) 
     """`ASSIGNED_SCHEMA` as a DataFrame in the plan's partitions; paths are exchanged here, bytes never."""
     if is_sail(spark):
         return sail.planned_paths(spark, images)
-    return spark.createDataFrame(images).repartitionById(max(1, plan.partitions), "partition")
+    return by_partition(spark.createDataFrame(images), plan.partitions)
+
+
+def by_partition(rows: "DataFrame", partitions: int) -> "DataFrame":
+    """Rows divided by their column `partition`; on Sail those of one stay together, perhaps with those of others."""
+    divide = rows.repartition if is_sail(rows.sparkSession) else rows.repartitionById
+    return divide(max(1, partitions), "partition")
 
 
 def read_by_spark(spark: "SparkSession", storage: Files, rows: pa.Table, config: Config) -> Iterator["DataFrame"]:
@@ -89,7 +95,7 @@ def read_by_spark(spark: "SparkSession", storage: Files, rows: pa.Table, config:
         yield spark.createDataFrame(_unread(unread))
     if parts.num_rows:
         # Spark has no ranges of a file: it would send all of a video to whoever wants a frame. The tasks read these.
-        tasks = spark.createDataFrame(parts).repartitionById(pc.max(parts["partition"]).as_py() + 1, "partition")
+        tasks = by_partition(spark.createDataFrame(parts), pc.max(parts["partition"]).as_py() + 1)
         yield tasks.mapInArrow(reading(storage, config), spark_schema(stages.IMAGE_SCHEMA))
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from helpers.config import Config
-from helpers.errors import HostError, RunError, first_line, only_warn
+from helpers.errors import RunError, first_line, only_warn
 from helpers.memory import trim_heap
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, sail
@@ -27,7 +27,7 @@ from helpers.pipeline.arrivals import ARRIVALS, Arrivals
 from helpers.pipeline.catalog import open_results
 from helpers.pipeline.drift import Distributions
 from helpers.pipeline.listing import Known, Listing
-from helpers.pipeline.readers import choose_reader, expand, planned_paths, read_by_spark
+from helpers.pipeline.readers import by_partition, choose_reader, expand, planned_paths, read_by_spark
 from helpers.pipeline.records import PHASES, Stopwatch, shown_settings, task_table, versions, write_record
 from helpers.pipeline.report import draw_sample, make_report, read_pictures
 from helpers.pipeline.results import Seen, Work
@@ -113,8 +113,6 @@ class Run:
         session_seconds: float | None = None,
         arrivals: Arrivals | None = None,
     ):
-        if table and is_sail(spark):
-            raise HostError("a table as a source needs Spark itself: set spark.mode=local, which needs Java")
         if table:
             task = replace(task, kept=table.kept)
         self.spark, self.task, self.config, self.watch = spark, task, config, watch
@@ -333,7 +331,9 @@ class Run:
                 for part in self._inputs(images, plan):
                     numbered: Any = replace(task, first_partition=first)
                     if is_sail(spark):
-                        numbered = sail.OneOfFew(numbered, self.slots, config.spark.task_attempts)
+                        numbered = sail.Tasks(
+                            numbered, self.slots, config.spark.task_attempts, config.partitioning.target_bytes
+                        )
                     rows += part.mapInArrow(numbered, spark_schema(RECORD_SCHEMA)).collect()
                     first = max(first, 1 + max((row.partition for row in rows), default=-1))
         except Exception as error:
@@ -343,7 +343,7 @@ class Run:
             # What Spark's reader has passed over gets its rows here: read after all, or with the error that this gives.
             left = without(images, store.rows([record["file"] for record in records]))
             log.info("the driver reads %d images that Spark has passed over", left.num_rows)
-            numbered = replace(task, first_partition=first, on_driver=True)
+            numbered = replace(task, first_partition=first)
             rows_left = self.table.with_kept(spark.createDataFrame(left)).toArrow() if self.table else left
             records += [record for batch in numbered(rows_left.to_batches()) for record in batch.to_pylist()]
         self.first_partition = first + 1
@@ -367,7 +367,7 @@ class Run:
                 yield table.with_kept(part) if table else part
         elif table:
             paths = table.with_kept(spark.createDataFrame(images))
-            yield paths.repartitionById(max(1, plan.partitions), "partition")
+            yield by_partition(paths, plan.partitions)
         else:
             yield planned_paths(spark, images, plan)
 

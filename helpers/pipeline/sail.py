@@ -1,10 +1,12 @@
 """What differs on Sail, a Spark Connect server without a JVM, whose tasks are threads of this process.
 
-It starts all tasks at once, tries each once, numbers none, and has no `repartitionById`. So a task here takes its rows
-from a file by the plan's partition, waits for one of the slots, and is tried again as Spark would.
+It starts all tasks at once, tries each once, numbers none, has no `repartitionById`, and reads a table in as few
+partitions as there are cores. So a task here takes its rows from a file by the plan's partition, or a part of a table's
+rows, waits for one of the slots, and is tried again as Spark would.
 """
 
 import functools
+import itertools
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +23,8 @@ from helpers.session import process_folder, spark_schema
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
+
+_numbers = itertools.count()  # of the tasks of this process
 
 
 def planned_paths(spark: "SparkSession", images: pa.Table) -> "DataFrame":
@@ -46,26 +50,40 @@ def _rows(batches: Batches, file: str) -> Iterator[pa.RecordBatch]:
 
 
 @dataclass(frozen=True)
-class OneOfFew:
-    """A task of Spark's as one of Sail's: as many run at once as there are slots, and each is tried several times."""
+class Tasks:
+    """A partition of Sail's as several tasks of Spark's: so many run at once as there are slots, each tried again."""
 
-    task: Callable[[Batches], Iterator[pa.RecordBatch]]
+    task: Callable[[Batches, int], Iterator[pa.RecordBatch]]
     slots: int
     attempts: int
+    target_bytes: int
 
     def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]:
-        """Run the task; its input and output are small, since its images are read and written in it."""
-        rows = list(batches)
+        """Run the tasks; what they are given, and what they give, is small enough to be kept."""
         runtime.share(self.slots)
-        with _slot(self.slots):
-            for attempt in range(1, self.attempts + 1):
-                try:
-                    results = list(self.task(iter(rows)))
-                    break
-                except Exception:
-                    if attempt == self.attempts:
-                        raise
-        yield from results
+        for rows in _divide(batches, self.target_bytes):
+            number = next(_numbers)
+            with _slot(self.slots):
+                for attempt in range(1, self.attempts + 1):
+                    try:
+                        results = list(self.task(iter(rows), number))
+                        break
+                    except Exception:
+                        if attempt == self.attempts:
+                            raise
+            yield from results
+
+
+def _divide(batches: Batches, target_bytes: int) -> Iterator[list[pa.RecordBatch]]:
+    """The rows of one task after the other; paths are few enough for one, and rows with images' bytes may not be."""
+    rows: list[pa.RecordBatch] = []
+    for batch in batches:
+        rows.append(batch)
+        if sum(each.nbytes for each in rows) >= target_bytes:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
 
 
 @functools.cache

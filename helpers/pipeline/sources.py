@@ -36,7 +36,7 @@ from helpers.pipeline.listing import Listing
 from helpers.pipeline.reading import list_files, read_parquet
 from helpers.pipeline.schemas import KEPT, KEY_NAMES, LISTED_SCHEMA, RESULT_SCHEMA
 from helpers.pipeline.table import LOG, Table
-from helpers.session import get_slots, spark_failure, spark_schema
+from helpers.session import NO_CATALOG, get_slots, is_sail, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
 from helpers.storage.interface import Files
 from helpers.storage.local import NO_TIME, LocalStorage
@@ -114,15 +114,17 @@ def open_table(spark: "SparkSession", source: str, config: Config) -> "TableSour
             is_delta = storage.exists(LOG)
             if config.spark.mode == "databricks":
                 rows = spark.read.format("delta" if is_delta else "parquet").load(source)
-            elif isinstance(storage, LocalStorage):
-                rows = _read_delta(spark, storage) if is_delta else spark.read.parquet(storage.root)
+            elif isinstance(storage, LocalStorage) and not (is_delta and is_sail(spark)):
+                options = {"pathGlobFilter": "*.parquet"} if is_sail(spark) else {}  # it stumbles over other files
+                rows = _read_delta(spark, storage) if is_delta else spark.read.options(**options).parquet(storage.root)
             else:
                 return _read_by_tasks(spark, source, storage, is_delta, files, config)
         return TableSource.of(source, rows, files, config)
     except (ConfigError, RunError, StorageError):
         raise
     except Exception as error:
-        raise RunError(f"{source} cannot be read as a table: {spark_failure(error)}") from None
+        remedy = f"; {NO_CATALOG}" if source.startswith(TABLE) and is_sail(spark) else ""
+        raise RunError(f"{source} cannot be read as a table: {spark_failure(error)}{remedy}") from None
 
 
 @dataclass
@@ -335,7 +337,7 @@ def _read_delta(spark: "SparkSession", storage: Storage) -> "DataFrame":
 def _read_by_tasks(
     spark: "SparkSession", source: str, storage: Storage, is_delta: bool, files: Files, config: Config
 ) -> TableSource:
-    """The columns that are wanted of a Delta table, or of Parquet files, on object storage: Spark may not reach it."""
+    """The columns that are wanted of a Delta table, or of Parquet files, where Spark may not reach or read them."""
     from pyspark.sql.pandas.types import to_arrow_schema
 
     if is_delta:
@@ -356,7 +358,8 @@ def _read_by_tasks(
         tops = {name if name in schema.names else name.partition(".")[0] for name in names if name}
         wanted = pa.schema([field for field in schema if field.name in tops])
         columns = parts.select(["path", *(name for name in parts.schema.names[1:] if name in tops)])
-        paths = spark.createDataFrame(columns).repartition(max(1, columns.num_rows))
+        tasks = get_slots(spark) if is_sail(spark) else columns.num_rows  # it starts all at once
+        paths = spark.createDataFrame(columns).repartition(max(1, tasks))
         return paths.mapInArrow(partial(read_parquet, storage=storage, schema=wanted), spark_schema(wanted))
 
     columns = config.source

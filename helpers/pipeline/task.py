@@ -17,7 +17,6 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -41,7 +40,6 @@ from helpers.storage.parquet import read_table, write_table
 STAGING = "_staging"
 ROW_GROUP_BYTES = 8 * 2**20
 SPOOL_BYTES = 16 * 2**20
-ON_DRIVER = 999_999  # the partition of what the driver does itself
 REASONS = 20  # distinct errors a task reports; the results have them all
 
 REASON = pa.struct([pa.field("error", pa.string()), pa.field("count", pa.int64())])
@@ -99,7 +97,6 @@ class Task:
     tiling: Tiling | None = None
     cascade: Cascade | None = None
     kept: pa.Schema = pa.schema([])  # the user's columns of the source that the results have too
-    on_driver: bool = False
     first_partition: int = 0  # a run may have several jobs, whose partitions Spark counts from 0 each
 
     @property
@@ -112,19 +109,19 @@ class Task:
         """Floating-point operations for one image, of all models together."""
         return sum(model.bundle.manifest.flops for model in self.models)
 
-    def __call__(self, batches: Batches) -> Iterator[pa.RecordBatch]:
-        """Run one partition: the input of `results` in, one row of `RECORD_SCHEMA` out (no images, no row)."""
+    def __call__(self, batches: Batches, partition: int = 0) -> Iterator[pa.RecordBatch]:
+        """Run one partition: the input of `results` in, one row of `RECORD_SCHEMA` out (no images, no row).
+
+        Args:
+            batches: the input.
+            partition: its number, where Spark does not say it.
+        """
         from pyspark import TaskContext
 
-        context, batches = TaskContext.get(), iter(batches)
-        partition, attempt = ON_DRIVER, 0
+        context, attempt = TaskContext.get(), 0
         if context:
-            partition, attempt = context.partitionId() + self.first_partition, context.attemptNumber()
-        elif not self.on_driver:  # of Sail's, where the rows know it
-            first = next(batches, None)
-            if first is None:
-                return
-            partition, batches = first["partition"][0].as_py() + self.first_partition, chain([first], batches)
+            partition, attempt = context.partitionId(), context.attemptNumber()
+        partition += self.first_partition
         started, clock, loaded = datetime.now(UTC), Clock(), loading_seconds()
         # The budget is of Spark's workers; the driver has much else in memory.
         memory_megabytes = self.memory_megabytes if context else None
