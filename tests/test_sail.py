@@ -70,7 +70,7 @@ import threading
 import numpy as np
 from helpers.bundle.runtime import get_model, share
 from helpers.config import load_config
-from helpers.pipeline.models import open_bundle
+from helpers.pipeline.driver import open_bundle
 
 def infer():
     model = get_model(bundle)
