@@ -186,7 +186,7 @@ class KeptColumns:
             paths = batch["path"].to_pylist()
             values = pa.concat_arrays([self._rows[path] for path in paths] or [pa.array([], self._type)])
             self._left.subtract(paths)
-            for path in paths:
+            for path in {*paths}:
                 if not self._left[path]:
                     del self._left[path], self._rows[path]
             schema = pa.schema([*batch.schema, *self._type])
