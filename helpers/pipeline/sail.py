@@ -77,11 +77,13 @@ class Tasks:
 def _divide(batches: Batches, target_bytes: int) -> Iterator[list[pa.RecordBatch]]:
     """The rows of one task after the other; paths are few enough for one, and rows with images' bytes may not be."""
     rows: list[pa.RecordBatch] = []
+    size = 0
     for batch in batches:
         rows.append(batch)
-        if sum(each.nbytes for each in rows) >= target_bytes:
+        size += batch.nbytes
+        if size >= target_bytes:
             yield rows
-            rows = []
+            rows, size = [], 0
     if rows:
         yield rows
 
