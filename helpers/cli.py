@@ -6,13 +6,16 @@ mistake the message explains.
 """
 
 import argparse
+import contextlib
 import json
 import logging
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -27,12 +30,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+INTERRUPTED = 130  # what shells say of Ctrl-C
 BUSY = 0.7  # the share of their time in which tasks on local files compute, at least, where nothing disturbs them
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command, by default that of this process, and return its exit code."""
     options = _parser().parse_args(arguments)
+    options.is_own_process = arguments is None
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for handler in logging.root.handlers:
         handler.addFilter(Redacting())
@@ -49,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         _tell(f"error: {explain(error, redact(str(error.filename or 'temporary files (TMPDIR)')))}")
     except ModuleNotFoundError as error:
         _tell(f"error: a package is not installed ({error}): {TRAIN_REMEDY}")
+    except KeyboardInterrupt:
+        _tell("stopped; what is finished is kept, and the same command goes on")
+        return INTERRUPTED
     except Exception:
         _tell(redact(traceback.format_exc()))
         return 1
@@ -59,12 +67,16 @@ def run(options: argparse.Namespace, config: Config) -> int:
     """The four stages over every image below `--source`."""
     import psutil
 
-    from helpers.session import get_spark, starting, with_mode
+    from helpers.session import get_spark, is_sail, starting, with_mode
 
-    config = with_mode(config, options.source, options.output)
+    may_change = config.spark.mode == "auto" and options.is_own_process
+    command = [sys.executable, *sys.orig_argv[1:], "--set", "spark.mode=local"]
+    start_again = partial(os.execve, sys.executable, command, dict(os.environ))  # before a session leaves variables
+    config = with_mode(config, *([options.source, options.output] if may_change else []))
     # Mistakes are told before Spark is up; its JVM starts beside the imports, which take as long.
     with starting(config):
         from helpers import pipeline
+        from helpers.pipeline import sail
         from helpers.pipeline.results import ResultStore
         from helpers.tracking import registry
 
@@ -73,7 +85,10 @@ def run(options: argparse.Namespace, config: Config) -> int:
         ResultStore(task.output).check()
     spark = get_spark(config)
     started = time.time() - psutil.Process().create_time()
-    summary = pipeline.run(spark, options.source, models, options.output, config, started)
+    with contextlib.ExitStack() as stack:
+        if may_change and is_sail(spark):
+            stack.enter_context(sail.within(config.inference.memory_megabytes, start_again))
+        summary = pipeline.run(spark, options.source, models, options.output, config, started)
     too_many = summary.failed_of_all > config.max_failed_share * summary.images
     if too_many:
         _tell(
@@ -93,10 +108,10 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
 def train(options: argparse.Namespace, config: Config) -> int:
     """A PyTorch program as the ranks of one training."""
-    from helpers.session import get_spark, with_mode
+    from helpers.session import get_spark
     from helpers.training import train_on_spark
 
-    spark = get_spark(with_mode(config, "training"))
+    spark = get_spark(config)
     result = train_on_spark(spark, options.program, options.arguments, options.processes, use_gpu=options.gpu)
     print(json.dumps(result))
     return 0
@@ -232,9 +247,9 @@ def doctor(options: argparse.Namespace, config: Config) -> int:
 def _open_results(output: str, config: Config) -> "ResultStore":
     from helpers.pipeline.catalog import open_results
     from helpers.pipeline.sources import TABLE
-    from helpers.session import get_spark, with_mode
+    from helpers.session import get_spark
 
-    return open_results(get_spark(with_mode(config, output)) if output.startswith(TABLE) else None, output, config)
+    return open_results(get_spark(config) if output.startswith(TABLE) else None, output, config)
 
 
 class _JsonFormatter(logging.Formatter):

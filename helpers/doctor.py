@@ -94,7 +94,9 @@ def _install(config: Config) -> str:
 
 def _java(config: Config) -> str:
     mode, _ = choose_mode(config)
-    if mode in ("databricks", "sail") or config.spark.master.startswith("sc://"):
+    if mode == "sail":
+        return "is not here; runs do without, trainings on Spark need it"
+    if mode == "databricks" or config.spark.master.startswith("sc://"):
         return f"not needed here in mode {mode}"
     return check_java()
 
@@ -109,7 +111,7 @@ def _spark(config: Config) -> str:
     if config.spark.mode == "cluster":
         _check_master(master)
     where = "the session of this host" if config.spark.mode == "databricks" else shown_master(config)
-    mode, why = choose_mode(config)
+    mode, why = choose_mode(config, "a run of files")
     return f"pyspark {_version('pyspark')}, mode {mode} ({why}), {where} (profile {config.profile})"
 
 

@@ -93,7 +93,7 @@ def jvm_command(settings: Mapping[str, str]) -> list[str] | None:
         None where the launcher is needed, or better tells what is wrong: on Windows, with settings and variables that
         are not this project's, and without a Java that surely is new enough.
     """
-    java, home = _find_java(), _spark_home()
+    java, home = find_java(), _spark_home()
     if java is None or not os.access(java, os.X_OK) or home is None or (home / "conf").exists() or os.name != "posix":
         return None
     if OTHERS_VARIABLES & os.environ.keys() or OTHERS_SETTINGS & settings.keys():
@@ -128,7 +128,7 @@ def check_java() -> str:
     Raises:
         HostError: there is none, or it is older than Spark needs.
     """
-    home, java = os.environ.get("JAVA_HOME"), _find_java()
+    home, java = os.environ.get("JAVA_HOME"), find_java()
     if not java or not Path(java).exists():
         where = f"JAVA_HOME is {home}, which has no bin/java" if home else "there is no java on the PATH"
         raise HostError(f"Spark needs Java {MINIMUM_JAVA} or newer, and {where}: {JAVA_REMEDY}.")
@@ -148,7 +148,8 @@ def _spark_home() -> Path | None:
     return Path(spark.origin).parent if spark and spark.origin else None
 
 
-def _find_java() -> str | None:
+def find_java() -> str | None:
+    """The program that Spark starts, if it is there; None if nothing says where it is."""
     home = os.environ.get("JAVA_HOME")
     return str(Path(home, "bin", "java")) if home else shutil.which("java")
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PAGE = resource.getpagesize()
+_is_shared = False  # by several tasks
 OVERLAP_SECONDS = 0.5  # that two tasks last, so that they run at the same time where they can
 
 
@@ -29,7 +30,8 @@ def bounded(megabytes: int | None) -> Iterator[int | None]:
     """Let every allocation fail that would take this process beyond so many megabytes; None for no limit.
 
     The size of an image says what decoding takes, but a decoder can be made to take more: by texts, tables and indices
-    that a few bytes describe. What then fails is an error of that image. Other threads are limited too, for as long.
+    that a few bytes describe. What then fails is an error of that image. Other threads would be limited too, for as
+    long, so that in a process that tasks share (`share`) none is.
 
     Yields:
         How many bytes more the process may take.
@@ -39,7 +41,7 @@ def bounded(megabytes: int | None) -> Iterator[int | None]:
         return
     space, resident = _memory()
     left = max(0, megabytes * 2**20 - resident)
-    if space is None:
+    if space is None or _is_shared:
         yield left
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -49,6 +51,12 @@ def bounded(megabytes: int | None) -> Iterator[int | None]:
         yield left
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def share() -> None:
+    """Say that several tasks share this process."""
+    global _is_shared
+    _is_shared = True
 
 
 def trim_heap() -> None:

@@ -12,9 +12,11 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import weakref
@@ -28,7 +30,7 @@ from urllib.parse import urlsplit
 
 from helpers.config import CONF, PACKAGE, PROJECT, Config
 from helpers.errors import HostError, first_line
-from helpers.java import Jvm, check_java, jvm_command, local_options
+from helpers.java import Jvm, check_java, find_java, jvm_command, local_options
 from helpers.memory import name_process
 from helpers.redaction import redact
 from helpers.temporary import user_folder
@@ -46,6 +48,12 @@ SESSION_SETTINGS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "1000",
     "spark.sql.execution.arrow.maxBytesPerBatch": str(16 * 2**20),
     "spark.sql.session.timeZone": "UTC",
+}
+# Without Spark's page, which takes a moment to start, and without need of a host name that resolves.
+ON_THIS_MACHINE = {
+    "spark.ui.enabled": "false",
+    "spark.driver.host": "localhost",
+    "spark.driver.bindAddress": "127.0.0.1",
 }
 # Settings and variables of such a name are hidden in Spark's pages and event log; its own default knows fewer.
 REDACTED_NAMES = "(?i)secret|password|passwd|pwd|token|credential|signature|sas|key"
@@ -101,24 +109,32 @@ def choose_mode(config: Config, *uses: str) -> tuple[str, str]:
 
     Args:
         config: settings.
-        uses: what the session is for: `training`, or the locations of a run.
+        uses: the locations of a run, if the session is for one; what others ask of it may be anything.
     """
-    if config.spark.mode != "auto":
-        return config.spark.mode, "it is set"
+    spark = config.spark
+    if spark.mode != "auto":
+        return spark.mode, "it is set"
     if not find_spec("pysail"):
         return "local", "pysail is not installed"
-    if _local_cores(config.spark.master) is None:
+    if _local_cores(spark.master) is None:
         return "local", "spark.master names a cluster"
-    reasons = [f"{use} needs Spark itself" for use in uses if re.match("training$|table:|cloudFiles:", use)]
-    return ("local", reasons[0]) if reasons else ("sail", "pysail is installed")
+    if spark.conf:
+        return "local", f"{next(iter(spark.conf))} is a setting of Spark"
+    if uses:
+        reasons = [
+            f"{use.partition(':')[0]}: needs Spark itself" for use in uses if re.match("table:|cloudFiles:", use)
+        ]
+        return ("local", reasons[0]) if reasons else ("sail", "pysail is installed")
+    return ("local", "it can do anything") if find_java() else ("sail", "there is no Java")
 
 
 def with_mode(config: Config, *uses: str) -> Config:
-    """The settings with the mode of `choose_mode`; the log says why."""
+    """The settings with the mode of `choose_mode`; of a run the log says why."""
     mode, why = choose_mode(config, *uses)
     if mode == config.spark.mode:
         return config
-    log.info("spark.mode %s: %s", mode, why)
+    if uses:
+        log.info("spark.mode %s: %s", mode, why)
     return config.model_copy(update={"spark": config.spark.model_copy(update={"mode": mode})})
 
 
@@ -157,6 +173,9 @@ def get_spark(config: Config) -> "SparkSession":
         raise HostError(f"no Spark session from {shown_master(config)}: {message}") from None
     if config.spark.mode == "sail":
         _sail_slots[spark] = _count_slots(_local_cores(config.spark.master) or "*")
+        if threading.current_thread() is threading.main_thread():
+            # The server ends itself on Ctrl-C, and its client would look for it for ten minutes. So only Python hears.
+            signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT))
         return spark
     if not own_jvm:
         set_where_allowed(spark, SESSION_SETTINGS)
@@ -493,6 +512,8 @@ def _jvm_settings(config: Config) -> dict[str, str]:
         "spark.ui.showConsoleProgress": "false",
         "spark.redaction.regex": REDACTED_NAMES,
     }
+    if not is_cluster:
+        settings |= ON_THIS_MACHINE
     if is_cluster:
         # A plan goes by the executors that are there, so it pays to wait for all of them, and not for ever.
         settings["spark.scheduler.minRegisteredResourcesRatio"] = "1.0"

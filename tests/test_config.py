@@ -68,7 +68,6 @@ def test_spark_settings_keep_their_dots_and_join_the_profiles(monkeypatch):
     assert dotted.spark.conf["spark.sql.shuffle.partitions"] == "7"
     assert dotted.spark.conf["spark.speculation"] == "true"
     assert dotted.spark.conf["spark.executor.memory"] == "2g"
-    assert dotted.spark.conf["spark.ui.enabled"] == "false"  # conf/local.yaml
 
 
 def test_a_profile_comes_from_the_environment(monkeypatch):

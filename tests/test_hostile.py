@@ -40,9 +40,9 @@ VIDEOS: dict[str, tuple[Callable[[], bytes], list, list]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def run(bundle_uri, tmp_path_factory) -> tuple[Finished, dict[str, dict], float]:
-    """The command, its rows by name, and the megabytes that a worker had at most."""
+@pytest.fixture(scope="module", params=["auto", "local"])
+def run(request, bundle_uri, tmp_path_factory) -> tuple[Finished, dict[str, dict], float]:
+    """The command in a mode, its rows by name, and the megabytes that a worker of Spark had at most."""
     place = tmp_path_factory.mktemp("hostile")
     folder = place / "files"
     folder.mkdir()
@@ -55,7 +55,12 @@ def run(bundle_uri, tmp_path_factory) -> tuple[Finished, dict[str, dict], float]
         os.truncate(folder / name, length)
     for number, name in enumerate(GOOD):
         cv2.imwrite(str(folder / name), np.full((40, 60, 3), 20 * number, np.uint8))
-    settings = ["spark.master=local[1]", f"inference.memory_megabytes={MEGABYTES}", "max_failed_share=1"]
+    settings = [
+        f"spark.mode={request.param}",
+        "spark.master=local[1]",
+        f"inference.memory_megabytes={MEGABYTES}",
+        "max_failed_share=1",
+    ]
     started = start_run(folder, bundle_uri, place / "out", place / "log", *settings, f"paths.runs={place / 'runs'}")
     driver, peak = psutil.Process(started.process.popen.pid), 0.0
 
@@ -109,5 +114,6 @@ def test_of_a_hostile_video_the_frames_that_are_good_have_predictions(run, name)
         assert (row["error"] is None) == (number in good) == (row["predictions"] is not None)
 
 
+@pytest.mark.parametrize("run", ["local"], indirect=True)
 def test_no_worker_takes_more_memory_than_it_may(run):
     assert 100 < run[2] <= MEGABYTES

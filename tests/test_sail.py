@@ -5,20 +5,25 @@ A process cannot hold a classic and a Connect session at once, so every run here
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bombs import bilevel_png
 from cluster import Finished, Run, start_run
 from test_video import pictures, write_clip
 
 from helpers.config import load_config
 from helpers.doctor import examine
+from helpers.memory import resident_megabytes
 from helpers.pipeline import sail
 from helpers.session import choose_mode, with_mode
 
@@ -126,6 +131,39 @@ def test_a_killed_run_loses_nothing(source, bundle_uri, expected, tmp_path):
     assert second.summary["skipped"] > 0
 
 
+def test_ctrl_c_ends_a_run_which_the_same_command_goes_on_with(source, bundle_uri, expected, tmp_path):
+    few = ("spark.master=local[1]", "partitioning.partitions=16")
+    first = start(source, bundle_uri, tmp_path, *few, mode="auto")
+    first.wait_until_staged(2)
+    first.process.popen.send_signal(signal.SIGINT)
+    stopped = first.finish()
+    assert stopped.code == 130 and stopped.errors.endswith("the same command goes on\n"), stopped.errors
+    second = start(source, bundle_uri, tmp_path, *few, mode="auto", name="second").finish()
+    assert sorted_rows(second) == expected
+    assert second.summary["skipped"] > 0
+
+
+def test_spark_goes_on_where_an_image_takes_more_than_the_tasks_of_sail_leave(bundle_uri, tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(20):
+        cv2.imwrite(str(tmp_path / "images" / f"{number}.png"), np.full((40, 60, 3), 10 * number, np.uint8))
+    (tmp_path / "images" / "large.png").write_bytes(bilevel_png(11_000, 11_000))  # decoding takes 923 MB
+    tight = "inference.memory_megabytes=1250"
+    finished = start(tmp_path / "images", bundle_uri, tmp_path, tight, mode="auto").finish()
+    assert "Spark goes on" in finished.errors
+    assert [row["error"] for row in finished.rows()] == [None] * 21, finished.errors
+
+
+def test_a_process_that_takes_more_than_it_may_starts_again():
+    again = threading.Event()
+    with sail.within(round(resident_megabytes()) + 100, again.set):
+        assert not again.wait(0.2)
+        pixels = np.ones(200 * 2**20, np.uint8)
+        assert again.wait(20) and pixels.all()
+    again.clear()
+    assert not again.wait(0.2)
+
+
 def test_stages_one_by_one_give_the_rows_of_the_run(source, bundle_uri, expected, tmp_path):
     target = tmp_path / "rows.parquet"
     command = [sys.executable, "-c", STAGES, str(source), bundle_uri, str(target)]
@@ -163,19 +201,27 @@ def test_tasks_that_infer_for_the_first_time_at_once_do_not_wait_for_each_other(
         "files": ((["photos", "out"]), {}, "sail"),
         "results in a catalog": (["photos", "table:results"], {}, "local"),
         "Auto Loader": (["cloudFiles:photos", "out"], {}, "local"),
-        "training": (["training"], {}, "local"),
+        "anything": ([], {}, "local"),
+        "settings of Spark": (["photos", "out"], {"spark.conf": {"spark.ui.enabled": "true"}}, "local"),
         "a cluster": (["photos", "out"], {"spark.master": "spark://host:7077"}, "local"),
         "another mode": (["photos", "out"], {"spark.mode": "connect"}, "connect"),
     }.values(),
 )
-def test_auto_is_sail_for_what_sail_can_do(uses, settings, mode):
-    assert choose_mode(load_config("local", **{"spark.mode": "auto", **settings}), *uses)[0] == mode
+def test_one_machine_takes_sail_for_what_sail_can_do(uses, settings, mode):
+    assert choose_mode(load_config("local", **settings), *uses)[0] == mode
 
 
-def test_auto_is_spark_where_there_is_no_sail(monkeypatch):
+def test_without_java_everything_is_tried_on_sail(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    assert choose_mode(load_config("local"))[0] == "sail"
+    assert [finding.ok for finding in examine(load_config("local"), ["java", "spark"])] == [True, True]
+
+
+def test_one_machine_takes_spark_where_there_is_no_sail(monkeypatch):
     monkeypatch.setitem(sys.modules, "pysail", None)
-    config = load_config("local", **{"spark.mode": "auto"})
-    assert with_mode(config).spark.mode == "local"
+    config = load_config("local")
+    assert with_mode(config, "photos").spark.mode == "local"
     (finding,) = examine(config, ["spark"])
     assert "mode local (pysail is not installed)" in finding.detail
 
@@ -202,11 +248,12 @@ class Counting:
 
 
 BATCH = pa.RecordBatch.from_pydict({"a": [1]})  # of 8 bytes
+SMALL = load_config("local", partitioning={"target_bytes": 8}).partitioning
 
 
 def test_as_many_tasks_run_at_once_as_there_are_slots():
     task = Counting()
-    threads = [threading.Thread(target=lambda: list(sail.Tasks(task, 3, 1, 8)([BATCH]))) for _ in range(12)]
+    threads = [threading.Thread(target=lambda: list(sail.Tasks(task, 3, 1, SMALL)([BATCH]))) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -214,14 +261,16 @@ def test_as_many_tasks_run_at_once_as_there_are_slots():
     assert task.calls == 12 and task.most == 3
 
 
-def test_many_bytes_of_one_partition_are_several_tasks_with_numbers_of_their_own():
+@pytest.mark.parametrize("limit", [{"target_bytes": 16}, {"target_images": 2}])
+def test_many_rows_are_several_tasks_with_numbers_of_their_own(limit):
     task = Counting()
-    assert list(sail.Tasks(task, 2, 1, 16)([BATCH] * 5)) == [BATCH] * 5
+    limits = load_config("local", partitioning=limit).partitioning
+    assert list(sail.Tasks(task, 2, 1, limits)([BATCH] * 5)) == [BATCH] * 5
     assert task.calls == len(task.numbers) == 3
 
 
 def test_a_task_is_tried_as_often_as_sparks_are():
     task = Counting(failures=3)
-    assert list(sail.Tasks(task, 2, 4, 8)([BATCH])) == [BATCH] and task.calls == 4
+    assert list(sail.Tasks(task, 2, 4, SMALL)([BATCH])) == [BATCH] and task.calls == 4
     with pytest.raises(OSError, match="busy"):
-        list(sail.Tasks(Counting(failures=4), 2, 4, 8)([BATCH]))
+        list(sail.Tasks(Counting(failures=4), 2, 4, SMALL)([BATCH]))

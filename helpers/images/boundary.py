@@ -9,6 +9,7 @@ from helpers.redaction import redact
 
 R = TypeVar("R")
 
+MORE_THAN_LEFT = "more than inference.memory_megabytes leaves"
 MAX_CHARACTERS = 300  # of an error: other libraries' may repeat what they were given
 READ_ERRORS = {
     errno.ENOENT: "the file is gone: it was moved or deleted after it was listed, or its link leads nowhere",
@@ -67,7 +68,7 @@ def too_long(length: int, max_bytes: int) -> str | None:
 def reason(error: Exception) -> str:
     """Why something could not be done with an image, for the row's `error`: one line, with words in it."""
     if isinstance(error, MemoryError):
-        text = "there is not enough memory for it: inference.memory_megabytes is what a task may take"
+        text = f"there is not enough memory for it: it takes {MORE_THAN_LEFT}"
     elif isinstance(error, OSError):
         text = READ_ERRORS.get(error.errno or 0, f"the file cannot be read: {error.strerror or error}")
     elif isinstance(error, UnreadableImageError):

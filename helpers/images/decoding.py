@@ -7,7 +7,7 @@ differ enough to change predictions. Executors import this module.
 import cv2
 import numpy as np
 
-from helpers.images.boundary import UnreadableImageError
+from helpers.images.boundary import MORE_THAN_LEFT, UnreadableImageError
 from helpers.images.geometry import Placement, place
 from helpers.images.headers import DAMAGED, Header, Size, read_header
 from helpers.images.resampling import resample
@@ -119,7 +119,7 @@ def _checked(content: bytes | memoryview, max_pixels: int, max_memory: int | Non
     if max_memory is not None and header.nbytes > max_memory:
         raise UnreadableImageError(
             f"the image has {header.width} x {header.height} pixels, which take {header.nbytes / 2**20:.0f} MB to "
-            "decode, more than inference.memory_megabytes leaves"
+            f"decode, {MORE_THAN_LEFT}"
         )
     return header
 

@@ -67,9 +67,11 @@ def planned_paths(spark: "SparkSession", images: pa.Table, plan: PartitionPlan) 
 
 
 def by_partition(rows: "DataFrame", partitions: int) -> "DataFrame":
-    """Rows divided by their column `partition`; on Sail those of one stay together, perhaps with those of others."""
-    divide = rows.repartition if is_sail(rows.sparkSession) else rows.repartitionById
-    return divide(max(1, partitions), "partition")
+    """Rows divided by their column `partition`; on Sail among its tasks, which are few."""
+    spark = rows.sparkSession
+    if is_sail(spark):
+        return rows.repartition(get_slots(spark))
+    return rows.repartitionById(max(1, partitions), "partition")
 
 
 def read_by_spark(spark: "SparkSession", storage: Files, rows: pa.Table, config: Config) -> Iterator["DataFrame"]:

@@ -331,9 +331,8 @@ class Run:
                 for part in self._inputs(images, plan):
                     numbered: Any = replace(task, first_partition=first)
                     if is_sail(spark):
-                        numbered = sail.Tasks(
-                            numbered, self.slots, config.spark.task_attempts, config.partitioning.target_bytes
-                        )
+                        light = sail.LightTask(**vars(numbered))
+                        numbered = sail.Tasks(light, self.slots, config.spark.task_attempts, config.partitioning)
                     rows += part.mapInArrow(numbered, spark_schema(RECORD_SCHEMA)).collect()
                     first = max(first, 1 + max((row.partition for row in rows), default=-1))
         except Exception as error:
@@ -369,7 +368,7 @@ class Run:
             paths = table.with_kept(spark.createDataFrame(images))
             yield by_partition(paths, plan.partitions)
         else:
-            yield planned_paths(spark, images, plan)
+            yield sail.planned(spark, images) if is_sail(spark) else planned_paths(spark, images, plan)
 
     def _count(self) -> tuple[int, int]:
         """Images and failed images so far."""
