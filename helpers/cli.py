@@ -67,12 +67,13 @@ def run(options: argparse.Namespace, config: Config) -> int:
     """The four stages over every image below `--source`."""
     import psutil
 
-    from helpers.session import get_spark, is_sail, starting, with_mode
+    from helpers.session import choose_mode, get_spark, is_sail, starting, with_mode
 
     may_change = config.spark.mode == "auto" and options.is_own_process
     command = [sys.executable, *sys.orig_argv[1:], "--set", "spark.mode=local"]
     start_again = partial(os.execve, sys.executable, command, dict(os.environ))  # before a session leaves variables
-    config = with_mode(config, *([options.source, options.output] if may_change else []))
+    uses = [options.source, options.output] if may_change else []
+    chosen, config = choose_mode(config, *uses), with_mode(config, *uses)
     # Mistakes are told before Spark is up; its JVM starts beside the imports, which take as long.
     with starting(config):
         from helpers import pipeline
@@ -84,6 +85,8 @@ def run(options: argparse.Namespace, config: Config) -> int:
         task = pipeline.make_task(options.source, models, options.output, config)
         ResultStore(task.output).check()
     spark = get_spark(config)
+    if may_change:
+        log.info("spark.mode %s: %s", *chosen)
     started = time.time() - psutil.Process().create_time()
     with contextlib.ExitStack() as stack:
         if may_change and is_sail(spark):

@@ -93,6 +93,7 @@ def starting(config: Config) -> Iterator[None]:
     """
     global _jvm
     check_master(config)
+    config = with_mode(config)
     if config.spark.mode == "local" and (command := jvm_command(_settings(config))):
         _jvm = Jvm(command)
     try:
@@ -129,12 +130,8 @@ def choose_mode(config: Config, *uses: str) -> tuple[str, str]:
 
 
 def with_mode(config: Config, *uses: str) -> Config:
-    """The settings with the mode of `choose_mode`; of a run the log says why."""
-    mode, why = choose_mode(config, *uses)
-    if mode == config.spark.mode:
-        return config
-    if uses:
-        log.info("spark.mode %s: %s", mode, why)
+    """The settings with the mode of `choose_mode`."""
+    mode, _ = choose_mode(config, *uses)
     return config.model_copy(update={"spark": config.spark.model_copy(update={"mode": mode})})
 
 

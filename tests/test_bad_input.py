@@ -154,11 +154,12 @@ class Outcome:
     watched: int = field(default=0)
 
 
-@pytest.fixture(scope="module")
-def outcome(bundle_uri, tmp_path_factory) -> Outcome:
+@pytest.fixture(scope="module", params=["auto", "local"])
+def outcome(request, bundle_uri, tmp_path_factory) -> Outcome:
     folder = write_all(tmp_path_factory.mktemp("bad") / "photos 100%")
     place = tmp_path_factory.mktemp("bad_output")
     settings = ("spark.master=local[2]", f"paths.runs={place / 'runs'}", "partitioning.partitions=4")
+    settings += (f"spark.mode={request.param}",)
     run = start_run(folder, bundle_uri, place / "out", place / "run.log", *settings, before=without_privileges())
     driver, peaks = psutil.Process(run.process.popen.pid), [0]
 
@@ -220,6 +221,7 @@ def test_a_name_that_is_no_text_is_one_row_that_says_so_or_has_predictions(outco
     assert (row["predictions"] is not None) != ("name" in (row["error"] or ""))
 
 
+@pytest.mark.parametrize("outcome", ["local"], indirect=True)
 def test_a_large_image_of_few_bytes_takes_no_memory(outcome):
     assert outcome.watched > 0
     assert outcome.worker_megabytes < WORKER_MEGABYTES

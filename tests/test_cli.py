@@ -187,9 +187,12 @@ def test_doctor_without_java_exits_1_with_the_remedy_and_goes_on(tmp_path):
     assert any(line.split()[:2] == ["ok", "openvino"] for line in answer.stdout.splitlines())
 
 
-def test_run_without_java_is_one_line_and_exit_2(samples, bundle_uri, tmp_path):
+def test_a_run_without_java_is_sails_and_one_line_and_exit_2_where_spark_is_asked_for(samples, bundle_uri, tmp_path):
     options = ("--source", samples, "--model", bundle_uri, "--output", "out")
     answer = helpers("run", *options, cwd=tmp_path, JAVA_HOME=str(tmp_path / "nowhere"))
+    assert answer.returncode == 0, answer.stderr
+    asked = (*options, "--set", "spark.mode=local")
+    answer = helpers("run", *asked, cwd=tmp_path, JAVA_HOME=str(tmp_path / "nowhere"))
     assert_mistake(answer, "Java 17", "apt-get install openjdk-17")
 
 

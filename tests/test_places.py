@@ -247,7 +247,8 @@ def test_an_output_on_a_file_system_without_whole_files_is_one_line(
 def test_a_folder_for_temporary_files_that_is_full_is_one_line(photos, bundle_uri, tmp_path):
     with mounted(tmp_path / "disk", "size=1m"):
         (tmp_path / "disk" / "somebody else's").write_bytes(bytes(2**20 - 3 * 4096))
-        answer = run_unprivileged(*arguments(photos, bundle_uri, tmp_path / "out"), TMPDIR=str(tmp_path / "disk"))
+        given = arguments(photos, bundle_uri, tmp_path / "out", "spark.mode=local")  # Sail needs less there
+        answer = run_unprivileged(*given, TMPDIR=str(tmp_path / "disk"))
     assert_one_line(answer.returncode, answer.stdout, answer.stderr, "disk is full", "TMPDIR")
 
 

@@ -9,17 +9,13 @@ own work, measured without Spark in one process, is the ratio that other work di
 """
 
 import argparse
-import cProfile
 import os
 import platform
-import pstats
-import re
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,7 +37,7 @@ from studies.workloads import make_bundle, make_photographs
 
 TESTS = Path(__file__).parent.parent
 IMAGES = 2000
-PROFILED = 300
+MEASURED = 500
 RUN_CORE, SERVER_CORE = "0", "1"
 
 
@@ -69,16 +65,17 @@ def main() -> None:
             adls = run("ADLS", f"{base}/photos", str(options.work / "light"), f"{base}/out{repeat}", processes, reached)
             rows.append(adls)
             check(output, count)
-        of_tasks = [
-            task_milliseconds(str(photos), str(options.work / "light")),
-            task_milliseconds(f"{base}/photos", str(options.work / "light"), *reached[1::2]),
+        ways = {"local folder": (str(photos), []), "ADLS": (f"{base}/photos", reached[1::2])}
+        milliseconds = [
+            {"way": way, **task_milliseconds(source, str(options.work / "light"), settings), **read(source, settings)}
+            for _ in range(2 * repeats)
+            for way, (source, settings) in ways.items()
         ]
-        read = profile(f"{base}/photos", reached[1::2])
     report(pd.DataFrame(rows), options.latency)
-    print(f"{of_tasks[0] / of_tasks[1]:8.2f}  images per second of processor time, as a share of the local folder's")
-    print(f"{of_tasks[1] - of_tasks[0]:8.2f}  ms of processor time that reading an image takes more")
-    print("\nper cent of the time in which one thread reads, by the package whose code it is spent in")
-    print((100 * read / read.sum()).round(1).head(8).to_string())
+    table = pd.DataFrame(milliseconds).groupby("way", sort=False).median()
+    print(f"\nmilliseconds an image, medians of {2 * repeats}\n\n{table.round(2).to_string()}\n")
+    of_task = table["a task, CPU"]
+    print(f"{of_task.iloc[0] / of_task.iloc[1]:8.2f}  images per second of a task's CPU, of the local folder's")
 
 
 @contextmanager
@@ -119,32 +116,29 @@ def run(way: str, source: str, model: str, output: str, server: list[psutil.Proc
     }
 
 
-def task_milliseconds(source: str, model: str, *settings: str) -> float:
-    """Processor time of reading, decoding and inferring an image in a task."""
-    config = load_config("local", **parse_assignments(list(settings)))
+def task_milliseconds(source: str, model: str, settings: list[str]) -> dict[str, float]:
+    """Of an image in a task, which reads, decodes and infers."""
+    config = load_config("local", **parse_assignments(settings))
     task = make_task(source, model, tempfile.gettempdir(), config)
-    images = list_images(task.source, config).images
+    images = list_images(task.source, config).images[:MEASURED]
     batches = assign(images, plan(images, 1, config)).to_batches(max_chunksize=1000)
     for _ in task.results([batches[0].slice(0, 50)]):
         pass  # compiles the model, and connects
     start = time.process_time()
     rows = sum(batch.num_rows for batch in task.results(batches))
-    return (time.process_time() - start) / rows * 1000
+    return {"a task, CPU": (time.process_time() - start) / rows * 1000}
 
 
-def profile(source: str, settings: list[str]) -> pd.Series:
-    """Seconds of reading the images one after the other, by the package whose code they are spent in."""
+def read(source: str, settings: list[str]) -> dict[str, float]:
+    """Of reading alone, one image after the other."""
     storage = open_storage(source, load_config("local", **parse_assignments(settings)))
-    names = [entry.path for entry in storage.list()][:PROFILED]
+    names = [entry.path for entry in storage.list()][:MEASURED]
     storage.read(names[0])  # connects
-    profiler = cProfile.Profile()
-    profiler.runcall(lambda: [storage.read(name) for name in names])
-    spent: Counter[str] = Counter()
-    for (file, _, name), (_, _, own, _, _) in pstats.Stats(profiler).stats.items():
-        package = re.search(r"site-packages/(\w+)|/(helpers)/", file) or re.search(r"(obstore)()", name)
-        sockets = "sockets, waiting for the server" if "socket" in name else "Python's library"
-        spent[package[1] or package[2] if package else sockets] += own
-    return pd.Series(spent).sort_values(ascending=False)
+    start, cpu = time.perf_counter(), time.process_time()
+    for name in names:
+        storage.read(name)
+    taken = {"reading": time.perf_counter() - start, "reading, CPU": time.process_time() - cpu}
+    return {name: 1000 * seconds / len(names) for name, seconds in taken.items()}
 
 
 def seconds(processes: list[psutil.Process]) -> float:
