@@ -453,7 +453,9 @@ class Commits:
     work: Work
 
     @classmethod
-    def of(cls, open_results: Callable[[object], ResultStore], earlier: list[pa.Table], new: list[pa.Table]):
+    def of(
+        cls, open_results: Callable[[object], ResultStore], earlier: list[pa.Table], new: list[pa.Table]
+    ) -> "Commits":
         store = open_results("first")
         publish(store, *(stage(store, "run1", number, rows) for number, rows in enumerate(earlier)))
         names = [entry.path.removeprefix(f"{store.storage.root}/") for entry in store.storage.list("results")]
