@@ -1,6 +1,7 @@
-"""Runs of the command line as a user starts them, to disturb; `studies.cluster` has the cluster for them."""
+"""The command line as a user calls it, and runs of it to disturb; `studies.cluster` has the cluster for them."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
+from helpers.cli import main
 from helpers.java import local_options
 from helpers.session import DAEMON
 from studies.cluster import PATIENCE, Process, arguments_of, wait_for
@@ -121,6 +123,15 @@ def start_run(
     command = [*before, sys.executable, "-m", "helpers", "run", "--profile", profile, *options]
     command += ["--source", str(source), "--model", model, "--output", str(output)]
     return Run(output, Process(command, log, {"SPARK_SUBMIT_OPTS": local_options()}))
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess:
+    """The command line in this process, which costs no imports; the log goes to this process's own."""
+    answer, errors = io.StringIO(), io.StringIO()
+    words = [str(argument) for argument in arguments]
+    with contextlib.redirect_stdout(answer), contextlib.redirect_stderr(errors):
+        code = main(words)
+    return subprocess.CompletedProcess(words, code, answer.getvalue(), errors.getvalue())
 
 
 def read_results(output: str | Path, version: int | None = None) -> pa.Table:

@@ -9,10 +9,12 @@ import dfs_facade
 import object_stores
 import pytest
 from dfs_facade import DfsFacade
+from pyspark.sql import SparkSession
 
 import fashion_data
 from conf import pack
 from helpers.config import Config, load_config
+from helpers.pipeline.table import Table
 from helpers.session import get_spark
 from helpers.storage import open_storage
 from studies.samples import write_images, write_samples
@@ -140,3 +142,13 @@ def s3_settings(s3) -> dict[str, str]:
 def s3_root(s3) -> str:
     """A folder, which is not there yet, in a bucket of its own."""
     return f"s3://{s3.make_bucket()}/a folder"
+
+
+@pytest.fixture
+def here(spark, s3, monkeypatch) -> SparkSession:
+    """The session for runs over a server that this process stands before; its workers have the keys of both servers."""
+    for name, key in {"ADLS_KEY": dfs_facade.KEY, "S3_KEY": s3.credential}.items():
+        monkeypatch.setitem(spark.sparkContext.environment, name, key)
+    # The library lets no thread of this process go on while it asks for it, so that nobody would answer.
+    monkeypatch.setattr(Table, "history", lambda *_: [])
+    return spark

@@ -23,18 +23,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from azure.storage.filedatalake import FileSystemSasPermissions, generate_file_system_sas
-from cluster import Finished, Run, python_workers, start_run
+from cluster import Run, python_workers, read_rows, start_run
 from deltalake import DeltaTable
 from dfs_facade import ACCOUNT, BUSY, DROP, DROP_AFTERWARDS, EXPIRE, KEY, DfsFacade, Request
 from nbclient import NotebookClient
+from pyspark.sql import SparkSession
 from test_results import make_work, publish, stage, table
 from test_video import pictures, write_clip
 
-from helpers import doctor
+from helpers import doctor, pipeline
 from helpers.config import PROJECT, load_config
 from helpers.errors import StorageError
 from helpers.pipeline.folders import KEEP
-from helpers.pipeline.results import ResultStore
+from helpers.pipeline.results import ResultStore, Work
 from helpers.pipeline.rows import without
 from helpers.pipeline.schemas import RESULT_SCHEMA
 from helpers.pipeline.table import Table
@@ -78,14 +79,25 @@ class Place:
     logs: Path
     credential: str = "env:ADLS_KEY"
 
+    @property
+    def locations(self) -> list[str]:
+        """Of the images, the model and the results."""
+        return [self.storage.join(name) for name in ("photos", "model", "out")]
+
+    @property
+    def settings(self) -> dict[str, object]:
+        reached = {"storage.endpoint": self.dfs.endpoint, "storage.credential": self.credential}
+        return {**reached, "paths.runs": str(self.logs / "runs"), "partitioning.partitions": PARTITIONS, "pictures": 0}
+
     def start(self, *settings: str, profile: str = "local", name: str = "run") -> Run:
-        reached = (f"storage.endpoint={self.dfs.endpoint}", f"storage.credential={self.credential}")
-        own = (f"paths.runs={self.logs / 'runs'}", f"partitioning.partitions={PARTITIONS}", "pictures=0")
-        master = ("spark.master=local[2]",) if profile == "local" else ()
-        log, join = self.logs / f"{name}.log", self.storage.join
-        return start_run(
-            join("photos"), join("model"), join("out"), log, *master, *reached, *own, *settings, profile=profile
-        )
+        """A run in a process of its own, to be killed or stopped, or to show what it says."""
+        own = [f"{key}={value}" for key, value in self.settings.items()]
+        master = ["spark.master=local[2]"] if profile == "local" else []
+        return start_run(*self.locations, self.logs / f"{name}.log", *master, *own, *settings, profile=profile)
+
+    def run(self, spark: SparkSession, **settings: object) -> pipeline.RunSummary:
+        """A run in this process."""
+        return pipeline.run(spark, *self.locations, load_config("local", **{**self.settings, **settings}))
 
     def files(self, folder: str) -> list[str]:
         with contextlib.suppress(StorageError):  # there is no such folder, or not any more
@@ -107,8 +119,7 @@ class Place:
         assert len({row["path"] for row in rows}) == len(rows), "an image is twice in the results"
         return comparable(rows, self.storage.join("photos"))
 
-    def assert_equal(self, run: Finished, expected: list[dict]) -> None:
-        assert run.code == 0, run.errors
+    def assert_equal(self, expected: list[dict]) -> None:
         assert self.rows() == expected
         # What a writer was at when it was killed, or lost its permission, stays for a day.
         left = self.storage.list("out/_staging") if self.storage.exists("out/_staging") else ()
@@ -148,53 +159,48 @@ def place(make_place, photos) -> Place:
 
 
 @pytest.fixture(scope="module")
-def expected(photos, bundle_uri, tmp_path_factory) -> list[dict]:
+def expected(spark, photos, bundle_uri, tmp_path_factory) -> list[dict]:
     """What every run, disturbed or not, must come to: the results of a run over the local folder."""
-    work = tmp_path_factory.mktemp("local")
-    settings = ("spark.master=local[2]", f"paths.runs={work / 'runs'}", "pictures=0")
-    finished = start_run(photos, bundle_uri, work / "out", work / "run.log", *settings).finish()
-    assert finished.summary["images"] == finished.summary["ok"] + 1 == PICTURES * COPIES + 1
-    return comparable(finished.rows(), str(photos))
+    output = tmp_path_factory.mktemp("local")
+    summary = pipeline.run(spark, str(photos), bundle_uri, str(output), load_config("local", pictures=0))
+    assert summary.images == summary.ok + 1 == PICTURES * COPIES + 1
+    return comparable(read_rows(output), str(photos))
 
 
-def test_a_run_over_abfss_equals_a_run_over_a_folder_and_resumes(make_place, samples, bundle_uri, tmp_path):
+def counts(summary: pipeline.RunSummary) -> tuple[int, int, int, int]:
+    return summary.images, summary.ok, summary.failed, summary.skipped
+
+
+def test_a_run_over_abfss_equals_a_run_over_a_folder_and_resumes(here, make_place, samples, bundle_uri, tmp_path):
     """Over images of all kinds, damaged files and a video."""
     source = shutil.copytree(samples, tmp_path / "source")
     write_clip(source / "clip.mp4", "mpeg4", pictures(VIDEO_FRAMES))
     place = make_place(source)
-    settings = ("spark.master=local[2]", f"paths.runs={tmp_path / 'runs'}", "pictures=0")
-    local = start_run(source, bundle_uri, tmp_path / "out", tmp_path / "local.log", *settings).finish()
+    config = load_config("local", pictures=0)
+    local = pipeline.run(here, str(source), bundle_uri, str(tmp_path / "out"), config)
 
-    first = place.start("partitioning.partitions=null", "pictures=3").finish()
-    assert first.code == 0, first.errors
-    counts = [first.summary[key] for key in ("images", "ok", "failed", "skipped", "partitions")]
-    assert counts == [local.summary[key] for key in ("images", "ok", "failed", "skipped", "partitions")]
-    assert first.summary["results"] == place.storage.join("out", "results")
-    assert place.rows() == comparable(local.rows(), str(source))
+    first = place.run(here, **{"partitioning.partitions": None, "pictures": 3})
+    assert counts(first) == counts(local) and first.partitions == local.partitions
+    assert first.results == place.storage.join("out", "results")
+    assert place.rows() == comparable(read_rows(tmp_path / "out"), str(source))
     assert sum("#frame=" in row["path"] and row["error"] is None for row in place.rows()) == VIDEO_FRAMES
     assert len(list(place.storage.list("out/pictures"))) == 3
 
     before = 64 + VIDEO_FRAMES
     place.storage.write("photos/new.png", (samples / "clothes" / "sample 000.png").read_bytes())
-    again = place.start(name="again").finish()
-    assert [again.summary[key] for key in ("images", "ok", "failed", "skipped")] == [
-        65 + VIDEO_FRAMES,
-        1,
-        0,
-        64 + VIDEO_FRAMES,
-    ]
+    assert counts(place.run(here)) == (before + 1, 1, 0, before)
     assert len(place.rows()) == before + 1
 
 
-def test_a_run_after_a_killed_driver_does_only_what_was_not_finished(place, expected):
+def test_a_run_after_a_killed_driver_does_only_what_was_not_finished(here, place, expected):
     first = place.start()
     place.wait_until_staged(first, 4)
     first.process.kill()
     kept = len(place.rows("out/_staging"))
     assert 0 < kept <= PICTURES * COPIES and not place.storage.exists("out/results")
-    second = place.start(name="second").finish()
-    place.assert_equal(second, expected)
-    assert kept == second.summary["skipped"] < second.summary["images"] == PICTURES * COPIES + 1
+    second = place.run(here)
+    place.assert_equal(expected)
+    assert kept == second.skipped < second.images == PICTURES * COPIES + 1
 
 
 def test_a_worker_killed_in_the_middle_loses_and_doubles_nothing(place, expected):
@@ -209,7 +215,9 @@ def test_a_worker_killed_in_the_middle_loses_and_doubles_nothing(place, expected
         return "Python worker exited unexpectedly" in run.process.errors
 
     wait_for("a worker killed with a task in it", crashed)
-    place.assert_equal(run.finish(), expected)
+    finished = run.finish()
+    assert finished.code == 0, finished.errors
+    place.assert_equal(expected)
 
 
 @dataclass
@@ -240,13 +248,12 @@ class Trouble:
 
 
 @pytest.mark.parametrize("kind", ["throttle", "drop"])
-def test_a_busy_service_or_a_bad_network_loses_and_doubles_nothing(place, expected, kind):
+def test_a_busy_service_or_a_bad_network_loses_and_doubles_nothing(here, place, expected, kind):
     trouble = Trouble()
     with place.dfs.disturb(getattr(trouble, kind)):
-        finished = place.start().finish()
-    place.assert_equal(finished, expected)
-    assert trouble.disturbed >= 10
-    assert finished.summary["failed"] == 1
+        summary = place.run(here)
+    place.assert_equal(expected)
+    assert trouble.disturbed >= 10 and summary.failed == 1
 
 
 @pytest.fixture
@@ -265,7 +272,7 @@ def forms_of(secret: str) -> set[str]:
     return {signature, quote(signature), quote(signature, safe=""), unquote(signature)}
 
 
-def test_a_token_that_expires_half_way_is_one_clear_error_and_a_new_one_completes(place, expected, secret):
+def test_a_token_that_expires_half_way_is_one_clear_error_and_a_new_credential_completes(here, place, expected, secret):
     reads: list[Request] = []
 
     def expire(request: Request) -> str | None:
@@ -278,9 +285,10 @@ def test_a_token_that_expires_half_way_is_one_clear_error_and_a_new_one_complete
     failed.assert_one_clear_error("env:ADLS_SAS", "expired", "run again")
     kept = len(place.rows("out/_staging"))
     assert 0 < kept < PICTURES * COPIES and not place.storage.exists("out/results")
-    again = place.start(name="again").finish()
-    place.assert_equal(again, expected)
-    assert again.summary["skipped"] == kept
+    place.credential = "env:ADLS_KEY"
+    again = place.run(here)
+    place.assert_equal(expected)
+    assert again.skipped == kept
 
 
 @pytest.fixture
@@ -292,7 +300,16 @@ def cluster(tmp_path_factory, secret) -> Iterator[Cluster]:
     started.stop()
 
 
-def test_on_a_cluster_a_killed_executor_loses_nothing_and_the_token_is_shown_nowhere(place, expected, secret, cluster):
+def test_on_a_cluster_a_killed_executor_loses_nothing_and_the_token_is_shown_nowhere(
+    place, expected, secret, cluster, monkeypatch
+):
+    """And a variable that only the driver has is one clear error."""
+    monkeypatch.setenv("ONLY_HERE", os.environ["ADLS_SAS"])
+    place.credential = "env:ONLY_HERE"
+    refused = place.start(*cluster.assignments, profile="cluster", name="refused").finish()
+    refused.assert_one_clear_error("env:ONLY_HERE", "every Spark worker")
+
+    place.credential = "env:ADLS_SAS"
     events = place.logs / "events"
     events.mkdir()
     told = {"enabled": "true", "compress": "false", "dir": f"file:{events}"}
@@ -303,7 +320,8 @@ def test_on_a_cluster_a_killed_executor_loses_nothing_and_the_token_is_shown_now
     cluster.executors()[0].kill()
     finished = run.finish()
     assert cluster.launched() > launched, "the executor was not in use any more"
-    place.assert_equal(finished, expected)
+    assert finished.code == 0, finished.errors
+    place.assert_equal(expected)
 
     forms = {form.encode() for form in forms_of(secret)}
     looked_at = [path for top in (place.logs, cluster.folder) for path in top.rglob("*") if path.is_file()]
@@ -311,13 +329,6 @@ def test_on_a_cluster_a_killed_executor_loses_nothing_and_the_token_is_shown_now
     logs = [path for path in looked_at if path.name == "stderr" and path.stat().st_size]
     assert plans and logs and any(path.name == "run.log" for path in looked_at)
     assert [path for path in looked_at if any(form in path.read_bytes() for form in forms)] == []
-
-
-def test_a_variable_that_only_the_driver_has_is_one_clear_error(place, secret, cluster, monkeypatch):
-    monkeypatch.setenv("ONLY_HERE", os.environ["ADLS_SAS"])
-    place.credential = "env:ONLY_HERE"
-    finished = place.start(*cluster.assignments, profile="cluster").finish()
-    finished.assert_one_clear_error("env:ONLY_HERE", "every Spark worker")
 
 
 NOTEBOOK = """
@@ -371,10 +382,9 @@ def test_the_token_is_in_no_output_of_a_notebook(place, secret):
     assert not [form for form in forms_of(secret) if form in shown]
 
 
-def test_a_driver_that_stood_still_while_another_run_committed_replaces_nothing_of_it(place):
+def test_a_driver_that_stood_still_while_another_run_committed_replaces_nothing_of_it(here, place):
     """Stopped as a machine is that sleeps, when it writes what stays of a file of results."""
-    first = place.start("partitioning.partitions=1").finish()
-    assert first.code == 0, first.errors
+    place.run(here, **{"partitioning.partitions": 1})
     before, names = place.rows(), sorted(entry.path for entry in place.storage.list("photos"))
     changed = [name for name in names if name.endswith(".jpg")][:2]
     content = place.storage.read(changed[1])
@@ -392,17 +402,15 @@ def test_a_driver_that_stood_still_while_another_run_committed_replaces_nothing_
         wait_for("the copy of a file of results", lambda: stopped or slow.process.popen.poll() is not None)
     assert stopped, slow.process.errors
     place.storage.write(changed[1], content + b"another length")
-    fast = place.start(name="fast").finish()
-    assert fast.code == 0, fast.errors
+    fast = place.run(here)
     committed = place.rows()
-    assert len(committed) == len(before) and fast.summary["ok"] == 1  # it has kept what the slow one had finished
+    assert len(committed) == len(before) and fast.ok == 1  # it has kept what the slow one had finished
 
     slow.process.popen.send_signal(signal.SIGCONT)
     ended = slow.finish()
     assert ended.code == 0 and "another run has changed" in ended.errors
     assert place.rows() == committed
-    last = place.start(name="last").finish()
-    assert [last.summary[key] for key in ("ok", "failed", "skipped")] == [0, 0, len(before)]
+    assert counts(place.run(here)) == (len(before), 0, 0, len(before))
     assert place.rows() == committed
     assert not place.storage.exists("out/_staging")
 
@@ -435,20 +443,52 @@ def open_results(request, kind) -> Callable[[object], ResultStore]:
     return lambda name: ResultStore(open_storage(f"{root}/{name}", config))
 
 
+@dataclass
+class Commits:
+    """One commit, to be made in many folders that each hold the same earlier results."""
+
+    open_results: Callable[[object], ResultStore]
+    earlier: dict[str, bytes]
+    new: list[pa.Table]
+    work: Work
+
+    @classmethod
+    def of(
+        cls, open_results: Callable[[object], ResultStore], earlier: list[pa.Table], new: list[pa.Table]
+    ) -> "Commits":
+        store = open_results("first")
+        publish(store, *(stage(store, "run1", number, rows) for number, rows in enumerate(earlier)))
+        names = [entry.path.removeprefix(f"{store.storage.root}/") for entry in store.storage.list("results")]
+        files = {name: store.storage.read(name) for name in names}
+        return cls(open_results, files, new, make_work(store, *cls._stage(store, new)))
+
+    @staticmethod
+    def _stage(store: ResultStore, new: list[pa.Table]) -> list[str]:
+        return [stage(store, "run2", number, rows) for number, rows in enumerate(new)]
+
+    def begin(self, name: object) -> ResultStore:
+        """A folder where the commit can be made."""
+        store = self.open_results(name)
+        for path, data in self.earlier.items():
+            ObjectStorage._put(store.storage, path, io.BytesIO(data))  # in one request, also where ADLS has more
+        self._stage(store, self.new)
+        return store
+
+    def end(self, store: ResultStore) -> None:
+        store.publish(self.work)
+        store.unstage("run2")
+
+
 def test_a_commit_cut_off_at_any_request_is_put_right_by_the_next_run(server, open_results, monkeypatch):
     monkeypatch.setitem(client.RETRY, "retry_total", 0)
     monkeypatch.setattr(objects, "TRIES", 0)
     client.forget_clients()
     old = [("a", 0), ("b", 0), ("c", 0)]
     new = [("a", 1), ("b", 0), ("c", 1), ("d", 1), ("e", 1)]
+    staged = [table("a", "d", version=1), table("c", "e", version=1)]
+    commits = Commits.of(open_results, [table("a", "b"), table("c")], staged)
     for last in range(200):
-        store = open_results(last)
-        publish(store, stage(store, "run1", 0, table("a", "b")), stage(store, "run1", 1, table("c")))
-        staged = [
-            stage(store, "run2", 0, table("a", "d", version=1)),
-            stage(store, "run2", 1, table("c", "e", version=1)),
-        ]
-        work = make_work(store, *staged)
+        store = commits.begin(last)
         requests: list[Request] = []
 
         def cut(request: Request, last: int = last, requests: list = requests) -> str | None:
@@ -460,8 +500,7 @@ def test_a_commit_cut_off_at_any_request_is_put_right_by_the_next_run(server, op
 
         try:
             with server.disturb(cut):
-                store.publish(work)
-                store.unstage("run2")
+                commits.end(store)
             break
         except StorageError:
             assert keys(store) in (old, new), f"half a commit after {last} requests"
@@ -482,11 +521,10 @@ def test_a_disturbance_of_any_one_request_of_a_commit_changes_nothing(server, op
     for name in ("init_backoff", "max_backoff"):
         monkeypatch.setitem(objects.BACKOFF, name, dt.timedelta(milliseconds=1 + (name == "max_backoff")))
     client.forget_clients()
+    commits = Commits.of(open_results, [table("a", "b")], [table("a", "c", version=1)])
     disturbed, count = -1, 0
     while disturbed < count:
-        store = open_results(disturbed)
-        publish(store, stage(store, "run1", 0, table("a", "b")))
-        work = make_work(store, stage(store, "run2", 0, table("a", "c", version=1)))
+        store = commits.begin(disturbed)
         requests: list[Request] = []
 
         def disturb(request: Request, number: int = disturbed, requests: list = requests) -> object:
@@ -494,8 +532,7 @@ def test_a_disturbance_of_any_one_request_of_a_commit_changes_nothing(server, op
             return effect if len(requests) - 1 == number else None
 
         with server.disturb(disturb):
-            store.publish(work)
-            store.unstage("run2")
+            commits.end(store)
         assert keys(store) == [("a", 1), ("b", 0), ("c", 1)], f"request {disturbed} of {count}"
         count = count or len(requests)
         disturbed += 1
@@ -526,7 +563,7 @@ def test_runs_that_start_together_leave_each_image_once_and_a_reader_misses_none
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        for version in range(1, 6):
+        for version in range(1, 4):
             with ThreadPoolExecutor(3) as pool:
                 runs = [pool.submit(run, number, version) for number in range(3)]
             assert [run.result() for run in runs] == [None] * 3

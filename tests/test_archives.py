@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
-from cluster import read_results, read_rows, start_run
+from cluster import read_results, read_rows
 from dfs_facade import Refusal, Request
 from test_video import pictures, write_clip
 
@@ -815,18 +815,14 @@ def test_a_folder_of_archives_that_lie_is_error_rows(spark, bundle_uri, tmp_path
 
 
 def test_a_run_over_abfss_has_the_rows_of_a_run_over_a_folder(
-    spark, places, bundle_uri, tmp_path, dfs, adls_settings, adls_root
+    here, places, bundle_uri, tmp_path, adls_settings, adls_root
 ):
     source, _ = places
     storage = open_storage(adls_root, settings(**adls_settings))
     for path in source.iterdir():
         storage.write(path.name, path.read_bytes())
-    pipeline.run(spark, str(source), bundle_uri, str(tmp_path / "local"), settings())
-    # Of its own process, because the session's workers have started without the credential.
-    reached = [f"{key}={value}" for key, value in adls_settings.items()]
-    run = start_run(adls_root, bundle_uri, tmp_path / "abfss", tmp_path / "log", "spark.master=local[2]", *reached)
-    finished = run.finish()
-    assert finished.code == 0, finished.errors
+    pipeline.run(here, str(source), bundle_uri, str(tmp_path / "local"), settings())
+    pipeline.run(here, adls_root, bundle_uri, str(tmp_path / "abfss"), settings(**adls_settings))
     expected = comparable(tmp_path / "local", str(source))
     assert comparable(tmp_path / "abfss", adls_root) == expected and len(expected) == 2 + 5 + 2 * (CLASSES + 1)
 

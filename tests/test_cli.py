@@ -11,6 +11,7 @@ import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cluster import call
 
 from helpers.bundle.manifest import load_bundle
 from helpers.storage import open_storage
@@ -128,10 +129,11 @@ def test_a_missing_argument_is_exit_2_with_the_usage(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_export_makes_a_bundle(checkpoint, samples, tmp_path, precision):
+def test_export_makes_a_bundle(checkpoint, samples, tmp_path, monkeypatch, precision):
+    monkeypatch.chdir(tmp_path)
     calibration = ("--calibration", samples) if precision == "int8" else ()
     options = ("--checkpoint", checkpoint, "--output", "models/mine", "--precision", precision, *calibration)
-    answer = helpers("export", "--architecture", "fashion_cnn", *options, cwd=tmp_path)
+    answer = call("export", "--architecture", "fashion_cnn", *options)
     assert answer.returncode == 0, answer.stderr
     summary = json.loads(answer.stdout.splitlines()[-1])
     assert summary["bundle"] == str(tmp_path / "models" / "mine")
@@ -149,14 +151,13 @@ def test_export_leaves_the_onnx_graph_of_an_older_opset(checkpoint, tmp_path):
 
 
 def test_export_of_an_opset_there_is_not_is_one_line_and_exit_2(checkpoint, tmp_path):
-    options = ("--checkpoint", checkpoint, "--output", "mine", "--opset", "5")
-    assert_mistake(helpers("export", "--architecture", "fashion_cnn", *options, cwd=tmp_path), "opset 5")
+    options = ("--checkpoint", checkpoint, "--output", tmp_path / "mine", "--opset", "5")
+    assert_mistake(call("export", "--architecture", "fashion_cnn", *options), "opset 5")
 
 
 def test_export_of_what_is_no_checkpoint_is_one_line_and_exit_2(samples, tmp_path):
-    options = ("--checkpoint", samples / "notes.jpg", "--output", "out")
-    answer = helpers("export", "--architecture", "fashion_cnn", *options, cwd=tmp_path)
-    assert_mistake(answer, "notes.jpg")
+    options = ("--checkpoint", samples / "notes.jpg", "--output", tmp_path / "out")
+    assert_mistake(call("export", "--architecture", "fashion_cnn", *options), "notes.jpg")
     assert list(tmp_path.iterdir()) == []
 
 

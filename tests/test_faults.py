@@ -3,8 +3,8 @@
 How it was checked that each test fails without its protection: in a copy of the repository, one change at a time.
 
     changed                                                            failed
-    base.yaml: task_attempts 1                                         executor, Python worker, local worker
-    base.yaml: conf spark.stage.maxConsecutiveAttempts 1               executor, whole workers
+    base.yaml: task_attempts 1                                         killed in the middle, local worker
+    base.yaml: conf spark.stage.maxConsecutiveAttempts 1               killed in the middle
     results.py: `recover` takes nothing from staging                     killed driver
     local.py: `_explained` lets ENOSPC pass                            full disk, disk full before
     log4j2.properties: level error for Spark's executor and scheduler  full disk, missing model
@@ -19,7 +19,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -28,8 +28,11 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from cluster import Finished, Run, python_workers, read_results, read_rows, staged_rows, start_run
+from pyspark.sql import SparkSession
 
+from helpers import pipeline
 from helpers.cli import main
+from helpers.config import load_config
 from helpers.pipeline.results import ResultStore
 from helpers.storage import open_storage
 from studies.cluster import Cluster, wait_for
@@ -69,25 +72,27 @@ class Place:
     photos: Path
     bundle: str
     folder: Path
+    output: Path = field(init=False)
 
-    @property
-    def output(self) -> Path:
-        return self.folder / "output"
+    def __post_init__(self) -> None:
+        self.output = self.folder / "output"
 
-    def start(self, *settings: str, profile: str = "local", name: str = "run", **changes) -> Run:
-        place = {"source": self.photos, "model": self.bundle, "output": self.output, **changes}
+    def start(self, *settings: str, profile: str = "local") -> Run:
         common = (f"paths.runs={self.folder / 'runs'}", f"partitioning.partitions={PARTITIONS}", "pictures=0")
-        return start_run(
-            place["source"], place["model"], place["output"], self.folder / f"{name}.log", *common, *settings,
-            profile=profile,
-        )  # fmt: skip
+        log = self.folder / "run.log"
+        return start_run(self.photos, self.bundle, self.output, log, *common, *settings, profile=profile)
 
-    def start_local(self, *settings: str, **changes) -> Run:
-        return self.start("spark.master=local[2]", *settings, **changes)
+    def start_local(self, *settings: str) -> Run:
+        return self.start("spark.master=local[2]", *settings)
 
-    def start_on(self, cluster: Cluster, **changes) -> Run:
+    def start_on(self, cluster: Cluster) -> Run:
         cluster.complete()
-        return self.start(*cluster.assignments, profile="cluster", **changes)
+        return self.start(*cluster.assignments, profile="cluster")
+
+    def run(self, spark: SparkSession) -> pipeline.RunSummary:
+        """A run in this process."""
+        config = load_config("local", pictures=0)
+        return pipeline.run(spark, str(self.photos), self.bundle, str(self.output), config)
 
 
 @pytest.fixture
@@ -96,20 +101,27 @@ def place(photos, bundle_uri, tmp_path) -> Place:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(photos, bundle_uri, tmp_path_factory) -> Finished:
-    """What every disturbed run must come to."""
-    finished = Place(photos, bundle_uri, tmp_path_factory.mktemp("undisturbed")).start_local().finish()
-    rows = finished.rows()
+def undisturbed(spark, photos, bundle_uri, tmp_path_factory) -> Path:
+    """The output of a run, which every disturbed one must come to."""
+    place = Place(photos, bundle_uri, tmp_path_factory.mktemp("undisturbed"))
+    place.run(spark)
+    rows = read_rows(place.output)
     assert [row["path"] for row in rows] == sorted(str(path) for path in photos.iterdir())
     assert sum(row["error"] is None for row in rows) == PICTURES * COPIES
     assert len({row["predictions"][0]["score"] for row in rows if row["predictions"]}) == PICTURES
+    return place.output
+
+
+def assert_equal(output: Path, undisturbed: Path) -> None:
+    assert read_rows(output) == read_rows(undisturbed)
+    assert not (output / "_staging").exists()
+
+
+def assert_finishes(run: Run, undisturbed: Path) -> Finished:
+    finished = run.finish()
+    assert finished.code == 0, finished.errors
+    assert_equal(run.output, undisturbed)
     return finished
-
-
-def assert_equal(run: Finished, undisturbed: Finished) -> None:
-    assert run.code == 0, run.errors
-    assert run.rows() == undisturbed.rows()
-    assert not (run.output / "_staging").exists()
 
 
 def send(process: psutil.Process, number: int) -> None:
@@ -141,39 +153,27 @@ def kill_python_worker(run: Run, workers: Callable[[], list[psutil.Process]], lo
     pytest.fail("no task was in any of the workers killed")
 
 
-def test_an_executor_killed_in_the_middle_loses_and_doubles_nothing(cluster, place, undisturbed):
-    run = place.start_on(cluster)
-    run.wait_until_staged(3)
-    launched = cluster.launched()
-    kill(cluster.executors()[0])
-    finished = run.finish()
-    assert cluster.launched() > launched, "the executor was not in use any more"
-    assert_equal(finished, undisturbed)
-    assert finished.summary["images"] == finished.summary["ok"] + 1 == PICTURES * COPIES + 1
+def test_python_workers_executors_and_spark_workers_killed_in_the_middle_lose_and_double_nothing(
+    cluster, place, undisturbed
+):
+    """In one run: a Python worker, then an executor, then one Spark worker, which the other does the work of, then it.
 
-
-def test_a_python_worker_killed_in_the_middle_loses_and_doubles_nothing(cluster, place, undisturbed):
+    Others take their places.
+    """
     run = place.start_on(cluster)
 
     def workers() -> list[psutil.Process]:
         return [worker for executor in cluster.executors() for worker in python_workers(executor)]
 
     kill_python_worker(run, workers, cluster.executor_logs)
-    assert_equal(run.finish(), undisturbed)
 
+    run.wait_until_staged(len(run.staged()) + 1)
+    launched = cluster.launched()
+    kill(cluster.executors()[0])
+    wait_for("another executor", lambda: cluster.launched() > launched)
+    assert run.process.popen.poll() is None, "the executor was not in use any more"
 
-def test_a_python_worker_killed_in_local_mode_loses_and_doubles_nothing(place, undisturbed):
-    # Without the project's own log settings the driver's log tells of a task that was lost.
-    run = place.start_local("spark.conf.spark.driver.extraJavaOptions=-Xss4m")
-    driver = psutil.Process(run.process.popen.pid)
-    kill_python_worker(run, lambda: python_workers(driver), lambda: run.process.errors)
-    assert_equal(run.finish(), undisturbed)
-
-
-def test_whole_spark_workers_lost_in_the_middle_lose_and_double_nothing(cluster, place, undisturbed):
-    """First one, which the other does the work of, then this one too; others take their places."""
-    run = place.start_on(cluster)
-    run.wait_until_staged(3)
+    run.wait_until_staged(len(run.staged()) + 1)
     lost = list(cluster.workers)
     lost[0].kill()
     run.wait_until_staged(len(run.staged()) + 1)
@@ -181,21 +181,29 @@ def test_whole_spark_workers_lost_in_the_middle_lose_and_double_nothing(cluster,
     assert cluster.executors() == []
     assert run.process.popen.poll() is None, "the run had ended"
     cluster.complete()
-    assert_equal(run.finish(), undisturbed)
+    finished = assert_finishes(run, undisturbed)
+    assert finished.summary["images"] == finished.summary["ok"] + 1 == PICTURES * COPIES + 1
 
 
-def test_a_run_after_a_killed_driver_does_only_what_was_not_finished(cluster, place, undisturbed):
+def test_a_python_worker_killed_in_local_mode_loses_and_doubles_nothing(place, undisturbed):
+    # Without the project's own log settings the driver's log tells of a task that was lost.
+    run = place.start_local("spark.conf.spark.driver.extraJavaOptions=-Xss4m")
+    driver = psutil.Process(run.process.popen.pid)
+    kill_python_worker(run, lambda: python_workers(driver), lambda: run.process.errors)
+    assert_finishes(run, undisturbed)
+
+
+def test_a_run_after_a_killed_driver_does_only_what_was_not_finished(spark, cluster, place, undisturbed):
     first = place.start_on(cluster)
     first.wait_until_staged(5)
     first.process.kill()
+    wait_for("the end of its executors", lambda: not cluster.executors())  # which may have ended a task meanwhile
     kept = staged_rows(place.output).num_rows
     assert 0 < kept <= PICTURES * COPIES
     assert not (place.output / "results").exists()
-    second = place.start_on(cluster, name="second").finish()
-    assert_equal(second, undisturbed)
-    # Executors may have ended a task or two before they saw that their driver is gone.
-    assert kept <= second.summary["skipped"] < second.summary["images"]
-    assert second.summary["images"] == PICTURES * COPIES + 1
+    second = place.run(spark)
+    assert_equal(place.output, undisturbed)
+    assert kept == second.skipped < second.images == PICTURES * COPIES + 1
 
 
 @pytest.fixture
@@ -220,24 +228,23 @@ def fill(disk: Path, leave: int) -> Path:
     return file
 
 
-def test_a_full_disk_is_one_clear_error_and_a_run_with_space_completes(disk, place, undisturbed):
-    place.folder = disk.parent
-    output = disk / "output"
+def test_a_full_disk_is_one_clear_error_and_a_run_with_space_completes(spark, disk, place, undisturbed):
+    output = place.output = disk / "output"
     (output / "results").mkdir(parents=True)
-    pq.write_table(read_results(undisturbed.output).slice(0, 30), output / "results" / "earlier.parquet")
+    pq.write_table(read_results(undisturbed).slice(0, 30), output / "results" / "earlier.parquet")
     ResultStore(open_storage(str(output))).prepare()
     before = read_rows(output)
     taken = fill(disk, leave=ROOM_BYTES)
 
-    failed = place.start_local(output=output, name="full").finish()
+    failed = place.start_local().finish()
     failed.assert_one_clear_error("disk is full", str(output))
     assert read_rows(output) == before
 
     kept = staged_rows(output).num_rows
     taken.unlink()
-    again = place.start_local(output=output, name="again").finish()
-    assert_equal(again, undisturbed)
-    assert again.summary["skipped"] == len(before) + kept
+    again = place.run(spark)
+    assert_equal(output, undisturbed)
+    assert again.skipped == len(before) + kept
 
 
 def test_a_disk_full_before_the_run_is_one_clear_error_too(disk, place, spark, capsys):
@@ -256,7 +263,7 @@ def test_a_disk_full_before_the_run_is_one_clear_error_too(disk, place, spark, c
 @pytest.fixture
 def broken(place, undisturbed) -> Path:
     """A bundle whose weights will be broken, and one new image beside the results of an earlier run."""
-    shutil.copytree(undisturbed.output, place.output)
+    shutil.copytree(undisturbed, place.output)
     shutil.copytree(place.bundle, place.folder / "bundle")
     new = place.folder / "new"
     new.mkdir()
@@ -269,11 +276,11 @@ def test_a_truncated_model_is_one_clear_error_and_earlier_results_stay(cluster, 
     broken.write_bytes(broken.read_bytes()[:1000])
     finished = place.start_on(cluster).finish()
     finished.assert_one_clear_error(str(broken), "truncated")
-    assert finished.rows() == undisturbed.rows()
+    assert finished.rows() == read_rows(undisturbed)
 
 
 def test_a_missing_model_file_is_one_clear_error_and_earlier_results_stay(broken, place, undisturbed):
     broken.unlink()
     finished = place.start_local().finish()
     finished.assert_one_clear_error(str(broken), "cannot be read")
-    assert finished.rows() == undisturbed.rows()
+    assert finished.rows() == read_rows(undisturbed)

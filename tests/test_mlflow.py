@@ -19,7 +19,7 @@ import optuna
 import pandas as pd
 import pytest
 import torch
-from cluster import read_results
+from cluster import call, read_results
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 from mlflow_server import free_port, start_mlflow
@@ -375,7 +375,7 @@ def assignments(settings: dict[str, Any]) -> list[str]:
 
 def export_and_register(uri: str, checkpoint: Path, place: Path, *options: Any) -> dict[str, Any]:
     command = ["export", "--architecture", "fashion_cnn", "--checkpoint", checkpoint, "--output", place / "bundle"]
-    answer = helpers(*command, *options, *assignments(settings_of(uri, place)))
+    answer = call(*command, *options, *assignments(settings_of(uri, place)))
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout)
 
@@ -496,24 +496,14 @@ def test_a_model_that_is_not_there_is_one_clear_error(uri, versions, tmp_path, m
 
 
 def test_a_registered_model_without_a_server_says_what_to_set(samples, checkpoint, tmp_path):
-    for command in (
-        ["run", "--source", samples, "--model", "models:/fashion@champion", "--output", tmp_path],
-        [
-            "export",
-            "--architecture",
-            "fashion_cnn",
-            "--checkpoint",
-            checkpoint,
-            "--output",
-            tmp_path,
-            "--register",
-            "x",
-        ],
-    ):
-        answer = helpers(*command)
+    run = ["run", "--source", samples, "--model", "models:/fashion@champion", "--output", tmp_path]
+    export = ["export", "--architecture", "fashion_cnn", "--checkpoint", checkpoint, "--output", tmp_path]
+    export += ["--register", "x"]
+    for command in (run, export):
+        answer = call(*command)
         assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1
         assert "set tracking.mlflow" in answer.stderr
-    down = helpers(*command, "--set", f"tracking.mlflow=http://user:{PASSWORD}@127.0.0.1:{free_port()}")
+    down = helpers(*export, "--set", f"tracking.mlflow=http://user:{PASSWORD}@127.0.0.1:{free_port()}")
     assert down.returncode == 2 and "x cannot be registered" in down.stderr and PASSWORD not in down.stderr
 
 

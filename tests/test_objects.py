@@ -6,7 +6,6 @@ What they have in common with other storage is in `test_storage.py`.
 import datetime as dt
 import errno
 import io
-import json
 import logging
 import os
 import pickle
@@ -23,14 +22,14 @@ import object_stores
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cluster import start_run
+from cluster import read_rows, start_run
 from dfs_facade import ACCOUNT, BUSY, CUT, DROP, DROP_AFTERWARDS, KEY, Answer, Request
 from object_stores import S3, Gcs
 from pyspark import cloudpickle
 from test_adls import ACTIONS, contents, fill, sas
 from test_adls_pipeline import comparable, files_of
 
-from helpers import redaction
+from helpers import pipeline, redaction
 from helpers.config import load_config
 from helpers.errors import StorageError
 from helpers.images import boundary
@@ -774,45 +773,42 @@ def rows_of(storage: ObjectStorage, root: str) -> list[dict]:
     return comparable(rows, root)
 
 
-def test_a_run_from_s3_to_s3_equals_a_run_over_a_folder_and_resumes(s3, storage, samples, bundle_uri, tmp_path):
+def test_a_run_from_s3_to_s3_equals_a_run_over_a_folder_and_resumes(
+    here, s3, s3_settings, storage, samples, bundle_uri, tmp_path
+):
     for folder, below in ((samples, "photos"), (Path(bundle_uri), "model")):
         for path in (path for path in sorted(folder.rglob("*")) if path.is_file()):
             storage.write(f"{below}/{path.relative_to(folder)}", path.read_bytes())
-    settings = ("spark.master=local[2]", f"paths.runs={tmp_path / 'runs'}", "pictures=0")
-    local = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "local.log", *settings).finish()
-    reached = (f"storage.endpoint={s3.relay.endpoint}", "storage.credential=env:S3_KEY")
-
-    def run(name: str) -> dict:
-        places = [storage.join(place) for place in ("photos", "model", "out")]
-        finished = start_run(*places, tmp_path / f"{name}.log", *settings, *reached).finish()
-        assert finished.code == 0, finished.errors
-        assert s3.secret not in finished.errors + json.dumps(finished.summary)
-        return finished.summary
+    local = pipeline.run(here, str(samples), bundle_uri, str(tmp_path / "out"), load_config("local", pictures=0))
+    places = [storage.join(place) for place in ("photos", "model", "out")]
+    reached = [f"storage.endpoint={s3.relay.endpoint}", "storage.credential=env:S3_KEY"]
+    settings = ["spark.master=local[2]", f"paths.runs={tmp_path / 'runs'}", "pictures=0", *reached]
+    finished = start_run(*places, tmp_path / "log", *settings).finish()
+    assert finished.code == 0, finished.errors
+    assert s3.secret not in finished.errors + finished.answer
 
     out = open_storage(storage.join("out"), SimpleNamespace(storage=storage.options))
-    summary = run("first")
     counts = ("images", "ok", "failed", "skipped")
-    assert [summary[name] for name in counts] == [local.summary[name] for name in counts]
-    assert rows_of(out, storage.join("photos")) == comparable(local.rows(), str(samples))
+    assert [finished.summary[name] for name in counts] == [getattr(local, name) for name in counts]
+    assert rows_of(out, storage.join("photos")) == comparable(read_rows(tmp_path / "out"), str(samples))
     assert not storage.exists("out/_staging")
 
     storage.write("photos/new.png", (samples / "clothes" / "sample 000.png").read_bytes())
-    again = run("again")
-    assert (again["ok"], again["skipped"]) == (1, summary["images"])
-    assert len(rows_of(out, storage.join("photos"))) == summary["images"] + 1
+    again = pipeline.run(here, *places, load_config("local", pictures=0, **s3_settings))
+    assert (again.ok, again.skipped) == (1, local.images)
+    assert len(rows_of(out, storage.join("photos"))) == local.images + 1
     # In a process of its own: the library lets no thread of this one go on while it waits for the relay.
     command = [sys.executable, "-m", "helpers", "history", out.root, *(f"--set={setting}" for setting in reached)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
-    assert [line.split()[-5] for line in printed.splitlines()[1:]] == ["1", str(summary["images"])]
+    assert [line.split()[-5] for line in printed.splitlines()[1:]] == ["1", str(local.images)]
 
 
-def test_an_image_of_a_web_server_is_processed(web, bundle_uri, samples, tmp_path):
+def test_an_image_of_a_web_server_is_processed(spark, web, bundle_uri, samples, tmp_path):
     address, folder = web
     (folder / "a b.png").write_bytes((samples / "clothes" / "sample 000.png").read_bytes())
-    settings = ("spark.master=local[1]", f"paths.runs={tmp_path / 'runs'}", "pictures=0")
-    finished = start_run(f"{address}/a%20b.png", bundle_uri, tmp_path / "out", tmp_path / "log", *settings).finish()
-    assert finished.code == 0, finished.errors
-    assert [(row["path"], row["error"]) for row in finished.rows()] == [(f"{address}/a%20b.png", None)]
+    pipeline.run(spark, f"{address}/a%20b.png", bundle_uri, str(tmp_path / "out"), load_config("local", pictures=0))
+    rows = read_rows(tmp_path / "out")
+    assert [(row["path"], row["error"]) for row in rows] == [(f"{address}/a%20b.png", None)]
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/photos", "gs://bucket/photos", "https://host/a.png"])

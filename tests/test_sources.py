@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cluster import read_results, start_run
+from cluster import read_results
 from deltalake import DeltaTable, write_deltalake
 
 from helpers import pipeline
@@ -183,15 +183,13 @@ def test_images_that_spark_reads_have_their_kept_columns_too(spark, model, folde
     )
 
 
-def test_one_table_names_files_of_several_storages(model, folder, tmp_path, s3, s3_settings, s3_root):
-    """In a process of its own: workers have the key from the environment in which Spark was started."""
+def test_one_table_names_files_of_several_storages(here, model, folder, tmp_path, s3_settings, s3_root):
     open_storage(s3_root, settings(**s3_settings)).write("far.png", png(True))
     local = str(folder / "images/2.png")
     write_names(folder, [f"{s3_root}/far.png", local, f"{s3_root}/none.png"])
-    reached = [f"{name}={value}" for name, value in s3_settings.items()]
-    given = ("spark.master=local[1]", "postprocess.top_k=1", "source.path=uri", f"paths.runs={tmp_path / 'runs'}")
-    finished = start_run(folder, model, tmp_path / "out", tmp_path / "log", *given, *reached).finish()
-    assert (finished.summary["ok"], finished.summary["failed"]) == (2, 1), finished.errors
+    config = settings(**{"source.path": "uri"}, **s3_settings)
+    summary = pipeline.run(here, str(folder), model, str(tmp_path / "out"), config)
+    assert (summary.ok, summary.failed) == (2, 1)
     rows = rows_of(tmp_path / "out")
     assert labels(rows) == {f"{s3_root}/far.png": True, local: False, f"{s3_root}/none.png": None}
     assert "the file is gone" in rows[f"{s3_root}/none.png"]["error"]
@@ -322,7 +320,7 @@ def test_tasks_read_the_columns_that_are_wanted_and_those_that_the_log_tells(tmp
 
 
 @pytest.mark.parametrize("form", ["delta", "parquet"])
-def test_a_table_on_object_storage_is_read_by_tasks(model, tmp_path, s3, s3_settings, s3_root, form):
+def test_a_table_on_object_storage_is_read_by_tasks(here, model, tmp_path, s3_settings, s3_root, form):
     bucket = open_storage(s3_root, settings(**s3_settings))
     place = tmp_path / "table"
     if form == "delta":
@@ -335,12 +333,10 @@ def test_a_table_on_object_storage_is_read_by_tasks(model, tmp_path, s3, s3_sett
         (place / "_hidden" / "c.parquet").write_bytes(b"no table")
     for file in (path for path in place.rglob("*") if path.is_file()):
         bucket.write(f"table/{file.relative_to(place)}", file.read_bytes())
-    reached = [f"{name}={value}" for name, value in s3_settings.items()]
-    given = ("spark.master=local[1]", "postprocess.top_k=1", f"paths.runs={tmp_path / 'runs'}", "source.key=id")
-    given += ("source.content=bytes", "source.keep=[part]", *reached)
+    config = settings(**{"source.key": "id", "source.content": "bytes", "source.keep": ["part"]}, **s3_settings)
     for ok, skipped in ((6, 0), (0, 6)):
-        run = start_run(bucket.join("table"), model, tmp_path / "out", tmp_path / f"{ok}.log", *given).finish()
-        assert (run.summary["ok"], run.summary["skipped"]) == (ok, skipped), run.errors
+        run = pipeline.run(here, bucket.join("table"), model, str(tmp_path / "out"), config)
+        assert (run.ok, run.skipped) == (ok, skipped)
     rows = rows_of(tmp_path / "out")
     assert labels(rows) == {name: is_bright(name) for name in NAMES[:6]}
     assert [rows[name]["part"] for name in NAMES[:6]] == ["x y"] * 4 + ["ü/1"] * 2

@@ -1,8 +1,6 @@
 """Results in a table of Spark's catalog: the real Delta Lake, with the session's catalog in Unity Catalog's place."""
 
-import contextlib
 import csv
-import io
 import json
 import os
 import re
@@ -14,13 +12,13 @@ from pathlib import Path
 
 import graphs
 import pytest
+from cluster import call
 from delta_spark import delta_process, session, settings
 from deltalake import DeltaTable
 from test_report import data_of
 from test_sources import NAMES, contents, is_bright, png, write_photos
 
 from helpers import pipeline
-from helpers.cli import main
 from helpers.errors import ConfigError, RunError, StorageError
 from helpers.pipeline.catalog import CatalogStore, open_output, open_results
 from helpers.pipeline.records import read_runs
@@ -154,13 +152,6 @@ def run_at_once(sources: list[Path], *arguments) -> list[pipeline.RunSummary | E
     return results
 
 
-def command(*arguments: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(list(arguments))
-    return code, out.getvalue(), err.getvalue()
-
-
 def make_table(output: str, columns: str, using: str) -> None:
     session().sql(f"CREATE TABLE {output.removeprefix('table:')} ({columns}) USING {using}")
 
@@ -196,9 +187,9 @@ def test_a_run_makes_a_table_and_the_next_one_changes_what_is_new(delta, model, 
     assert "not an image" in rows[-1][2] and delta(versions, name)[2:] == ["MERGE"]
     assert delta(rows_of, name, 1) == LABELS
 
-    code, out, _ = delta(command, "history", name)
-    assert code == 0
-    lines = [line.split() for line in out.splitlines()]
+    answer = delta(call, "history", name)
+    assert answer.returncode == 0
+    lines = [line.split() for line in answer.stdout.splitlines()]
     assert [(line[-5:-2], line[-1]) for line in lines[1:]] == [(["2", "1", "1"], "2"), (["8", "8", "0"], "1")]
 
 
@@ -219,14 +210,14 @@ def test_the_page_of_a_run_is_of_its_images_and_the_commands_read_the_whole_tabl
     data = data_of(page)
     assert data["title"] == name and data["counted"].startswith("The newest 1 ")
 
-    code, out, _ = delta(command, "report", name, *place)
-    assert code == 0 and json.loads(out) == {"report": str(page)}
+    answer = delta(call, "report", name, *place)
+    assert answer.returncode == 0 and json.loads(answer.stdout) == {"report": str(page)}
     data = data_of(page)
     assert data["counted"].startswith("All 9 images") and dict(data["tiles"][:1]) == {"images": 9}
     assert all(item["thumbnail"] for item in data["sample"]["items"]) and len(data["runs"]) == 2
 
-    code, out, _ = delta(command, "results", name, "--format", "csv", "--to", str(tmp_path / "all.csv"), *place)
-    assert code == 0 and json.loads(out)["predictions"] == 9
+    answer = delta(call, "results", name, "--format", "csv", "--to", str(tmp_path / "all.csv"), *place)
+    assert answer.returncode == 0 and json.loads(answer.stdout)["predictions"] == 9
     with (tmp_path / "all.csv").open(newline="") as file:
         lines = {Path(line["path"]).name: line["label"] for line in csv.DictReader(file)}
     assert lines == {**{name: label for name, label, _ in LABELS}, "8.png": "bright"}
@@ -252,8 +243,9 @@ def test_a_copy_that_was_left_is_no_result_and_is_deleted_a_day_later(delta, mod
 
 @pytest.mark.parametrize("words", [["report"], ["results", "--format", "csv", "--to", "all.csv"]])
 def test_a_table_that_is_not_there_is_one_clear_error(delta, tmp_path, name, words):
-    code, _, err = delta(command, words[0], name, *words[1:], "--set", f"results.staging={tmp_path}")
-    assert code == 2 and f"Spark cannot use the table {name}" in err and len(err.splitlines()) == 1
+    answer = delta(call, words[0], name, *words[1:], "--set", f"results.staging={tmp_path}")
+    assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1
+    assert f"Spark cannot use the table {name}" in answer.stderr
     assert not list(tmp_path.glob("_staging/*"))
 
 
