@@ -233,7 +233,7 @@ def _chunk(rows: list[tuple]) -> tuple[str, pa.Table]:
 
 
 def _slice(chunks: list[tuple[str, pa.Table]], left_out: Counter[str], known: list[str], is_last: bool) -> Listing:
-    """A slice of some chunks, which the caller has no more: while it is worked on, only who works has it."""
+    """Make a slice of some chunks and empty their list, so that only whoever works on the slice holds it."""
     files = pa.concat_tables([files for _, files in chunks]) if chunks else None
     images, videos, archives = (_of_kind(files, kind) for kind in ("image", "video", "archive"))
     paths = tuple(Chunk(digest, files["path"].chunk(0)) for digest, files in chunks)
