@@ -7,6 +7,9 @@ How it was checked that each test fails without its protection: one change at a 
     listing.py: a chunk with a passing error is remembered           a passing error is looked at again
     listing.py: `look` forgets nothing                               what another run has changed meanwhile
     listing.py: models and settings do not count                     another setting
+    listing.py: `_slice` leaves the chunks in the list               a slice is held by whoever works on it alone
+    rows.py: empty tables are compared like others                   comparing with nothing
+    schemas.py: each column of nulls is made                         columns of nulls share their memory
     driver.py: the run does not look whether another has committed   what another run commits between slices
     driver.py: workers start in any case                             nothing new starts no task
     driver.py: every slice counts its partitions from 0              slices give what one pass gives
@@ -42,8 +45,8 @@ from helpers.pipeline import RunSummary, listing
 from helpers.pipeline.listing import Known, list_images, list_slices
 from helpers.pipeline.records import read_runs
 from helpers.pipeline.results import ResultStore, Seen, Work
-from helpers.pipeline.rows import Statistics, path_range
-from helpers.pipeline.schemas import KEY_NAMES
+from helpers.pipeline.rows import Statistics, is_among, is_in, path_range, without
+from helpers.pipeline.schemas import ASSIGNED_SCHEMA, KEY_NAMES, conform
 from helpers.pipeline.table import File
 from helpers.storage import LocalStorage, open_storage
 from helpers.tracking.progress import show_progress
@@ -101,6 +104,40 @@ def test_a_video_or_an_archive_takes_the_place_of_many_images(files):
     parts = slices(files, **{"partitioning.slice_images": 2 * listing.CONTAINER_IMAGES})
     assert sum(part.videos.num_rows + part.archives.num_rows for part in parts) == 8
     assert max(part.videos.num_rows + part.archives.num_rows for part in parts) <= 2 or len(parts[-1].chunks) == 1
+
+
+@pytest.fixture
+def pool():
+    """Arrow's memory, counted from here on."""
+    before = pa.default_memory_pool()
+    counted = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(counted)
+    yield counted
+    pa.set_memory_pool(before)
+
+
+def test_a_slice_is_held_by_whoever_works_on_it_alone(files, pool):
+    parts = list_slices(files, settings(**{"partitioning.slice_images": 80}))
+    part = next(parts)
+    held = pool.bytes_allocated()
+    assert part.images.num_rows == 80
+    del part
+    assert pool.bytes_allocated() < held / 2  # of the 20 files to come
+
+
+def test_comparing_with_nothing_takes_no_memory(pool):
+    images = pa.table({"path": map(str, range(10_000)), "length": range(10_000), "modified": range(10_000)})
+    before, nothing = pool.max_memory(), images.slice(0, 0)
+    assert without(images, nothing) is images
+    assert len(is_among(nothing, images)) == len(is_in(nothing["path"], images["path"])) == 0
+    assert is_among(nothing, images).type == is_in(nothing["path"], images["path"]).type == pa.bool_()
+    assert pool.max_memory() == before > 0
+
+
+def test_columns_of_nulls_share_their_memory():
+    images = conform(pa.table({"path": ["a"] * 1000}), ASSIGNED_SCHEMA)
+    nulls = [images[name].chunk(0).buffers()[1].address for name in ("length", "pts", "seek", "offset", "packed")]
+    assert len(set(nulls)) == 1 and images.schema == ASSIGNED_SCHEMA
 
 
 def digests(storage: LocalStorage) -> list[str]:

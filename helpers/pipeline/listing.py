@@ -126,7 +126,7 @@ def list_slices(
         images = files.num_rows + (CONTAINER_IMAGES - 1) * pc.sum(pc.not_equal(files["kind"], "image")).as_py()
         if waiting and size + images > most:
             yield _slice(waiting, left_out, digests, is_last=False)
-            waiting, digests, size = [], [], 0
+            digests, size = [], 0
         waiting.append((digest, files))
         size += images
     last = _slice(waiting, left_out, digests, is_last=True)
@@ -233,10 +233,11 @@ def _chunk(rows: list[tuple]) -> tuple[str, pa.Table]:
 
 
 def _slice(chunks: list[tuple[str, pa.Table]], left_out: Counter[str], known: list[str], is_last: bool) -> Listing:
-    """A slice of some chunks."""
+    """Make a slice of some chunks and empty their list, so that only whoever works on the slice holds it."""
     files = pa.concat_tables([files for _, files in chunks]) if chunks else None
     images, videos, archives = (_of_kind(files, kind) for kind in ("image", "video", "archive"))
     paths = tuple(Chunk(digest, files["path"].chunk(0)) for digest, files in chunks)
+    chunks.clear()
     listed = Listing(images, dict(+left_out), videos, archives, paths, tuple(known), is_last)
     log.info("%s", listed)
     return listed

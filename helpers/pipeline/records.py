@@ -1,6 +1,6 @@
 """What each run took, kept beside its results, to look at and to plan the next by (`helpers.planning.planner`).
 
-    OUTPUT/runs/RUN.parquet   one row per task, `task.RECORD_SCHEMA`
+    OUTPUT/runs/RUN.parquet   one row per task, `TASK_SCHEMA`
     OUTPUT/runs/RUN.json      the run: configuration, versions, model, slots, seconds of each phase, totals
 
 Both are written before the results are published, because what a killed driver leaves staged is published by the next
@@ -33,6 +33,8 @@ SECTIONS = {"source", "reader", "resume", "pictures", "ingest", "partitioning", 
 SECTIONS |= {"cascade", "postprocess"}
 # Anything else below spark.conf may be an account's key under a name of its owner's choice.
 SHOWN_SETTINGS = ("spark.executor.", "spark.task.", "spark.cores.", "spark.speculation", "spark.dynamicAllocation.")
+# What is kept of each task: its texts on rows and predictions are longer than all else, and are for its slice's commit.
+TASK_SCHEMA = pa.schema([field for field in RECORD_SCHEMA if field.name not in ("statistics", "distribution")])
 PHASES = [f"{name}_seconds" for name in ("session", "open", "list", "pass", "publish", "log")] + ["seconds"]
 
 
@@ -61,14 +63,14 @@ def shown_settings(config: Config) -> dict[str, Any]:
 
 
 def task_table(records: Iterable[dict[str, Any]]) -> pa.Table:
-    """What tasks have told, as a table (`task.RECORD_SCHEMA`)."""
+    """What is kept of what tasks have told (`task.RECORD_SCHEMA`), as a table (`TASK_SCHEMA`)."""
     # Spark gives naive timestamps in the driver's zone, Arrow would take them for UTC.
     rows = [{**record, "started": record["started"].astimezone(UTC)} for record in records]
-    return pa.Table.from_pylist(rows, schema=RECORD_SCHEMA)
+    return pa.Table.from_pylist(rows, schema=TASK_SCHEMA)
 
 
 def write_record(storage: Storage, run: dict[str, Any], tasks: pa.Table | None = None) -> None:
-    """Write `RUN.json`, in place of what it said before, and ahead of it what tasks have told (`RECORD_SCHEMA`)."""
+    """Write `RUN.json`, in place of what it said before, and ahead of it what tasks have told (`TASK_SCHEMA`)."""
     if tasks:
         write_table(storage, f"{RUNS}/{run['run']}.parquet", tasks)
     storage.write(f"{RUNS}/{run['run']}.json", json.dumps(run, indent=2).encode())
@@ -121,7 +123,7 @@ def read_tasks(locations: str | Iterable[str], config: Config | None = None) -> 
 
 
 def tasks_of(storage: Storage, run: pd.Series) -> pd.DataFrame:
-    """`task.RECORD_SCHEMA` of a run (`read_runs`), and `begin` and `end`, seconds since its pass began."""
+    """`TASK_SCHEMA` of a run (`read_runs`), and `begin` and `end`, seconds since its pass began."""
     tasks = read_table(storage, run["file"].removesuffix(".json") + ".parquet").to_pandas()
     began = run["pass_ended"] - pd.Timedelta(seconds=run["pass_seconds"])
     begin = (tasks["started"] - began).dt.total_seconds()

@@ -88,6 +88,8 @@ def file_paths(paths: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def without(images: pa.Table, rows: pa.Table, key: list[str] = KEY_NAMES) -> pa.Table:
     """The images whose path, length and modification time, or another key, are not among the rows."""
+    if not rows.num_rows:  # a copy is saved
+        return images
     return images.filter(pc.invert(is_among(images, rows, key)))
 
 
@@ -155,6 +157,8 @@ def count_values(values: pa.ChunkedArray) -> dict[str, int]:
 def is_among(table: pa.Table, rows: pa.Table, key: list[str] = KEY_NAMES) -> pa.ChunkedArray:
     """Whether path, length and modification time of each row, or another key, are those of one of the others."""
     path, *others = key
+    if not table.num_rows:  # else all rows would be counted
+        return pa.chunked_array([], pa.bool_())
     if pc.count_distinct(rows[path]).as_py() == rows.num_rows:  # takes a third of a join's memory
         places = index_in(table[path], rows[path])
         same = [pc.equal(table[name], rows[name].take(places)) for name in others]
@@ -166,6 +170,8 @@ def is_among(table: pa.Table, rows: pa.Table, key: list[str] = KEY_NAMES) -> pa.
 
 def is_in(values: pa.ChunkedArray, others: pa.ChunkedArray) -> pa.ChunkedArray:
     """Whether each value is one of the others."""
+    if not len(values):  # else a hash table of the others would be made
+        return pa.chunked_array([], pa.bool_())
     values, others = _alike(values, others)
     return pc.is_in(values, value_set=others)
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
@@ -28,7 +28,15 @@ from helpers.pipeline.catalog import open_results
 from helpers.pipeline.drift import Distributions
 from helpers.pipeline.listing import Known, Listing
 from helpers.pipeline.readers import by_partition, choose_reader, expand, planned_paths, read_by_spark
-from helpers.pipeline.records import PHASES, Stopwatch, shown_settings, task_table, versions, write_record
+from helpers.pipeline.records import (
+    PHASES,
+    TASK_SCHEMA,
+    Stopwatch,
+    shown_settings,
+    task_table,
+    versions,
+    write_record,
+)
 from helpers.pipeline.report import draw_sample, make_report, read_pictures
 from helpers.pipeline.results import Seen, Work
 from helpers.pipeline.rows import is_among, outdated, path_range, settled, without
@@ -78,7 +86,7 @@ class RunSummary:
     images_per_second: float
     results: str
     unlisted: int = 0
-    records: list[dict[str, Any]] = field(default_factory=list, repr=False)  # `task.RECORD_SCHEMA`, one a task
+    records: list[dict[str, Any]] = field(default_factory=list, repr=False)  # `TASK_SCHEMA`, one a task
     skipped_errors: Counter[str] = field(default_factory=Counter, repr=False)  # of the skipped; their counts
 
     @property
@@ -121,7 +129,8 @@ class Run:
         self.session_seconds, self.pool = session_seconds, ThreadPoolExecutor(1)
         self.models = tuple(model.identity for model in task.models)
         self.store = open_results(spark, output, config, task.kept)
-        self.tasks = RECORD_SCHEMA.empty_table()  # what they have told; as dictionaries it would be ten times as much
+        self.tasks = TASK_SCHEMA.empty_table()  # what they have told; as dictionaries it would be ten times as much
+        self.distributions = Distributions()  # of all predictions
         self.waiting: dict[str, File] = {}  # staged by a run that starts over
         self.published: list[str] = []  # files
         self.images = self.unlisted = self.first_partition = self.slots = 0
@@ -170,9 +179,9 @@ class Run:
         """Images that tasks have worked on."""
         return self._sum("images")
 
-    @property
+    @cached_property
     def records(self) -> list[dict[str, Any]]:
-        """What the tasks have told (`task.RECORD_SCHEMA`), made anew."""
+        """What all tasks have told (`TASK_SCHEMA`), for the end of the run."""
         return self.tasks.to_pylist()
 
     def _sum(self, column: str) -> int:
@@ -223,12 +232,14 @@ class Run:
             self.arrivals.settle(listed, all_failed)
         gone = outdated(seen.rows, images, listed.videos, listed.archives)
         files = {record["file"]: File(record["file_bytes"], record["statistics"]) for record in records}
+        distributions = [record["distribution"] for record in records]
+        self.distributions.merge(distributions)
         if not self.config.resume:
             self.waiting |= files
         elif files or gone.num_rows:
             if self.key != KEY_NAMES:  # a table of bytes does not say how long they are
                 todo = self.store.rows(files)
-            self._publish(seen, todo, files, gone, Distributions().merge(record["distribution"] for record in records))
+            self._publish(seen, todo, files, gone, Distributions().merge(distributions))
         self.watch.lap("publish")
 
     def end(self, last: str) -> RunSummary:
@@ -243,8 +254,7 @@ class Run:
             listing.check_any(self.images, last, self.task.source, config)
         if not config.resume:
             nothing = Seen()
-            distributions = Distributions().merge(self.tasks["distribution"].to_pylist())
-            self._publish(nothing, nothing.rows, self.waiting, nothing.rows, distributions)
+            self._publish(nothing, nothing.rows, self.waiting, nothing.rows, self.distributions)
         elif self.known.has_news:
             with only_warn("the next run has to look at all images again"):
                 store.note(self.known.tell(self.task.run), self.known.commit)
@@ -272,8 +282,7 @@ class Run:
         about = self._describe() | {"drift": {}}
         if self.tasks.num_rows:
             with only_warn("the run's predictions were not compared with earlier ones"):
-                own = Distributions().merge(self.tasks["distribution"].to_pylist())
-                about["drift"] = own.compare(self.earlier or [], config.tracking.drift)
+                about["drift"] = self.distributions.compare(self.earlier or [], config.tracking.drift)
             told = {**about, **watch.laps}, self.records, STAGES
             shown = partial(read_pictures, self.task.output, pictures)
             with only_warn("the run has no dashboard", "set paths.runs to a place that can be written"):

@@ -78,8 +78,10 @@ def extend(batch: pa.RecordBatch, schema: pa.Schema, **columns: Any) -> pa.Recor
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """A table with a schema's columns, and theirs in its structures, null where it has none."""
+    missing = {field.type for field in schema if field.name not in table.schema.names}
+    nulls = {kind: pa.nulls(table.num_rows, kind) for kind in missing}  # one for all columns of a type
     columns = [
-        table[field.name].cast(field.type) if field.name in table.schema.names else pa.nulls(table.num_rows, field.type)
+        table[field.name].cast(field.type) if field.name in table.schema.names else nulls[field.type]
         for field in schema
     ]
     return pa.table(columns, schema=schema)
