@@ -261,8 +261,10 @@ class TableSource:
 
 def _check_settings(columns: SourceSettings) -> None:
     if not (columns.path or columns.content):
-        remedy = "the images' URIs with --set source.path=COLUMN, or that of their bytes with source.content"
-        raise ConfigError(f"the source is a table: name the column of {remedy}")
+        remedy = (
+            "name the column of the images' URIs with --set source.path=COLUMN, or of their bytes with source.content"
+        )
+        raise ConfigError(f"the source is a table: {remedy}")
     if columns.content and not (columns.key or columns.path):
         raise ConfigError("source.content needs a column that tells the images apart: name it with source.key")
     if not columns.content and (columns.key or columns.modified):

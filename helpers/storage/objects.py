@@ -465,8 +465,8 @@ class ObjectStorage:
 
     def _refused(self, code: str) -> StorageError:
         self._forget()
-        why = f"the credential {self.options.credential} was refused ({code}); it is wrong, lacks a permission or has"
-        return StorageError(f"{self.root}: {why} expired: renew it and run again, what is finished is kept")
+        why = "it is wrong, lacks a permission or has expired: renew it and run again, what is finished is kept"
+        return StorageError(f"{self.root}: the credential {self.options.credential} was refused ({code}); {why}")
 
     def _forget(self) -> None:
         forget_stores()
