@@ -418,7 +418,7 @@ def _check_free(names: Sequence[str]) -> None:
     taken = {name.lower() for name in RESULT_SCHEMA.names}
     for name in names:
         if name.lower() in taken:
-            raise ConfigError(f"source.keep: results have a column {name} of their own, or twice; rename it")
+            raise ConfigError(f"source.keep: the results have a column {name} of their own, or twice; rename it")
         taken.add(name.lower())
 
 
