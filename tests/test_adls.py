@@ -9,9 +9,9 @@ How it was checked that tests fail without their protection: in a copy of the re
     adls.py: the rename's source is not quoted                 percent signs
     adls.py: `_put` writes under the final name                a reader never sees a part
     objects.py: a refused credential is an OSError             forbidden and refused, expired token, wrong key
-    client.py, objects.py: nothing is repeated                 any one request: list, and read
-    client.py: urllib3's log is not filtered                     planted secret
-    client.py: one client for ever                               expired token
+    adls.py, objects.py: nothing is repeated                   any one request: list, and read
+    adls.py: urllib3's log is not filtered                     planted secret
+    adls.py: one client for ever                               expired token
     redaction.py: `redact` without names, or without secrets  redacting, wrong address
 
 One is double: the SDK's own errors do not show the planted token either, whether `_explain` redacts them or not.
@@ -42,7 +42,7 @@ from helpers.config import load_config
 from helpers.errors import ConfigError, StorageError
 from helpers.images import boundary
 from helpers.pipeline import reading
-from helpers.storage import StorageOptions, adls, client, credentials, objects, open_storage, prefetch
+from helpers.storage import StorageOptions, adls, credentials, objects, open_storage, prefetch
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.credentials import resolve
 from helpers.storage.prefetch import chain_ahead, map_groups
@@ -59,13 +59,13 @@ def storage(adls_root, adls_settings) -> AdlsStorage:
 @pytest.fixture
 def hasty(monkeypatch):
     """Repeat what fails at once, so that failures take no time."""
-    monkeypatch.setitem(client.RETRY, "increment_base", 0)
-    monkeypatch.setitem(client.RETRY, "random_jitter_range", 0)
+    monkeypatch.setitem(adls.RETRY, "increment_base", 0)
+    monkeypatch.setitem(adls.RETRY, "random_jitter_range", 0)
     monkeypatch.setitem(objects.BACKOFF, "init_backoff", dt.timedelta(milliseconds=1))
     monkeypatch.setitem(objects.BACKOFF, "max_backoff", dt.timedelta(milliseconds=2))
-    client.forget_clients()
+    adls.forget_clients()
     yield
-    client.forget_clients()
+    adls.forget_clients()
 
 
 def sas(container: str, seconds: float = 3600) -> str:
@@ -233,7 +233,7 @@ def test_what_does_not_get_better_is_one_clear_error_and_no_missing_file(storage
 
 
 def test_retries_wait_longer_and_longer_but_not_for_ever():
-    policy = client.ExponentialRetry(**client.RETRY)
+    policy = adls.ExponentialRetry(**adls.RETRY)
     least = [max(0, 2**count - 1) for count in range(1, objects.TRIES + 1)]
     waits = [policy.get_backoff_time({"count": count}) for count in range(1, objects.TRIES + 1)]
     assert all(low <= wait <= low + 2 for low, wait in zip(least, waits, strict=True))
@@ -275,10 +275,10 @@ def test_an_account_that_does_not_exist_is_told_without_a_single_try(monkeypatch
     monkeypatch.setattr(objects, "getproxies", lambda: {"https": "http://proxy"})
     assert nobody._files.file_system_name == "photos"
     answer = socket.EAI_AGAIN
-    client.forget_clients()
+    adls.forget_clients()
     monkeypatch.setattr(objects, "getproxies", dict)
     assert nobody._files.file_system_name == "photos"
-    client.forget_clients()
+    adls.forget_clients()
 
 
 def test_a_file_that_its_access_rights_forbid_is_an_error_row_and_a_refused_credential_is_not(storage, dfs):
@@ -422,7 +422,7 @@ STRANGERS += ["xdfs.core.windows.net", "acct.dfs.core.windows.net\nx", "[::1]", 
 @pytest.mark.parametrize("host", STRANGERS)
 def test_a_credential_goes_to_no_host_that_only_a_location_names(host, monkeypatch):
     monkeypatch.setenv("ADLS_SAS", "sv=1&sig=PLANTED")
-    monkeypatch.setattr(client, "_open", lambda *arguments: pytest.fail(f"a client for {arguments}"))
+    monkeypatch.setattr(adls, "_open", lambda *arguments: pytest.fail(f"a client for {arguments}"))
     for credential in ("default", "env:ADLS_SAS"):
         with pytest.raises(StorageError, match=r"no host of Azure.*storage\.endpoint") as error:
             open_storage(f"abfss://c@{host}/p", load_config("local", **{"storage.credential": credential})).exists("a")
@@ -440,7 +440,7 @@ def test_the_hosts_of_azures_clouds_get_it(host):
 
 def test_another_host_is_for_storage_endpoint_to_name(monkeypatch):
     asked = []
-    monkeypatch.setattr(client, "_open", lambda address, *_: asked.append(address) or pytest.raises(ValueError))
+    monkeypatch.setattr(adls, "_open", lambda address, *_: asked.append(address) or pytest.raises(ValueError))
     storage = AdlsStorage("abfss://c@acct.attacker.example/p", StorageOptions("https://ours.example"))
     assert pickle.loads(pickle.dumps(storage)).root == storage.root
     assert storage._files and asked == ["https://ours.example"]
@@ -501,7 +501,7 @@ def databricks(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "databricks.sdk.runtime", runtime)
     monkeypatch.setitem(sys.modules, "databricks.sdk", types.ModuleType("databricks.sdk"))
     monkeypatch.setitem(sys.modules, "databricks", types.ModuleType("databricks"))
-    client.forget_clients()
+    adls.forget_clients()
 
 
 def test_a_databricks_secret_opens_a_storage(storage, databricks):
@@ -604,14 +604,13 @@ def test_folders_are_listed_at_once_where_there_is_more_than_a_page(storage, dfs
     }
 
 
-@pytest.mark.parametrize("most", [{"MOST_FOLDERS": 2}, {"PAGE": 3}])
+@pytest.mark.parametrize("most", [(objects, "MOST_FOLDERS", 2), (adls, "PAGE", 3)])
 def test_a_level_of_many_folders_or_files_is_listed_in_one_pass(storage, dfs, monkeypatch, most):
     paths = ["a/1", "b/2", "c/3", "d", "e"]
     for path in paths:
         storage.write(path, b"")
     monkeypatch.setattr(adls, "PAGE", 4)
-    for name, value in most.items():
-        monkeypatch.setattr(adls, name, value)
+    monkeypatch.setattr(*most)
     assert sorted(entry.path for entry in storage.list()) == [storage.join(path) for path in paths]
     recursive = [request for request in dfs.requests if request.query.get("recursive") == "true"]
     assert {request.query.get("directory", "") for request in recursive[-2:]} == {storage.root.rpartition("/")[2]}

@@ -25,7 +25,7 @@ from dfs_facade import ACCOUNT, KEY, DfsFacade
 from helpers.errors import StorageError
 from helpers.pipeline.schemas import RESULT_SCHEMA
 from helpers.pipeline.table import Table
-from helpers.storage import StorageOptions, client, objects
+from helpers.storage import StorageOptions, adls, objects
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.credentials import resolve
 
@@ -158,9 +158,9 @@ def azure(dfs, tls, proxy, monkeypatch) -> Iterator[Azure]:
     monkeypatch.setenv("SSL_CERT_FILE", "")
     monkeypatch.setenv("IDENTITY_ENDPOINT", f"http://127.0.0.1:{identity.server_address[1]}/token")
     monkeypatch.setenv("IDENTITY_HEADER", HEADER)
-    client.forget_clients()
+    adls.forget_clients()
     yield azure
-    client.forget_clients()
+    adls.forget_clients()
     azure.storage.stop()
     for server in (identity, vault):
         server.shutdown()
@@ -203,7 +203,7 @@ def test_an_identity_without_access_is_told_without_its_token(azure):
 def test_a_server_whose_certificate_nobody_vouches_for_is_told_with_the_remedy(azure, monkeypatch):
     storage = AdlsStorage(f"abfss://{azure.storage.make_container()}@{DFS}/folder")
     storage.write("a", b"1")
-    client.forget_clients()
+    adls.forget_clients()
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "")
     monkeypatch.setattr(objects, "TRIES", 0)
     with pytest.raises(StorageError, match="certificate is not trusted: REQUESTS_CA_BUNDLE"):

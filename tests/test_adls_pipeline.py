@@ -39,7 +39,7 @@ from helpers.pipeline.results import ResultStore, Work
 from helpers.pipeline.rows import without
 from helpers.pipeline.schemas import RESULT_SCHEMA
 from helpers.pipeline.table import Table
-from helpers.storage import StorageOptions, client, objects, open_storage
+from helpers.storage import StorageOptions, adls, objects, open_storage
 from helpers.storage.adls import AdlsStorage
 from helpers.storage.interface import UNFINISHED
 from helpers.storage.objects import ObjectStorage
@@ -480,9 +480,9 @@ class Commits:
 
 
 def test_a_commit_cut_off_at_any_request_is_put_right_by_the_next_run(server, open_results, monkeypatch):
-    monkeypatch.setitem(client.RETRY, "retry_total", 0)
+    monkeypatch.setitem(adls.RETRY, "retry_total", 0)
     monkeypatch.setattr(objects, "TRIES", 0)
-    client.forget_clients()
+    adls.forget_clients()
     old = [("a", 0), ("b", 0), ("c", 0)]
     new = [("a", 1), ("b", 0), ("c", 1), ("d", 1), ("e", 1)]
     staged = [table("a", "d", version=1), table("c", "e", version=1)]
@@ -509,18 +509,18 @@ def test_a_commit_cut_off_at_any_request_is_put_right_by_the_next_run(server, op
             assert not store.storage.exists("_staging")
     else:
         pytest.fail("the commit never ended")
-    client.forget_clients()
+    adls.forget_clients()
     assert last >= 15 and keys(store) == new
 
 
 @pytest.mark.parametrize("effect", [DROP, DROP_AFTERWARDS, BUSY], ids=["dropped", "dropped afterwards", "busy"])
 def test_a_disturbance_of_any_one_request_of_a_commit_changes_nothing(server, open_results, monkeypatch, effect):
     """Each request fails once, and afterwards all is as if it had not."""
-    monkeypatch.setitem(client.RETRY, "increment_base", 0)
-    monkeypatch.setitem(client.RETRY, "random_jitter_range", 0)
+    monkeypatch.setitem(adls.RETRY, "increment_base", 0)
+    monkeypatch.setitem(adls.RETRY, "random_jitter_range", 0)
     for name in ("init_backoff", "max_backoff"):
         monkeypatch.setitem(objects.BACKOFF, name, dt.timedelta(milliseconds=1 + (name == "max_backoff")))
-    client.forget_clients()
+    adls.forget_clients()
     commits = Commits.of(open_results, [table("a", "b")], [table("a", "c", version=1)])
     disturbed, count = -1, 0
     while disturbed < count:
@@ -536,7 +536,7 @@ def test_a_disturbance_of_any_one_request_of_a_commit_changes_nothing(server, op
         assert keys(store) == [("a", 1), ("b", 0), ("c", 1)], f"request {disturbed} of {count}"
         count = count or len(requests)
         disturbed += 1
-    client.forget_clients()
+    adls.forget_clients()
     assert count >= 10
 
 

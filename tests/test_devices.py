@@ -7,8 +7,7 @@ import pytest
 from helpers import pipeline
 from helpers.bundle import runtime
 from helpers.bundle.manifest import Bundle, load_bundle, save_bundle
-from helpers.bundle.onnx_model import load_onnx
-from helpers.bundle.runtime import get_model
+from helpers.bundle.runtime import get_model, load_onnx
 from helpers.config import load_config
 from helpers.errors import BundleError, ConfigError, HostError, RunError
 from helpers.pipeline import stages

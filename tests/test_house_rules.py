@@ -13,7 +13,7 @@ import pytest
 from helpers.config import PROJECT
 
 EXECUTOR_MODULES = ["pipeline.stages", "pipeline.task", "pipeline.reading", "images.decoding", "images.video", "tasks"]
-EXECUTOR_MODULES += ["bundle.runtime", "bundle.onnx_model", "redaction", "temporary", "memory", "options"]
+EXECUTOR_MODULES += ["bundle.runtime", "redaction", "temporary", "memory", "options"]
 EXECUTOR_MODULES += ["storage", "storage.adls", "storage.objects", "storage.credentials", "storage.prefetch"]
 EXECUTOR_MODULES += ["storage.uris", "training.shards", "training.rank", "pipeline.pyfunc", "pipeline.daemon"]
 # From the top down; a room uses rooms of floors below only. Modules of the lowest floor may use one another.

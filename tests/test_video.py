@@ -25,7 +25,7 @@ from helpers.config import Config, load_config
 from helpers.errors import ConfigError, StorageError
 from helpers.export.architectures import get_architecture
 from helpers.export.conversion import calibration_images
-from helpers.images import container, video
+from helpers.images import video
 from helpers.images.boundary import UnreadableImageError
 from helpers.images.decoding import decode
 from helpers.images.video import find_frames, frame_paths, read_frames, split_path, split_paths
@@ -152,8 +152,8 @@ def test_a_range_is_reached_by_seeking(clips, kind, most, monkeypatch):
     decoded = []
     original = video.decode_frames
 
-    def counted(container, stream):
-        for item in original(container, stream):
+    def counted(*arguments):
+        for item in original(*arguments):
             decoded.append(item)
             yield item
 
@@ -776,7 +776,7 @@ def test_frames_that_lead_to_the_same_place_again_and_again_are_no_video():
 
 @each_clip
 def test_an_ordinary_video_does_not_claim_more_than_it_has(clips, kind, monkeypatch):
-    monkeypatch.setattr(container, "CLAIMED", 1)
+    monkeypatch.setattr(video, "CLAIMED", 1)
     with clips(kind).path.open("rb") as file:
         assert find_frames(file).count == 50
 

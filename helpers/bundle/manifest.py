@@ -101,11 +101,8 @@ class Bundle:
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror or error}; copy the bundle again") from None
         if hashlib.sha256(content).hexdigest() != self.manifest.files.get(name):
-            size = len(content)
-            raise BundleError(
-                f"{path} is damaged or truncated ({size} bytes): its hash is not the manifest's; "
-                "copy or export the bundle again"
-            )
+            why = f"({len(content)} bytes): its hash is not the manifest's"
+            raise BundleError(f"{path} is damaged or truncated {why}; copy or export the bundle again")
         return content
 
 
@@ -131,13 +128,10 @@ def load_bundle(storage: Storage) -> Bundle:
         values = json.loads(content)
     except OSError as error:
         if error.errno == errno.EFBIG:
-            raise BundleError(
-                f"{path} is longer than a manifest can be, {MANIFEST_BYTES} bytes; export the bundle again"
-            ) from None
-        raise BundleError(
-            f"no model bundle at {storage.root}: {MANIFEST} cannot be read ({error.strerror or error}); "
-            "make one with `python -m helpers export`"
-        ) from None
+            why = f"is longer than a manifest can be, {MANIFEST_BYTES} bytes"
+            raise BundleError(f"{path} {why}; export the bundle again") from None
+        why = f"no model bundle at {storage.root}: {MANIFEST} cannot be read ({error.strerror or error})"
+        raise BundleError(f"{why}; make one with `python -m helpers export`") from None
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not valid JSON ({error}); export the bundle again") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:

@@ -1,6 +1,7 @@
 """OpenVINO in a Spark task: one compiled model a Python worker, asynchronous requests, threads that fit the task.
 
-Executors import this module; it needs numpy and OpenVINO only, and for NVIDIA GPUs ONNX Runtime (`onnx_model`).
+For NVIDIA GPUs, which OpenVINO does not use, ONNX Runtime is behind the same face. Executors import this module; it
+needs numpy, and either of the two where a model is loaded.
 """
 
 import gc
@@ -9,14 +10,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from helpers.bundle.manifest import MANIFEST, OPEN, Bundle
 from helpers.errors import BundleError, HostError, first_line
+from helpers.images.spec import InputSpec
 from helpers.memory import resident_megabytes
 from helpers.temporary import user_folder
 
@@ -27,6 +31,9 @@ log = logging.getLogger(__name__)
 
 SINGLE_MEGABYTES = 1  # inputs and outputs of which not even two images fit into this are inferred one by one
 ANY = OPEN  # a graph's dimension
+ONNX_FILE = "model.onnx"
+CUDA = "CUDAExecutionProvider"
+ONNX_ERRORS = 3  # ONNX Runtime's level of errors only
 REQUESTS = 2  # one batch is inferred while the next is read and decoded
 
 _models: dict[tuple[str, str, int, str], "Model"] = {}
@@ -49,11 +56,8 @@ class Model:
     def infer(self, batches: Iterable[tuple[Any, np.ndarray]]) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
         """Run batches through the model, in order; the next is prepared while one is computed.
 
-        Args:
-            batches: pairs of anything and uint8 `[B, H, W, C]`; B may differ, and may be 0; at most 1 where `single`.
-
-        Yields:
-            The same anything, and the outputs by name, each float32 `[B, ...]`.
+        Batches are pairs of anything and uint8 `[B, H, W, C]`; B may differ, and may be 0; at most 1 where `single`.
+        Yields the same anything, and the outputs by name, each float32 `[B, ...]`.
         """
         pending: deque[tuple[Any, np.ndarray, Any]] = deque()  # pixels too, which requests share
 
@@ -147,11 +151,8 @@ def read_graph(core: "ov.Core", bundle: Bundle) -> "tuple[ov.Model, bool]":
     """Read a bundle's graph, and say whether it takes one image at a time.
 
     Large inputs and outputs gain nothing from batches, and a graph of fixed shapes is faster. Other graphs give right
-    outputs for one image only.
-
-    Raises:
-        BundleError: a file is missing or damaged, or the graph is not what the manifest says.
-        RuntimeError: OpenVINO cannot read it.
+    outputs for one image only. Raises BundleError if a file is missing or damaged, or the graph is not what the
+    manifest says, and RuntimeError if OpenVINO cannot read it.
     """
     graph = core.read_model(model=bundle.read("model.xml"), weights=bundle.read("model.bin"))
     manifest = bundle.manifest
@@ -174,16 +175,13 @@ def read_graph(core: "ov.Core", bundle: Bundle) -> "tuple[ov.Model, bool]":
     return graph, single
 
 
-def _compare(
-    bundle: Bundle, what: str, port: Any, element: str, shape: tuple[int, ...], batches: Collection[int]
-) -> None:
+def _compare(bundle: Bundle, what: str, port: Any, element: str, shape: tuple[int, ...], batches: set[int]) -> None:
     """Compare what the manifest says of an input or output with the graph's own, which takes so many images."""
     dimensions, kind = port.get_partial_shape(), port.get_element_type().get_type_name()
     lengths = [d.get_length() if d.is_static else ANY for d in dimensions] if dimensions.rank.is_static else []
     if kind != element or lengths not in [[batch, *shape] for batch in batches]:
-        raise _lies(
-            bundle, f"{what} is {element} [?,{','.join(map(str, shape))}], and the graph's is {kind} {dimensions}"
-        )
+        told = f"{element} [?,{','.join(map(str, shape))}]"
+        raise _lies(bundle, f"{what} is {told}, and the graph's is {kind} {dimensions}")
 
 
 def _lies(bundle: Bundle, difference: str) -> BundleError:
@@ -211,21 +209,9 @@ def has_bf16() -> bool:
     return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def check_device(core: "ov.Core", device: str) -> None:
-    """Raises HostError where OpenVINO has no such device on this host."""
-    names = core.available_devices
-    if device != "AUTO" and not any(name in (device, f"{device}.0") for name in names):
-        raise HostError(
-            f"OpenVINO has the devices {', '.join(names)} here, and not {device}: install its driver, or set "
-            "inference.device to one of them, to AUTO, or to CUDA for NVIDIA's"
-        )
-
-
 def _load(bundle: Bundle, precision: str, threads: int, device: str) -> Model:
     kind, _, number = device.partition(".")
     if kind == "CUDA":
-        from helpers.bundle.onnx_model import load_onnx
-
         return load_onnx(bundle, threads, device=int(number or 0))
     start = time.perf_counter()
     # It would fork this process, in a thread, to count its users; OpenVINO does without it.
@@ -236,7 +222,10 @@ def _load(bundle: Bundle, precision: str, threads: int, device: str) -> Model:
     # ever: one has the table's lock and wants Python's, the other has Python's.
     ov.Type.u8.to_dtype()
     core = ov.Core()
-    check_device(core, device)
+    if device != "AUTO" and not any(name in (device, f"{device}.0") for name in core.available_devices):
+        remedy = "install its driver, or set inference.device to one of them, to AUTO, or to CUDA for NVIDIA's"
+        names = ", ".join(core.available_devices)
+        raise HostError(f"OpenVINO has the devices {names} here, and not {device}: {remedy}")
     if folder := user_folder():
         core.set_property({"CACHE_DIR": str(folder / "openvino")})
     try:
@@ -249,3 +238,58 @@ def _load(bundle: Bundle, precision: str, threads: int, device: str) -> Model:
     seconds = time.perf_counter() - start
     log.info("loaded %s (%s, %d threads, %s) in %.2f s", bundle.manifest.model, precision, threads, device, seconds)
     return Model(compiled, tuple(output.name for output in bundle.manifest.outputs), seconds, single)
+
+
+@dataclass(frozen=True)
+class OnnxModel(Model):
+    """A bundle's ONNX graph, which takes normalized float32 `[B, C, H, W]`, with the normalization before it."""
+
+    spec: InputSpec = field(kw_only=True)
+    pool: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1), kw_only=True)
+
+    def _start(self, pixels: np.ndarray) -> Future[dict[str, np.ndarray]]:
+        return self.pool.submit(self._run, pixels)
+
+    def _finish(self, request: Future[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return request.result()
+
+    def _run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        mean, std = (np.array(values, np.float32) for values in (self.spec.mean, self.spec.std))
+        values = np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2))
+        feeds = {self.compiled.get_inputs()[0].name: values}
+        return dict(zip(self.outputs, self.compiled.run(list(self.outputs), feeds), strict=True))
+
+
+def load_onnx(bundle: Bundle, threads: int, provider: str = CUDA, device: int = 0) -> OnnxModel:
+    """Load a bundle's ONNX graph for the GPU of a number; `threads` are of what is computed on the CPU.
+
+    Raises BundleError if the bundle has no such graph, or ONNX Runtime cannot load it, and HostError if this host has
+    no such provider.
+    """
+    if ONNX_FILE not in bundle.manifest.files:
+        raise BundleError(f"{bundle.storage.root} has no {ONNX_FILE}, which CUDA needs; export it with --keep-onnx")
+    try:
+        import onnxruntime
+    except ImportError:
+        raise HostError("inference.device=CUDA needs ONNX Runtime: pip install onnxruntime-gpu") from None
+    providers = onnxruntime.get_available_providers()
+    if provider not in providers:
+        remedy = "pip install onnxruntime-gpu in place of onnxruntime, or set inference.device to another device"
+        raise HostError(f"ONNX Runtime has {', '.join(providers)} here, and not {provider}: {remedy}")
+    content, start = bundle.read(ONNX_FILE), time.perf_counter()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, ONNX_ERRORS
+    # Several tasks share a GPU: none takes more of its memory than it needs. Without TF32, f32 is what it says.
+    settings = {"device_id": device, "arena_extend_strategy": "kSameAsRequested", "use_tf32": 0}
+    try:
+        chosen = [(provider, settings if provider == CUDA else {})]
+        session = onnxruntime.InferenceSession(content, options, providers=chosen)
+    except Exception as error:  # of kinds of its own
+        raise BundleError(f"ONNX Runtime cannot load {bundle.storage.join(ONNX_FILE)}: {first_line(error)}") from None
+    if session.get_providers()[0] != provider:  # it warns and goes on on the CPU, without CUDA's libraries for example
+        raise HostError(f"{provider} cannot be used here: install the CUDA and cuDNN that onnxruntime-gpu needs")
+    manifest, known = bundle.manifest, {output.name for output in session.get_outputs()}
+    names = tuple(output.name for output in manifest.outputs)
+    if missing := set(names) - known:
+        raise BundleError(f"{bundle.storage.join(ONNX_FILE)} has no output {min(missing)!r}; export the bundle again")
+    return OnnxModel(session, names, time.perf_counter() - start, manifest.batch == 1, spec=manifest.input)

@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import BundleError
-from helpers.export.cards import (
-    CARDS,
-    HELP,
-    Card,
-    find_cards,
-    load_network_class,
-    parse_card,
-    read_arrays,
-    read_entries,
-)
+from helpers.export import cards
 from helpers.images.spec import InputSpec
 from helpers.yolact.configurations import CONFIGURATIONS, get_configuration
 
@@ -51,37 +42,30 @@ def no_weights() -> "torch.nn.Module":
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model is for, and of a PyTorch network how to build it.
-
-    Attributes:
-        outputs: names of the exported outputs, in order; they are the roles of the task's decoder.
-        decoder: how the outputs are read; empty for the task's first.
-        build: returns the `torch.nn.Module`, which takes normalized float32 `[B, channels, height, width]`.
-        build_pretrained: returns the network with the weights of the library that it is from.
-        weights: their name.
-        adapt_state_dict: takes a checkpoint's state dictionary and returns the one that the network must load whole.
-        export_module: takes the network and returns the module to export, the one that has `outputs`.
-        arrays: returns what post-processing needs beside the outputs, by the name of its `.npy` file in the bundle.
-        trial: of the graph of a file, which was tried when it was read.
-    """
+    """What a model is for, and of a PyTorch network how to build it."""
 
     name: str
     task: str
     input: InputSpec
-    outputs: tuple[str, ...]
+    outputs: tuple[str, ...]  # names of the exported outputs, in order; they are the roles of the task's decoder
     labels: tuple[str, ...]
     postprocess: dict[str, Any]
-    decoder: str = ""
+    decoder: str = ""  # how the outputs are read; empty for the task's first
+    # Returns the `torch.nn.Module`, which takes normalized float32 `[B, channels, height, width]`.
     build: Callable[..., "torch.nn.Module"] = no_network
+    # Returns the network with the weights of the library that it is from.
     build_pretrained: Callable[[], "torch.nn.Module"] = no_weights
-    weights: str = ""
+    weights: str = ""  # their name
+    # Takes a checkpoint's state dictionary and returns the one that the network must load whole.
     adapt_state_dict: Callable[[dict[str, Any]], dict[str, Any]] = unchanged
+    # Takes the network and returns the module to export, the one that has `outputs`.
     export_module: Callable[["torch.nn.Module"], "torch.nn.Module"] = unchanged
+    # Returns what post-processing needs beside the outputs, by the name of its `.npy` file in the bundle.
     arrays: Callable[[], dict[str, "np.ndarray"]] = dict
-    trial: "Trial | None" = None
+    trial: "Trial | None" = None  # of the graph of a file, which was tried when it was read
 
     @classmethod
-    def of_card(cls, name: str, card: Card, outputs: Iterable[str], **others: Any) -> "Architecture":
+    def of_card(cls, name: str, card: cards.Card, outputs: Iterable[str], **others: Any) -> "Architecture":
         """What a card says; the others are attributes that it says nothing of, or something else."""
         spec = others.pop("input", None) or card.input.to_spec()
         return cls(name, card.task, spec, tuple(outputs), card.labels, dict(card.postprocess), card.decoder, **others)
@@ -89,32 +73,22 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Converted:
-    """A model on its way to a bundle.
+    """A model on its way to a bundle."""
 
-    Attributes:
-        model: takes uint8 images, and its outputs are named for their roles.
-        architecture: what it is.
-        file: it is from; None for a library's own weights.
-        onnx: takes normalized float32 `[B, C, H, W]`, and has the same outputs; None where there is no such graph.
-    """
-
-    model: "ov.Model"
-    architecture: Architecture
-    file: Path | None
+    model: "ov.Model"  # takes uint8 images, and its outputs are named for their roles
+    architecture: Architecture  # what it is
+    file: Path | None  # it is from; None for a library's own weights
+    # Takes normalized float32 `[B, C, H, W]`, and has the same outputs; None where there is no such graph.
     onnx: "onnx.ModelProto | None"
 
 
 def get_architecture(name: str, labels: Sequence[str] = (), card: Path | None = None) -> Architecture:
     """Look an architecture up by name; torch is imported here, not with this module.
 
-    Args:
-        name: a card in `conf/cards`, the path of a card, a YOLACT network (`helpers.yolact.configurations`), or one of
-            a library: `torchvision:NAME` or `timm:NAME`.
-        labels: classes in the place of its own, for a YOLACT that was trained on other data.
-        card: changes what a library says of its network.
-
-    Raises:
-        BundleError: there is none of that name, its card or what that names cannot be used, or its classes are fixed.
+    The name is of a card in `conf/cards`, the path of a card, a YOLACT network (`helpers.yolact.configurations`), or
+    one of a library: `torchvision:NAME` or `timm:NAME`. Labels take the place of its own, for a YOLACT that was trained
+    on other data, and the card changes what a library says of its network. Raises BundleError if there is none of that
+    name, its card or what that names cannot be used, or its classes are fixed.
     """
     library, colon, _ = name.partition(":")
     if colon and library in LIBRARIES:
@@ -129,12 +103,10 @@ def get_architecture(name: str, labels: Sequence[str] = (), card: Path | None = 
         raise BundleError(f"{name} has fixed classes; only YOLACT architectures take those of a data set")
     if name.endswith((".yaml", ".yml")):
         return _from_card(Path(name))
-    if name in find_cards():
-        return _from_card(CARDS / f"{name}.yaml")
-    known = ", ".join([*find_cards(), *CONFIGURATIONS])
-    raise BundleError(
-        f"no architecture {name!r}; there are {known}, torchvision:NAME and timm:NAME; or name a model card's .yaml"
-    )
+    if name in cards.find_cards():
+        return _from_card(cards.CARDS / f"{name}.yaml")
+    known = ", ".join([*cards.find_cards(), *CONFIGURATIONS, "torchvision:NAME and timm:NAME"])
+    raise BundleError(f"no architecture {name!r}; there are {known}; or name a model card's .yaml")
 
 
 def drop_stale_keys(weights: dict[str, Any]) -> dict[str, Any]:
@@ -148,12 +120,12 @@ def drop_stale_keys(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_card(path: Path) -> Architecture:
-    card = parse_card(read_entries(path), path)
+    card = cards.parse_card(cards.read_entries(path), path)
     for entry in ("network", "labels", "input.height", "input.width", "input.color", "input.mean", "input.std"):
         if not attrgetter(entry)(card) and (entry, card.task) != ("labels", "embedding"):
-            raise BundleError(f"{path}: {entry} is missing: a PyTorch network does not say it; {HELP}")
-    outputs, arrays = card.outputs or ("logits",), partial(read_arrays, card)
-    return Architecture.of_card(path.stem, card, outputs, build=load_network_class(card, path), arrays=arrays)
+            raise BundleError(f"{path}: {entry} is missing: a PyTorch network does not say it; {cards.HELP}")
+    outputs, arrays = card.outputs or ("logits",), partial(cards.read_arrays, card)
+    return Architecture.of_card(path.stem, card, outputs, build=cards.load_network_class(card, path), arrays=arrays)
 
 
 def _yolact(name: str, labels: Sequence[str] = ()) -> Architecture:

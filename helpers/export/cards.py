@@ -156,17 +156,13 @@ def read_arrays(card: Card) -> dict[str, np.ndarray]:
 def read_labels(path: Path) -> list[str]:
     """Labels of a file: one per line, with or without ImageNet's numbers before them, or a map of TensorFlow's.
 
-    In JSON and YAML they are a list or a map from each class's number, perhaps below `names` or `id2label`.
-
-    Raises:
-        BundleError: the file holds no text, or no labels.
+    In JSON and YAML they are a list or a map from each class's number, perhaps below `names` or `id2label`. Raises
+    BundleError if the file holds no text, or no labels.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(
-            f"{path} holds no labels: {first_line(error)}; name a text file, one label per line"
-        ) from None
+        raise BundleError(f"{path} holds no labels: {first_line(error)}; name a text with one per line") from None
     if path.suffix not in (".json", ".yaml", ".yml"):
         return parse_labels(text, path)
     try:
@@ -224,7 +220,11 @@ def merge(entries: Mapping[str, Any], others: Mapping[str, Any]) -> Entries:
 
 def parse_card(entries: Mapping[str, Any], origin: Any) -> Card:
     """Check a card's entries, perhaps on top of a model's own; raises BundleError, which names their origin."""
-    entries = {**entries, "input": _spread(entries.get("input"))} if entries.get("input") else entries
+    given = entries.get("input")
+    if given and isinstance(given, dict):  # one number as mean or std is that of each channel
+        channels = COLORS.get(given.get("color") or "rgb", 3)
+        numbers = {name: [given[name]] * channels for name in ("mean", "std") if type(given.get(name)) in (int, float)}
+        entries = {**entries, "input": {**given, **numbers}}
     try:
         return TypeAdapter(Card).validate_python(entries)
     except ValidationError as error:
@@ -265,15 +265,6 @@ def nearest(name: str, known: Collection[str], cutoff: float = 0.75) -> str:
     near = get_close_matches(name, known, 1, cutoff)
     others = f"; there are {', '.join(known)}" if len(known) < MANY else ""
     return f"; did you mean {near[0]!r}?" if near else others
-
-
-def _spread(given: Any) -> Any:
-    """The entries of an input whose one number as mean or std is that of each channel."""
-    if not isinstance(given, dict):
-        return given
-    channels = COLORS.get(given.get("color") or "rgb", 3)
-    numbers = {name: [given[name]] * channels for name in ("mean", "std") if type(given.get(name)) in (int, float)}
-    return {**given, **numbers}
 
 
 def _find(file: str, card: Path, entry: str, model: Path | None = None) -> Path:

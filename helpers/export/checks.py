@@ -40,19 +40,12 @@ PREVIEW_HEIGHT = 360
 
 @dataclass(frozen=True)
 class Trial:
-    """What a graph gave for pictures, uint8 BGR `[height, width, 3]` each.
-
-    Attributes:
-        model: the graph.
-        pictures: that were tried.
-        outputs: of each picture by name, float32 `[1, ...]`.
-        batch: what a manifest's `batch` says, 0 or 1.
-    """
+    """What a graph gave for pictures."""
 
     model: "ov.Model"
-    pictures: Sequence[Image]
-    outputs: Outputs
-    batch: int
+    pictures: Sequence[Image]  # that were tried, uint8 BGR `[height, width, 3]` each
+    outputs: Outputs  # of each picture by name, float32 `[1, ...]`
+    batch: int  # what a manifest's `batch` says, 0 or 1
 
 
 @cache
@@ -105,10 +98,8 @@ def try_graph(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], ori
     alone = [_infer(compiled, tensor, origin) for tensor in tensors]
     for name, values in ((name, values) for outputs in alone for name, values in outputs.items()):
         if not np.isfinite(values).all():
-            raise BundleError(
-                f"{origin} gives values in {name!r} that are not finite: the file is damaged, or mean and std of its "
-                "card are not those it was trained with"
-            )
+            why = "the file is damaged, or mean and std of its card are not those it was trained with"
+            raise BundleError(f"{origin} gives values in {name!r} that are not finite: {why}")
     takes_more = model.input().get_partial_shape()[0].is_dynamic
     shapes = [output.get_partial_shape() for output in model.outputs]
     # Open in the number of images only.
@@ -137,9 +128,8 @@ def check_manifest(manifest: Manifest) -> None:
     try:
         get_decoder(manifest).check_shapes(shapes, len(manifest.labels))
     except OutputError as error:
-        raise BundleError(
-            f"{manifest.architecture}: {error}; correct the labels, decoder or outputs of its card"
-        ) from None
+        remedy = "correct the labels, decoder or outputs of its card"
+        raise BundleError(f"{manifest.architecture}: {error}; {remedy}") from None
     parameters_for(replace(manifest, postprocess={}), manifest.postprocess)
 
 
@@ -179,9 +169,8 @@ def _infer(compiled: Any, tensor: np.ndarray, origin: str) -> dict[str, np.ndarr
     try:
         outputs = compiled(tensor)
     except RuntimeError as error:
-        raise BundleError(
-            f"{origin} fails on an image of {tensor.shape[1:]}: {tell_reason(error)}; correct the input of its card"
-        ) from None
+        problem = f"{origin} fails on an image of {tensor.shape[1:]}: {tell_reason(error)}"
+        raise BundleError(f"{problem}; correct the input of its card") from None
     return {output.get_any_name(): outputs[output].copy() for output in compiled.outputs}
 
 
@@ -223,6 +212,4 @@ def _add_batch(model: "ov.Model", alone: Outputs, tried: Outputs) -> Outputs:
         output.get_node().input(0).replace_source_output(ops.unsqueeze(image, ops.constant([0])).output(0))
         name_output(output, name)
     model.validate_nodes_and_infer_types()
-    return [
-        {name: values[None] if name in lacking else values for name, values in outputs.items()} for outputs in alone
-    ]
+    return [{name: values[None] if name in lacking else values for name, values in own.items()} for own in alone]

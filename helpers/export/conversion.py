@@ -89,11 +89,10 @@ def to_onnx(network: "torch.nn.Module", architecture: Architecture, opset: int =
             axes = {name: {0: "batch"} for name in ("images", *architecture.outputs)}
             if is_variable:
                 axes = {"images": {2: "height", 3: "width"}, **{name: {} for name in architecture.outputs}}
+            names |= {"dynamo": False, "opset_version": opset, "dynamic_axes": axes}
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "model.onnx")
-                torch.onnx.export(
-                    module, (images,), path, dynamo=False, opset_version=opset, dynamic_axes=axes, **names
-                )
+                torch.onnx.export(module, (images,), path, **names)
                 return onnx.load(path)
         shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},)
         program = torch.onnx.export(module, (images,), dynamo=True, opset_version=opset, dynamic_shapes=shapes, **names)

@@ -76,17 +76,15 @@ def to_truth(predictions: Sequence[list[Prediction]], manifest: Manifest) -> Tru
         return [instances[0]["class_id"] if instances else NO_CLASS for instances in predictions]
     if manifest.task in ("embedding", "semantic_segmentation"):
         return list(predictions)
+    drawn = ((i, p) for i, instances in enumerate(predictions) for p in instances if p["score"] >= DRAWN_SCORE)
     annotations = [
-        {"image_id": i, "category_id": p["class_id"], "iscrowd": 0, **_shape(p)}
-        for i, instances in enumerate(predictions)
-        for p in instances
-        if p["score"] >= DRAWN_SCORE
+        {"id": number, "image_id": i, "category_id": p["class_id"], "iscrowd": 0, **_shape(p)}
+        for number, (i, p) in enumerate(drawn, 1)
     ]
     size = {"width": manifest.input.width, "height": manifest.input.height}
     images = [{"id": i, **size} for i in range(len(predictions))]
     categories = [{"id": i, "name": name} for i, name in enumerate(manifest.labels)]
-    numbered = [{**annotation, "id": i} for i, annotation in enumerate(annotations, 1)]
-    return {"images": images, "annotations": numbered, "categories": categories}
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def score(predictions: Mapping[int, list[Prediction]], truth: Truth) -> float:
@@ -110,12 +108,7 @@ def to_results(predictions: Iterable[list[Prediction]], truth: dict[str, Any]) -
     """COCO results of the truth's images, in order; classes are matched by their names."""
     categories = {category["name"]: category["id"] for category in truth["categories"]}
     return [
-        {
-            "image_id": image["id"],
-            "category_id": categories[p["label"]],
-            "score": p["score"],
-            **_shape(p),
-        }
+        {"image_id": image["id"], "category_id": categories[p["label"]], "score": p["score"], **_shape(p)}
         for image, instances in zip(truth["images"], predictions, strict=True)
         for p in instances
     ]

@@ -10,21 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from helpers.errors import BundleError, first_line
+from helpers.export import preparation
 from helpers.export.architectures import Architecture, Converted
 from helpers.export.cards import HELP, Card, merge, parse_card, read_arrays, read_entries
 from helpers.export.checks import Trial, generate_pictures, infer, stack, try_graph
 from helpers.export.metadata import read_metadata
-from helpers.export.preparation import (
-    find_input,
-    find_last,
-    find_strides,
-    join_strides,
-    keep_image,
-    prepare,
-    rename_outputs,
-    select_outputs,
-    tell_reason,
-)
 from helpers.images.decoding import Image
 from helpers.tasks import DECODERS, Arrays, suggest
 from helpers.tasks.interface import OutputError
@@ -62,26 +52,26 @@ def convert_file(path: Path, card: Path | None = None, pictures: Sequence[Image]
     description = parse_card(entries, origin)
     if description.network:
         raise BundleError(f"{origin}: network is of PyTorch checkpoints: leave it out for a model's file")
-    strides = select_outputs(model, description.outputs, str(path))
-    model = keep_image(model, description.inputs, str(path))
-    spec, layout = find_input(model, description.input, str(path))
+    strides = preparation.select_outputs(model, description.outputs, str(path))
+    model = preparation.keep_image(model, description.inputs, str(path))
+    spec, layout = preparation.find_input(model, description.input, str(path))
     if model.input().get_element_type().is_real() and not (description.input.mean or description.input.std):
         log.warning("%s gets gray levels of 0 to 255: its card has no mean and std, which most networks need", path)
-    model = prepare(model, spec, layout, str(path))
+    model = preparation.prepare(model, spec, layout, str(path))
     trial = try_graph(model, spec, pictures, str(path))
     outputs = trial.outputs
     if not description.outputs and "anchor_free" in DECODERS[description.task]:
         shapes = {name: values.shape[1:] for name, values in outputs[0].items()}
-        strides = find_strides(shapes, spec, bool(description.priors))
+        strides = preparation.find_strides(shapes, spec, bool(description.priors))
     if strides:
-        join_strides(model, strides, spec, len(description.labels), str(origin))
+        preparation.join_strides(model, strides, spec, len(description.labels), str(origin))
         outputs = infer(model, spec, pictures, str(path))
     description, roles = _assign_roles(description, stack(outputs), model, str(origin), bool(strides))
     if "offsets" in roles and description.decoder == "ssd" and not description.priors:
         raise BundleError(f"{origin}: boxes are offsets from anchors: add `priors: FILE.npy` with them; {HELP}")
     if unused := sorted({output.get_any_name() for output in model.outputs} - {*roles.values()}):
         log.warning("%s: outputs %s have no role; if it is theirs, name the card's `outputs`", path, ", ".join(unused))
-    rename_outputs(model, roles)
+    preparation.rename_outputs(model, roles)
     trial = Trial(model, pictures, [_of_roles(own, roles) for own in outputs], trial.batch)
     arrays = partial(read_arrays, description)
     architecture = Architecture.of_card(path.stem, description, roles, input=spec, arrays=arrays, trial=trial)
@@ -119,8 +109,9 @@ def read_graph(path: Path) -> "ov.Model":
         return ov.Core().read_model(path)
     except Exception as error:  # each framework's reader raises what it comes across
         raise BundleError(
-            f"{path} cannot be read as a model: {tell_reason(error)}; it is damaged, of another kind, or has layers "
-            f"that OpenVINO {ov.__version__.partition('-')[0]} lacks: export it without these, perhaps not quantized"
+            f"{path} cannot be read as a model: {preparation.tell_reason(error)}; it is damaged, of another kind, or "
+            f"has layers that OpenVINO {ov.__version__.partition('-')[0]} lacks: export it without these, perhaps not "
+            "quantized"
         ) from None
 
 
@@ -151,7 +142,7 @@ def _assign_roles(
         if not card.decoder and card.task == "classification":
             # Numbers from 0 to 1 that do not come to 1 may be anything, but for what the graph computes them with.
             (output,) = DECODERS[card.task][decoder].assign_roles(outputs, len(card.labels)).values()
-            decoder = ACTIVATIONS.get(find_last(model, output), decoder)
+            decoder = ACTIVATIONS.get(preparation.find_last(model, output), decoder)
         if card.outputs:  # whose names are the roles by now
             roles = {role: role for role in card.outputs}
         else:

@@ -20,12 +20,7 @@ GRAY_LEVELS = 255.0  # libraries normalize images of 0 to 1
 LONGEST = 4  # times its shorter side, a longer image is made smaller, so that memory has a bound
 EPSILON = 1e-5  # of a batch normalization
 # Their published weights are for normalizations with an epsilon of 0, and without counts of batches.
-WITHOUT_EPSILON = (
-    "fasterrcnn_resnet50_fpn",
-    "keypointrcnn_resnet50_fpn",
-    "maskrcnn_resnet50_fpn",
-    "retinanet_resnet50_fpn",
-)
+WITHOUT_EPSILON = [f"{name}_resnet50_fpn" for name in ("fasterrcnn", "keypointrcnn", "maskrcnn", "retinanet")]
 DETECTORS = {  # by their output beyond boxes: task, decoder, roles
     "": ("detection", "end_to_end", ()),
     "masks": ("instance_segmentation", "mask_rcnn", ("masks",)),
@@ -74,9 +69,8 @@ def describe(name: str, card: Path | None = None) -> Architecture:
     no such network, or no task for it, or the card is wrong, and HostError if the library is not installed.
     """
     library, _, network = name.partition(":")
-    return {"torchvision": _describe_torchvision, "timm": _describe_timm}[library](
-        network, read_entries(card) if card else {}, card or name
-    )
+    describe_network = _describe_timm if library == "timm" else _describe_torchvision
+    return describe_network(network, read_entries(card) if card else {}, card or name)
 
 
 def _describe_torchvision(name: str, changes: Entries, origin: Any) -> Architecture:
@@ -139,11 +133,7 @@ def _describe_segmenter(name: str, weights: Any) -> tuple[Entries, dict[str, Any
         "input": {**size, **_normalization(rule)},
         "postprocess": {"background": 0},
     }
-    return entries, {
-        "outputs": ("scores",),
-        "export_module": Segmenter,
-        "adapt_state_dict": _without_auxiliary,
-    }
+    return entries, {"outputs": ("scores",), "export_module": Segmenter, "adapt_state_dict": _without_auxiliary}
 
 
 def _describe_detector(name: str, weights: Any) -> tuple[Entries, dict[str, Any]]:
@@ -232,19 +222,15 @@ def _fetch(build: Callable[[], nn.Module], name: str) -> nn.Module:
     try:
         return build()
     except Exception as error:  # what a library raises that reaches no server
-        raise BundleError(
-            f"the weights of {name} cannot be fetched ({first_line(error)}): name a file of them with --checkpoint"
-        ) from None
+        problem = f"the weights of {name} cannot be fetched ({first_line(error)})"
+        raise BundleError(f"{problem}: name a file of them with --checkpoint") from None
 
 
 def _keep_masks(postprocess: Callable[..., Any], result: list[dict[str, Any]], *sizes: Any) -> list[dict[str, Any]]:
     """What follows torchvision's detectors, but for the enlargement of masks."""
     masks = [detections.pop("masks", None) for detections in result]
-    done = postprocess(result, *sizes)
-    return [
-        detections if own is None else {**detections, "masks": own[:, 0]}
-        for detections, own in zip(done, masks, strict=True)
-    ]
+    done = zip(postprocess(result, *sizes), masks, strict=True)
+    return [detections if own is None else {**detections, "masks": own[:, 0]} for detections, own in done]
 
 
 def _without_auxiliary(weights: dict[str, Any]) -> dict[str, Any]:
@@ -253,12 +239,8 @@ def _without_auxiliary(weights: dict[str, Any]) -> dict[str, Any]:
 
 def _count_batches(weights: dict[str, Any]) -> dict[str, Any]:
     """Weights with the number of batches that frozen normalizations lack."""
-    counts = {
-        f"{key.removesuffix('running_var')}num_batches_tracked": torch.tensor(0)
-        for key in weights
-        if str(key).endswith("running_var")
-    }
-    return {**counts, **weights}
+    layers = [key.removesuffix("running_var") for key in weights if str(key).endswith("running_var")]
+    return {f"{layer}num_batches_tracked": torch.tensor(0) for layer in layers} | weights
 
 
 def _without_epsilon(weights: dict[str, Any]) -> dict[str, Any]:

@@ -113,27 +113,20 @@ def _from_model_api(properties: Mapping[str, Any]) -> Entries:
     if not task:
         return {}
     is_reversed = str(properties.get("reverse_input_channels", "")).lower() in ("yes", "true", "1")
-    given: Entries = {
-        "color": "rgb" if is_reversed else "bgr",
-        **MODEL_API_RESIZES.get(properties.get("resize_type", ""), {}),
-    }
+    given: Entries = {"color": "rgb" if is_reversed else "bgr"}
+    given |= MODEL_API_RESIZES.get(properties.get("resize_type", ""), {})
     for ours, theirs in (("mean", "mean_values"), ("std", "scale_values")):
         if values := [float(value) for value in str(properties.get(theirs, "")).replace(",", " ").split()]:
             given[ours] = values * 3 if len(values) == 1 else values
     if properties.get("pad_value"):
         given["padding"] = int(float(properties["pad_value"]))
     entries: Entries = {"task": task, "input": given, "labels": str(properties.get("labels", "")).split()}
-    if decoder:
-        entries["decoder"] = decoder
-    thresholds = {"confidence_threshold": "score_threshold", "iou_threshold": "nms_threshold"}
-    names = ("score_threshold", "nms_threshold") if decoder == "yolo" else ("score_threshold",)
-    parameters = {
-        ours: float(properties[theirs])
-        for theirs, ours in thresholds.items()
-        if properties.get(theirs) and ours in names
-    }
+    entries |= {"decoder": decoder} if decoder else {}
     if task == "detection":
-        entries["postprocess"] = parameters
+        thresholds = {"score_threshold": "confidence_threshold"}
+        thresholds |= {"nms_threshold": "iou_threshold"} if decoder == "yolo" else {}
+        told = {ours: properties[theirs] for ours, theirs in thresholds.items() if properties.get(theirs)}
+        entries["postprocess"] = {name: float(value) for name, value in told.items()}
     return entries
 
 

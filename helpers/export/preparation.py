@@ -4,7 +4,7 @@ The graph normalizes the images itself, so that a quarter of the bytes of float3
 normalize them differently.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
@@ -68,31 +68,34 @@ def find_input(model: "ov.Model", given: CardInput, origin: str) -> tuple[InputS
     sides = [_length(side) for side in shape][-3:] if shape.rank.is_static else [OPEN] * 3
     if shape.rank.is_static and len(shape) not in (3, 4):
         raise BundleError(f"{origin} takes {shape}, and an image needs height, width and channels")
-    layouts = [name for name, channels in (("NCHW", sides[0]), ("NHWC", sides[2])) if channels in _channels(given)]
+    wanted = (COLORS[given.color],) if given.color else (1, 3)
+    layouts = [name for name, channels in (("NCHW", sides[0]), ("NHWC", sides[2])) if channels in wanted]
     if not layouts and OPEN not in (sides[0], sides[2]):
         raise BundleError(
-            f"{origin} takes {shape}, where no side is of {' or '.join(map(str, _channels(given)))} channels: correct "
-            "`color` in the input of its card (rgb and bgr have 3 channels, gray has 1), or export the model for such "
-            "images"
+            f"{origin} takes {shape}, where no side is of {' or '.join(map(str, wanted))} channels: correct `color` in "
+            "the input of its card (rgb and bgr have 3 channels, gray has 1), or export the model for such images"
         )
     if not given.layout and len(layouts) != 1:
-        raise BundleError(
-            f"{origin} takes {shape}, which does not say where the channels are: add `layout: NCHW` or "
-            "`layout: NHWC` to the input of its card"
-        )
+        remedy = "add `layout: NCHW` or `layout: NHWC` to the input of its card"
+        raise BundleError(f"{origin} takes {shape}, which does not say where the channels are: {remedy}")
     layout = given.layout or layouts[0]
     channels, height, width = sides if layout == "NCHW" else (sides[2], sides[0], sides[1])
-    if channels not in (OPEN, *_channels(given)):
-        raise BundleError(f"{origin} takes {channels} channels, and an image has {_channels(given)}")
+    if channels not in (OPEN, *wanted):
+        raise BundleError(f"{origin} takes {channels} channels, and an image has {wanted}")
     try:
         spec = given.to_spec((max(height, 0), max(width, 0), channels))
     except ValueError as error:
         raise BundleError(f"{origin}: {error}: correct the input of its card") from None
     if not spec.height or not spec.width:
-        raise BundleError(
-            f"{origin} takes images of any size ({shape}): add `height` and `width` to the input of its card"
-        )
-    return _defaults_of(model, given, spec, origin), layout
+        raise BundleError(f"{origin} takes images of any size ({shape}): add `height` and `width` to its card's input")
+    kind = model.input().get_element_type()  # a graph of whole numbers has a normalization of its own
+    is_signed = kind.get_type_name() == "i8"
+    if not kind.is_real() and (any(value != 1 for value in spec.std) or (any(spec.mean) and not is_signed)):
+        remedy = "leave mean and std out of its card"
+        raise BundleError(f"{origin} takes whole numbers and normalizes them itself: {remedy}")
+    if is_signed and not given.mean:
+        spec = replace(spec, mean=(SIGNED_MIDDLE,) * len(spec.mean))
+    return spec, layout
 
 
 def prepare(model: "ov.Model", spec: InputSpec, layout: str = "NCHW", origin: str = "the graph") -> "ov.Model":
@@ -163,13 +166,8 @@ def select_outputs(
 def find_strides(shapes: Mapping[str, tuple[int, ...]], spec: InputSpec, has_anchors: bool) -> dict[str, list[str]]:
     """Tell which outputs are the same numbers for the cells of one grid each, as detectors without a last layer give.
 
-    Args:
-        shapes: of one image's outputs, by name.
-        spec: the network's input.
-        has_anchors: the card has anchors, of which there may be any number per grid.
-
-    Returns:
-        The names of outputs by one for all, such as `[cls_8, cls_16, cls_32]`, the smallest stride's first; if any.
+    Shapes are of one image's outputs, by name; where the card has anchors, there may be any number of them per grid.
+    Returns names of outputs by one for all, such as `[cls_8, cls_16, cls_32]`, the smallest stride's first; if any.
     """
     if any(len(shape) not in (2, 3) or 0 in shape for shape in shapes.values()):
         return {}
@@ -192,9 +190,7 @@ def find_strides(shapes: Mapping[str, tuple[int, ...]], spec: InputSpec, has_anc
     return {f"[{', '.join(group)}]": list(group) for group in groups}
 
 
-def join_strides(
-    model: "ov.Model", groups: Mapping[str, Sequence[str]], spec: InputSpec, labels: int, origin: str
-) -> None:
+def join_strides(model: "ov.Model", groups: Mapping[str, list[str]], spec: InputSpec, labels: int, origin: str) -> None:
     """Join outputs of one stride each, the smallest first, to one output `[B, A, n]` with a row per anchor; in place.
 
     `groups` are names of outputs, by what they become, in a graph that was tried. Raises BundleError if outputs are not
@@ -213,10 +209,8 @@ def join_strides(
     for name, own in shapes.items():
         channels = {shape[0 if has_maps else -1] if len(shape) in (2, 3) else OPEN for shape in own}
         if len(own) < 2 or len(channels) > 1 or OPEN in channels:
-            raise BundleError(
-                f"{origin}: {name} is outputs of {', '.join(str(list(shape)) for shape in own)} in its card, which are "
-                "not the same numbers for the cells of several grids"
-            )
+            given = f"{name} is outputs of {', '.join(str(list(shape)) for shape in own)} in its card"
+            raise BundleError(f"{origin}: {given}, which are not the same numbers for the cells of several grids")
         (widths[name],) = channels
     # Where each cell has several anchors, their numbers stand side by side, as many as scores say.
     counts = [width // labels for width in widths.values() if labels and len(widths) > 1 and width % labels == 0]
@@ -262,19 +256,6 @@ def name_output(output: "ov.Output", name: str) -> None:
     """Give an output of a graph one name, which is that of the tensor it shows too."""
     output.get_node().input_value(0).set_names({name})
     output.set_names({name})
-
-
-def _defaults_of(model: "ov.Model", given: CardInput, spec: InputSpec, origin: str) -> InputSpec:
-    """Of a graph of whole numbers the normalization is its own."""
-    kind = model.input().get_element_type().get_type_name()
-    is_real = model.input().get_element_type().is_real()
-    if not is_real and (any(value != 1 for value in spec.std) or kind != "i8" and any(spec.mean)):
-        raise BundleError(
-            f"{origin} takes whole numbers and normalizes them itself: leave mean and std out of its card"
-        )
-    if kind == "i8" and not given.mean:
-        return replace(spec, mean=(SIGNED_MIDDLE,) * len(spec.mean))
-    return spec
 
 
 def _find_needed(model: "ov.Model") -> list[Any]:
@@ -335,10 +316,8 @@ def _reshape(model: "ov.Model", sides: list[int], batches: list[int], origin: st
             return
         except RuntimeError as error:
             reason = tell_reason(error)
-    raise BundleError(
-        f"{origin} takes {model.input().get_partial_shape()} and cannot take {sides} ({reason}): correct height, "
-        "width and layout in the input of its card"
-    )
+    problem = f"takes {model.input().get_partial_shape()} and cannot take {sides} ({reason})"
+    raise BundleError(f"{origin} {problem}: correct height, width and layout in the input of its card")
 
 
 def _remove_quantization(model: "ov.Model") -> None:
@@ -351,10 +330,6 @@ def _remove_quantization(model: "ov.Model") -> None:
             node = node.input_value(0).get_node()
         output.get_node().input(0).replace_source_output(node.output(0))
     model.validate_nodes_and_infer_types()
-
-
-def _channels(given: CardInput) -> tuple[int, ...]:
-    return (COLORS[given.color],) if given.color else (1, 3)
 
 
 def _length(side: Any) -> int:

@@ -40,34 +40,24 @@ MAX_SECONDS = 300  # for finding out which
 
 @dataclass(frozen=True)
 class Validation:
-    """Images that show what quantizing loses.
+    """Images that show what quantizing loses."""
 
-    Attributes:
-        images: uint8 `[H, W, C]` each, prepared as the pipeline prepares them.
-        truth: see `helpers.export.evaluation`; None to compare with the model before it was quantized.
-        max_drop: of accuracy or mask AP, a share of 1; above it, layers are returned to floating point. By default
-            `MAX_DROP`, without truth `MAX_DISAGREEMENT` or `BOX_DISAGREEMENT`.
-    """
-
-    images: Sequence[np.ndarray]
+    images: Sequence[np.ndarray]  # uint8 `[H, W, C]` each, prepared as the pipeline prepares them
+    # See `helpers.export.evaluation`; None to compare with the model before it was quantized.
     truth: evaluation.Truth | None = None
+    # Of accuracy or mask AP, a share of 1; above it, layers are returned to floating point. By default `MAX_DROP`,
+    # without truth `MAX_DISAGREEMENT` or `BOX_DISAGREEMENT`.
     max_drop: float | None = None
 
 
 @dataclass(frozen=True)
 class Record:
-    """What quantizing lost and what was done about it; a bundle's manifest holds it.
+    """What quantizing lost and what was done about it; a bundle's manifest holds it."""
 
-    Attributes:
-        measure: what was measured, and against what.
-        before: the measure's value of the model that was quantized.
-        after: of the quantized model.
-        float_layers: convolutions and matrix products that are not computed in 8 bits, by their names in the graph.
-    """
-
-    measure: str
-    before: float
-    after: float
+    measure: str  # what was measured, and against what
+    before: float  # the measure's value of the model that was quantized
+    after: float  # of the quantized model
+    # Convolutions and matrix products that are not computed in 8 bits, by their names in the graph.
     float_layers: list[str]
 
 
@@ -93,9 +83,7 @@ def quantize(
     import nncf
 
     if any(node.get_type_name() == "FakeQuantize" for node in model.get_ops()):
-        raise BundleError(
-            f"{manifest.architecture} is of 8 bits already: export it with --precision fp32, which keeps them"
-        )
+        raise BundleError(f"{manifest.architecture} is of 8 bits already: --precision fp32 keeps them")
     batches = [image[None] for image in images]
     if not batches:
         raise BundleError("int8 needs images to calibrate with; name a folder of them with --calibration")
@@ -107,7 +95,10 @@ def quantize(
     )
     log.info("quantizing; if %s falls by more than %.3f, layers are tried one by one", measure.name, measure.max_drop)
     logging.getLogger("nncf").setLevel(logging.WARNING)
-    _name_tensors(model)
+    for node in model.get_ops():  # NNCF knows what goes into branches by its name
+        for port in node.input_values() if node.get_type_name() == "If" else []:
+            if not port.get_names():
+                port.get_tensor().set_names({f"{port.get_node().get_friendly_name()}:{port.get_index()}"})
     quantizing = {
         "calibration_dataset": nncf.Dataset(batches),
         "subset_size": len(batches),
@@ -135,9 +126,8 @@ def quantize(
                 log.warning("in %d s it is not known which layers lose most, so all are of 8 bits", MAX_SECONDS)
                 quantized = nncf.quantize(model, **quantizing)
     except Exception as error:  # NNCF raises whatever a graph leads it to
-        raise BundleError(
-            f"NNCF cannot quantize {manifest.architecture} ({first_line(error)}); export it with --precision fp16"
-        ) from error
+        problem = f"NNCF cannot quantize {manifest.architecture} ({first_line(error)})"
+        raise BundleError(f"{problem}; export it with --precision fp16") from error
     after, _ = measure.validate(compile_exactly(quantized), enumerate(validation.images))
     # Rounded to what several runs have in common.
     record = Record(measure.name, round(measure.before, 4), round(after, 4), float_layers(quantized))
@@ -162,20 +152,15 @@ class Measure:
     @classmethod
     def of(cls, model: "ov.Model", validation: Validation, manifest: Manifest, arrays: Arrays) -> "Measure":
         """Prepare to measure on these images."""
-        kind = evaluation.MEASURES[manifest.task]
-        predictions = evaluation.predict(
-            evaluation.compiled_engine(compile_exactly(model)), validation.images, manifest, arrays
-        )
-        truth = validation.truth
-        max_drop = validation.max_drop
+        name, truth, allowed = evaluation.MEASURES[manifest.task], validation.truth, MAX_DROP
+        engine = evaluation.compiled_engine(compile_exactly(model))
+        predictions = evaluation.predict(engine, validation.images, manifest, arrays)
         if truth is None:
-            name, truth = f"{kind} against the model before", evaluation.to_truth(predictions, manifest)
-            allowed = BOX_DISAGREEMENT if kind == evaluation.BOX_MEASURE else MAX_DISAGREEMENT
-            max_drop = allowed if max_drop is None else max_drop
+            allowed = BOX_DISAGREEMENT if name == evaluation.BOX_MEASURE else MAX_DISAGREEMENT
+            name, truth = f"{name} against the model before", evaluation.to_truth(predictions, manifest)
             if isinstance(truth, dict) and not truth["annotations"]:
                 log.warning("nothing is found in the calibration images, so what int8 loses cannot be measured")
-        else:
-            name, max_drop = kind, MAX_DROP if max_drop is None else max_drop
+        max_drop = allowed if validation.max_drop is None else validation.max_drop
         return cls(name, truth, evaluation.score(dict(enumerate(predictions)), truth), max_drop, manifest, arrays)
 
     def validate(
@@ -204,14 +189,6 @@ def find_tail(model: "ov.Model") -> list[str]:
         elif node.get_type_name() not in (*MULTIPLYING, "Constant", "Result"):
             tail.append(name)
     return tail
-
-
-def _name_tensors(model: "ov.Model") -> None:
-    """Name what goes into branches, by which NNCF knows them."""
-    for node in model.get_ops():
-        for port in node.input_values() if node.get_type_name() == "If" else []:
-            if not port.get_names():
-                port.get_tensor().set_names({f"{port.get_node().get_friendly_name()}:{port.get_index()}"})
 
 
 def float_layers(model: "ov.Model") -> list[str]:

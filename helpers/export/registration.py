@@ -141,9 +141,8 @@ def _make_wheel(folder: Path) -> Path | None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
     if importlib.util.find_spec("setuptools"):  # else pip fetches it
         command.append("--no-build-isolation")
-    made = subprocess.run(
-        [*command, "--wheel-dir", str(folder), str(sources)], capture_output=True, text=True, check=False
-    )
+    command += ["--wheel-dir", str(folder), str(sources)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
         raise HostError(f"the package's wheel cannot be made: {first_line(made.stderr)}; pip and setuptools make it")
     return next(folder.glob("*.whl"))

@@ -61,21 +61,13 @@ SEARCHED = 2**16 + 2**8  # bytes at the end of a zip file that may hold its dire
 
 
 class Member(NamedTuple):
-    """A file in an archive.
+    """A file in an archive."""
 
-    Attributes:
-        name: as text; bytes that are none stand as `\\xNN`, and so does the `#` of `#member=`.
-        length: bytes.
-        offset: where it is in the archive: its bytes, or of a zip file its local header.
-        packed: how many bytes it takes behind that header; None in a tar file, which has it as it is.
-        error: why it cannot be read, where the archive says so.
-    """
-
-    name: str
-    length: int
-    offset: int
-    packed: int | None = None
-    error: str | None = None
+    name: str  # as text; bytes that are none stand as `\xNN`, and so does the `#` of `#member=`
+    length: int  # bytes
+    offset: int  # where it is in the archive: its bytes, or of a zip file its local header
+    packed: int | None = None  # bytes that it takes behind that header; None in a tar file, which has it as it is
+    error: str | None = None  # why it cannot be read, where the archive says so
 
 
 def split_member(path: str) -> tuple[str, str | None]:

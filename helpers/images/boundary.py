@@ -57,12 +57,8 @@ def attempt(function: Callable[..., R], *arguments: object) -> tuple[R | None, s
 
 def too_long(length: int, max_bytes: int) -> str | None:
     """Why a file or a member of an archive is not read, where it has too many bytes for an image."""
-    if length <= max_bytes:
-        return None
-    return (
-        f"the file has {length} bytes, more than the {max_bytes} that ingest.max_bytes and "
-        "inference.memory_megabytes allow"
-    )
+    limits = f"the {max_bytes} that ingest.max_bytes and inference.memory_megabytes allow"
+    return f"the file has {length} bytes, more than {limits}" if length > max_bytes else None
 
 
 def reason(error: Exception) -> str:

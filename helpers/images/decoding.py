@@ -109,18 +109,14 @@ def _checked(content: bytes | memoryview, max_pixels: int, max_memory: int | Non
     header = read_header(content)
     if header is None:  # OpenCV might decode it, JPEG 2000 for example, however many pixels it has
         raise UnreadableImageError(f"the file is not an image; it begins with {bytes(content[:SHOWN_BYTES])!r}")
+    size = f"the image has {header.width} x {header.height} pixels"
     if header.width * header.height > max_pixels:
-        raise UnreadableImageError(
-            f"the image has {header.width} x {header.height} pixels, more than the {max_pixels} that ingest.max_pixels "
-            "allows"
-        )
+        raise UnreadableImageError(f"{size}, more than the {max_pixels} that ingest.max_pixels allows")
     if header.problem:
         raise UnreadableImageError(header.problem)
     if max_memory is not None and header.nbytes > max_memory:
-        raise UnreadableImageError(
-            f"the image has {header.width} x {header.height} pixels, which take {header.nbytes / 2**20:.0f} MB to "
-            f"decode, {MORE_THAN_LEFT}"
-        )
+        needed = f"which take {header.nbytes / 2**20:.0f} MB to decode"
+        raise UnreadableImageError(f"{size}, {needed}, {MORE_THAN_LEFT}")
     return header
 
 

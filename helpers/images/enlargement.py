@@ -29,13 +29,12 @@ def nearest(grid: np.ndarray, placement: Placement, window: Window) -> np.ndarra
 
 def visible_window(placement: Placement) -> Window:
     """The part of the image that the network's input shows: all but what `crop` cuts off."""
-    low, high = [], []
-    for image, resized, offset, side in zip(
-        placement.image, placement.resized, placement.offset, placement.input, strict=True
-    ):
-        low.append(max(0, round(-offset * image / resized)))
-        high.append(min(image, round((side - offset) * image / resized)))
-    return low[0], low[1], high[0], high[1]
+    sides = zip(placement.image, placement.resized, placement.offset, placement.input, strict=True)
+    (left, right), (top, bottom) = (
+        (max(0, round(-offset * image / resized)), min(image, round((side - offset) * image / resized)))
+        for image, resized, offset, side in sides
+    )
+    return left, top, right, bottom
 
 
 def _positions(cells: int, placement: Placement, side: int, start: int, stop: int) -> np.ndarray:

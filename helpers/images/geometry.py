@@ -12,19 +12,12 @@ from helpers.images.spec import InputSpec
 
 @dataclass(frozen=True)
 class Placement:
-    """An image in a network's input: `input = image * scale + offset`, in x and y.
+    """An image in a network's input: `input = image * scale + offset`, in x and y."""
 
-    Attributes:
-        image: width and height of the original, in pixels.
-        resized: width and height of the whole image at the input's scale.
-        offset: x and y of the resized image's left upper corner in the input; negative where `crop` cuts it off.
-        input: width and height of the input.
-    """
-
-    image: tuple[int, int]
-    resized: tuple[int, int]
-    offset: tuple[int, int]
-    input: tuple[int, int]
+    image: tuple[int, int]  # width and height of the original, in pixels
+    resized: tuple[int, int]  # width and height of the whole image at the input's scale
+    offset: tuple[int, int]  # of the resized image's left upper corner in the input; negative where `crop` cuts it off
+    input: tuple[int, int]  # width and height of the input
 
     def to_image(self, points: np.ndarray) -> np.ndarray:
         """Points x, y in the input's pixels, float32 `[..., 2 * n]`, in those of the original; not clipped."""
@@ -36,9 +29,8 @@ class Placement:
     def window(self) -> tuple[int, int, int, int]:
         """The part of the input that shows the image: left, top, right, bottom, in the input's pixels."""
         left, top = (max(0, offset) for offset in self.offset)
-        right, bottom = (
-            min(size, offset + side) for size, offset, side in zip(self.input, self.offset, self.resized, strict=True)
-        )
+        sides = zip(self.input, self.offset, self.resized, strict=True)
+        right, bottom = (min(size, offset + side) for size, offset, side in sides)
         return left, top, right, bottom
 
 

@@ -58,20 +58,13 @@ WEBP_ANIMATION = 2  # a flag
 
 @dataclass(frozen=True)
 class Header:
-    """What an image's header says, before it is decoded.
+    """What an image's header says, before it is decoded."""
 
-    Attributes:
-        width, height: in pixels, as stored, before any EXIF rotation.
-        nbytes: the memory that decoding takes, about and at most.
-        problem: why it is not to be decoded; None if nothing is known against it.
-        animation: start and end of the chunk that makes a PNG an animation.
-    """
-
-    width: int
-    height: int
-    nbytes: int
-    problem: str | None = None
-    animation: tuple[int, int] | None = None
+    width: int  # in pixels, as stored, before any EXIF rotation
+    height: int  # likewise
+    nbytes: int  # the memory that decoding takes, about and at most
+    problem: str | None = None  # why it is not to be decoded; None if nothing is known against it
+    animation: tuple[int, int] | None = None  # start and end of the chunk that makes a PNG an animation
 
 
 def read_header(content: Content) -> Header | None:
@@ -266,16 +259,15 @@ def _unpack(form: str, content: Content, place: int) -> tuple[int, ...]:
 
 
 def _webp(head: bytes) -> Header | None:
-    kind = head[12:16]
+    kind, flags = head[12:16], 0
     if kind == b"VP8 ":
-        width, height = struct.unpack_from("<HH", head, 26)
-        return Header(width & 0x3FFF, height & 0x3FFF, WEBP * (width & 0x3FFF) * (height & 0x3FFF))
-    if kind == b"VP8L":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", head, 26))
+    elif kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", head, 21)
         width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-        return Header(width, height, WEBP * width * height)
-    if kind == b"VP8X":
+    elif kind == b"VP8X":
         flags, width, width_high, height, height_high = struct.unpack_from("<BxxxHBHB", head, 20)
         width, height = 1 + width + (width_high << 16), 1 + height + (height_high << 16)
-        return Header(width, height, (ANIMATED_WEBP if flags & WEBP_ANIMATION else WEBP) * width * height)
-    return None
+    else:
+        return None
+    return Header(width, height, (ANIMATED_WEBP if flags & WEBP_ANIMATION else WEBP) * width * height)

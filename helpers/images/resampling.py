@@ -14,15 +14,10 @@ BLOCK = 16  # outputs that are computed together; more of them multiply more zer
 
 @dataclass(frozen=True)
 class Taps:
-    """The source pixels of each output along one side.
+    """The source pixels of each output along one side."""
 
-    Attributes:
-        first: int `[n]`, the first source pixel of each output.
-        weights: float32 `[n, taps]`, of it and those after it; they sum to 1.
-    """
-
-    first: np.ndarray
-    weights: np.ndarray
+    first: np.ndarray  # int `[n]`, the first source pixel of each output
+    weights: np.ndarray  # float32 `[n, taps]`, of it and those after it; they sum to 1
 
     @classmethod
     def of(cls, source: int, target: int, window: tuple[int, int], interpolation: str) -> "Taps":

@@ -13,18 +13,6 @@ class InputSpec:
     """What the graph takes: uint8 `[B, height, width, channels]`, in the given color order.
 
     The graph itself subtracts `mean` and divides by `std`, both per channel, in units of 0..255.
-
-    Attributes:
-        resize: `stretch` (both sides to size), `letterbox` (fit inside, pad), `crop` (shorter side to size, cut the
-            center), `shortest_edge` (shorter side to `height`, longer side at most `width`) or `none` (the network
-            takes images of any size). The last two give each image a size of its own, and one image per inference.
-        scaled_decoding: above 0, a JPEG may be decoded at 1/2, 1/4 or 1/8 while that leaves it so many times larger
-            than the input; 2 changes a photograph's input by less than a gray level on average, 0 not at all.
-        interpolation: `linear` or `cubic`.
-        antialias: enlarge the filter when an image becomes smaller, as Pillow, torchvision and timm do.
-        resize_size: of `crop`: the shorter side in pixels before the cut; 0 for no more than is cut.
-        padding: gray level around a `letterbox`.
-        position: of the image in a `letterbox`: `center` or `top_left`.
     """
 
     __pydantic_config__ = STRICT
@@ -34,13 +22,18 @@ class InputSpec:
     color: Literal["rgb", "bgr", "gray"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    # `stretch` (both sides to size), `letterbox` (fit inside, pad), `crop` (shorter side to size, cut the center),
+    # `shortest_edge` (shorter side to `height`, longer side at most `width`) or `none` (the network takes images of any
+    # size). The last two give each image a size of its own, and one image per inference.
     resize: Literal["stretch", "letterbox", "crop", "shortest_edge", "none"] = "stretch"
+    # Above 0, a JPEG may be decoded at 1/2, 1/4 or 1/8 while that leaves it so many times larger than the input; 2
+    # changes a photograph's input by less than a gray level on average, 0 not at all.
     scaled_decoding: float = 0.0
     interpolation: Literal["linear", "cubic"] = "linear"
-    antialias: bool = False
-    resize_size: int = 0
-    padding: int = 114
-    position: Literal["center", "top_left"] = "center"
+    antialias: bool = False  # enlarge the filter when an image becomes smaller, as Pillow, torchvision and timm do
+    resize_size: int = 0  # of `crop`: the shorter side in pixels before the cut; 0 for no more than is cut
+    padding: int = 114  # gray level around a `letterbox`
+    position: Literal["center", "top_left"] = "center"  # of the image in a `letterbox`: `center` or `top_left`
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ it, `clip.mp4#frame=120`. A frame is found by its timestamp: decoding starts at 
 decoding from the file's beginning gives. Executors import this module; PyAV is loaded with the first video only.
 """
 
+import contextlib
 import re
 from array import array
 from collections.abc import Iterator
@@ -16,8 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from helpers.images.boundary import UnreadableImageError, attempt
-from helpers.images.container import Decoded, check_size, decode_frames, open_video, read_packets, seek_keyframe
-from helpers.images.decoding import Image
+from helpers.images.decoding import SHOWN_BYTES, Image
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -29,6 +29,12 @@ PROBED = 16  # frames decoded to see whether the file's packets are its frames
 JUMP = 8  # frames; over fewer, going on is cheaper than seeking
 BYTES_PER_PIXEL = 40  # of a frame while it is decoded: up to 16 that others refer to, and three copies of its own
 VP8_SHOWN = 0x10  # of a packet's first byte (RFC 6386, 9.1)
+# FFmpeg also reads play lists, which name other files and hosts: a file must not make a worker open those.
+FORMATS = "mov,avi,matroska,mpeg,mpegts,flv,asf,ogg"
+PADDED = 2  # times the pixels of a frame, at most, that FFmpeg counts: it adds to each side what its arithmetic needs
+CLAIMED = 2  # times its length, at most, that the frames of a file may come to: some are stored shorter than they are
+
+Decoded = Iterator[tuple[int | None, "VideoFrame | None"]]
 
 
 def split_path(path: str) -> tuple[str, int | None]:
@@ -54,19 +60,14 @@ def frame_paths(files: pa.Array, numbers: pa.Array) -> pa.Array:
 
 @dataclass(frozen=True)
 class Frames:
-    """The frames of a video in the order in which they are shown.
+    """The frames of a video in the order in which they are shown."""
 
-    Attributes:
-        count: how many there are.
-        announced: how many the file's header promises; 0 where it says nothing.
-        pts: int64 `[count]`, their timestamps in the stream's own unit; None where frames can only be counted from the
-            file's beginning.
-        seek: int64 `[count]`, for each the timestamp of the keyframe that its decoding starts from; None with `pts`.
-    """
-
-    count: int
-    announced: int
+    count: int  # how many there are
+    announced: int  # how many the file's header promises; 0 where it says nothing
+    # Int64 `[count]`, their timestamps in the stream's own unit; None where frames can only be counted from the file's
+    # beginning.
     pts: np.ndarray | None = None
+    # Int64 `[count]`, for each the timestamp of the keyframe that its decoding starts from; None with `pts`.
     seek: np.ndarray | None = None
 
 
@@ -80,10 +81,8 @@ def find_frames(file: BinaryIO, max_pixels: int | None = None) -> Frames:
     """List the frames of a video from its packets; only a few are decoded.
 
     Where packets do not tell (no timestamps, or one twice; two frames packed in one; a damaged AVI file), all of the
-    file is decoded to count them.
-
-    Raises:
-        UnreadableImageError: empty, not a video, without a frame that can be decoded, or larger than `max_pixels`.
+    file is decoded to count them. Raises UnreadableImageError if the file is empty, not a video, without a frame that
+    can be decoded, or larger than `max_pixels`.
     """
     with open_video(file, max_pixels) as (container, stream):
         announced = stream.frames
@@ -126,8 +125,7 @@ def read_frames(
             # Decoding begins anew where a keyframe lies in a gap.
             gaps = np.flatnonzero((np.diff(seek) > 0) & (np.diff(numbers) > JUMP)) + 1
             for stop in [*gaps.tolist(), len(numbers)]:
-                seek_keyframe(container, stream, int(seek[done]))
-                images = _pick(decode_frames(container, stream), pts[done:stop], max_pixels)
+                images = _pick(decode_frames(container, stream, int(seek[done])), pts[done:stop], max_pixels)
                 first = next(images)
                 if first is None:
                     break  # no keyframe as it should be (H.264 can refresh bit by bit): all the rest is decoded
@@ -141,6 +139,105 @@ def read_frames(
                 yield from _pick(((n, frame) for n, (_, frame) in enumerate(decoded)), numbers, max_pixels)
             else:
                 yield from _pick(decoded, pts[done:], max_pixels)
+
+
+# ------------------------------------------------------------ PyAV, within limits that no file can move
+
+
+@contextlib.contextmanager
+def open_video(file: BinaryIO, max_pixels: int | None) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+    """A video as PyAV has it, with the stream of its pictures; a frame has at most `max_pixels`, if any.
+
+    Raises UnreadableImageError if the file is empty, not a video, or larger, or it cannot be read any further; and
+    MemoryError if there is not enough of it.
+    """
+    import av
+    from av.video.stream import VideoStream
+
+    av.logging.set_level(av.logging.PANIC)  # a damaged video is an error row, not pages of log
+    file.seek(0)
+    head = file.read(SHOWN_BYTES)
+    if not head:
+        raise UnreadableImageError("the file is empty")
+    file.seek(0)
+    # Frames decide on their size themselves, also those that FFmpeg decodes to see what is in the file.
+    limits = {} if max_pixels is None else {"max_pixels": str(PADDED * max_pixels)}
+    try:
+        container = av.open(file, mode="r", options={"format_whitelist": FORMATS, **limits}, metadata_errors="ignore")
+    except (av.FFmpegError, ValueError) as error:
+        if isinstance(error, MemoryError):
+            raise
+        why = f"it begins with {head!r}: {getattr(error, 'strerror', None) or error}"
+        raise UnreadableImageError(f"the file is not a video, or is cut short; {why}") from None
+    with container:
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream) or stream.codec_context is None:
+            raise UnreadableImageError("the file has no video in it, or one of an unknown kind")
+        check_size(stream.codec_context.width, stream.codec_context.height, max_pixels)
+        stream.codec_context.thread_count = 1  # Spark runs a task on every core
+        stream.codec_context.options = limits
+        try:
+            yield container, stream
+        except av.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            raise UnreadableImageError(f"the video cannot be read: {error.strerror or error}") from None
+
+
+def read_packets(container: "InputContainer", stream: "VideoStream") -> Iterator[Any]:
+    """A stream's packets, and None at the end: the decoder's sign to hand out what it has kept back.
+
+    Raises:
+        UnreadableImageError: there are more than the file can hold, as when an index leads to the same place again.
+    """
+    import av
+
+    claimed, limit = 0, CLAIMED * container.size
+    try:
+        for packet in container.demux(stream):
+            claimed += packet.size
+            if claimed > limit:
+                raise UnreadableImageError("the file is not a video: its frames claim more bytes than it has")
+            if packet.size:
+                yield packet
+    except (av.FFmpegError, IndexError) as error:
+        # A damage that cannot be passed; or the end, where PyAV stumbles over streams that it did not see at first.
+        if isinstance(error, MemoryError):
+            raise
+    yield None
+
+
+def decode_frames(container: "InputContainer", stream: "VideoStream", start: int | None = None) -> Decoded:
+    """Timestamp and frame from where the container stands; no frame where it is damaged, if that can be told.
+
+    Decoding can begin at the keyframe before a timestamp, in the stream's own unit.
+    """
+    import av
+
+    if start is not None:
+        with contextlib.suppress(av.FFmpegError):  # the container stands where it stood, and the frame comes later
+            container.seek(start, stream=stream)
+    damaged = set()
+    for packet in read_packets(container, stream):
+        if packet is not None and packet.is_corrupt:  # cut short
+            damaged.add(packet.pts)
+        try:
+            frames = stream.codec_context.decode(packet)
+        except av.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            if packet is not None:
+                yield packet.pts, None
+            continue
+        for frame in frames:
+            yield frame.pts, None if frame.is_corrupt or frame.pts in damaged else frame
+
+
+def check_size(width: int, height: int, max_pixels: int | None) -> None:
+    """Raise UnreadableImageError if a frame has more pixels than it may have."""
+    if max_pixels is not None and width * height > max_pixels:
+        limits = f"the {max_pixels} that ingest.max_pixels and inference.memory_megabytes allow"
+        raise UnreadableImageError(f"the video has {width} x {height} pixels, more than {limits}")
 
 
 def _list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[np.ndarray, np.ndarray] | None:
@@ -168,8 +265,7 @@ def _list_packets(container: "InputContainer", stream: "VideoStream") -> tuple[n
 def _decodes(decoded: Decoded, pts: np.ndarray | None) -> bool:
     """Whether a video's first frames come out with the timestamps that are expected.
 
-    Raises:
-        UnreadableImageError: no frame comes out at all.
+    Raises UnreadableImageError if no frame comes out at all.
     """
     expected = [] if pts is None else pts[:PROBED].tolist()
     timestamps, good, damaged = [], False, False

@@ -78,8 +78,7 @@ class Arrivals:
     def __init__(self, spark: "SparkSession", task: Task, config: Config):
         """Open the stream, which reads nothing yet.
 
-        Raises:
-            HostError: Spark has no Auto Loader here, or it cannot read the location.
+        Raises HostError if Spark has no Auto Loader here, or it cannot read the location.
         """
         self.name = f"{AUTO_LOADER}{task.source.root}"
         self._spark, self._files, self._output = spark, cast(Storage, task.source), task.output
@@ -95,8 +94,7 @@ class Arrivals:
     def take(self, skip: Collection[str]) -> Iterator[Entry]:
         """The files that have arrived until now, as the location's storage lists them, each once, but for some folders.
 
-        Raises:
-            RunError: Spark cannot read the location, or write below the output.
+        Raises RunError if Spark cannot read the location, or write below the output.
         """
         try:
             stream = self._stream.writeStream.format("delta").option("checkpointLocation", self._place(CHECKPOINT))
@@ -201,8 +199,7 @@ class Arrivals:
 def listed_path(path: str, files: Storage) -> str:
     """What a storage calls a file below its location that Spark calls by a path.
 
-    Raises:
-        RunError: the file is not below the location.
+    Raises RunError if the file is not below the location.
     """
     path, root = (re.sub(PREFIX, "/", name) for name in (path, f"{files.root.rstrip('/')}/"))
     if not path.startswith(root):

@@ -70,12 +70,9 @@ class Selection:
 def export_results(store: ResultStore, kind: str, target: str, selection: Selection, config: Config) -> dict[str, Any]:
     """Write results in a format, and return what was written: images, predictions, and where.
 
-    Images with an error have no predictions; of the formats but csv, they are left out.
-
-    Raises:
-        ConfigError: the selection is impossible.
-        RunError: there are no results of that model, or their predictions have no boxes, which the format needs.
-        StorageError: a location cannot be used.
+    Images with an error have no predictions; of the formats but csv, they are left out. Raises ConfigError if the
+    selection is impossible, StorageError if a location cannot be used, and RunError if there are no results of that
+    model, or their predictions have no boxes, which the format needs.
     """
     if kind not in ("csv", *WRITERS):
         raise ConfigError(f"there is no format {kind}; take csv, {', '.join(WRITERS)}")
@@ -93,9 +90,8 @@ def export_results(store: ResultStore, kind: str, target: str, selection: Select
             good = (row for row in rows if row["error"] is None)
             WRITERS[kind](good, open_storage(target, config), _roots(store.storage, config))
     if selection.classes and not counts["predictions"]:
-        log.warning(
-            "no prediction is of %s; the classes are %s", ", ".join(selection.classes), ", ".join(sorted(labels))
-        )
+        wanted, known = ", ".join(selection.classes), ", ".join(sorted(labels))
+        log.warning("no prediction is of %s; the classes are %s", wanted, known)
     return {**counts, "format": kind, "to": target}
 
 
@@ -181,9 +177,7 @@ def _coco_shape(prediction: Row) -> Row:
     if prediction["mask"]:
         shape |= {"segmentation": prediction["mask"], "area": rle.area(prediction["mask"])}
     if prediction["keypoints"]:
-        points = [
-            (point["x"], point["y"], 2 if point["score"] >= DRAWN_SCORE else 0) for point in prediction["keypoints"]
-        ]
+        points = [(p["x"], p["y"], 2 if p["score"] >= DRAWN_SCORE else 0) for p in prediction["keypoints"]]
         visible = sum(point[2] > 0 for point in points)
         shape |= {"keypoints": [value for point in points for value in point], "num_keypoints": visible}
     return shape
@@ -217,21 +211,21 @@ def _yolo_line(prediction: Row, width: int, height: int) -> str:
 
 
 def _write_labelme(rows: Iterator[Row], storage: Storage, roots: list[str]) -> None:
-    def files() -> Iterator[tuple[str, bytes]]:
-        names = _Names(roots, ".json")
-        for row in rows:
-            content = {
-                "version": LABELME,
-                "flags": {_label(p): True for p in row["predictions"][:1] if p["box"] is None},
-                "shapes": [s for number, p in enumerate(row["predictions"]) for s in _labelme_shapes(p, number)],
-                "imagePath": row["path"] if row["path"].startswith("/") else _relative(row["path"], roots),
-                "imageData": None,
-                "imageHeight": row["height"],
-                "imageWidth": row["width"],
-            }
-            yield names.of(row["path"]), json.dumps(content).encode()
+    names = _Names(roots, ".json")
 
-    _write_all(storage, files())
+    def content(row: Row) -> bytes:
+        values = {
+            "version": LABELME,
+            "flags": {_label(p): True for p in row["predictions"][:1] if p["box"] is None},
+            "shapes": [s for number, p in enumerate(row["predictions"]) for s in _labelme_shapes(p, number)],
+            "imagePath": row["path"] if row["path"].startswith("/") else _relative(row["path"], roots),
+            "imageData": None,
+            "imageHeight": row["height"],
+            "imageWidth": row["width"],
+        }
+        return json.dumps(values).encode()
+
+    _write_all(storage, ((names.of(row["path"]), content(row)) for row in rows))
 
 
 def _labelme_shapes(prediction: Row, number: int) -> Iterator[Row]:
@@ -273,14 +267,12 @@ def _fiftyone_fields(row: Row) -> Row:
             outlines = [(outline / size).tolist() for outline in _outlines(prediction["mask"])]
             line = {"_cls": "Polyline", **label, "points": outlines, "closed": True, "filled": True}
             fields["polylines"].append(line)
-        if prediction["keypoints"]:
-            points = [[point["x"], point["y"]] for point in prediction["keypoints"]]
-            scores = [point["score"] for point in prediction["keypoints"]]
-            point = {"points": (np.array(points) / size).tolist(), "confidence": scores, "label": label["label"]}
-            fields["keypoints"].append({"_cls": "Keypoint", **point})
-    kinds = {"detections": "Detections", "polylines": "Polylines", "keypoints": "Keypoints"}
+        if points := prediction["keypoints"]:
+            places = (np.array([[point["x"], point["y"]] for point in points]) / size).tolist()
+            about = {"_cls": "Keypoint", "points": places, "confidence": [point["score"] for point in points]}
+            fields["keypoints"].append({**about, "label": label["label"]})
     is_there = {name: items for name, items in fields.items() if items or name == "detections"}
-    return {name: {"_cls": kinds[name], name: items} for name, items in is_there.items()}
+    return {name: {"_cls": name.capitalize(), name: items} for name, items in is_there.items()}
 
 
 def _fiftyone_label(prediction: Row) -> Row:
@@ -346,9 +338,7 @@ def _relative(path: str, roots: list[str]) -> str:
 def _boxed(row: Row) -> list[Row]:
     """A row's predictions, each of which has a box."""
     if any(prediction["box"] is None for prediction in row["predictions"]):
-        raise RunError(
-            f"the predictions of {row['model']} have no boxes, which this format needs; take csv or fiftyone"
-        )
+        raise RunError(f"{row['model']} predicts no boxes, which this format needs; take csv or fiftyone")
     return row["predictions"]
 
 

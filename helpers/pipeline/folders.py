@@ -84,11 +84,7 @@ class Folders:
         return self._list(RESULTS)[0]
 
     def leftovers(self, version: Version) -> Leftovers:
-        """What other runs have left.
-
-        Raises:
-            StorageError: something that is not ours lies in our folders.
-        """
+        """What other runs have left; raises StorageError if something that is not ours lies in our folders."""
         (staged, markers), results = self._list(STAGING), self.results()
         keep, alone = ({run_of(path) for path in markers if name_of(path) == name} for name in (KEEP, ALONE))
         files = {path: entry.length for path, entry in staged.items() if run_of(path) not in alone}
@@ -156,9 +152,7 @@ class Folders:
     def load(self, path: str, columns: list[str] | None = None) -> pa.Table:
         """One file of rows, or some of its columns.
 
-        Raises:
-            FileNotFoundError: there is no such file.
-            StorageError: it is damaged, or not ours.
+        Raises FileNotFoundError if there is no such file, and StorageError if it is damaged, or not ours.
         """
         file = self._open(path)
         schema = pa.schema([*self._schema, *list(file.schema_arrow)[len(self._schema) :]])
@@ -176,10 +170,9 @@ class Folders:
 
     def strange(self, path: str) -> StorageError:
         """What is raised for a file that is not of this project."""
-        return StorageError(
-            f"{self._storage.join(path)} is not of this project, and {self._storage.join(path.partition('/')[0])} is "
-            "for its results alone; move it away, or name another --output"
-        )
+        place, folder = self._storage.join(path), self._storage.join(path.partition("/")[0])
+        remedy = "move it away, or name another --output"
+        return StorageError(f"{place} is not of this project, and {folder} is for its results alone; {remedy}")
 
     def _open(self, path: str) -> pq.ParquetFile:
         """One file of rows; a staged one from where another run has moved it, if it has."""
@@ -202,15 +195,13 @@ class Folders:
         return file
 
     def _unreadable(self, path: str, why: str) -> StorageError:
-        return StorageError(
-            f"{self._storage.join(path)} holds no results that can be read ({why}); move it away and run again"
-        )
+        place = self._storage.join(path)
+        return StorageError(f"{place} holds no results that can be read ({why}); move it away and run again")
 
     def _list(self, folder: str, run: str = "") -> tuple[dict[str, Entry], dict[str, Entry]]:
         """The files of rows in one of our folders, and what else may lie there.
 
-        Raises:
-            StorageError: anything else is in it.
+        Raises StorageError if anything else is in it.
         """
         start, files, others = f"{folder}/{run}" if run else folder, {}, {}
         try:

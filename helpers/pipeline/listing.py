@@ -131,22 +131,17 @@ def list_slices(
         size += images
     last = _slice(waiting, left_out, digests, is_last=True)
     if not total and (arrived is None or not config.resume):
-        suffixes = (", ".join(names) for names in _suffixes(config).values())
-        raise RunError(
-            "{} below {}; images are files that end in {}, videos in {}, archives in {}".format(
-                last, storage.root, *(names or "nothing" for names in suffixes)
-            )
-        )
+        ends = (", ".join(suffixes) or "nothing" for suffixes in _suffixes(config).values())
+        kinds = "images are files that end in {}, videos in {}, archives in {}".format(*ends)
+        raise RunError(f"{last} below {storage.root}; {kinds}")
     yield last
 
 
 def check_any(images: int, listed: str, storage: Files, config: Config) -> None:
     """Raise RunError where archives are all that is listed, and there is no image in them."""
     if not images:
-        raise RunError(
-            f"{listed} below {storage.root}, and none of the archives has an image: those are members that end in "
-            f"{', '.join(config.ingest.suffixes)}"
-        )
+        wanted = f"those are members that end in {', '.join(config.ingest.suffixes)}"
+        raise RunError(f"{listed} below {storage.root}, and none of the archives has an image: {wanted}")
 
 
 def plan(
@@ -177,10 +172,9 @@ def plan(
 
 def assign(images: pa.Table, plan: PartitionPlan) -> pa.Table:
     """The images with their partitions (`ASSIGNED_SCHEMA`), each partition's images in the listing's order."""
+    partitions = pa.array(plan.assignment, pa.int32())
     order = np.argsort(plan.assignment, kind="stable")
-    return conform(
-        images.append_column("partition", pa.array(plan.assignment, pa.int32())).take(order), ASSIGNED_SCHEMA
-    )
+    return conform(images.append_column("partition", partitions).take(order), ASSIGNED_SCHEMA)
 
 
 def _suffixes(config: Config) -> dict[str, tuple[str, ...]]:

@@ -36,14 +36,10 @@ class Predictor:
         self.parameters = parameters_for(bundle.manifest, {})
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Predict one image a row; what goes wrong with an image is its `error`.
+        """Predict one image per row; what goes wrong with an image is its `error`.
 
-        Args:
-            model_input: with a column `path` of locations, or `content` of the images' bytes, which comes first.
-            params: `format`, `columns` by default or `json`.
-
-        Returns:
-            The columns of `OUTPUT_SCHEMA`, row by row, or one column of the same as JSON.
+        The input has a column `path` of locations, or `content` of the images' bytes, which comes first. Returns the
+        columns of `OUTPUT_SCHEMA`, row by row, or with the parameter `format` as `json` one column of the same as JSON.
         """
         manifest = self.bundle.manifest
         size = batch_size(self.bundle, BATCH_MEGABYTES, MAX_BATCH)

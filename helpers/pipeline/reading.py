@@ -418,11 +418,7 @@ def _batch(part: pa.RecordBatch, read: list[Read]) -> pa.RecordBatch:
 
 
 def _read_frames(
-    batch: pa.RecordBatch,
-    storage: Files,
-    max_images: int,
-    max_pixels: int | None,
-    memory_megabytes: int | None,
+    batch: pa.RecordBatch, storage: Files, max_images: int, max_pixels: int | None, memory_megabytes: int | None
 ) -> Iterator[pa.RecordBatch]:
     import av  # noqa: F401 - what loading it takes or lacks is not a video's
 
@@ -451,16 +447,12 @@ def _decode_frames(images: Iterator[Image | str | None], count: int, memory_mega
         with bounded(memory_megabytes):
             image, error = attempt(next, images, None)
             if isinstance(image, np.ndarray):
-                content, error = attempt(_to_file, image)
+                content, error = attempt(lambda pixels: cv2.imencode(".bmp", pixels)[1].tobytes(), image)
             elif error is not None:  # nothing more comes
                 content, missing = None, error
             else:
                 content, error = None, image or missing
         yield content, error
-
-
-def _to_file(image: Image) -> bytes:
-    return cv2.imencode(".bmp", image)[1].tobytes()
 
 
 def _images(

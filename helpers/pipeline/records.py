@@ -80,10 +80,7 @@ def read_runs(locations: str | Iterable[str], config: Config | None = None) -> p
     """The runs recorded below some locations, one row each, the oldest first.
 
     Locations are outputs of runs, their `runs` folders, or folders above them; `config` says how they are reached.
-
-    Raises:
-        DataError: there is no record, or one is damaged.
-        StorageError: a location cannot be used.
+    Raises DataError if there is no record, or one is damaged, and StorageError if a location cannot be used.
     """
     rows = []
     for storage, path in _find(locations, config):

@@ -38,7 +38,7 @@ from helpers.pipeline.records import PHASES, runs_of, tasks_of
 from helpers.pipeline.results import ResultStore
 from helpers.pipeline.rows import is_in
 from helpers.pipeline.schemas import KEY_NAMES
-from helpers.pipeline.survey import BANDS, Survey
+from helpers.pipeline.survey import BANDS, Outputs, Survey
 from helpers.pipeline.task import STAGES
 from helpers.redaction import redact
 from helpers.storage import Storage, open_storage
@@ -113,9 +113,7 @@ def make_report(
 # ------------------------------------------------------------ the sample
 
 
-def _sample(
-    survey: Survey, outputs: list[tuple[Storage, list[str]]], config: Config, sources: list[Storage]
-) -> list[Row]:
+def _sample(survey: Survey, outputs: Outputs, config: Config, sources: list[Storage]) -> list[Row]:
     """The images of the sample: path, thumbnail or why there is none, and of each side a row or None."""
     chosen = survey.choose(config.report)
     stores = [side.store for side in survey.sides]
@@ -243,8 +241,7 @@ def _data(survey: Survey, stores: list[ResultStore], is_whole: bool, runs: pd.Da
     """What `page.js` reads."""
     outputs = [redact(store.output.rstrip("/")) for store in stores]
     names, first = _names(survey, outputs), survey.sides[0]
-    newest = runs.iloc[-1] if len(runs) else None
-    images = first.images
+    newest, images = runs.iloc[-1] if len(runs) else None, first.images
     which = f"All {images:,}" if is_whole else f"The newest {images:,} (`python -m helpers report` counts all)"
     tiles: list[list[Any]] = [["images", images], ["failed", first.errors.total(), "bad" if first.errors else ""]]
     for side, name in zip(survey.sides, names, strict=True):
@@ -274,11 +271,7 @@ def _data(survey: Survey, stores: list[ResultStore], is_whole: bool, runs: pd.Da
         "pair": list(survey.pair) if len(stores) > 1 else None,
         "tiles": tiles,
         "sides": [
-            {
-                "name": name,
-                "boxed": side.is_boxed,
-                "counts": [[number, counts.tolist()] for number, counts in side.counts.items()],
-            }
+            {"name": name, "boxed": side.is_boxed, "counts": [[n, bands.tolist()] for n, bands in side.counts.items()]}
             for side, name in zip(survey.sides, names, strict=True)
         ],
         "sample": {
@@ -349,12 +342,8 @@ def _run_cells(run: pd.Series) -> list[Any]:
 
 def _settings(run: pd.Series) -> list[list[str]]:
     """Names and values of a run's settings, and its versions, without secrets."""
-    sections = {**run["config"], "versions": run["versions"]}
-    flat = {name: value for name, value in sections.items() if not isinstance(value, dict)}
-    for section, values in sections.items():
-        if isinstance(values, dict):
-            flat |= {f"{section}.{name}": value for name, value in values.items()}
-    return [[name, redact(json.dumps(value))] for name, value in flat.items()]
+    (flat,) = pd.json_normalize({**run["config"], "versions": run["versions"]}, max_level=1).to_dict("records")
+    return [[str(name), redact(json.dumps(value))] for name, value in flat.items()]
 
 
 # ------------------------------------------------------------ pictures
@@ -377,13 +366,12 @@ def draw_sample(output: Storage, files: list[str], source: Files, config: Config
             rows = _first_rows(table, count)
             rows = {path: row for path, row in rows.items() if _can_be_drawn(row, source, max_pixels)}
             batches = pa.Table.from_pylist(list(rows.values()), table.schema).to_batches()
-            limits = config.max_image_bytes, config.ingest.max_pixels
-            for batch in read_images(batches, source, 1, 1, *limits):
+            for batch in read_images(batches, source, 1, 1, config.max_image_bytes, config.ingest.max_pixels):
                 (image,) = batch.to_pylist()
                 with only_warn(f"no picture of {image['path']}"):
-                    png = _draw(image, rows[image["path"]])
-                    output.write(f"{PICTURES}/{picture_name(image['path'])}", png)
-                    names.append(picture_name(image["path"]))
+                    png, name = _draw(image, rows[image["path"]]), picture_name(image["path"])
+                    output.write(f"{PICTURES}/{name}", png)
+                    names.append(name)
     return names
 
 

@@ -90,8 +90,7 @@ def open_files(source: str | None, config: Config) -> Files:
 def text_columns(config: Config) -> pa.Schema:
     """The kept columns of a source that is no table: texts beside the members of archives, named by their suffix.
 
-    Raises:
-        ConfigError: results have a column of this name.
+    Raises ConfigError if results have a column of this name.
     """
     _check_free(config.source.keep)
     return pa.schema([pa.field(name, pa.string()) for name in config.source.keep])
@@ -147,8 +146,7 @@ class TableSource:
     ) -> "TableSource":
         """Look at a table.
 
-        Raises:
-            ConfigError: it lacks a column, has one of another type than it should, or results cannot have one.
+        Raises ConfigError if it lacks a column, has one of another type than it should, or results cannot have one.
         """
         columns = config.source
         types = {"path": "string", "content": "binary", "key": "", "modified": "timestamp"}
@@ -189,7 +187,10 @@ class TableSource:
             errors = pc.if_else(is_nameless, NO_KEY, pa.scalar(None, pa.string()))
             table = table.append_column("length", pa.array([0] * table.num_rows, pa.int64()))
             table = table.append_column("error", errors)
-        paths = _with_names(table["path"])
+        paths = table["path"]
+        if self.nameless:
+            numbers = pc.cumulative_sum(is_nameless.cast(pa.int64())).cast(pa.string())
+            paths = pc.coalesce(paths, pc.binary_join_element_wise(NAMELESS, numbers, ""))
         _check_unique(paths)
         table = table.set_column(table.schema.get_field_index("path"), "path", paths)
         files = table.select(LISTED_SCHEMA.names).cast(LISTED_SCHEMA).sort_by("path")
@@ -260,10 +261,10 @@ class TableSource:
 
 def _check_settings(columns: SourceSettings) -> None:
     if not (columns.path or columns.content):
-        raise ConfigError(
-            "the source is a table: name the column of the images' URIs with --set source.path=COLUMN, or that of "
-            "their bytes with source.content"
+        remedy = (
+            "name the column of the images' URIs with --set source.path=COLUMN, or of their bytes with source.content"
         )
+        raise ConfigError(f"the source is a table: {remedy}")
     if columns.content and not (columns.key or columns.path):
         raise ConfigError("source.content needs a column that tells the images apart: name it with source.key")
     if not columns.content and (columns.key or columns.modified):
@@ -294,8 +295,7 @@ def _existing(source: str, config: Config) -> Storage:
 def _delta_files(storage: Storage) -> tuple[pa.Schema, pa.Table]:
     """The columns of the newest version of a Delta table, and its files: `path`, and the columns it is divided by.
 
-    Raises:
-        RunError: its files do not tell all of it.
+    Raises RunError if its files do not tell all of it.
     """
     table = Table(storage, "", pa.schema([]), may_have_more=True).open().table
     assert table is not None
@@ -304,10 +304,8 @@ def _delta_files(storage: Storage) -> tuple[pa.Schema, pa.Table]:
     if protocol.min_reader_version == 2:
         features.add("columnMapping")
     if more := sorted(features - READ_AS_FILES):
-        raise RunError(
-            f"{storage.root} is a Delta table with {more[0]}, which only a Spark with Delta reads; give it a name "
-            "there, and --source table:NAME"
-        )
+        problem = f"{storage.root} is a Delta table with {more[0]}, which only a Spark with Delta reads"
+        raise RunError(f"{problem}; give it a name there, and --source table:NAME")
     schema, partitions = pa.schema(table.schema().to_arrow()), table.metadata().partition_columns
     files = pa.table(table.get_add_actions())
     # The log says what is the same in all of a file. The names of folders say it too, each library's in its own way.
@@ -395,8 +393,7 @@ def _no_column(rows: "DataFrame", setting: str, name: str) -> ConfigError:
 def _kept_schema(rows: "DataFrame", names: Sequence[str]) -> pa.Schema:
     """The Arrow schema of the columns to keep.
 
-    Raises:
-        ConfigError: there is no such column, results have one of this name, or a table cannot have its type.
+    Raises ConfigError if there is no such column, results have one of this name, or a table cannot have its type.
     """
     from pyspark.sql.pandas.types import to_arrow_schema
 
@@ -411,10 +408,8 @@ def _kept_schema(rows: "DataFrame", names: Sequence[str]) -> pa.Schema:
             arrow = to_arrow_schema(field)
             Schema.from_arrow(arrow)
         except Exception as error:
-            raise ConfigError(
-                f"source.keep: results cannot have the type of the column {name}, {field[0].dataType.simpleString()} "
-                f"({first_line(error)}); cast it in the source"
-            ) from None
+            kind = f"the type of the column {name}, {field[0].dataType.simpleString()} ({first_line(error)})"
+            raise ConfigError(f"source.keep: results cannot have {kind}; cast it in the source") from None
         schema = schema.append(arrow.field(0))
     return schema
 
@@ -423,19 +418,8 @@ def _check_free(names: Sequence[str]) -> None:
     taken = {name.lower() for name in RESULT_SCHEMA.names}
     for name in names:
         if name.lower() in taken:
-            raise ConfigError(
-                f"source.keep: the results have a column {name} of their own, or twice; rename it in the source"
-            )
+            raise ConfigError(f"source.keep: the results have a column {name} of their own, or twice; rename it")
         taken.add(name.lower())
-
-
-def _with_names(paths: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Paths with names in the place of nulls."""
-    nulls = paths.is_null().to_numpy()
-    if not nulls.any():
-        return paths
-    names = pa.array(np.char.add(NAMELESS, np.cumsum(nulls).astype(str)), pa.string())
-    return pc.coalesce(paths, pa.chunked_array([names]))
 
 
 def _check_unique(paths: pa.ChunkedArray) -> None:

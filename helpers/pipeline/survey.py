@@ -31,6 +31,8 @@ ERRORS_SHARE, DIFFERING_SHARE = 0.2, 0.4  # of a sample, where there are so many
 EXAMPLES = 5  # paths of each error
 NO_PREDICTION = 2  # where others have a score
 
+Outputs = list[tuple[Storage, list[str]]]  # with the files of each
+
 
 @dataclass
 class Side:
@@ -54,7 +56,7 @@ class Side:
 class Survey:
     """What some outputs have in their tables, and the rows that a sample is chosen from."""
 
-    def __init__(self, outputs: list[tuple[Storage, list[str]]]):
+    def __init__(self, outputs: Outputs):
         """Count the rows in the files of each output."""
         self.sides: list[Side] = []  # of each model in each output
         self.classes: dict[str, int] = {}  # numbers of all by their labels

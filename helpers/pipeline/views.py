@@ -8,7 +8,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -64,9 +63,8 @@ class Views:
     error: str | None  # ... and why
     pixels: Image | None  # uint8 BGR `[height, width, 3]`; None where there are none, or they are not needed any more
     windows: Sequence[Window]  # where the views are; there may be none
-    merge: Callable[
-        [list[Any]], Any
-    ]  # what `tasks.predict` returns for the views, in their order, to that for the image
+    # From what `tasks.predict` returns for the views, in their order, to that for the image.
+    merge: Callable[[list[Any]], Any]
 
 
 Rows = list[tuple[Views, dict[str, Any]]]  # images with their row of `RESULT_SCHEMA`
@@ -98,24 +96,22 @@ def tile_each(
     tile = manifest.input.width, manifest.input.height
 
     def cut(views: Views) -> Views:
-        if views.size is None:
+        size, windows = views.size, views.windows
+        if size is None:
             return views
-        windows = views.windows
-        if any(side > tiling.factor * length for side, length in zip(views.size, tile, strict=True)):
-            windows = tiles(views.size, tile, tiling.overlap)
-        return replace(views, windows=windows, merge=partial(_merge_tiles, windows, views.size, manifest, parameters))
+        if any(side > tiling.factor * length for side, length in zip(size, tile, strict=True)):
+            windows = tiles(size, tile, tiling.overlap)
+
+        def merge_tiles(parts: list[Any]) -> Any:
+            merged = parts[0]
+            if len(parts) > 1:
+                threshold = parameters.get("nms_threshold", NMS_THRESHOLD)
+                merged = merge(manifest.task, list(zip(windows, parts, strict=True)), size, threshold)
+            return tasks.apply_filters(merged, size, manifest, parameters)
+
+        return replace(views, windows=windows, merge=merge_tiles)
 
     return map(cut, images)  # which, unlike a loop, holds no image while the next is decoded
-
-
-def _merge_tiles(
-    windows: Sequence[Window], size: Size, manifest: Manifest, parameters: Mapping[str, Any], parts: list[Any]
-) -> Any:
-    merged = parts[0]
-    if len(parts) > 1:
-        threshold = parameters.get("nms_threshold", NMS_THRESHOLD)
-        merged = merge(manifest.task, list(zip(windows, parts, strict=True)), size, threshold)
-    return tasks.apply_filters(merged, size, manifest, parameters)
 
 
 def crop_each(
@@ -125,15 +121,25 @@ def crop_each(
 
     Manifest and parameters are the second model's; filters among these are for the merged predictions.
     """
-    for finished in rows:
-        for views, row in finished:
-            if views.size is not None:
-                boxed = [p for p in row["predictions"] or () if p["box"] and p["score"] >= cascade.min_score]
-                boxed = sorted(boxed, key=lambda p: -p["score"])[: cascade.max_crops]
-                windows = [_around(p["box"], cascade.padding, views.size) for p in boxed]
-                merge_crops = partial(_merge_crops, boxed, windows, views.size, manifest, parameters)
-                views = replace(views, error=row["error"], windows=windows, merge=merge_crops)
-            yield views
+
+    def crop(views: Views, row: dict[str, Any]) -> Views:
+        size = views.size
+        if size is None:
+            return views
+        boxed = [p for p in row["predictions"] or () if p["box"] and p["score"] >= cascade.min_score]
+        boxed = sorted(boxed, key=lambda p: -p["score"])[: cascade.max_crops]
+        windows = [_around(p["box"], cascade.padding, size) for p in boxed]
+
+        def merge_crops(parts: list[Any]) -> list[dict[str, Any]]:
+            if manifest.task == "classification":  # the best class of each crop, where the detection is
+                merged = [{**part[0], "box": one["box"]} for one, part in zip(boxed, parts, strict=True) if part]
+            else:
+                merged = [p for window, part in zip(windows, parts, strict=True) for p in shift(part, window, size)]
+            return tasks.apply_filters(merged, size, manifest, parameters)
+
+        return replace(views, error=row["error"], windows=windows, merge=merge_crops)
+
+    return (crop(views, row) for finished in rows for views, row in finished)
 
 
 def _around(box: dict[str, float], padding: float, size: Size) -> Window:
@@ -146,21 +152,6 @@ def _around(box: dict[str, float], padding: float, size: Size) -> Window:
         ends.append((first, max(first + 1, min(side, math.ceil(end + more)))))
     (left, right), (top, bottom) = ends
     return left, top, right, bottom
-
-
-def _merge_crops(
-    detections: list[dict[str, Any]],
-    windows: list[Window],
-    size: Size,
-    manifest: Manifest,
-    parameters: Mapping[str, Any],
-    parts: list[Any],
-) -> list[dict[str, Any]]:
-    if manifest.task == "classification":  # the best class of each crop, where the detection is
-        merged = [{**part[0], "box": one["box"]} for one, part in zip(detections, parts, strict=True) if part]
-    else:
-        merged = [p for window, part in zip(windows, parts, strict=True) for p in shift(part, window, size)]
-    return tasks.apply_filters(merged, size, manifest, parameters)
 
 
 def preprocess_views(

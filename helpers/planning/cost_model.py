@@ -53,9 +53,7 @@ def fit(runs: pd.DataFrame, tasks: pd.DataFrame) -> CostModel:
 
     Rates come from the stages' own times and the processor's, not from a regression of tasks that are all alike; a
     worker's first task is left out of them where there are enough others, and what it took more is the worker's start.
-
-    Raises:
-        DataError: there is no task with an image, or the runs are of several models.
+    Raises DataError if there is no task with an image, or the runs are of several models.
     """
     tasks = tasks[(tasks["images"] > 0) & tasks["run"].isin(runs["run"])].sort_values("begin")
     if not len(tasks):
@@ -74,22 +72,23 @@ def fit(runs: pd.DataFrame, tasks: pd.DataFrame) -> CostModel:
     rate_only = image_seconds * tasks["images"] + byte_seconds * tasks["bytes"]
     rate_only = rate_only * total["wall"] / total["full"] + write_seconds
     beyond = (tasks["seconds"] - rate_only)[first].mean() if rest is not tasks else tasks["load_seconds"][first].mean()
+    gaps = tasks["begin"] - tasks.groupby(["run", "host", "process"])["end"].shift()  # between the tasks of a worker
     per_run = tasks.groupby("run").agg(begin=("begin", "min"), end=("end", "max"), tasks=("begin", "size"))
     per_run = per_run.join(runs.set_index("run"))
     # The largest run tells best what each image and each task adds to what the driver does once.
     image_run, task_run = per_run.loc[per_run["images"].idxmax()], per_run.loc[per_run["tasks"].idxmax()]
     return CostModel(
-        session_seconds=_median(runs["session_seconds"]),
-        open_seconds=_median(runs["open_seconds"]),
+        session_seconds=_known(runs["session_seconds"].median()),
+        open_seconds=_known(runs["open_seconds"].median()),
         image_list_seconds=float(image_run["list_seconds"] / image_run["images"]),
         start_seconds=max(0.0, float(per_run["begin"].median())),
         worker_seconds=max(0.0, float(beyond)),
-        task_seconds=float(write_seconds) + _gap(tasks),
+        task_seconds=float(write_seconds) + max(0.0, _known(gaps.median())),
         image_seconds=float(image_seconds),
         byte_seconds=float(byte_seconds),
         image_bytes=float(tasks["bytes"].sum() / tasks["images"].sum()),
         finish_seconds=max(0.0, float((per_run["pass_seconds"] - per_run["end"]).median())),
-        log_seconds=_median(runs["log_seconds"]),
+        log_seconds=_known(runs["log_seconds"].median()),
         task_publish_seconds=_known(task_run["publish_seconds"]) / float(task_run["tasks"]),
         variation=float((rest["seconds"] / rate_only.loc[rest.index]).std(ddof=0)) if len(rest) > 1 else 0.0,
         contention=_contention(rest, spent["full"], at_once),
@@ -140,17 +139,6 @@ def _contention(tasks: pd.DataFrame, seconds: pd.Series, at_once: pd.Series) -> 
     return max(0.0, float(slope / (slope + intercept)))
 
 
-def _gap(tasks: pd.DataFrame) -> float:
-    """Seconds between the tasks of a worker."""
-    before = tasks.groupby(["run", "host", "process"])["end"].shift()
-    gaps = (tasks["begin"] - before).dropna()
-    return max(0.0, float(gaps.median())) if len(gaps) else 0.0
-
-
 def _known(value: float) -> float:
-    """0 for what a killed run could not tell."""
+    """0 for what nobody could tell, such as a killed run."""
     return 0.0 if pd.isna(value) else float(value)
-
-
-def _median(values: pd.Series) -> float:
-    return _known(values.dropna().median()) if values.notna().any() else 0.0

@@ -38,9 +38,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if min(self.executors, self.cores, self.executors_per_machine) < 1 or self.price < 0:
-            raise ValueError(
-                "executors, cores and executors of a machine must be at least 1, and the price not negative"
-            )
+            raise ValueError("executors, cores and executors of a machine must be at least 1, and the price at least 0")
         if not self.speeds or min(self.speeds) <= 0:
             raise ValueError("speeds must be positive")
 
@@ -150,15 +148,14 @@ def predict(
     partitions = max(1, min(partitions, images))
     speeds = cluster.slot_speeds(model)
     total = speeds.sum()
-    task = task_seconds(model, images, partitions)
+    task = model.task_seconds + model.mean_image_seconds * images / partitions  # of its share, on a slot of speed 1
     workers = min(partitions, cluster.slots)
     work = model.mean_image_seconds * images / total
     overhead = (model.task_seconds * partitions + model.worker_seconds * workers) / total
     wasted = failure_rate / (1 - failure_rate) * task * partitions / 2 / total
     idle = (1 - max(model.alone, cluster.share_of_cores(partitions % cluster.slots))) * (task - model.task_seconds)
-    end = expected_makespan(
-        partitions, task, speeds, model.worker_seconds, model.variation, failure_rate, last=task - idle
-    )
+    last = task - idle
+    end = expected_makespan(partitions, task, speeds, model.worker_seconds, model.variation, failure_rate, last)
     return Prediction(
         images,
         cluster,
@@ -232,11 +229,6 @@ def plot_curve(table: pd.DataFrame, executors: int, price: float = 0.0) -> "Figu
         axis.legend(handles=[axis.get_lines()[0], right.get_lines()[0]], loc="upper center")
     axis.set_title(f"{title}, at an efficiency of {row['efficiency']:.0%}")
     return figure
-
-
-def task_seconds(model: CostModel, images: int, partitions: int) -> float:
-    """What a task takes that has its share of the images, on a slot of speed 1."""
-    return model.task_seconds + model.mean_image_seconds * images / partitions
 
 
 # ------------------------------------------------------------ when the last of many about equal tasks ends

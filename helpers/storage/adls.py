@@ -12,36 +12,32 @@ import contextlib
 import errno
 import functools
 import itertools
+import logging
 import os
 import posixpath
 import re
+import threading
 import uuid
 from collections.abc import Collection, Iterator
 from datetime import UTC
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
-from azure.core.exceptions import (
-    AzureError,
-    ClientAuthenticationError,
-    ResourceExistsError,
-    ResourceNotFoundError,
+from azure.core.exceptions import AzureError, ClientAuthenticationError, ResourceExistsError, ResourceNotFoundError
+from azure.storage.filedatalake import (
+    DataLakeFileClient,
+    DataLakeServiceClient,
+    ExponentialRetry,
+    FileSystemClient,
+    PathProperties,
 )
-from azure.storage.filedatalake import DataLakeFileClient, FileSystemClient, PathProperties
 
 from helpers.errors import StorageError, first_line
 from helpers.options import StorageOptions
-from helpers.storage.client import forget_clients, get_client
+from helpers.redaction import Redacting
+from helpers.storage import objects
+from helpers.storage.credentials import resolve
 from helpers.storage.interface import Entry
-from helpers.storage.objects import (
-    IS_FOLDER,
-    LISTINGS,
-    MOST_FOLDERS,
-    NO_CONTAINER,
-    SECRET,
-    ObjectStorage,
-    credential_value,
-)
 from helpers.storage.prefetch import chain_ahead
 
 URI = re.compile(r"abfss://([^@/?#]+)@([^@/?#]+)(/.*)?", re.DOTALL)
@@ -54,14 +50,22 @@ AZURE = re.compile(
 PAGE = 5000  # paths of a listing's page, the most there can be
 CHUNK_BYTES = 8 * 2**20  # of a file written
 WRITER = "writer"  # metadata that says which write made a file
+# For about a minute in all, 1 to 3 s before the first try after the first.
+RETRY: dict[str, Any] = {"initial_backoff": 0, "increment_base": 2, "random_jitter_range": 1}
+RETRY |= {f"retry_{kind}": objects.TRIES for kind in ("total", "connect", "read", "status")}
+TIMEOUTS: dict[str, Any] = {"connection_timeout": 10, "read_timeout": 60}  # seconds
+
+_opening = threading.Lock()  # threads that read ahead would otherwise open a client each
+
+logging.getLogger("urllib3.connectionpool").addFilter(Redacting())  # it logs URLs, and a SAS token is part of them
 
 
-class AdlsStorage(ObjectStorage):
+class AdlsStorage(objects.ObjectStorage):
     """A folder of a container; pickles as its address and the reference to its credential, nothing else."""
 
     def __init__(self, uri: str, options: StorageOptions | None = None):
         match = URI.fullmatch(uri)
-        if match is None or ":" in match[1] or SECRET.search(uri):
+        if match is None or ":" in match[1] or objects.SECRET.search(uri):
             raise StorageError(
                 f"{uri} is not abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH (a SAS token is no part "
                 "of it: put it into an environment variable and name that with storage.credential=env:NAME)"
@@ -75,16 +79,12 @@ class AdlsStorage(ObjectStorage):
         self._container, self._host = match[1], match[2]
 
     def list(
-        self,
-        prefix: str = "",
-        directories: bool = False,
-        skip: Collection[str] = (),
-        tolerant: bool = False,  # who may list one folder may list all, and there are no links
-        outside_links: bool = True,
+        self, prefix: str = "", directories: bool = False, skip: Collection[str] = (), **tolerance: bool
     ) -> Iterator[Entry]:
         """List a page at a time, several folders at once; modification times are of whole seconds.
 
-        Raises StorageError if there is no such folder, or it cannot be listed.
+        Who may list one folder may list all, and there are no links. Raises StorageError if there is no such folder, or
+        it cannot be listed.
         """
         start, ours = self._name(prefix), [folder for folder in skip if folder.startswith(f"{self._base}/")]
         skipped = tuple(f"{self._name(folder)}/" for folder in ours)
@@ -119,14 +119,14 @@ class AdlsStorage(ObjectStorage):
         while [path.is_directory for path in level] == [True]:
             above += level
             level = list(itertools.islice(get_paths(above[-1].name, recursive=False), PAGE))
-        if len(level) == PAGE or not 2 <= sum(path.is_directory for path in level) <= MOST_FOLDERS:
+        if len(level) == PAGE or not 2 <= sum(path.is_directory for path in level) <= objects.MOST_FOLDERS:
             yield from first
             yield from itertools.chain.from_iterable(pages)
             return
         level.sort(key=lambda path: f"{path.name}/" if path.is_directory else path.name)
         yield from above
         streams = [functools.partial(below if path.is_directory else lambda file: [file], path) for path in level]
-        yield from chain_ahead(streams, LISTINGS)
+        yield from chain_ahead(streams, objects.LISTINGS)
 
     def read(self, path: str, limit: int | None = None) -> bytes:  # noqa: D102
         name = self._name(path)
@@ -172,17 +172,17 @@ class AdlsStorage(ObjectStorage):
 
     @property
     def _files(self) -> FileSystemClient:
-        reference = self.options.credential
-        address = self.options.endpoint or f"https://{self._host}"
-        account = self._host.partition(".")[0]
-        return get_client(address, account, self._container, reference, credential_value(reference))
+        """The one client of a process and credential, whose connections and tokens its tasks share."""
+        reference, endpoint = self.options.credential, self.options.endpoint or f"https://{self._host}"
+        with _opening:
+            return _open(endpoint, self._host, self._container, reference, objects.credential_value(reference))
 
     def _file(self, name: str) -> DataLakeFileClient:
         return self._files.get_file_client(name)
 
     def _get(self, path: str, **conditions: Any) -> Any:
         answer = super()._get(path, **conditions)
-        if IS_FOLDER in answer.attributes:
+        if objects.IS_FOLDER in answer.attributes:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         return answer
 
@@ -237,7 +237,7 @@ class AdlsStorage(ObjectStorage):
 
     def _explain_sdk(self, error: AzureError, path: str) -> Exception:
         status, code = getattr(error, "status_code", None), _code_of(error)
-        if code in NO_CONTAINER:
+        if code in objects.NO_CONTAINER:
             return self._missing()
         if status == 404:
             return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -246,8 +246,26 @@ class AdlsStorage(ObjectStorage):
         return self._unanswered(code or first_line(error))
 
 
+def forget_clients() -> None:
+    """Open new ones from now on, obstore's too: a reference may lead to another credential by then."""
+    _open.cache_clear()
+    objects.forget_stores()
+
+
+@functools.cache
+def _open(endpoint: str, host: str, container: str, reference: str, value: int) -> FileSystemClient:
+    """The client for a service's address; `value` tells credentials of one reference apart.
+
+    Raises StorageError if the reference leads nowhere, or there is no such host.
+    """
+    objects.check_host(endpoint)
+    credential, retries = resolve(reference, host.partition(".")[0]), ExponentialRetry(**RETRY)
+    service = DataLakeServiceClient(endpoint, credential=credential, retry_policy=retries, **TIMEOUTS)
+    return service.get_file_system_client(container)
+
+
 def _is_folder(properties: Any) -> bool:
-    return IS_FOLDER in properties.metadata
+    return objects.IS_FOLDER in properties.metadata
 
 
 def _code_of(error: AzureError) -> str:

@@ -34,7 +34,17 @@ def resolve(reference: str, account: str) -> Any:
     message names the reference, never the value.
     """
     if reference == "default":
-        return _checked(_identity())
+        from azure.core.exceptions import ClientAuthenticationError
+
+        identity = _identity()
+        try:
+            identity.get_token(STORAGE_SCOPE)  # it is kept; without an identity the storage SDK would try for a minute
+        except ClientAuthenticationError as error:
+            raise StorageError(
+                f"default: this process has no identity in Azure ({first_line(error)}); give the host a managed "
+                "identity, log in with `az login`, set AZURE_CLIENT_ID and its like, or name another storage.credential"
+            ) from None
+        return identity
     secret = fetch(reference)
     if secret.startswith("?") or "sig=" in secret:
         return secret.removeprefix("?")
@@ -43,9 +53,8 @@ def resolve(reference: str, account: str) -> Any:
     try:
         base64.b64decode(secret, validate=True)
     except ValueError:
-        raise StorageError(
-            f"{reference} holds neither an account key (it is not base64) nor a SAS token (it has no sig=); set it anew"
-        ) from None
+        forms = "neither an account key (it is not base64) nor a SAS token (it has no sig=)"
+        raise StorageError(f"{reference} holds {forms}; set it anew") from None
     return AzureNamedKeyCredential(account, secret)
 
 
@@ -69,31 +78,15 @@ def _identity() -> Any:
     return DefaultAzureCredential()
 
 
-def _checked(identity: Any) -> Any:
-    """Fetch a token, which is kept: without an identity the storage SDK would go on trying for a minute."""
-    from azure.core.exceptions import ClientAuthenticationError
-
-    try:
-        identity.get_token(STORAGE_SCOPE)
-    except ClientAuthenticationError as error:
-        raise StorageError(
-            f"default: this process has no identity in Azure ({first_line(error)}); give the host a managed "
-            "identity, log in with `az login`, set AZURE_CLIENT_ID and its like, or name another storage.credential"
-        ) from None
-    return identity
-
-
 def _from_environment(name: str) -> str:
     value = os.environ.get(name, "")
     if value.strip():
         return value
-    where = f"this task runs in on {socket.gethostname()}" if _in_task() else "of this process"
-    remedy = (
-        "set it in the environment of every Spark worker (on Databricks: the cluster's environment variables), \
-or use a reference that resolves there: default or keyvault:VAULT/NAME"
-        if _in_task()
-        else f"export {name}"
-    )
+    where, remedy = "of this process", f"export {name}"
+    if _in_task():
+        where = f"this task runs in on {socket.gethostname()}"
+        remedy = "set it in the environment of every Spark worker (on Databricks: the cluster's environment variables),"
+        remedy += " or use a reference that resolves there: default or keyvault:VAULT/NAME"
     raise StorageError(f"env:{name}: the environment {where} has no {name}, or an empty one; {remedy}")
 
 
@@ -127,10 +120,8 @@ def _from_key_vault(name: str) -> str:
         with SecretClient(f"https://{host}", _identity()) as client:
             return client.get_secret(secret).value or ""
     except AzureError as error:
-        raise StorageError(
-            f"keyvault:{name} cannot be read ({first_line(error)}); check the vault, the secret's name, and "
-            "that the identity of this process may get secrets"
-        ) from None
+        remedy = "check the vault, the secret's name, and that the identity of this process may get secrets"
+        raise StorageError(f"keyvault:{name} cannot be read ({first_line(error)}); {remedy}") from None
 
 
 _FETCH = {"env": _from_environment, "secret": _from_databricks, "keyvault": _from_key_vault}

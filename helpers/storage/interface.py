@@ -55,6 +55,7 @@ class Storage(Files, Protocol):
         prefix: str = "",
         directories: bool = False,
         skip: Collection[str] = (),
+        *,
         tolerant: bool = False,
         outside_links: bool = True,
     ) -> Iterator[Entry]:

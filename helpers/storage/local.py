@@ -50,6 +50,7 @@ class LocalStorage:
         prefix: str = "",
         directories: bool = False,
         skip: Collection[str] = (),
+        *,
         tolerant: bool = False,
         outside_links: bool = True,
     ) -> Iterator[Entry]:
@@ -57,10 +58,8 @@ class LocalStorage:
 
         Links are followed, but no directory is entered twice: what folders lie behind links comes last, so that what
         has a path of its own is found there. The names of one folder are in memory at once, up to `SORTED_AT_ONCE`;
-        those of a larger one are sorted on the disk.
-
-        Raises:
-            StorageError: there is no such folder, or it cannot be listed; a folder below it neither, unless `tolerant`.
+        those of a larger one are sorted on the disk. Raises StorageError if there is no such folder, or it cannot be
+        listed; a folder below it neither, unless `tolerant`.
         """
         start = self._path(prefix)
         if self.exists(prefix) and start.is_file():
@@ -182,17 +181,13 @@ class LocalStorage:
     def delta_table(self, path: str) -> tuple[str, dict[str, str]]:
         """As in `Storage`.
 
-        On Databricks' mounts nothing keeps two runs that commit in the same moment apart.
-
-        Raises:
-            StorageError: the library decodes parts of this path, and would go elsewhere.
+        On Databricks' mounts nothing keeps two runs that commit in the same moment apart. Raises StorageError if the
+        library decodes parts of this path, and would go elsewhere.
         """
         place = self.join(path)
         if ESCAPES.search(place):
-            raise StorageError(
-                f"{place}: a table cannot lie below a folder with a backslash, or with % and two hexadecimal digits in "
-                "its name; name another location"
-            )
+            odd = "a folder with a backslash, or with % and two hexadecimal digits in its name"
+            raise StorageError(f"{place}: a table cannot lie below {odd}; name another location")
         options = {"allow_unsafe_rename": "true"} if f"{place}/".startswith(MOUNTS) else {}
         return Path(place).as_uri(), options
 

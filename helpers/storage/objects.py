@@ -33,12 +33,7 @@ from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies
 
 import obstore
-from obstore.exceptions import (
-    BaseError,
-    InvalidPathError,
-    NotSupportedError,
-    PreconditionError,
-)
+from obstore.exceptions import BaseError, InvalidPathError, NotSupportedError, PreconditionError
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
 from helpers.errors import StorageError, first_line
@@ -99,8 +94,7 @@ def object_store_options(uri: str, options: StorageOptions) -> dict[str, str]:
 def check_host(address: str) -> None:
     """Say at once what a client would find out in a minute of tries: that there is no host of this name.
 
-    Raises:
-        StorageError: there is none.
+    Raises StorageError if there is none.
     """
     host = urlsplit(address).hostname
     try:
@@ -108,10 +102,8 @@ def check_host(address: str) -> None:
     except socket.gaierror as error:
         # Other failures may pass, and behind a proxy it is the proxy that knows names.
         if error.errno == socket.EAI_NONAME and not getproxies():
-            raise StorageError(
-                f"{host or address}: there is no such host; check the host's or account's name in the location, and "
-                "storage.endpoint"
-            ) from None
+            remedy = "check the host's or account's name in the location, and storage.endpoint"
+            raise StorageError(f"{host or address}: there is no such host; {remedy}") from None
 
 
 def forget_stores() -> None:
@@ -135,9 +127,9 @@ class ObjectStorage:
         is_web = uri.startswith("http")
         if match is None or SECRET.search(uri) or (is_web and re.search(r"[?#]", uri)):
             raise StorageError(
-                f"{uri} is none of s3://BUCKET/PATH, gs://BUCKET/PATH and http(s)://HOST/PATH (no key, token, user or "
-                "query is part of it: a credential goes into an environment variable, named with "
-                "storage.credential=env:NAME; Azure's containers are abfss://CONTAINER@ACCOUNT.dfs.core.windows.net)"
+                f"{uri} is none of s3://BUCKET/PATH, gs://BUCKET/PATH, abfss://CONTAINER@ACCOUNT.dfs.core.windows.net "
+                "and http(s)://HOST/PATH (no key, token, user or query is part of it: a credential goes into an "
+                "environment variable, named with storage.credential=env:NAME)"
             )
         self._place(match[1], match[2] or "", options)
 
@@ -157,20 +149,14 @@ class ObjectStorage:
         return "/".join([self.root, *(part.strip("/") for part in parts if part)])
 
     def list(
-        self,
-        prefix: str = "",
-        directories: bool = False,
-        skip: Collection[str] = (),
-        tolerant: bool = False,
-        outside_links: bool = True,  # there are no links
+        self, prefix: str = "", directories: bool = False, skip: Collection[str] = (), **tolerance: bool
     ) -> Iterator[Entry]:
         """List a page at a time, in the order of names; modification times are of whole seconds in most stores.
 
-        Raises:
-            StorageError: there is nothing of this name, or it cannot be listed; a folder below it neither, unless
-                `tolerant`.
+        There are no links. Raises StorageError if there is nothing of this name, or it cannot be listed; a folder below
+        it neither, unless `tolerant`.
         """
-        start = self._name(prefix)
+        start, tolerant = self._name(prefix), tolerance.get("tolerant", False)
         left_out = tuple(f"{self._name(folder)}/" for folder in skip if folder.startswith(f"{self._base}/"))
         is_empty, previous = True, ""
         with self._explained(self._uri(start)):
@@ -274,8 +260,7 @@ class ObjectStorage:
     def delta_table(self, path: str) -> tuple[str, dict[str, str]]:
         """As in `Storage`.
 
-        Raises:
-            StorageError: a web server holds no table, there is no such host, or the credential cannot be found.
+        Raises StorageError if a web server holds no table, there is no such host, or the credential cannot be found.
         """
         self._writable(path)
         if (file := _authorities()) and not os.environ.get(CERTIFICATES[-1]):
@@ -464,11 +449,9 @@ class ObjectStorage:
         if of_one_file and code in OF_ONE_FILE:
             return PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         if NO_IDENTITY.search(text):
-            return StorageError(
-                f"default: this process has no identity at {self._base}; give the machine a role or a service account, "
-                "set AWS_ACCESS_KEY_ID or GOOGLE_APPLICATION_CREDENTIALS and its like, or name another "
-                "storage.credential"
-            )
+            remedy = "give the machine a role or a service account, set AWS_ACCESS_KEY_ID or"
+            remedy += " GOOGLE_APPLICATION_CREDENTIALS and its like, or name another storage.credential"
+            return StorageError(f"default: this process has no identity at {self._base}; {remedy}")
         said = code or (status and f"HTTP {status}") or _said(text)
         if self._is_web and status in ("401", "403"):
             return StorageError(f"{path}: the web server gives it to nobody without a login ({said}); copy it")
@@ -482,10 +465,8 @@ class ObjectStorage:
 
     def _refused(self, code: str) -> StorageError:
         self._forget()
-        return StorageError(
-            f"{self.root}: the credential {self.options.credential} was refused ({code}); it is wrong, lacks a "
-            "permission or has expired: renew it and run again, what is finished is kept"
-        )
+        why = "it is wrong, lacks a permission or has expired: renew it and run again, what is finished is kept"
+        return StorageError(f"{self.root}: the credential {self.options.credential} was refused ({code}); {why}")
 
     def _forget(self) -> None:
         forget_stores()
@@ -559,9 +540,8 @@ def _open(base: str, options: StorageOptions, value: int) -> Any:
             settings["credential_provider"] = lambda: {**key, "token": token, "expires_at": None}
         return S3Store(place, config=config, **settings)
     if scheme == "gs":
-        return GCSStore(
-            place, config=config | ({} if reference == "default" else _gcs_credential(reference)), **settings
-        )
+        key = {} if reference == "default" else _gcs_credential(reference)
+        return GCSStore(place, config=config | key, **settings)
     return HTTPStore(base, **settings)
 
 

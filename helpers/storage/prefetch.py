@@ -18,12 +18,10 @@ LOOK_SECONDS = 0.5  # after which a thread that waits looks whether the caller s
 
 
 def map_groups(function: Callable[[T], R], groups: Iterable[Sequence[T]], threads: int) -> Iterator[list[R]]:
-    """Apply a function that waits to every item, group by group.
+    """Apply a function that waits to every item, group by group; what it raises is raised when its group is asked for.
 
-    Args:
-        function: what to apply; an exception of it is raised when its group is asked for.
-        groups: the items; one group is worked on ahead of the one that the caller has.
-        threads: how many items wait at once; with 1 nothing is done ahead and there is no thread.
+    One group is worked on ahead of the one that the caller has. As many items wait at once as there are threads; with 1
+    nothing is done ahead and there is no thread.
     """
     if threads == 1:
         for group in groups:
@@ -55,11 +53,9 @@ def _results(coming: list[Future[R]]) -> list[R]:
 
 
 def chain_ahead(streams: Iterable[Callable[[], Iterable[T]]], threads: int) -> Iterator[T]:
-    """The items of one stream after the other, while threads go through the next ones.
+    """The items of one stream after the other, while threads go through the next ones, a stream each.
 
-    Args:
-        streams: each begins one; what a stream raises is raised here when its turn comes.
-        threads: how many streams are under way at once; each waits with `BATCHES_AHEAD` batches for its turn.
+    A stream waits with `BATCHES_AHEAD` batches for its turn, and what it raises is raised then.
     """
     is_closed = threading.Event()
     begin = iter(streams)

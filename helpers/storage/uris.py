@@ -19,9 +19,7 @@ NO_ROOT = "its path is relative, and source.root does not say to what"
 class UriStorage:
     """Read files by their URIs, whatever storages these are of; a path stays as the user has written it.
 
-    Args:
-        root: where relative paths begin; empty where there is no such place.
-        options: how object storage is reached, all of it with one credential.
+    Relative paths begin at the root, if there is one; all object storage is reached with one credential.
     """
 
     concurrent_reads = 8

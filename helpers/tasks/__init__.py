@@ -13,14 +13,7 @@ import numpy as np
 
 from helpers.bundle.manifest import Manifest
 from helpers.errors import BundleError, ConfigError
-from helpers.tasks import (
-    classification,
-    detection,
-    embedding,
-    instance_segmentation,
-    keypoints,
-    semantic_segmentation,
-)
+from helpers.tasks import classification, detection, embedding, instance_segmentation, keypoints, semantic_segmentation
 from helpers.tasks.filters import Filters
 from helpers.tasks.interface import NO_ARRAYS, AmbiguityError, Arrays, OutputError, Sizes
 from helpers.tasks.interface import Prediction as Prediction
@@ -58,9 +51,8 @@ def get_decoder(manifest: Manifest) -> Decoder:
 def parameters_for(manifest: Manifest, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The bundle's post-processing parameters with a run's own on top; what neither says has its default.
 
-    Raises:
-        ConfigError: the task has no post-processing here, or it has no parameter of that name or value.
-        BundleError: the bundle's own parameters, or its outputs, are not those of the decoder.
+    Raises ConfigError if the task has no post-processing here, or no parameter of that name or value, and BundleError
+    if the bundle's own parameters, or its outputs, are not those of the decoder.
     """
     decoder = get_decoder(manifest)
     try:
@@ -71,10 +63,8 @@ def parameters_for(manifest: Manifest, overrides: Mapping[str, Any]) -> dict[str
     for name in sorted({*overrides} - {*known}):
         raise ConfigError(f"postprocess.{name}: {manifest.name} has no such parameter; it has {', '.join(known)}")
     for name in sorted({*manifest.postprocess} - {*known}):
-        raise BundleError(
-            f"{manifest.name}: its post-processing has the parameter {name[:40]!r}, and the decoder has "
-            f"{', '.join(known)}; export the bundle again"
-        )
+        problem = f"its post-processing has the parameter {name[:40]!r}, and the decoder has {', '.join(known)}"
+        raise BundleError(f"{manifest.name}: {problem}; export the bundle again")
     parameters = {**manifest.postprocess, **overrides}
     own, filters = _divide(parameters)
     decoder.parameters(**own)
@@ -153,10 +143,8 @@ def suggest(task: str, samples: Arrays, labels: int = 0, first: str = "") -> str
     else:
         lists = ", those of several strides as a list" if "anchor_free" in DECODERS[task] else ""
         remedy = f"export the model with its post-processing in it, or name other `outputs`{lists}"
-    raise OutputError(
-        f"the outputs {given} fit no decoder of task {task}{f' for {labels} labels' if labels else ''}; {remedy}; "
-        "conf/cards/README.md lists what decoders take"
-    )
+    problem = f"the outputs {given} fit no decoder of task {task}{f' for {labels} labels' if labels else ''}"
+    raise OutputError(f"{problem}; {remedy}; conf/cards/README.md lists what decoders take")
 
 
 def get_arrays(manifest: Manifest, read: Callable[[str], bytes] | None) -> Arrays:

@@ -26,29 +26,22 @@ LARGEST_RELATIVE = 1.5  # coordinates relative to the input reach so far at most
 
 @dataclass(frozen=True)
 class Detections:
-    """Those of one image, the best first.
+    """Those of one image, the best first."""
 
-    Attributes:
-        boxes: float32 `[n, 4]`, in pixels of the image and within it.
-        classes: int `[n]`, the first label's as 0.
-        scores: float32 `[n]`.
-        rows: int `[n]`, the place of each among the candidates, for what else belongs to it.
-        masks: one per detection, at the image's size.
-        keypoints: x, y in pixels of the image and score, float32 `[n, K, 3]`.
-    """
-
-    boxes: np.ndarray
-    classes: np.ndarray
-    scores: np.ndarray
-    rows: np.ndarray
-    masks: Sequence[Mask] | None = None
-    keypoints: np.ndarray | None = None
+    boxes: np.ndarray  # float32 `[n, 4]`, in pixels of the image and within it
+    classes: np.ndarray  # int `[n]`, the first label's as 0
+    scores: np.ndarray  # float32 `[n]`
+    rows: np.ndarray  # int `[n]`, the place of each among the candidates, for what else belongs to it
+    masks: Sequence[Mask] | None = None  # one per detection, at the image's size
+    keypoints: np.ndarray | None = None  # x, y in pixels of the image and score, float32 `[n, K, 3]`
 
     def to_predictions(self, labels: Sequence[str]) -> list[Prediction]:
         """The same as the results' schema has them."""
         none = [None] * len(self.rows)
         boxes = [dict(zip(SIDES, box, strict=True)) for box in self.boxes.tolist()]
-        points = none if self.keypoints is None else _name_points(self.keypoints)
+        points: Sequence[Any] = none
+        if self.keypoints is not None:
+            points = [[{"x": x, "y": y, "score": score} for x, y, score in own] for own in self.keypoints.tolist()]
         columns = self.classes.tolist(), self.scores.tolist(), boxes, self.masks or none, points
         return [make_prediction(labels, *values) for values in zip(*columns, strict=True)]
 
@@ -88,10 +81,8 @@ def make_cells(rows: int, input_size: tuple[int, int], levels: int = 0) -> np.nd
                 cells = [np.stack([*np.meshgrid(range(w), range(h)), np.full((h, w), s)], -1) for s, w, h in sizes]
                 places = np.concatenate([grid.reshape(-1, 3) for grid in cells])
                 return np.repeat(places, anchors, axis=0).astype(np.float32)
-    raise OutputError(
-        f"no grids of {', '.join(map(str, STRIDES))} pixels in an input of {' x '.join(map(str, input_size))} have "
-        f"{rows} cells: mend the input's size"
-    )
+    grids_of = f"{', '.join(map(str, STRIDES))} pixels in an input of {' x '.join(map(str, input_size))}"
+    raise OutputError(f"no grids of {grids_of} have {rows} cells: mend the input's size")
 
 
 def in_order(points: np.ndarray, order: Order) -> np.ndarray:
@@ -160,10 +151,8 @@ def check_classes(classes: np.ndarray, labels: Sequence[str], parameter: str = "
     """Raises OutputError if a class has no label; `parameter` may be the reason."""
     if len(classes) and not (classes.min() >= 0 and classes.max() < len(labels)):
         odd = classes[(classes < 0) | ~(classes < len(labels))][0]
-        raise OutputError(
-            f"the model gives class {odd:g}, counted from 0, and there are {len(labels)} labels: "
-            f"mend the labels, or postprocess.{parameter}"
-        )
+        problem = f"the model gives class {odd:g}, counted from 0, and there are {len(labels)} labels"
+        raise OutputError(f"{problem}: mend the labels, or postprocess.{parameter}")
 
 
 def to_keypoints(points: np.ndarray, scores: np.ndarray, placement: Placement) -> np.ndarray:
@@ -171,7 +160,3 @@ def to_keypoints(points: np.ndarray, scores: np.ndarray, placement: Placement) -
     located = clip(placement.to_image(np.ascontiguousarray(points)), placement.image)
     each = scores if scores.ndim == 2 else np.broadcast_to(scores[:, None], points.shape[:2])
     return np.concatenate([located, each[..., None]], axis=-1)
-
-
-def _name_points(keypoints: np.ndarray) -> list[list[dict[str, float]]]:
-    return [[{"x": x, "y": y, "score": score} for x, y, score in points] for points in keypoints.tolist()]

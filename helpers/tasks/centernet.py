@@ -14,29 +14,20 @@ from helpers.tasks.roles import Role, are_shares
 
 @dataclass(frozen=True)
 class Parameters(DecoderParameters):
-    """How centers on a map become objects; the defaults are those of CenterFace (Xu et al., 2019).
+    """How centers on a map become objects; the defaults are those of CenterFace (Xu et al., 2019)."""
 
-    Attributes:
-        score_threshold: a center's probability is above.
-        nms_threshold: intersection over union above which a box is suppressed, within a class; 1 suppresses none.
-        max_detections: of an image.
-        activation: from the heat map to probabilities.
-        peaks: centers are only the cells that no neighbor exceeds, as CenterNet has them.
-        order: of sizes, offsets and landmarks.
-        sizes: `log` if they are logarithms, of a unit of 4 pixels of the input; `cells` if they are cells of the map.
-        center: where in its cell a center is that has no offset.
-        landmarks: `box` if they are relative to the box, from its left upper corner; `center` if they are cells of the
-            map, from the center's own.
-    """
-
-    score_threshold: float = 0.3
+    score_threshold: float = 0.3  # a center's probability is above
+    # Intersection over union above which a box is suppressed, within a class; 1 suppresses none.
     nms_threshold: float = 0.3
-    max_detections: int = 300
-    activation: Literal["none", "sigmoid"] = "none"
-    peaks: bool = False
-    order: Order = "yx"
+    max_detections: int = 300  # of an image
+    activation: Literal["none", "sigmoid"] = "none"  # from the heat map to probabilities
+    peaks: bool = False  # centers are only the cells that no neighbor exceeds, as CenterNet has them
+    order: Order = "yx"  # of sizes, offsets and landmarks
+    # `log` if they are logarithms, of a unit of 4 pixels of the input; `cells` if they are cells of the map.
     sizes: Literal["log", "cells"] = "log"
-    center: float = 0.5
+    center: float = 0.5  # where in its cell a center is that has no offset
+    # `box` if they are relative to the box, from its left upper corner; `center` if they are cells of the map, from the
+    # center's own.
     landmarks: Literal["box", "center"] = "box"
 
 

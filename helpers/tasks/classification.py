@@ -15,24 +15,16 @@ SHAPES = ("C", "C 1 1", "1 1 C")
 
 @dataclass(frozen=True)
 class Parameters(DecoderParameters):
-    """How many classes an image has.
+    """How many classes an image has."""
 
-    Attributes:
-        top_k: at most so many.
-    """
-
-    top_k: int = 3
+    top_k: int = 3  # at most so many
 
 
 @dataclass(frozen=True)
 class SeveralParameters(Parameters):
-    """How many classes an image has, and how probable each is.
+    """How many classes an image has, and how probable each is."""
 
-    Attributes:
-        threshold: of the probability, which is at least so much.
-    """
-
-    threshold: float = 0.5
+    threshold: float = 0.5  # of the probability, which is at least so much
 
 
 def softmax(logits: np.ndarray, axis: int = 1) -> np.ndarray:

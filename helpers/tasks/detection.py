@@ -32,45 +32,29 @@ LARGEST_GROWTH = np.float32(np.log(1000 / 16))  # of an anchor's side; a network
 
 @dataclass(frozen=True)
 class EndToEndParameters(DecoderParameters):
-    """What the boxes of a network mean that has chosen them itself.
+    """What the boxes of a network mean that has chosen them itself."""
 
-    Attributes:
-        score_threshold: scores are above.
-        max_detections: of an image.
-        box_format: order of a box's numbers.
-        relative: the numbers are relative to the network's input, 0 to 1, and not its pixels.
-        first_class: the number that the network gives the first label.
-        columns: of one table of detections, a box as four; empty for `box score class`, and of seven columns for
-            `image class score box` with a relative box.
-    """
-
-    score_threshold: float = 0.05
-    max_detections: int = 300
-    box_format: BoxFormat = "xyxy"
-    relative: bool = False
-    first_class: Literal[0, 1] = 0
+    score_threshold: float = 0.05  # scores are above
+    max_detections: int = 300  # of an image
+    box_format: BoxFormat = "xyxy"  # order of a box's numbers
+    relative: bool = False  # the numbers are relative to the network's input, 0 to 1, and not its pixels
+    first_class: Literal[0, 1] = 0  # the number that the network gives the first label
+    # Of one table of detections, a box as four; empty for `box score class`, and of seven columns for `image class
+    # score box` with a relative box.
     columns: Columns = ""
 
 
 @dataclass(frozen=True)
 class ChoiceParameters(DecoderParameters):
-    """How detections are chosen from candidates that are many.
+    """How detections are chosen from candidates that are many."""
 
-    Attributes:
-        score_threshold: a class's score at a candidate is above.
-        nms_threshold: intersection over union above which a box is suppressed, within a class.
-        top_k: candidates per class.
-        max_detections: of an image.
-        background: where the scores of no object stand among the classes', if anywhere.
-        activation: from the output to scores.
-    """
-
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
-    top_k: int = 400
-    max_detections: int = 200
+    score_threshold: float = 0.05  # a class's score at a candidate is above
+    nms_threshold: float = 0.5  # intersection over union above which a box is suppressed, within a class
+    top_k: int = 400  # candidates per class
+    max_detections: int = 200  # of an image
+    # Where the scores of no object stand among the classes', if anywhere.
     background: Literal["first", "last", "none"] = "first"
-    activation: Literal["softmax", "sigmoid", "none"] = "none"
+    activation: Literal["softmax", "sigmoid", "none"] = "none"  # from the output to scores
 
     def activate(self, outputs: np.ndarray) -> np.ndarray:
         """The scores of outputs `[A, C]`."""
@@ -79,30 +63,21 @@ class ChoiceParameters(DecoderParameters):
 
 @dataclass(frozen=True)
 class CandidateParameters(ChoiceParameters):
-    """What candidates' boxes mean, and which are chosen.
+    """What candidates' boxes mean, and which are chosen."""
 
-    Attributes:
-        box_format: order of a box's numbers.
-        relative: the numbers are relative to the network's input, 0 to 1, and not its pixels.
-    """
-
-    box_format: BoxFormat = "xyxy"
-    relative: bool = False
+    box_format: BoxFormat = "xyxy"  # order of a box's numbers
+    relative: bool = False  # the numbers are relative to the network's input, 0 to 1, and not its pixels
 
 
 @dataclass(frozen=True)
 class SsdParameters(ChoiceParameters):
-    """How offsets from anchors become boxes (Liu et al., SSD, section 2.2), and which are chosen.
-
-    Attributes:
-        variances: the scale of offsets of centers and of sizes, two numbers or one per number of a box.
-        order: of the offsets: `xy`, or `yx` as TensorFlow has them.
-        sizes: `log` if offsets of sizes are logarithms of growth; `linear` if they are growth itself.
-    """
+    """How offsets from anchors become boxes (Liu et al., SSD, section 2.2), and which are chosen."""
 
     activation: Literal["softmax", "sigmoid", "none"] = "softmax"
+    # The scale of offsets of centers and of sizes, two numbers or one per number of a box.
     variances: tuple[float, ...] = (0.1, 0.1, 0.2, 0.2)
-    order: Order = "xy"
+    order: Order = "xy"  # of the offsets: `xy`, or `yx` as TensorFlow has them
+    # `log` if offsets of sizes are logarithms of growth; `linear` if they are growth itself.
     sizes: Literal["log", "linear"] = "log"
 
     def __post_init__(self) -> None:
@@ -118,23 +93,18 @@ class SsdParameters(ChoiceParameters):
 
 @dataclass(frozen=True)
 class AnchorFreeParameters(ChoiceParameters):
-    """How the cells of grids become boxes (Tian et al., FCOS, section 3.1), and which are chosen.
-
-    Attributes:
-        center: where in its cell a candidate's point is: 0.5 for the middle, 0 for the left upper corner.
-        boxes: `distances` from the point to the left, top, right and bottom; or `offsets` of the center from the point
-            and logarithms of width and height.
-        unit: of distances, offsets and landmarks: the cell's `stride`, or a `pixel` of the input.
-        objectness: how scores are combined with it: `root` of the product, or `product`.
-        first: of one table of `predictions`: the columns of `boxes` or of `scores`.
-    """
+    """How the cells of grids become boxes (Tian et al., FCOS, section 3.1), and which are chosen."""
 
     background: Literal["first", "last", "none"] = "none"
-    center: float = 0.5
+    center: float = 0.5  # where in its cell a candidate's point is: 0.5 for the middle, 0 for the left upper corner
+    # `distances` from the point to the left, top, right and bottom; or `offsets` of the center from the point and
+    # logarithms of width and height.
     boxes: Literal["distances", "offsets"] = "distances"
+    # Of distances, offsets and landmarks: the cell's `stride`, or a `pixel` of the input.
     unit: Literal["stride", "pixel"] = "stride"
+    # How scores are combined with it: `root` of the product, or `product`.
     objectness: Literal["root", "product"] = "root"
-    first: Literal["boxes", "scores"] = "boxes"
+    first: Literal["boxes", "scores"] = "boxes"  # of one table of `predictions`: the columns of `boxes` or of `scores`
 
     def locate(self, rows: int, input_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """The candidates' points, in pixels of the input, and their units, float32 `[rows, 2]` and `[rows, 1]`."""
@@ -146,17 +116,12 @@ class AnchorFreeParameters(ChoiceParameters):
 
 @dataclass(frozen=True)
 class DetrParameters(DecoderParameters):
-    """Which queries are detections (Carion et al., DETR).
+    """Which queries are detections (Carion et al., DETR)."""
 
-    Attributes:
-        score_threshold: scores are above.
-        activation: `softmax`, where the last class is no object, or `sigmoid`, where a query may have several classes.
-        max_detections: of an image.
-    """
-
-    score_threshold: float = 0.05
+    score_threshold: float = 0.05  # scores are above
+    # `softmax`, where the last class is no object, or `sigmoid`, where a query may have several classes.
     activation: Literal["softmax", "sigmoid"] = "softmax"
-    max_detections: int = 300
+    max_detections: int = 300  # of an image
 
 
 def find_end_to_end(outputs: Outputs, parameters: EndToEndParameters) -> Detections:
@@ -183,12 +148,8 @@ def _split(outputs: Arrays, parameters: EndToEndParameters) -> tuple[np.ndarray,
         columns = _columns(table, parameters.columns)
         images = columns.get("image", np.zeros((len(table), 1)))[:, 0]
         stop = int(np.argmax(np.append(images, -1) < 0))  # an image's number below 0 ends the list
-        return (
-            columns["box"][:stop],
-            columns["score"][:stop, 0],
-            columns["class"][:stop, 0],
-            parameters.relative or is_default,
-        )
+        scores, classes = columns["score"][:stop, 0], columns["class"][:stop, 0]
+        return columns["box"][:stop], scores, classes, parameters.relative or is_default
     boxes = outputs["boxes"]
     scores = outputs["scores"] if "scores" in outputs else boxes[:, 4]
     classes = outputs.get("classes", np.full(len(boxes), parameters.first_class, np.float32))
@@ -215,10 +176,8 @@ def _find_candidates(outputs: Outputs, parameters: CandidateParameters) -> Detec
 def find_anchored(outputs: Outputs, parameters: SsdParameters) -> Detections:
     """The detections of a network that gives offsets from anchors, which the bundle has in `priors.npy`.
 
-    The outputs are `offsets [A, 4]`, of which there may be more, and `scores [A, C]` or `[A, 1 + C]`.
-
-    Raises:
-        BundleError: the bundle has no anchors, or another number of them.
+    The outputs are `offsets [A, 4]`, of which there may be more, and `scores [A, C]` or `[A, 1 + C]`. Raises
+    BundleError if the bundle has no anchors, or another number of them.
     """
     if "priors.npy" not in outputs.arrays:
         raise BundleError(f"{outputs.name} has no priors.npy, the anchors of its boxes; export the bundle again")
@@ -239,10 +198,8 @@ def find_around_cells(outputs: Outputs, parameters: AnchorFreeParameters) -> Det
     """The detections of a network that gives boxes around the cells of grids.
 
     The outputs are `scores [A, C]`, and `distances [A, 4]` or their distributions `[A, 4 * bins]` (Li et al.,
-    Generalized Focal Loss); or `predictions` with both side by side; perhaps `objectness [A]` or `[A, 1]`.
-
-    Raises:
-        OutputError: no grids have so many cells.
+    Generalized Focal Loss); or `predictions` with both side by side; perhaps `objectness [A]` or `[A, 1]`. Raises
+    OutputError if no grids have so many cells.
     """
     values = outputs.values
     if "predictions" in values:
@@ -377,22 +334,12 @@ def _are_corners(values: np.ndarray) -> bool:
 ACTIVATIONS = {"softmax": softmax, "sigmoid": sigmoid}
 
 CLASSES = Role("classes", ("N",), are_whole, values="whole numbers")
-BOXES = [
-    Role("boxes", ("N 4",), _are_corners),
-    Role("scores", ("N",), are_shares, values="from 0 to 1"),
-    CLASSES,
-    Role("count", ("", "1"), are_whole, optional=True, values="a whole number"),
-]
+COUNT = Role("count", ("", "1"), are_whole, optional=True, values="a whole number")
+IN_SHARES = Role("scores", ("N",), are_shares, values="from 0 to 1")
+BOXES = [Role("boxes", ("N 4",), _are_corners), IN_SHARES, CLASSES, COUNT]
 SCORED_BOXES = [Role("boxes", ("N 5",)), CLASSES]
-TABLE = [
-    Role(
-        "detections",
-        ("N 6", "N 7", "1 N 6", "1 N 7"),
-        lambda values: bool(_orders(values)),
-        values="boxes, scores, classes",
-    ),
-    Role("count", ("", "1"), are_whole, optional=True, values="a whole number"),
-]
+TABLES = ("N 6", "N 7", "1 N 6", "1 N 7")
+TABLE = [Role("detections", TABLES, lambda values: bool(_orders(values)), values="boxes, scores, classes"), COUNT]
 CANDIDATES = [
     Role("boxes", ("A 4", "A 1 4"), _are_corners),
     Role("scores", ("A C", "A 1+C", "C A"), are_shares, values="from 0 to 1"),

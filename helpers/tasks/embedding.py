@@ -13,13 +13,9 @@ from helpers.tasks.roles import Decoder, Role
 
 @dataclass(frozen=True)
 class Parameters(DecoderParameters):
-    """What an embedding is.
+    """What an embedding is."""
 
-    Attributes:
-        normalize: divide it by its Euclidean length, so that a product of two is the cosine of their angle.
-    """
-
-    normalize: bool = False
+    normalize: bool = False  # divide it by its Euclidean length, so that a product of two is the cosine of their angle
 
 
 def _average(values: np.ndarray) -> np.ndarray:

@@ -14,22 +14,13 @@ from helpers.tasks.interface import Prediction
 
 @dataclass(frozen=True)
 class Filters:
-    """What each prediction must be; the defaults ask for nothing.
+    """What each prediction must be; the defaults ask for nothing, and an impossible value raises ConfigError."""
 
-    Attributes:
-        classes: labels, or their numbers from 0; empty for all.
-        min_score: the score is at least so much.
-        min_area: in square pixels of the image, of the mask or else of the box.
-        region: left, top, right and bottom, in pixels of the image, or in shares of its sides if all are up to 1; the
-            box's center lies within.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
-    """
-
-    classes: tuple[str | int, ...] = ()
-    min_score: float = 0.0
-    min_area: float = 0.0
+    classes: tuple[str | int, ...] = ()  # labels, or their numbers from 0; empty for all
+    min_score: float = 0.0  # the score is at least so much
+    min_area: float = 0.0  # in square pixels of the image, of the mask or else of the box
+    # Left, top, right and bottom, in pixels of the image, or in shares of its sides if all are up to 1; the box's
+    # center lies within.
     region: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

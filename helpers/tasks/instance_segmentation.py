@@ -18,13 +18,9 @@ from helpers.yolact.detection import Parameters, find_instances
 
 @dataclass(frozen=True)
 class MaskParameters(EndToEndParameters):
-    """What boxes and masks of a network mean that has chosen them itself.
+    """What boxes and masks of a network mean that has chosen them itself."""
 
-    Attributes:
-        mask_threshold: a pixel belongs to a mask if its probability is above.
-    """
-
-    mask_threshold: float = 0.5
+    mask_threshold: float = 0.5  # a pixel belongs to a mask if its probability is above
 
 
 def _decode_yolact(outputs: Outputs, parameters: Parameters) -> list[Prediction]:
@@ -68,8 +64,7 @@ def _find_yolo(outputs: Outputs, parameters: yolo.Parameters) -> Detections:
     detections, coefficients = yolo.find_with_others(outputs, parameters, depth)
     logits = (coefficients @ prototypes.reshape(depth, -1)).reshape(-1, *prototypes.shape[1:])
     masks = []
-    for own, box in zip(logits, np.rint(detections.boxes).astype(int).tolist(), strict=True):
-        left, top, right, bottom = box
+    for own, (left, top, right, bottom) in zip(logits, np.rint(detections.boxes).astype(int).tolist(), strict=True):
         inside = enlarge(own, placement, (left, top, right, bottom)) > 0  # a probability above one half
         masks.append(rle.encode_part(inside, (left, top), *placement.image))
     return replace(detections, masks=masks)
@@ -82,10 +77,7 @@ YOLACT = [
     Role("mask", ("A P",)),
     Role("proto", ("H W P",)),
 ]
-YOLO = [
-    Role("prototypes", ("P H W",)),
-    Role("predictions", ("4+C+P A", "A 4+C+P", "A 5+C+P")),
-]
+YOLO = [Role("prototypes", ("P H W",)), Role("predictions", ("4+C+P A", "A 4+C+P", "A 5+C+P"))]
 
 DECODERS = {
     "yolact": make_decoder(_decode_yolact, Parameters, YOLACT),

@@ -39,21 +39,13 @@ class DecoderParameters:
 
 @dataclass(frozen=True)
 class Outputs:
-    """A network's outputs for one image, and what it takes to read them.
+    """A network's outputs for one image, and what it takes to read them."""
 
-    Attributes:
-        values: float32 by role, without the batch's dimension.
-        placement: of the image in the network's input.
-        labels: of the classes.
-        arrays: that the bundle has beside its graph, by file name.
-        name: of the model, for errors.
-    """
-
-    values: Arrays
-    placement: Placement
-    labels: Sequence[str]
-    arrays: Arrays
-    name: str
+    values: Arrays  # float32 by role, without the batch's dimension
+    placement: Placement  # of the image in the network's input
+    labels: Sequence[str]  # of the classes
+    arrays: Arrays  # that the bundle has beside its graph, by file name
+    name: str  # of the model, for errors
 
 
 def make_prediction(

@@ -5,24 +5,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from helpers.tasks import centernet, yolo
+from helpers.tasks import centernet, detection, yolo
 from helpers.tasks.boxes import LARGEST_RELATIVE, Detections, Order, in_order, to_keypoints
 from helpers.tasks.classification import sigmoid
-from helpers.tasks.detection import (
-    BOXES,
-    DISTANCES,
-    OBJECTNESS,
-    SCORES,
-    AnchorFreeParameters,
-    EndToEndParameters,
-    SsdParameters,
-    find_anchored,
-    find_around_cells,
-    find_end_to_end,
-    suggest_anchor_free,
-    suggest_end_to_end,
-    suggest_ssd,
-)
 from helpers.tasks.interface import Arrays, DecoderParameters, OutputError, Outputs, Prediction
 from helpers.tasks.roles import Role, are_shares, are_whole, make_decoder
 
@@ -30,48 +15,33 @@ FEWEST_NUMBERS = 3  # of an output; fewer are no points of an object
 
 
 @dataclass(frozen=True)
-class KeypointParameters(EndToEndParameters):
-    """What boxes and points of a network mean that has chosen them itself; points are relative where boxes are.
+class KeypointParameters(detection.EndToEndParameters):
+    """What boxes and points of a network mean that has chosen them itself; points are relative where boxes are."""
 
-    Attributes:
-        order: of a point's coordinates.
-    """
-
-    order: Order = "xy"
+    order: Order = "xy"  # of a point's coordinates
 
 
 @dataclass(frozen=True)
 class SingleParameters(DecoderParameters):
-    """Whether there is the one object that a network expects.
+    """Whether there is the one object that a network expects."""
 
-    Attributes:
-        score_threshold: the mean score of its points is above.
-    """
-
-    score_threshold: float = 0.05
+    score_threshold: float = 0.05  # the mean score of its points is above
 
 
 @dataclass(frozen=True)
 class PointParameters(SingleParameters):
-    """What the numbers of a network mean that gives the points of one object.
+    """What the numbers of a network mean that gives the points of one object."""
 
-    Attributes:
-        order: of a point's coordinates.
-        relative: they are relative to the network's input, 0 to 1, and not its pixels.
-        numbers: of a point, where the output is one row of them.
-        third: what a third number is, its `score` or something else, such as its depth.
-        activation: from an output of scores to them.
-    """
-
-    order: Order = "yx"
-    relative: bool = True
-    numbers: Literal[2, 3] = 2
+    order: Order = "yx"  # of a point's coordinates
+    relative: bool = True  # they are relative to the network's input, 0 to 1, and not its pixels
+    numbers: Literal[2, 3] = 2  # of a point, where the output is one row of them
+    # What a third number is, its `score` or something else, such as its depth.
     third: Literal["score", "other"] = "score"
-    activation: Literal["none", "sigmoid"] = "none"
+    activation: Literal["none", "sigmoid"] = "none"  # from an output of scores to them
 
 
 def _find_end_to_end(outputs: Outputs, parameters: KeypointParameters) -> Detections:
-    detections = find_end_to_end(outputs, parameters)
+    detections = detection.find_end_to_end(outputs, parameters)
     values = outputs.values["keypoints"][detections.rows]
     points = in_order(values[..., :2], parameters.order)
     if "keypoint_scores" in outputs.values:
@@ -89,8 +59,8 @@ def _find_yolo(outputs: Outputs, parameters: yolo.Parameters) -> Detections:
     return _with_points(outputs, detections, points[..., :2], points[..., 2], parameters.relative)
 
 
-def _find_anchored(outputs: Outputs, parameters: SsdParameters) -> Detections:
-    detections, values = find_anchored(outputs, parameters), outputs.values
+def _find_anchored(outputs: Outputs, parameters: detection.SsdParameters) -> Detections:
+    detections, values = detection.find_anchored(outputs, parameters), outputs.values
     landmarks = values["landmarks"] if "landmarks" in values else values["offsets"][:, 4:]
     own = landmarks[detections.rows].reshape(len(detections.rows), landmarks.shape[1] // 2, 2)
     anchors = outputs.arrays["priors.npy"][detections.rows, None]
@@ -165,8 +135,8 @@ def _decode_simcc(outputs: Outputs, parameters: SingleParameters) -> list[Predic
     return _tell_single(outputs, np.stack(places, axis=1).astype(np.float32), scores, parameters)
 
 
-def _find_around_cells(outputs: Outputs, parameters: AnchorFreeParameters) -> Detections:
-    detections, landmarks = find_around_cells(outputs, parameters), outputs.values["landmarks"]
+def _find_around_cells(outputs: Outputs, parameters: detection.AnchorFreeParameters) -> Detections:
+    detections, landmarks = detection.find_around_cells(outputs, parameters), outputs.values["landmarks"]
     points, units = parameters.locate(len(landmarks), outputs.placement.input)
     own = landmarks[detections.rows].reshape(len(detections.rows), landmarks.shape[1] // 2, 2)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -197,35 +167,32 @@ def _tell_single(
 
 
 KEYPOINTS = [
-    *(role for role in BOXES if role.name != "classes"),
+    *(role for role in detection.BOXES if role.name != "classes"),
     Role("classes", ("N",), are_whole, optional=True, values="whole numbers"),
     Role("keypoints", ("N K 2", "N K 3")),
     Role("keypoint_scores", ("N K",), optional=True),
 ]
+POINT_SHAPES = ("K 3", "1 K 3", "K 2", "1 K 2", "2K", "3K", "1 1 2K", "1 1 3K")
 POINTS = [
-    Role(
-        "points",
-        ("K 3", "1 K 3", "K 2", "1 K 2", "2K", "3K", "1 1 2K", "1 1 3K"),
-        lambda values: values[0].size > FEWEST_NUMBERS,
-    ),
+    Role("points", POINT_SHAPES, lambda values: values[0].size > FEWEST_NUMBERS),
     Role("scores", ("K", "K 1", "1", "1 1 1"), optional=True),
 ]
 YOLO = [Role("predictions", ("4+C+3K A", "A 4+C+3K", "A 5+C+3K"))]
 DECODERS = {
-    "end_to_end": make_decoder(_find_end_to_end, KeypointParameters, KEYPOINTS, suggest=suggest_end_to_end),
+    "end_to_end": make_decoder(_find_end_to_end, KeypointParameters, KEYPOINTS, suggest=detection.suggest_end_to_end),
     "points": make_decoder(_decode_points, PointParameters, POINTS, suggest=_suggest_points),
     "ssd": make_decoder(
         _find_anchored,
-        SsdParameters,
-        [Role("offsets", ("A 4",)), SCORES, Role("landmarks", ("A 2K",))],
-        [Role("offsets", ("A 4+2K",)), SCORES],
-        suggest=suggest_ssd,
+        detection.SsdParameters,
+        [Role("offsets", ("A 4",)), detection.SCORES, Role("landmarks", ("A 2K",))],
+        [Role("offsets", ("A 4+2K",)), detection.SCORES],
+        suggest=detection.suggest_ssd,
     ),
     "anchor_free": make_decoder(
         _find_around_cells,
-        AnchorFreeParameters,
-        [*DISTANCES, Role("landmarks", ("A 2K",)), OBJECTNESS],
-        suggest=suggest_anchor_free,
+        detection.AnchorFreeParameters,
+        [*detection.DISTANCES, Role("landmarks", ("A 2K",)), detection.OBJECTNESS],
+        suggest=detection.suggest_anchor_free,
     ),
     "simcc": make_decoder(_decode_simcc, SingleParameters, [Role("simcc_x", ("K X",)), Role("simcc_y", ("K Y",))]),
     "yolo": make_decoder(_find_yolo, yolo.Parameters, YOLO, suggest=yolo.suggest_parameters),

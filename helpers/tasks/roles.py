@@ -15,15 +15,7 @@ import numpy as np
 from helpers.bundle.manifest import OPEN, Manifest
 from helpers.images.geometry import place
 from helpers.tasks.boxes import Detections
-from helpers.tasks.interface import (
-    AmbiguityError,
-    Arrays,
-    OutputError,
-    Outputs,
-    Prediction,
-    Shapes,
-    Sizes,
-)
+from helpers.tasks.interface import AmbiguityError, Arrays, OutputError, Outputs, Prediction, Shapes, Sizes
 
 TERM = re.compile(r"(\d*)([A-Za-z]?)")
 Sides = Mapping[str, int]
@@ -31,23 +23,15 @@ Sides = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Role:
-    """What an output is for a decoder.
+    """What an output is for a decoder."""
 
-    Attributes:
-        name: of the role.
-        shapes: of one image's output, as alternatives, each a text of sides: `N 4`.
-        fits: whether values of real images, float32 `[B, ...]`, can be those of the role.
-        optional: whether the decoder does without it.
-        values: what `fits` asks for, for a message.
-        word: what makers' names of such outputs have in them; the role's own name if empty.
-    """
-
-    name: str
-    shapes: Sequence[str]
+    name: str  # of the role
+    shapes: Sequence[str]  # of one image's output, as alternatives, each a text of sides: `N 4`
+    # Whether values of real images, float32 `[B, ...]`, can be those of the role.
     fits: Callable[[np.ndarray], bool] = lambda values: True
-    optional: bool = False
-    values: str = ""
-    word: str = ""
+    optional: bool = False  # whether the decoder does without it
+    values: str = ""  # what `fits` asks for, for a message
+    word: str = ""  # what makers' names of such outputs have in them; the role's own name if empty
 
     def __str__(self) -> str:
         shapes = " or ".join(f"[{', '.join(shape.split())}]" for shape in self.shapes)
@@ -71,20 +55,15 @@ def suggest_nothing(samples: Arrays, labels: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Decoder:
-    """One way to read the outputs of networks for a task.
+    """One way to read the outputs of networks for a task."""
 
-    Attributes:
-        predict: takes the outputs of a batch by role, the images' sizes, the manifest, the parameters and the bundle's
-            arrays; returns a list of predictions per image, or for an embedding a list of numbers per image.
-        parameters: a frozen dataclass, each with a default; raises ConfigError for an impossible value.
-        alternatives: the roles of the outputs, in one way or another.
-        suggest_parameters: takes outputs of real images by role, float32 `[B, ...]`, and the number of labels; returns
-            the parameters that these tell and that are not as by default.
-    """
-
+    # Takes the outputs of a batch by role, the images' sizes, the manifest, the parameters and the bundle's arrays;
+    # returns a list of predictions per image, or for an embedding a list of numbers per image.
     predict: Callable[[Arrays, Sizes, Manifest, Mapping[str, Any], Arrays], list[Any]]
-    parameters: type
-    alternatives: Sequence[Sequence[Role]]
+    parameters: type  # a frozen dataclass, each with a default; raises ConfigError for an impossible value
+    alternatives: Sequence[Sequence[Role]]  # the roles of the outputs, in one way or another
+    # Takes outputs of real images by role, float32 `[B, ...]`, and the number of labels; returns the parameters that
+    # these tell and that are not as by default.
     suggest_parameters: Callable[[Arrays, int], dict[str, Any]] = suggest_nothing
 
     def assign_roles(self, samples: Arrays, labels: int) -> dict[str, str]:

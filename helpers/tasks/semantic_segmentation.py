@@ -21,16 +21,12 @@ IGNORED = 255  # what class maps have where there is no class
 
 @dataclass(frozen=True)
 class MapParameters(DecoderParameters):
-    """Which classes are told.
+    """Which classes are told."""
 
-    Attributes:
-        background: the class, among the network's, that is not told; -1 for none. If the network has a class more than
-            there are labels, that is its background, and the first class unless this says which.
-        min_pixels: a class with fewer is not told; 1 or more.
-    """
-
+    # The class, among the network's, that is not told; -1 for none. If the network has a class more than there are
+    # labels, that is its background, and the first class unless this says which.
     background: int = -1
-    min_pixels: int = 1
+    min_pixels: int = 1  # a class with fewer is not told; 1 or more
 
     def __post_init__(self) -> None:
         check_parameters(self, {"background": -1})
@@ -38,14 +34,10 @@ class MapParameters(DecoderParameters):
 
 @dataclass(frozen=True)
 class ScoreParameters(MapParameters):
-    """Which classes are told, and how scores become probabilities.
+    """Which classes are told, and how scores become probabilities."""
 
-    Attributes:
-        activation: `softmax`; `sigmoid`, where a pixel is of no class unless one is more probable than not, which
-            a single class means always; `none` where scores are probabilities; or `independent` where they are those
-            that `sigmoid` gives.
-    """
-
+    # `softmax`; `sigmoid`, where a pixel is of no class unless one is more probable than not, which a single class
+    # means always; `none` where scores are probabilities; or `independent` where they are those that `sigmoid` gives.
     activation: Literal["softmax", "sigmoid", "none", "independent"] = "softmax"
 
 
@@ -150,14 +142,8 @@ def _outline(inside: np.ndarray) -> tuple[dict[str, float], rle.Mask]:
     return dict(zip(SIDES, map(float, (left, top, right, bottom)), strict=True)), mask
 
 
-SCORES = [
-    Role(
-        "scores",
-        ("C H W", "1+C H W", "H W C", "H W 1+C"),
-        lambda values: not are_whole(values),
-        values="not only whole numbers",
-    )
-]
+MAPS = ("C H W", "1+C H W", "H W C", "H W 1+C")
+SCORES = [Role("scores", MAPS, lambda values: not are_whole(values), values="not only whole numbers")]
 CLASSES = [Role("classes", ("H W", "1 H W", "H W 1"), are_whole, values="whole numbers")]
 
 DECODERS = {

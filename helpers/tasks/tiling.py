@@ -51,14 +51,11 @@ def merge(task: str, predictions: Sequence[tuple[Window, Any]], size: tuple[int,
     A classification has the mean score of each class over the tiles, an embedding the mean of its numbers. Of a
     semantic segmentation each tile tells the pixels that are nearest to it, so that a pixel has one class. Of all
     else, what is a duplicate is left out by non-maximum suppression within each class over the whole image, and what
-    an edge has cut is joined.
+    an edge has cut is joined: two boxes are of one object above a threshold of intersection over union, within what
+    both tiles show.
 
-    Args:
-        task: of the model.
-        predictions: for each tile its window and what `predict` returns for it, in its own pixels.
-        size: of the image: width and height, in pixels.
-        threshold: intersection over union, within what both tiles show, above which two boxes of a class are of one
-            object.
+    There are for each tile its window and what `predict` returns for it, in its own pixels; the size of the image is
+    its width and height, in pixels.
     """
     if task == "embedding":
         return np.mean([vector for _, vector in predictions], axis=0)

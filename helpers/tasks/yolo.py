@@ -11,24 +11,16 @@ from helpers.tasks.interface import Arrays, DecoderParameters, Outputs
 
 @dataclass(frozen=True)
 class Parameters(DecoderParameters):
-    """How detections are chosen; the defaults are usual for a look at images.
+    """How detections are chosen; the defaults are usual for a look at images."""
 
-    Attributes:
-        score_threshold: of the best class's score, which is above.
-        nms_threshold: intersection over union above which a box is suppressed.
-        max_detections: of an image.
-        class_agnostic: boxes suppress those of other classes too.
-        grid: `strides` if boxes are raw, as YOLOX gives them: offsets from the cells of grids, such as those of 8, 16
-            and 32 pixels, and logarithms of sizes; `decoded` if they are boxes.
-        relative: the numbers of boxes are relative to the network's input, 0 to 1, and not its pixels.
-    """
-
-    score_threshold: float = 0.25
-    nms_threshold: float = 0.45
-    max_detections: int = 300
-    class_agnostic: bool = False
+    score_threshold: float = 0.25  # of the best class's score, which is above
+    nms_threshold: float = 0.45  # intersection over union above which a box is suppressed
+    max_detections: int = 300  # of an image
+    class_agnostic: bool = False  # boxes suppress those of other classes too
+    # `strides` if boxes are raw, as YOLOX gives them: offsets from the cells of grids, such as those of 8, 16 and 32
+    # pixels, and logarithms of sizes; `decoded` if they are boxes.
     grid: Literal["decoded", "strides"] = "decoded"
-    relative: bool = False
+    relative: bool = False  # the numbers of boxes are relative to the network's input, 0 to 1, and not its pixels
 
 
 def suggest_parameters(samples: Arrays, labels: int) -> dict[str, Any]:

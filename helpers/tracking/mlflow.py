@@ -56,8 +56,7 @@ def server(setting: str) -> str | None:
 def connect(setting: str) -> "MlflowClient":
     """A client of a server and its registry of models.
 
-    Raises:
-        ConfigError: `tracking.mlflow` names none, or the library is missing.
+    Raises ConfigError if `tracking.mlflow` names none, or the library is missing.
     """
     uri = server(setting)
     if uri is None:

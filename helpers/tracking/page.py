@@ -35,28 +35,20 @@ POLICY = (
 def render(data: dict[str, Any]) -> bytes:
     """The page, `page.html`, with what its program (`page.js`) reads: texts, finite numbers, lists and mappings."""
     program = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
-    scripts = [_in_html(text) for text in (charts(), program)]
+    # Nothing in their texts ends them or begins a comment.
+    scripts = [text.replace("</script", r"<\/script").replace("<!--", r"<\!--") for text in (charts(), program)]
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    # JSON in ASCII alone, without any character that means something in HTML.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     parts = {
         "policy": POLICY + " ".join(f"'sha256-{digest}'" for digest in digests),
         "style": TEMPLATE.with_suffix(".css").read_text(encoding="utf-8"),
         "charts": scripts[0],
         "program": scripts[1],
-        "data": _json_in_html(data),
+        "data": text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026"),
     }
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template).encode()
-
-
-def _json_in_html(data: dict[str, Any]) -> str:
-    """JSON without any character that means something in HTML, and in ASCII alone."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
-
-
-def _in_html(script: str) -> str:
-    """A program as it may stand in HTML: nothing in its texts ends it or begins a comment."""
-    return script.replace("</script", r"<\/script").replace("<!--", r"<\!--")
 
 
 @cache

@@ -23,13 +23,9 @@ LOG_SECONDS = 10.0
 
 @contextlib.contextmanager
 def show_progress(total: int, count: Callable[[], tuple[int, int]], done: int, is_whole: bool) -> Iterator[None]:
-    """Poll a count in the background while a block runs.
+    """Poll a count, of images and failed images so far, in the background while a block runs.
 
-    Args:
-        total: images in all.
-        count: returns images and failed images so far.
-        done: how many there were before the block.
-        is_whole: whether the total is; else it is what is known so far, and may grow in a later block.
+    Of the `total` so many were `done` before the block. Where it is not whole, it may grow in a later block.
     """
     ended = threading.Event()
     unit = " images" if is_whole else " images listed so far"

@@ -23,9 +23,8 @@ FOLDER = "registered"  # of copies, below `paths.models`
 def pin(uri: str, config: Config) -> str:
     """A model's location with the version in the place of the alias; other locations stay as they are.
 
-    Raises:
-        BundleError: there is no such model, version or alias, or the server does not answer.
-        ConfigError: there is no server.
+    Raises ConfigError if there is no server, and BundleError if it does not answer, or has no such model, version or
+    alias.
     """
     if not uri.startswith(SCHEME):
         return uri
@@ -48,10 +47,8 @@ def fetch(uri: str, config: Config) -> Bundle:
         with tempfile.TemporaryDirectory() as folder:
             bundle = load_bundle(LocalStorage(_download(name, version, folder, config)))
             if bundle.manifest.digest != digest:
-                raise BundleError(
-                    f"{SCHEME}{registered} holds the bundle {bundle.manifest.digest}, and was registered as {digest}: "
-                    "register it again"
-                )
+                other = f"holds the bundle {bundle.manifest.digest}, and was registered as {digest}"
+                raise BundleError(f"{SCHEME}{registered} {other}: register it again")
             for file in bundle.manifest.files:
                 target.write(file, bundle.read(file))
             target.write(MANIFEST, bundle.storage.read(MANIFEST))  # the last, so that a folder with it is complete
@@ -70,10 +67,8 @@ def _find(uri: str, config: Config) -> tuple[str, str, str]:
     try:
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
     except MlflowException as error:
-        raise BundleError(
-            f"{uri} cannot be looked up ({first_line(error)}); look at the server, or register a model there with "
-            "`python -m helpers export --register NAME --alias ALIAS`"
-        ) from None
+        remedy = "or register a model there with `python -m helpers export --register NAME --alias ALIAS`"
+        raise BundleError(f"{uri} cannot be looked up ({first_line(error)}); look at the server, {remedy}") from None
     if not re.fullmatch("[0-9a-f]{12}", found.tags.get(DIGEST, "")):  # it becomes a folder's name
         raise BundleError(f"{uri} is no bundle: register one with `python -m helpers export --register {name}`")
     return name, str(found.version), found.tags[DIGEST]
@@ -96,7 +91,6 @@ def _download(name: str, version: str, folder: str, config: Config) -> str:
     except MlflowException as error:
         raise BundleError(f"{place} cannot be downloaded ({first_line(error)}); look at the server") from None
     if flavor.get("loader_module") != LOADER:
-        raise BundleError(
-            f"{place} is no bundle of this project: register one with `python -m helpers export --register {name}`"
-        )
+        remedy = f"register one with `python -m helpers export --register {name}`"
+        raise BundleError(f"{place} is no bundle of this project: {remedy}")
     return str(Path(folder, flavor["data"]))

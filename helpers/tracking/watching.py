@@ -20,10 +20,8 @@ PREFIX = "spark_vision_"
 def call_hook(hook: str, summary: str) -> None:
     """Give the summary of a run, JSON, to a URL, as a POST request, or to the standard input of a command.
 
-    The hook may be a reference to one of them (`env:NAME` and the like), which is shown nowhere.
-
-    Raises:
-        UserError: the answer is no success, or the command fails.
+    The hook may be a reference to one of them (`env:NAME` and the like), which is shown nowhere. Raises UserError if
+    the answer is no success, or the command fails.
     """
     target = fetch(hook) if CREDENTIAL_REFERENCE.fullmatch(hook) else hook
     try:

@@ -13,7 +13,7 @@ import os
 import random
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from helpers.errors import StorageError, TrainingError, first_line
+from helpers.errors import TrainingError, first_line
 from helpers.storage import Storage, open_storage
 from helpers.training.group import Group
 from helpers.training.rank import CHECKPOINT_NOTE, RUN_ID
@@ -124,17 +124,17 @@ class Checkpoints:
             self.storage.write(NAME.format(progress.steps), content.getvalue())
             if note := os.environ.get(CHECKPOINT_NOTE):
                 Path(note).write_text(str(progress.steps))
-            for _, path in list(_files(self.storage))[KEPT:]:
+            for _, path in _files(self.storage)[KEPT:]:
                 self.storage.delete(path)
 
     def clear(self) -> None:
         """Remove all checkpoints."""
         if self.group.rank == 0:
-            for _, path in list(_files(self.storage)):
+            for _, path in _files(self.storage):
                 self.storage.delete(path)
 
     def _find(self) -> bytes | None:
-        for step, path in list(_files(self.storage)):
+        for step, path in _files(self.storage):
             try:
                 content = self.storage.read(path)
                 saved = _load(content)
@@ -144,24 +144,22 @@ class Checkpoints:
             # Ranks that `train_on_spark` has started again go on from their own in any case.
             if not self.resume and (self.run is None or saved["run"] != self.run):
                 break
-            self._check(path, saved["settings"])
+            ours, theirs = self.settings, saved["settings"]
+            different = [
+                f"{name} {theirs.get(name, 'unknown')} there, {ours.get(name, 'unknown')} here"
+                for name in sorted({*ours, *theirs})
+                if theirs.get(name) != ours.get(name)
+            ]
+            if different:
+                raise TrainingError(
+                    f"checkpoint {path} is of an unfinished training with other settings ({'; '.join(different)}): go "
+                    "on with those, name another run directory, or start over without resuming, which removes it"
+                )
             print(f"checkpoint of step {step}: the training goes on from here", flush=True)
             return content
         if not self.resume:
             self.clear()
         return None
-
-    def _check(self, path: str, theirs: dict[str, Any]) -> None:
-        different = [
-            f"{name} {theirs.get(name, 'unknown')} there, {self.settings.get(name, 'unknown')} here"
-            for name in sorted({*self.settings, *theirs})
-            if theirs.get(name) != self.settings.get(name)
-        ]
-        if different:
-            raise TrainingError(
-                f"checkpoint {path} is of an unfinished training with other settings ({'; '.join(different)}): go on "
-                "with those, name another run directory, or start over without resuming, which removes it"
-            )
 
 
 def newest_step(place: str, config: Any = None) -> int:
@@ -169,16 +167,11 @@ def newest_step(place: str, config: Any = None) -> int:
     return next((step for step, _ in _files(open_storage(place, config))), 0)
 
 
-def _files(storage: Storage) -> Iterator[tuple[int, str]]:
+def _files(storage: Storage) -> list[tuple[int, str]]:
     """Steps and paths, the newest first."""
-    try:
-        entries = list(storage.list())
-    except StorageError:
-        if storage.exists(""):
-            raise
-        return
+    entries = storage.list() if storage.exists("") else ()
     named = [(re.search(r"step-(\d+)\.pt$", entry.path), entry.path) for entry in entries]
-    yield from sorted(((int(step[1]), path) for step, path in named if step), reverse=True)
+    return sorted(((int(step[1]), path) for step, path in named if step), reverse=True)
 
 
 def _load(content: bytes) -> dict[str, Any]:

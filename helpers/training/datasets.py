@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -22,6 +21,7 @@ from helpers.images import boundary, decoding
 from helpers.images.headers import Size
 from helpers.images.spec import InputSpec
 from helpers.storage import open_storage
+from helpers.storage.parquet import read_table
 from helpers.storage.prefetch import map_groups
 from helpers.training.group import Group
 from helpers.training.shards import INDEX
@@ -44,7 +44,11 @@ class DataSet(Protocol[B_co]):
         """The images of indices `[B]`, and what is known of them."""
 
     def shares(self, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0) -> Iterator[torch.Tensor]:
-        """This rank's share, indices, of each batch of an epoch, from a step on; every rank's has one size."""
+        """This rank's share, indices, of each batch of an epoch, from a step on; every rank's has one size.
+
+        By default they are in random order of all images.
+        """
+        return share_batches(len(self), group, batch_size, seed, epoch, first)
 
 
 class Form(Protocol):
@@ -79,9 +83,7 @@ def share_batches(
     Together the shares of step k are the batch that a single process would take at step k.
     """
     everything: Any = range(images)  # which the sampler asks for its length alone
-    sampler: DistributedSampler = DistributedSampler(
-        everything, group.world_size, group.rank, seed=seed, drop_last=True
-    )
+    sampler = DistributedSampler[int](everything, group.world_size, group.rank, seed=seed, drop_last=True)
     sampler.set_epoch(epoch)
     share = torch.tensor(list(sampler)).split(batch_size // group.world_size)
     yield from share[first : images // batch_size]
@@ -111,17 +113,7 @@ def read_batches(images: Any, shares: Iterable[torch.Tensor], group: Group, num_
     return iterator
 
 
-class _Mixed:
-    """A data set that is read in a random order of all its images."""
-
-    def shares(
-        self: Sized, group: Group, batch_size: int, seed: int, epoch: int, first: int = 0
-    ) -> Iterator[torch.Tensor]:
-        """As of a `DataSet`."""
-        return share_batches(len(self), group, batch_size, seed, epoch, first)
-
-
-class MappedImages(_Mixed):
+class MappedImages(DataSet[Batch]):
     """Images in an array, which may be a mapped file, and their labels, int64."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, count: int | None = None):
@@ -134,7 +126,7 @@ class MappedImages(_Mixed):
         return torch.from_numpy(np.array(self.images[indices])), torch.from_numpy(self.labels[indices])
 
 
-class Folder(_Mixed):
+class Folder(DataSet[Any]):
     """Image files below FOLDER/images, and a table with a row for each."""
 
     def __init__(self, place: str, form: Form, table: pa.Table, source: str, config: Any = None):
@@ -178,15 +170,13 @@ class Shards:
         index = json.loads(self.storage.read(INDEX))
         missing = form.columns - set(index.get("columns", LABELED))
         if missing:
-            raise DataError(
-                f"{place} has shards of another kind, without {', '.join(sorted(missing))}: write them from rows "
-                "that have it"
-            )
+            lacking = ", ".join(sorted(missing))
+            raise DataError(f"{place} has shards of another kind, without {lacking}: write them from rows that have it")
         self.labels = tuple(index.get("labels", ()))
         self.files = [shard["file"] for shard in index["shards"]]
         starts = np.concatenate([[0], np.cumsum([shard["rows"] for shard in index["shards"]])])
         self.starts = starts if count is None else np.minimum(starts, count)
-        self._table = lru_cache(SHUFFLED + 1)(self._read)
+        self._table = lru_cache(SHUFFLED + 1)(lambda file: read_table(self.storage, file).combine_chunks())
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -210,13 +200,9 @@ class Shards:
         return self.form.join([*map(self._make, shards.tolist(), (numbers - self.starts[shards]).tolist())])
 
     def _make(self, shard: int, number: int) -> Any:
-        table = self._table(shard)
+        table = self._table(self.files[shard])
         row = {name: table[name][number].as_py() for name in table.column_names if name != "content"}
         return self.form.make(memoryview(table["content"][number].as_buffer()), row)
-
-    def _read(self, shard: int) -> pa.Table:
-        content = pa.BufferReader(self.storage.read(self.files[shard]))
-        return pq.read_table(content).combine_chunks()
 
 
 def is_sharded(place: str, config: Any = None) -> bool:

@@ -90,21 +90,20 @@ def join_group(device: Device = "cpu", threads: int = 1, run_dir: str | None = N
 @contextlib.contextmanager
 def lock_run(run_dir: str) -> Iterator[None]:
     """Lock a run directory for one training, or raise TrainingError; without locks there is a warning."""
+    deadline = time.monotonic() + LOCK_SECONDS
     with contextlib.ExitStack() as stack:
-        deadline, waiting = time.monotonic() + LOCK_SECONDS, True
-        while waiting:
+        while True:
             try:
                 stack.enter_context(lock(open_storage(run_dir), "training.lock"))
-                waiting = False
+                break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise TrainingError(
-                        f"another training is at work in {run_dir}: wait for it, or name another run directory"
-                    ) from None
+                    remedy = "wait for it, or name another run directory"
+                    raise TrainingError(f"another training is at work in {run_dir}: {remedy}") from None
                 time.sleep(1)
             except StorageError as error:
                 log.warning("nothing keeps another training out: %s", error)
-                waiting = False
+                break
         yield
 
 

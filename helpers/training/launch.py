@@ -128,10 +128,8 @@ class _AttemptError(Exception):
 
 def _check_resources(spark: "SparkSession", processes: int, use_gpu: bool) -> None:
     if use_gpu and int(spark.conf.get("spark.task.resource.gpu.amount", "0") or 0) < 1:
-        raise HostError(
-            "use_gpu=True, and Spark gives its tasks no GPU: set spark.task.resource.gpu.amount on a cluster that has "
-            "GPUs, or use_gpu=False"
-        )
+        remedy = "set spark.task.resource.gpu.amount on a cluster that has GPUs, or use_gpu=False"
+        raise HostError(f"use_gpu=True, and Spark gives its tasks no GPU: {remedy}")
     slots = local_slots(spark)
     if slots is not None and slots < processes:
         raise HostError(

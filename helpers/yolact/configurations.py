@@ -26,34 +26,25 @@ IMAGENET_STD = (58.40, 57.12, 57.38)
 
 @dataclass(frozen=True)
 class Configuration:
-    """One network.
-
-    Attributes:
-        backbone: a name in `backbones`.
-        size: side of the square input, in pixels.
-        scales: sides of the anchors, in pixels of the input, one for each level of the pyramid from P3 up; there are
-            as many levels as scales, at least three.
-        labels: of the foreground classes; the background is class 0 of the network's output, before them.
-        mean: of the input's channels, red, green, blue; the network takes (pixel - mean) / std.
-        std: likewise.
-        ratios: width to height of the anchors of a place, in order.
-        square_anchors: whether anchors are as high as they are wide whatever their ratio says. The published
-            networks were trained with this slip, and their weights are of use with it only.
-        features: channels of the pyramid, the prototype branch and the head (section 4).
-        prototypes: how many (section 3.1).
-    """
+    """One network."""
 
     name: str
-    backbone: str
-    size: int = 550
+    backbone: str  # a name in `backbones`
+    size: int = 550  # side of the square input, in pixels
+    # Sides of the anchors, in pixels of the input, one for each level of the pyramid from P3 up; there are as many
+    # levels as scales, at least three.
     scales: tuple[int, ...] = (24, 48, 96, 192, 384)
+    # Of the foreground classes; the background is class 0 of the network's output, before them.
     labels: tuple[str, ...] = COCO_CLASSES
+    # Of the input's channels, red, green, blue; the network takes (pixel - mean) / std.
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    ratios: tuple[float, ...] = (1.0, 0.5, 2.0)
+    std: tuple[float, float, float] = IMAGENET_STD  # likewise
+    ratios: tuple[float, ...] = (1.0, 0.5, 2.0)  # width to height of the anchors of a place, in order
+    # Whether anchors are as high as they are wide whatever their ratio says. The published networks were trained with
+    # this slip, and their weights are of use with it only.
     square_anchors: bool = True
-    features: int = 256
-    prototypes: int = 32
+    features: int = 256  # channels of the pyramid, the prototype branch and the head (section 4)
+    prototypes: int = 32  # how many (section 3.1)
 
     @property
     def classes(self) -> int:

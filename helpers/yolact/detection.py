@@ -22,28 +22,18 @@ Pairs = tuple[np.ndarray, np.ndarray]  # classes and anchors, of as many detecti
 
 @dataclass(frozen=True)
 class Parameters:
-    """How detections are chosen; the defaults are those of the official evaluation.
+    """How detections are chosen, by default as in the official evaluation; an impossible value raises ConfigError."""
 
-    Attributes:
-        score_threshold: an anchor takes part if its best class has more. Up to 0.05 it is then a candidate for every
-            class, however improbable, because average precision counts those too; with a higher threshold, which asks
-            for what is probable, each detection must have more.
-        nms: `fast` (section 5), `cross_class` (the same, over all classes at once) or `traditional` (greedy).
-        nms_threshold: intersection over union above which a box is suppressed.
-        top_k: candidates of each class, for `fast`, or of all together, for `cross_class`.
-        max_detections: of an image. The official `cross_class` does not apply it, and gives up to `top_k`.
-        mask_threshold: a pixel belongs to a mask if its probability is above.
-
-    Raises:
-        ConfigError: a value is of the wrong type or out of range.
-    """
-
+    # An anchor takes part if its best class has more. Up to 0.05 it is then a candidate for every class, however
+    # improbable, because average precision counts those too; with a higher threshold, which asks for what is probable,
+    # each detection must have more.
     score_threshold: float = EVALUATION_THRESHOLD
+    # `fast` (section 5), `cross_class` (the same, over all classes at once) or `traditional` (greedy).
     nms: Literal["fast", "cross_class", "traditional"] = "fast"
-    nms_threshold: float = 0.5
-    top_k: int = 200
-    max_detections: int = 100
-    mask_threshold: float = 0.5
+    nms_threshold: float = 0.5  # intersection over union above which a box is suppressed
+    top_k: int = 200  # candidates of each class, for `fast`, or of all together, for `cross_class`
+    max_detections: int = 100  # of an image; the official `cross_class` does not apply it, and gives up to `top_k`
+    mask_threshold: float = 0.5  # a pixel belongs to a mask if its probability is above
 
     def __post_init__(self) -> None:
         check_parameters(self)

@@ -17,38 +17,25 @@ from helpers.images.rle import encode_runs
 
 @dataclass(frozen=True)
 class Axis:
-    """How the pixels of one side of the image lie among the cells of the prototypes.
+    """How the pixels of one side of the image lie among the cells of the prototypes."""
 
-    Attributes:
-        cells, pixels: of this side.
-        cell: int `[pixels]`, the cell whose center is at or before each pixel's center, from -1.
-        weight: float32 `[pixels]`, of the cell after it, in linear interpolation.
-        first: int `[cells + 2]`, the first pixel of each cell from -1 to `cells`.
-    """
-
-    cells: int
-    pixels: int
-    cell: np.ndarray
-    weight: np.ndarray
-    first: np.ndarray
+    cells: int  # of this side
+    pixels: int  # likewise
+    cell: np.ndarray  # int `[pixels]`, the cell whose center is at or before each pixel's center, from -1
+    weight: np.ndarray  # float32 `[pixels]`, of the cell after it, in linear interpolation
+    first: np.ndarray  # int `[cells + 2]`, the first pixel of each cell from -1 to `cells`
 
     @classmethod
     def of(cls, cells: int, pixels: int) -> "Axis":
         """Sides match at their ends, not at the centers of their outer pixels."""
         position = (np.arange(pixels) + 0.5) * (cells / pixels) - 0.5
         cell = np.floor(position).astype(int)
-        return cls(
-            cells, pixels, cell, (position - cell).astype(np.float32), np.searchsorted(cell, np.arange(-1, cells + 1))
-        )
+        first = np.searchsorted(cell, np.arange(-1, cells + 1))
+        return cls(cells, pixels, cell, (position - cell).astype(np.float32), first)
 
 
 def encode_masks(
-    prototypes: np.ndarray,
-    coefficients: np.ndarray,
-    boxes: np.ndarray,
-    width: int,
-    height: int,
-    threshold: float = 0.5,
+    prototypes: np.ndarray, coefficients: np.ndarray, boxes: np.ndarray, width: int, height: int, threshold: float = 0.5
 ) -> list[dict[str, Any]]:
     """Assemble the masks of one image's detections (section 3.3), as pycocotools reads them.
 
@@ -104,12 +91,10 @@ def _surround(inner: np.ndarray, columns: tuple[bool, bool], rows: tuple[bool, b
     """Add a cell on each side: what is outside of the crop is 0, and outside of the image as at its edge."""
     cells = np.zeros((inner.shape[0] + 2, inner.shape[1] + 2), np.float32)
     cells[1:-1, 1:-1] = inner
-    for side, at_edge in zip((0, -1), rows, strict=True):
-        if at_edge:
-            cells[:, side] = cells[:, 1 if side == 0 else -2]
-    for side, at_edge in zip((0, -1), columns, strict=True):
-        if at_edge:
-            cells[side] = cells[1 if side == 0 else -2]
+    for table, at_edges in ((cells.T, rows), (cells, columns)):
+        for outer, inner_side, at_edge in zip((0, -1), (1, -2), at_edges, strict=True):
+            if at_edge:
+                table[outer] = table[inner_side]
     return cells
 
 

@@ -13,12 +13,7 @@ STRIDE_3 = 3  # halvings from the input to P3
 
 def level_sizes(size: int, levels: int = 5) -> list[int]:
     """Sides of the maps from P3 on, in cells, for an input of `size` pixels: each half the last, rounded up."""
-    sizes = []
-    for halvings in range(1, STRIDE_3 + levels):
-        size = (size + 1) // 2
-        if halvings >= STRIDE_3:
-            sizes.append(size)
-    return sizes
+    return [-(-size // 2**halvings) for halvings in range(STRIDE_3, STRIDE_3 + levels)]
 
 
 def make_priors(configuration: Configuration, sizes: Iterable[tuple[int, int]] | None = None) -> np.ndarray:

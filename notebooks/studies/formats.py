@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from helpers.bundle.manifest import Bundle
 from helpers.bundle.runtime import compile_options, get_model, read_graph
 from helpers.export.architectures import Architecture
 from helpers.export.evaluation import Engine, compiled_engine
+from helpers.export.graph import flops_of
 from helpers.images.spec import InputSpec
 
 if TYPE_CHECKING:
+    import openvino as ov
     import torch
 
 
@@ -55,6 +58,25 @@ def onnx_engine(path: Path, architecture: Architecture, threads: int = 1) -> Eng
     )
 
 
+def summarize(model: "ov.Model") -> pd.DataFrame:
+    """Count the layers of a graph by their type.
+
+    Returns:
+        One row per type, those with the most parameters first, and a row `total`: number of layers, parameters
+        (millions) and floating-point operations for one image (billions).
+    """
+    names: set[str] = set()
+    rows = [
+        (node.get_type_name(), 1, _parameters(node, names) / 1e6, flops_of(node) / 1e9)
+        for node in model.get_ordered_ops()
+        if node.get_type_name() not in ("Constant", "Convert", "Parameter", "Result")
+    ]
+    table = pd.DataFrame(rows, columns=["type", "layers", "parameters, M", "GFLOPs"]).groupby("type").sum()
+    table = table.sort_values(["parameters, M", "layers"], ascending=False)
+    table.loc["total"] = table.sum()
+    return table.astype({"layers": int})
+
+
 def openvino_engine(bundle: Bundle, threads: int = 1) -> Engine:
     """A model bundle in OpenVINO for the shortest latency, in the arithmetic that its manifest names."""
     return compiled_engine(get_model(bundle, threads=threads).compiled)
@@ -83,3 +105,17 @@ def run_parallel(bundle: Bundle, images: Sequence[np.ndarray], threads: int) -> 
 def _normalize(images: np.ndarray, spec: InputSpec) -> np.ndarray:
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     return np.ascontiguousarray(((images.astype(np.float32) - mean) / std).transpose(0, 3, 1, 2))
+
+
+def _parameters(node: "ov.Node", names: set[str]) -> int:
+    """Elements of the constants of real numbers that go into a node; what several nodes share is counted once."""
+    total = 0
+    for value in node.input_values():
+        source = value.get_node()
+        while source.get_type_name() == "Convert":
+            source = source.input_value(0).get_node()
+        name = source.get_friendly_name()
+        if source.get_type_name() == "Constant" and source.get_element_type().is_real() and name not in names:
+            names.add(name)
+            total += int(np.prod(list(source.get_output_shape(0))))
+    return total

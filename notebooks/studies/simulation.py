@@ -16,7 +16,7 @@ from itertools import count
 import numpy as np
 
 from helpers.planning.cost_model import CostModel
-from helpers.planning.planner import Cluster, task_seconds
+from helpers.planning.planner import Cluster
 
 COLUMNS = ("task", "slot", "start", "end")
 
@@ -105,7 +105,8 @@ def play(
     """
     rng = np.random.default_rng(seed)
     spread = math.sqrt(math.log1p(model.variation**2))
-    seconds = task_seconds(model, images, partitions) * rng.lognormal(-(spread**2) / 2, spread, partitions)
+    mean = model.task_seconds + model.mean_image_seconds * images / partitions
+    seconds = mean * rng.lognormal(-(spread**2) / 2, spread, partitions)
     speeds = cluster.slot_speeds(model)
     return simulate(
         seconds,
