@@ -15,7 +15,6 @@ import sys
 import tempfile
 import uuid
 from datetime import date
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -68,10 +67,9 @@ def main() -> None:
 
 
 def ours() -> dict[str, list]:
-    """The product's command, on each engine that is here."""
-    command = [sys.executable, "-m", "helpers", "run", "--set"]
-    engines = {"this pipeline": [*command, "spark.mode=local"], "this pipeline, on Sail": [*command, "spark.mode=sail"]}
-    return engines if find_spec("pysail") else {"this pipeline": engines["this pipeline"]}
+    """The product's command, as it is and on Spark."""
+    command = [sys.executable, "-m", "helpers", "run"]
+    return {"this pipeline": command, "this pipeline, on Spark": [*command, "--set", "spark.mode=local"]}
 
 
 def peers(work: Path) -> dict[str, list]:
