@@ -1,4 +1,4 @@
-"""The pipeline over real Spark Connect servers: a separate one, and the one that `remote("local[2]")` starts.
+"""The pipeline over a real Spark Connect server; `test_sources` has the one that `remote("local[2]")` starts.
 
 A process cannot hold a classic and a Connect session at once, so every client here is a process of its own.
 """
@@ -177,15 +177,13 @@ def test_a_program_is_trained_over_a_server(server, tmp_path):
     assert rest[-1] == "rank 1 of 2 failed with ValueError: so it is told"
 
 
-def test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs(models, tmp_path):
+def test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs(server, models, tmp_path):
     assert len(NOTEBOOKS) == 4
     environment = {
         "HELPERS_SPARK__MODE": "connect",
-        "HELPERS_SPARK__MASTER": "local[2]",
+        "HELPERS_SPARK__MASTER": server,
         "HELPERS_PATHS__MODELS": str(models),
         "HELPERS_PATHS__RESULTS": str(tmp_path / "results"),
-        "SPARK_TESTING": "1",  # a free port instead of 15002, which others may hold
-        "SPARK_SUBMIT_OPTS": local_options(),
     }
     command = [sys.executable, "-m", "pytest", "-q", "--nbval", *map(str, NOTEBOOKS)]
     command += ["--nbval-sanitize-with", "conf/nbval.cfg", "-p", "no:cacheprovider"]

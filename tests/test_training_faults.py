@@ -18,10 +18,10 @@ from helpers.tracking.tensorboard import read_scalars
 from helpers.training import newest_step, rank
 from studies.cluster import PATIENCE, Cluster, Process, wait_for
 
-INTERVAL = 25  # steps from one checkpoint to the next
-ARGUMENTS = ["--epochs", "3", "--batch-size", "64", "--train-images", "6400", "--test-images", "1000", "--seed", "3"]
+INTERVAL = 10  # steps from one checkpoint to the next
+ARGUMENTS = ["--epochs", "3", "--batch-size", "64", "--train-images", "3200", "--test-images", "1000", "--seed", "3"]
 ARGUMENTS += ["--precision", "fp32", "--checkpoint-steps", str(INTERVAL), "--no-resume"]
-STEPS = 300
+STEPS = 150
 
 
 @pytest.fixture(scope="module")
@@ -103,5 +103,5 @@ def test_killed_ranks_and_executors_cost_no_more_than_an_interval_each(cluster, 
     losses = read_scalars(str(job.run_dir))["train/loss"]
     assert losses["step"].tolist() == list(range(1, STEPS + 1))
     assert result["epochs"][2]["train_loss"] < result["epochs"][1]["train_loss"] < result["epochs"][0]["train_loss"]
-    assert result["test_accuracy"] > 0.8 and result["processes"] == 2
+    assert result["test_accuracy"] > 0.7 and result["processes"] == 2
     assert not list(job.run_dir.glob("checkpoints/*"))
