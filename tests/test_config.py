@@ -145,7 +145,7 @@ def test_a_mistake_is_named_with_key_and_origin_and_a_number_with_its_value(wron
         file = conf / "local.yaml"
         if section == "spark":
             file.write_text(
-                file.read_text().replace("spark:\n", f"spark:\n  {name}: {value}\n").replace("mode: local", "")
+                file.read_text().replace("spark:\n", f"spark:\n  {name}: {value}\n").replace("mode: auto", "")
             )
         else:
             append(file, f"{section}:\n  {name}: {value}" if section else f"{name}: {value}")
