@@ -55,7 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         _tell(f"error: a package is not installed ({error}): {TRAIN_REMEDY}")
     except KeyboardInterrupt:
-        _tell("stopped; what is finished is kept, and the same command goes on")
+        _tell(
+            "stopped" + ("; what is finished is kept, and the same command goes on" if options.command is run else "")
+        )
         return INTERRUPTED
     except Exception:
         _tell(redact(traceback.format_exc()))

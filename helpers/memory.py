@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PAGE = resource.getpagesize()
-_is_shared = False  # by several tasks
 OVERLAP_SECONDS = 0.5  # that two tasks last, so that they run at the same time where they can
+
+_is_shared = False  # by several tasks
 
 
 def resident_megabytes() -> float:
