@@ -19,6 +19,9 @@ FIRST_LOOK := out/data/first_look/.ready
 # apt-get as root or through sudo without a password; empty if neither works
 APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo apt-get || { sudo -n true 2>/dev/null && echo sudo apt-get; }; })
 
+# Images of containers often set it, and then every process compiles all that it imports, for two seconds and more.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: setup run studies test fuzz lint notebooks clean java azurite chromium pack badges
 .DELETE_ON_ERROR:
 
@@ -29,7 +32,7 @@ setup: .venv/.ready java $(CLASSES) $(DATA) $(FIRST_LOOK)
 	$(PYTHON) -m venv .venv
 	@# uv takes a quarter of pip's time; pip installs where uv cannot, as behind an index that only pip is told of
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(BIN)/uv pip install --python $(BIN)/python $$($(PYTHON) conf/torch_index.py) $(PACKAGES) || $(BIN)/pip install $(PACKAGES)
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $$($(PYTHON) conf/torch_index.py) $(PACKAGES) || $(BIN)/pip install $(PACKAGES)
 	@# programs and studies are importable from where they lie, as helpers are
 	@printf '%s\n' "$(CURDIR)/notebooks" "$(CURDIR)/notebooks/programs" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/notebooks.pth"
 	@touch $@

@@ -60,11 +60,21 @@ def share() -> None:
     _is_shared = True
 
 
-def trim_heap() -> None:
-    """Give free memory back to the system, which Arrow and GNU's C library keep where large tables have been."""
+@contextlib.contextmanager
+def trimmable() -> Iterator[None]:
+    """Let Arrow take memory where `trim_heap` can give it back: its own allocator keeps what large tables have left."""
     import pyarrow as pa
 
-    pa.default_memory_pool().release_unused()
+    pool = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(pool)
+
+
+def trim_heap() -> None:
+    """Give free memory back to the system, which GNU's C library keeps where large tables have been."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

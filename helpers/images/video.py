@@ -53,6 +53,11 @@ def split_paths(paths: pa.Array | pa.ChunkedArray) -> tuple[Any, Any]:
     return pc.coalesce(files, paths), pc.cast(numbers, pa.int64())
 
 
+def are_frames(paths: pa.Array | pa.ChunkedArray) -> Any:
+    """Whether each path is a frame's; without the copy of all paths that `split_paths` makes."""
+    return pc.match_substring_regex(paths, rf"{MARK}[0-9]+\z")
+
+
 def frame_paths(files: pa.Array, numbers: pa.Array) -> pa.Array:
     """The inverse of `split_paths`."""
     return pc.binary_join_element_wise(files, pc.cast(numbers, pa.string()), MARK)

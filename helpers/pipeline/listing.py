@@ -21,7 +21,7 @@ from helpers.config import Config
 from helpers.errors import RunError
 from helpers.images.archive import MARK
 from helpers.images.boundary import LASTING, too_long
-from helpers.images.video import split_paths
+from helpers.images.video import are_frames
 from helpers.partitioning import PartitionPlan, plan_partitions
 from helpers.pipeline.results import Seen
 from helpers.pipeline.rows import file_paths, index_in, is_in, is_lasting
@@ -165,7 +165,7 @@ def plan(
         target_bytes=max(settings.target_bytes, math.ceil(sizes.sum() / most)),
         target_images=max(1, min(settings.target_images, max(in_time, math.ceil(len(sizes) / most)))),
         partitions=settings.partitions,
-        in_order=split_paths(images["path"])[1].is_valid().to_numpy(),
+        in_order=are_frames(images["path"]).to_numpy(),
         at_least=expected,
     )
 

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from helpers.config import Config
 from helpers.errors import RunError, first_line, only_warn
-from helpers.memory import trim_heap
+from helpers.memory import trim_heap, trimmable
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import listing, sail
 from helpers.pipeline.arrivals import ARRIVALS, Arrivals
@@ -144,7 +144,7 @@ class Run:
     def complete(self) -> RunSummary:
         """Do all there is to do; takes and raises what `driver.run` does."""
         try:
-            with self.pool:
+            with self.pool, trimmable():
                 self._open()
                 for listed in self.slices():
                     self.work_on(listed)
@@ -317,11 +317,14 @@ class Run:
         seconds = settings.image_seconds + self.task.flops / (settings.gflops * 1e9)
         plan = listing.plan(todo, self.slots, self.config, seconds, expected_slots(self.spark))
         log.info("%s", plan)
+        trim_heap()  # of what listing and plan have left, before the images are there twice
         assigned = listing.assign(todo, plan)
         self.watch.lap("list")
         self._warm_up().exception()  # if it failed, so will the run, and say why
         self.watch.lap("open")
         records = self._run_tasks(assigned, plan, is_last)
+        del assigned
+        trim_heap()
         self.tasks = pa.concat_tables([self.tasks, task_table(records)])
         self.watch.lap("pass")
         with only_warn("the run has no record"):

@@ -5,7 +5,8 @@
 A simulated storage yields the entries of so many millions of images, of which there are no files. The driver lists,
 diffs, plans and commits as in any run, with a real Delta table. Only Spark is missing: what stands in place of its
 tasks writes their files of results, with a row per image. Each run is a process of its own, and its peak is its own
-resident memory.
+resident memory; apart from it, the peak of what the process has allocated, without the files of libraries that it has
+mapped, looked at every `EVERY` seconds.
 
 The results of the smallest listing are then run upon again: with nothing new; with nothing new where another program
 has changed the table, so that the driver has to read its keys; and with a thousand new images. The last line is what it
@@ -13,10 +14,12 @@ takes to list files that are there.
 """
 
 import json
+import re
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +48,7 @@ FILES_IN_FOLDER = 5000
 SLOTS = 16
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
 REAL_FILES = 200_000
+EVERY = 0.01
 
 
 @dataclass
@@ -98,8 +102,18 @@ def write_results(run: Any, images: pa.Table, plan: Any, is_last: bool) -> list[
     return records
 
 
+def watch_allocated(peak: list[int]) -> None:
+    """Keep the most kilobytes of anonymous memory that this process has had."""
+    while True:
+        (now,) = re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+        peak[0] = max(peak[0], int(now))
+        time.sleep(EVERY)
+
+
 def run(output: str, images: int, new: int) -> dict[str, Any]:
     """One run of the driver; seconds, and this process's peak."""
+    allocated = [0]
+    threading.Thread(target=watch_allocated, args=[allocated], daemon=True).start()
     manifest = SimpleNamespace(flops=10**9, digest="0" * 12)
     model = RunModel(SimpleNamespace(manifest=manifest), "network@0123456789ab", {})
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{images % 16**4 + new:08x}"
@@ -121,6 +135,7 @@ def run(output: str, images: int, new: int) -> dict[str, Any]:
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "pass_seconds": round(summary.ok / summary.images_per_second if summary.ok else 0.0, 1),
         "peak_megabytes": round(usage.ru_maxrss / 1024),
+        "allocated_megabytes": round(allocated[0] / 1024),
     }
 
 
