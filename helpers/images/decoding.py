@@ -46,6 +46,18 @@ def load(
     Returns:
         The input as `fit` returns it, and width and height of the original, turned upright.
     """
+    image, size = decode_reduced(content, spec, max_pixels, max_memory)
+    return fit(image, spec), size
+
+
+def decode_reduced(
+    content: bytes | memoryview, spec: InputSpec, max_pixels: int, max_memory: int | None = None
+) -> tuple[Image, Size]:
+    """Decode as `load` does, and leave the rest of the way to the model's input to the caller.
+
+    Returns:
+        The image as `decode` returns it, or smaller, and width and height of the original, turned upright.
+    """
     header = _checked(content, max_pixels, max_memory)
     stored = header.width, header.height
     factor = _reduction(content, stored, spec)
@@ -54,7 +66,7 @@ def load(
     if factor > 1:
         turned = (height < width) != (stored[1] < stored[0])
         width, height = stored[::-1] if turned else stored
-    return fit(image, spec), (width, height)
+    return image, (width, height)
 
 
 def fit(image: Image, spec: InputSpec) -> np.ndarray:

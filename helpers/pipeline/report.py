@@ -28,7 +28,7 @@ from helpers.errors import RunError, StorageError, first_line, only_warn
 from helpers.images import rle
 from helpers.images.archive import split_member
 from helpers.images.boundary import UnreadableImageError, attempt
-from helpers.images.decoding import decode, load
+from helpers.images.decoding import decode, decode_reduced
 from helpers.images.drawing import DRAWN_SCORE, draw, picture_name
 from helpers.images.spec import InputSpec
 from helpers.images.video import split_path
@@ -177,13 +177,16 @@ def _thumbnail(image: Row, row: Row, side: int, limit: int) -> str:
     if image["error"] is not None:
         raise UnreadableImageError(image["error"])
     size = row["width"], row["height"]
-    width, height = _fitted(size, 2 * side)
+    width, height = _fitted(size, side)
     spec = InputSpec(height, width, "bgr", (), (), scaled_decoding=1.0)
-    pixels, original = load(image["content"], spec, max_pixels=size[0] * size[1])
+    pixels, original = decode_reduced(image["content"], spec, max_pixels=size[0] * size[1])
     if original != size:
         raise UnreadableImageError(f"it does not have the {size[0]} x {size[1]} pixels of its row any more")
     for share, quality in ATTEMPTS:
-        small = cv2.resize(pixels, _fitted(size, round(share * side)), interpolation=cv2.INTER_AREA)
+        fitted = _fitted(size, round(share * side))
+        # Linear takes a fifth of the time, and up to a half of the size it passes no pixel over.
+        interpolation = cv2.INTER_LINEAR if pixels.shape[1] <= 2 * fitted[0] else cv2.INTER_AREA
+        small = cv2.resize(pixels, fitted, interpolation=interpolation)
         encoded = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
         if len(encoded) <= limit:
             return f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
