@@ -42,7 +42,7 @@ ov.Core().available_devices
 # Tests and sources, devices other than the CPU, formats other than OpenVINO's own, Arrow's network services, and what
 # TensorBoard's page shows.
 LEFT_OUT = re.compile(
-    r"/tests?/|/include/|/cmake/|\.(pyx|pxi|pxd|pyi|h|hpp|lib|a)$|^\.\./|tensorboard/webfiles\.zip|"
+    r"/tests?/|/include/|/cmake/|\.(pyx|pxi|pxd|pyi|pyc|h|hpp|lib|a)$|^\.\./|tensorboard/webfiles\.zip|"
     r"openvino/libs/(cache\.json|libopenvino_(intel_[gn]pu_plugin|(onnx|tensorflow|pytorch|paddle|gguf|jax)\w*_frontend))|"
     r"pyarrow/(src/|lib\w*_flight|_flight|libarrow_python\w*\.so(\.\d+\.\d+\.\d+)?$)"
 )
