@@ -21,7 +21,7 @@ import time
 import warnings
 import weakref
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -363,13 +363,17 @@ def ship_helpers(spark: "SparkSession") -> None:
 
 
 def pack_helpers() -> Path:
-    """Zip the package; the archive's hash is in its name, so that an edited package is another archive.
+    """The archive of the package."""
+    return keep_archive("helpers", zip_files(PACKAGE.rglob("*.py"), PACKAGE.parent))
+
+
+def keep_archive(name: str, content: bytes) -> Path:
+    """Write an archive for executors to fetch; its hash is in its name, so that an edited module is in another archive.
 
     An archive that is there already is used only if it is the same, byte for byte.
     """
-    content = _zip_helpers()
     folder = user_folder() or process_folder()
-    archive = folder / f"helpers-{hashlib.sha256(content).hexdigest()[:12]}.zip"
+    archive = folder / f"{name}-{hashlib.sha256(content).hexdigest()[:12]}.zip"
     if not archive.is_file() or archive.read_bytes() != content:
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unfinished:
             unfinished.write(content)
@@ -377,15 +381,14 @@ def pack_helpers() -> Path:
     return archive
 
 
-def _zip_helpers() -> bytes:
-    """The package as a zip archive whose bytes depend on the modules' names and texts alone."""
+def zip_files(files: Iterable[Path], root: Path) -> bytes:
+    """A zip archive whose bytes depend on the files' names below the root and on their contents alone."""
     archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as package:
-        for file in sorted(PACKAGE.rglob("*.py")):
+    with zipfile.ZipFile(archive, "w") as package:
+        for file in sorted(files):
             # Without a time, which `ZipInfo` sets to 1980.
-            package.writestr(
-                zipfile.ZipInfo(str(file.relative_to(PACKAGE.parent))), file.read_bytes(), zipfile.ZIP_DEFLATED
-            )
+            entry = zipfile.ZipInfo(str(file.relative_to(root)))
+            package.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
     return archive.getvalue()
 
 

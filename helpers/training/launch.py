@@ -7,7 +7,6 @@ own traceback, nothing is read out of logs, and hosts need no folder in common.
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import logging
@@ -32,8 +31,7 @@ import pyarrow as pa
 
 from helpers.errors import ConfigError, HostError, TrainingError, first_line
 from helpers.redaction import redact
-from helpers.session import local_slots, pack_helpers, ship_helpers, spark_failure, spark_schema
-from helpers.storage import LocalStorage
+from helpers.session import keep_archive, local_slots, ship_helpers, spark_failure, spark_schema, zip_files
 from helpers.training import rank
 
 if TYPE_CHECKING:
@@ -111,11 +109,7 @@ def train_on_spark(
 def ship_siblings(spark: "SparkSession", program: str | Path) -> None:
     """Make the modules and packages in a program's folder, and `helpers`, importable in the tasks of a session."""
     ship_helpers(spark)
-    content = _pack(Path(program).resolve())
-    # Executors fetch it when they need it, so it stays, beside the package's own.
-    archive = pack_helpers().with_name(f"siblings-{hashlib.sha256(content).hexdigest()[:12]}.zip")
-    LocalStorage(str(archive.parent)).write(archive.name, content)
-    spark.addArtifacts(str(archive), pyfile=True)
+    spark.addArtifacts(str(keep_archive("siblings", _pack(Path(program).resolve()))), pyfile=True)
 
 
 class _AttemptError(Exception):
@@ -142,11 +136,7 @@ def _pack(program: Path) -> bytes:
     """A zip archive of the program with the Python files of its folder, packages included."""
     packages = [file.parent for file in program.parent.glob("*/__init__.py")]
     files = {program, *program.parent.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))}
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as packed:
-        for file in sorted(files):
-            packed.write(file, file.relative_to(program.parent))
-    return archive.getvalue()
+    return zip_files(files, program.parent)
 
 
 def _attempt(spark: "SparkSession", task: "_Task", processes: int) -> dict[str, Any] | None:
