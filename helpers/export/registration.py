@@ -1,20 +1,16 @@
 """Register a bundle on an MLflow server: a model that loads anywhere, with the packages it needs, and without torch."""
 
-import importlib.metadata
-import importlib.util
-import shutil
-import subprocess
-import sys
 import tempfile
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from helpers.bundle.manifest import MANIFEST, Bundle
-from helpers.config import PROJECT, Config
-from helpers.errors import BundleError, HostError, first_line
+from helpers.config import PACKAGE, Config
+from helpers.errors import BundleError, first_line
 from helpers.export.conversion import PREVIEW
 from helpers.pipeline.pyfunc import COLUMNS, CONTENT, FORMAT, OUTPUT_SCHEMA, PATH
 from helpers.tracking.mlflow import MLflow, connect
@@ -41,7 +37,6 @@ def publish(bundle: Bundle, config: Config, name: str | None = None, alias: str 
     Raises:
         ConfigError: there is no server.
         BundleError: the server refuses the model, or does not answer.
-        HostError: the package's wheel cannot be made.
     """
     manifest = bundle.manifest
     facts = ("name", "architecture", "task", "decoder", "precision", "arithmetic", "flops", "digest", "checkpoint")
@@ -104,7 +99,7 @@ def _type_of(kind: pa.DataType) -> Any:
 
 
 def _save(bundle: Bundle, folder: Path, temporary: Path) -> None:
-    """Write MLflow's model: the bundle, its signature and its environment."""
+    """Write MLflow's model: the bundle, its signature, its environment, and this package."""
     from mlflow.pyfunc import save_model
 
     data = temporary / "bundle"
@@ -112,37 +107,14 @@ def _save(bundle: Bundle, folder: Path, temporary: Path) -> None:
     for file in bundle.manifest.files:
         (data / file).write_bytes(bundle.read(file))
     (data / MANIFEST).write_bytes(bundle.storage.read(MANIFEST))
-    wheel = _make_wheel(temporary)
-    own = f"code/{wheel.name}" if wheel else _pin(importlib.metadata.packages_distributions()["helpers"][0])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")  # the signature says it all
         save_model(
             str(folder),
             loader_module=LOADER,
             data_path=str(data),
-            code_paths=[str(wheel)] if wheel else None,
-            pip_requirements=[*map(_pin, NEEDS), own],
+            code_paths=[str(PACKAGE)],
+            pip_requirements=[f"{package}=={version(package)}" for package in NEEDS],
             signature=signature(),
             metadata={DIGEST: bundle.manifest.digest},
         )
-
-
-def _pin(package: str) -> str:
-    return f"{package}=={importlib.metadata.version(package)}"
-
-
-def _make_wheel(folder: Path) -> Path | None:
-    """The wheel of this package, from a copy of its sources; None where it was installed without them."""
-    if not (PROJECT / "pyproject.toml").is_file():
-        return None
-    sources = folder / "sources"
-    shutil.copytree(PROJECT / "helpers", sources / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(PROJECT / "pyproject.toml", sources)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    if importlib.util.find_spec("setuptools"):  # else pip fetches it
-        command.append("--no-build-isolation")
-    command += ["--wheel-dir", str(folder), str(sources)]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
-    if made.returncode:
-        raise HostError(f"the package's wheel cannot be made: {first_line(made.stderr)}; pip and setuptools make it")
-    return next(folder.glob("*.whl"))
