@@ -62,9 +62,9 @@ def generate_pictures(count: int = PICTURES) -> list[Image]:
     return pictures
 
 
-def load_pictures(storage: Storage, config: Config, count: int = PICTURES) -> Iterator[Image]:
+def load_pictures(storage: Storage, config: Config) -> Iterator[Image]:
     """Decode images of a folder, evenly spread, uint8 BGR `[height, width, 3]` each; see `load_images`."""
-    return load_images(storage, config, count, lambda content: decode(content, config.ingest.max_pixels))
+    return load_images(storage, config, PICTURES, lambda content: decode(content, config.ingest.max_pixels))
 
 
 def load_images(

@@ -168,20 +168,11 @@ def make_bundle(
 ) -> Bundle:
     """Check a converted model, and save it as a bundle of one precision; nothing is written before all is checked.
 
-    Args:
-        model: takes uint8 images, and its outputs are named for their roles.
-        architecture: of the model.
-        checkpoint: the file it is from; None for a library's own weights.
-        target: where the bundle goes.
-        precision: `fp32`, `fp16` and `int8` are of the weights; `bf16` is half-precision weights and bfloat16
-            arithmetic.
-        calibration: images for int8, see `quantization.quantize`.
-        validation: for int8, see `quantization.quantize`.
-        pictures: to try it on and to draw, uint8 BGR `[height, width, 3]` each; without any, generated ones.
-        onnx: a graph to keep in the bundle.
-
-    Raises:
-        BundleError: the model does not do what its architecture says, or precision or calibration cannot be used.
+    The model and what it is from are as in `Converted`, and an ONNX graph is kept in the bundle. The precisions `fp32`,
+    `fp16` and `int8` are of the weights; `bf16` is half-precision weights and bfloat16 arithmetic. Calibration and
+    validation are of int8, see `quantization.quantize`. The model is tried on pictures, which are drawn, uint8 BGR
+    `[height, width, 3]` each; without any, on generated ones. Raises BundleError if it does not do what its
+    architecture says, or precision or calibration cannot be used.
     """
     if precision not in PRECISIONS:
         raise BundleError(f"no precision {precision!r}; there are {', '.join(PRECISIONS)}")

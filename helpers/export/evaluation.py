@@ -51,11 +51,8 @@ def compiled_engine(compiled: "ov.CompiledModel") -> Engine:
 def predict(engine: Engine, images: Iterable[np.ndarray], manifest: Manifest, arrays: Arrays) -> list[list[Prediction]]:
     """Predict images one at a time, as the pipeline does.
 
-    Args:
-        engine: returns the outputs of uint8 images `[B, H, W, C]` by name.
-        images: uint8 `[H, W, C]` each, of the size of the model's input; boxes and masks are of that size too.
-        manifest: says how outputs are post-processed.
-        arrays: that post-processing needs.
+    Images are uint8 `[H, W, C]` each, of the size of the model's input; boxes and masks are of that size too. The
+    arrays are those that post-processing needs, as the manifest says.
     """
     # Images are prepared already, whatever the rule was.
     manifest = replace(manifest, input=replace(manifest.input, resize="none"))

@@ -68,16 +68,10 @@ def open_output(output: str, config: Config) -> Storage:
 def open_results(
     spark: "SparkSession | None", output: str, config: Config, kept: pa.Schema | None = None
 ) -> ResultStore:
-    """The results of an output, in the table of its folder or in one of Spark's catalog.
+    """The results of an output, in the table of its folder or, with a session, in one of Spark's catalog.
 
-    Args:
-        spark: the session whose catalog has the table; None for results in a folder.
-        output: where.
-        config: settings.
-        kept: the columns that a run keeps of its source; None for those who only look.
-
-    Raises:
-        HostError: the output is a table, and Sail has none that lasts.
+    `kept` are the columns that a run keeps of its source; None for those who only look. Raises HostError if the output
+    is a table, and Spark is Sail, which has none that lasts.
     """
     storage = open_output(output, config)
     if not output.startswith(TABLE):

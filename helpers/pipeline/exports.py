@@ -88,7 +88,10 @@ def export_results(store: ResultStore, kind: str, target: str, selection: Select
                 _write_csv(rows, file)
         else:
             good = (row for row in rows if row["error"] is None)
-            WRITERS[kind](good, open_storage(target, config), _roots(store.storage, config))
+            places = runs_of(store.storage, config)["source"].unique()
+            WRITERS[kind](
+                good, open_storage(target, config), sorted(places, key=len, reverse=True)
+            )  # the innermost first
     if selection.classes and not counts["predictions"]:
         wanted, known = ", ".join(selection.classes), ", ".join(sorted(labels))
         log.warning("no prediction is of %s; the classes are %s", wanted, known)
@@ -121,11 +124,6 @@ def _rows(
     if model is None:
         which = f" of a model {selection.model}" if selection.model else ""
         raise RunError(f"there are no results{which} in {store.location}; name the --output of a run")
-
-
-def _roots(output: Storage, config: Config) -> list[str]:
-    """Where the images of the recorded runs lie, the innermost first."""
-    return sorted(runs_of(output, config)["source"].unique(), key=len, reverse=True)
 
 
 # ------------------------------------------------------------ formats

@@ -83,16 +83,9 @@ def make_report(
 ) -> str:
     """Write the page of an output, and return its location.
 
-    Args:
-        store: the output's results.
-        config: settings; `report` says of how many images the sample is.
-        against: those of another output, which are shown beside these where both have an image.
-        sources: where the images lie, besides the places that the records of runs name.
-        most_rows: of the table, the newest; by default all are counted.
-
-    Raises:
-        RunError: there are no results.
-        StorageError: a location cannot be used.
+    `against` are the results of another output, shown beside these where both have an image. Images lie in the
+    `sources`, and in places that the records of runs name. The newest rows are counted, so many at most; by default
+    all. Raises RunError if there are no results, and StorageError if a location cannot be used.
     """
     stores = [store] if against is None else [store, against]
     runs = [runs_of(one.storage, config) for one in stores]

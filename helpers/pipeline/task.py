@@ -112,9 +112,7 @@ class Task:
     def __call__(self, batches: Batches, partition: int = 0) -> Iterator[pa.RecordBatch]:
         """Run one partition: the input of `results` in, one row of `RECORD_SCHEMA` out (no images, no row).
 
-        Args:
-            batches: the input.
-            partition: its number, where Spark does not say it.
+        Where Spark does not say the number of the `partition`, the caller does.
         """
         from pyspark import TaskContext
 

@@ -234,12 +234,8 @@ def _choose(
 ) -> Detections:
     """Non-maximum suppression within each class; a box may be of several.
 
-    Args:
-        outputs: that they are of.
-        boxes: float32 `[A, 4]`, in pixels of the input.
-        scores: float32 `[A, C]`, or one column more for the background.
-        rows: int `[A]`, the place of each among all candidates.
-        parameters: thresholds.
+    Boxes are float32 `[A, 4]` in pixels of the input, scores float32 `[A, C]`, or one column more for the background,
+    and rows int `[A]`, the place of each among all candidates.
     """
     if scores.shape[1] > len(outputs.labels):
         scores = scores[:, :-1] if parameters.background == "last" else scores[:, 1:]
@@ -307,10 +303,6 @@ def suggest_anchor_free(samples: Arrays, labels: int) -> dict[str, Any]:
     return parameters if are_shares(samples["scores"]) else {**parameters, "activation": "sigmoid"}
 
 
-def _suggest_detr(samples: Arrays, labels: int) -> dict[str, Any]:
-    return {"activation": "sigmoid"} if samples["logits"].shape[-1] == labels else {}
-
-
 def _orders(table: np.ndarray) -> list[str]:
     """The orders of columns that a table's values may be in, as `columns` has them; the usual one first."""
     orders = []
@@ -361,7 +353,12 @@ DECODERS: dict[str, Decoder] = {
     "end_to_end": make_decoder(
         find_end_to_end, EndToEndParameters, BOXES, SCORED_BOXES, TABLE, suggest=suggest_end_to_end
     ),
-    "detr": make_decoder(_find_queries, DetrParameters, DETR, suggest=_suggest_detr),
+    "detr": make_decoder(
+        _find_queries,
+        DetrParameters,
+        DETR,
+        suggest=lambda samples, labels: {"activation": "sigmoid"} if samples["logits"].shape[-1] == labels else {},
+    ),
     "candidates": make_decoder(
         _find_candidates,
         CandidateParameters,
