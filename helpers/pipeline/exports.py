@@ -88,10 +88,9 @@ def export_results(store: ResultStore, kind: str, target: str, selection: Select
                 _write_csv(rows, file)
         else:
             good = (row for row in rows if row["error"] is None)
-            places = runs_of(store.storage, config)["source"].unique()
-            WRITERS[kind](
-                good, open_storage(target, config), sorted(places, key=len, reverse=True)
-            )  # the innermost first
+            # Where the images of the recorded runs lie, the innermost first.
+            roots = sorted(runs_of(store.storage, config)["source"].unique(), key=len, reverse=True)
+            WRITERS[kind](good, open_storage(target, config), roots)
     if selection.classes and not counts["predictions"]:
         wanted, known = ", ".join(selection.classes), ", ".join(sorted(labels))
         log.warning("no prediction is of %s; the classes are %s", wanted, known)
