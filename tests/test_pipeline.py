@@ -30,7 +30,7 @@ from helpers.pipeline.report import draw_sample
 from helpers.pipeline.results import ResultStore
 from helpers.pipeline.task import STAGES
 from helpers.storage import LocalStorage, open_storage
-from helpers.tracking.progress import show_progress
+from helpers.tracking.watching import show_progress
 
 LOCAL = {"spark.master": "local[2]", "pictures": 0}
 

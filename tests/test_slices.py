@@ -49,7 +49,7 @@ from helpers.pipeline.rows import Statistics, is_among, is_in, path_range, witho
 from helpers.pipeline.schemas import ASSIGNED_SCHEMA, KEY_NAMES, conform
 from helpers.pipeline.table import File
 from helpers.storage import LocalStorage, open_storage
-from helpers.tracking.progress import show_progress
+from helpers.tracking.watching import show_progress
 
 NAMES = [f"{folder}/{number:03d}.png" for folder in ("a", "b", "b-1", "c") for number in range(25)]
 
@@ -565,8 +565,8 @@ def test_archives_without_images_are_an_error_only_where_there_is_nothing_else(r
 
 def test_the_progress_of_a_later_slice_counts_the_earlier_ones(caplog, monkeypatch):
     caplog.set_level("INFO", "helpers")
-    monkeypatch.setattr("helpers.tracking.progress.LOG_SECONDS", 0.0)
-    monkeypatch.setattr("helpers.tracking.progress.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("helpers.tracking.watching.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("helpers.tracking.watching.POLL_SECONDS", 0.01)
     with show_progress(30, lambda: (20, 1), done=10, is_whole=False):
         pass
     assert "20 of 30 images listed so far, 1 failed" in caplog.text and "s left" in caplog.text

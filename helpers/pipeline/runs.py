@@ -47,9 +47,8 @@ from helpers.pipeline.task import RECORD_SCHEMA, STAGES, Task, error_kind, pass_
 from helpers.session import expected_slots, get_slots, is_sail, local_slots, spark_failure, spark_schema
 from helpers.storage import Storage, open_storage
 from helpers.tracking.mlflow import MLflow, server
-from helpers.tracking.progress import show_progress
 from helpers.tracking.tensorboard import TensorBoard
-from helpers.tracking.watching import call_hook, write_prometheus
+from helpers.tracking.watching import call_hook, show_progress, write_prometheus
 from helpers.tracking.writers import log_run
 
 if TYPE_CHECKING:
