@@ -50,6 +50,7 @@ AUTO_LOADER = "cloudFiles:"  # begins a source of new files (`arrivals`)
 FILE = re.compile(r"/[^/]*\.parquet$")
 HIDDEN = re.compile(r"/[._][^/]*(/|$)")  # as Spark has it
 SECRET_OPTION = re.compile("(?i)secret|key|token|password|connectionstring")
+FILE_NAME = "_file_name"  # a column of ours beside the user's
 # Of a Delta table: what must be known to read its files, and which of it plain Parquet files have too.
 READ_AS_FILES = {"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"}
 NO_KEY = "the row has no key"
@@ -112,9 +113,9 @@ def open_table(spark: "SparkSession", source: str, config: Config) -> "TableSour
             is_delta = storage.exists(LOG)
             if config.spark.mode == "databricks":
                 rows = spark.read.format("delta" if is_delta else "parquet").load(source)
-            elif isinstance(storage, LocalStorage) and not is_delta:
+            elif isinstance(storage, LocalStorage) and not (is_delta and is_sail(spark)):
                 options = {"pathGlobFilter": "*.parquet"} if is_sail(spark) else {}  # it stumbles over other files
-                rows = spark.read.options(**options).parquet(storage.root)
+                rows = _read_delta(spark, storage) if is_delta else spark.read.options(**options).parquet(storage.root)
             else:
                 return _read_by_tasks(spark, source, storage, is_delta, files, config)
         return TableSource.of(source, rows, files, config)
@@ -311,6 +312,24 @@ def _delta_files(storage: Storage) -> tuple[pa.Schema, pa.Table]:
     values = [pc.struct_field(files["partition"], name).cast(schema.field(name).type) for name in partitions]
     paths = pa.array([storage.join(unquote(path)) for path in files["path"].to_pylist()], pa.string())
     return schema, pa.table([paths, *values], names=["path", *partitions])
+
+
+def _read_delta(spark: "SparkSession", storage: Storage) -> "DataFrame":
+    """A Delta table whose files Spark reads as Parquet: it may lack Delta itself."""
+    from pyspark.sql import functions as F
+
+    schema, files = _delta_files(storage)
+    if not files.num_rows:
+        return spark.createDataFrame([], spark_schema(schema))
+    paths, partitions = files["path"].to_pylist(), files.schema.names[1:]
+    in_files = spark_schema(pa.schema([field for field in schema if field.name not in partitions]))
+    rows = spark.read.schema(in_files).option("recursiveFileLookup", "true").parquet(*paths)
+    if not partitions:
+        return rows
+    names = pa.array([path.rpartition("/")[2] for path in paths])
+    said = spark.createDataFrame(files.set_column(0, FILE_NAME, names))
+    rows = rows.withColumn(FILE_NAME, F.col("_metadata.file_name")).join(F.broadcast(said), FILE_NAME)
+    return rows.select(*(F.col(f"`{name}`") for name in schema.names))
 
 
 def _read_by_tasks(
