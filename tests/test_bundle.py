@@ -309,7 +309,7 @@ def use(folder: str) -> None:
     assert manifest.input.nbytes > 0 and 1 <= batch_size(Bundle(open_storage(folder), manifest), 1, 64) <= 64
     assert len(output_schema(manifest)) == 6 + len(manifest.outputs)
     with contextlib.suppress(UserError):
-        assert parameters_for(manifest, {})
+        parameters_for(manifest, {})
 
 
 def test_a_bundle_whose_writing_is_cut_off_has_no_manifest(tmp_path):
