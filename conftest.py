@@ -1,5 +1,7 @@
 """Hooks for every test, notebooks included."""
 
+from typing import Any
+
 from xdist.scheduler import LoadScopeScheduling
 
 ALONE = ("00", "02", "08", "09")  # notebooks that need nothing of the ones before them
@@ -27,6 +29,20 @@ SLOW = (
     "test_connect.py",
     "test_pipeline.py",
 )
+# What the cell `parameters` of a notebook says in a test, where a reader needs more than a check does. papermill would
+# set values in the same place. Whatever later notebooks take is made as it is for a reader.
+SIZES: dict[str, dict[str, Any]] = {
+    "07_postprocess": {"SCENES": 60},
+    "08_scale": {"IMAGES": 60},
+    "09_tune_training": {"RECIPE_IMAGES": 512, "HELD_OUT": 300, "TRIALS": 4, "SYNCHRONY_IMAGES": 1500},
+    "10_compare_formats": {
+        "TEST_SCENES": 30,
+        "FRAMES": 8,
+        "LARGE_FRAMES": 1,
+        "ROUNDS": 1,
+        "TORCH_COMPILE": False,  # half a minute of C++; `test_formats` has it without
+    },
+}
 
 
 def pytest_collectstart(collector):
@@ -36,8 +52,13 @@ def pytest_collectstart(collector):
 
 
 def pytest_collection_modifyitems(items):
-    """Let the long groups start first."""
+    """Let the long groups start first, and set the sizes of notebooks."""
     items.sort(key=_turn)  # a stable sort: tests of one file keep their order
+    for item in items:
+        if item.path.suffix == ".ipynb" and "parameters" in item.cell.metadata.get("tags", ()):
+            item.cell.source += "".join(
+                f"\n{name} = {value!r}" for name, value in SIZES.get(item.path.stem, {}).items()
+            )
 
 
 class Groups(LoadScopeScheduling):

@@ -1,5 +1,7 @@
 """One network in every engine, with random weights: the same outputs, and times that are comparable."""
 
+import functools
+
 import cv2
 import numpy as np
 import onnx
@@ -75,6 +77,23 @@ def test_every_engine_gives_the_networks_outputs(engines, network, frames, archi
         assert list(found) == ["loc", "conf", "mask", "proto"]
         for values, expected in zip(found.values(), (loc, conf, mask, proto), strict=True):
             np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_compiled_network_is_traced_whole_and_gives_the_same_outputs(
+    engines, network, frames, architecture, monkeypatch
+):
+    """With every step of `torch.compile` but the C++ compiler, which takes half a minute."""
+    traced = []
+
+    def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]):
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    found = formats.torch_engine(network, architecture, compiled=True)(frames[0][None])
+    assert len(traced) == 1
+    for name, expected in engines["PyTorch"](frames[0][None]).items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_differences_are_those_of_the_worst_image(engines, frames):

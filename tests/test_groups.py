@@ -1,9 +1,13 @@
 """How two processes share the tests."""
 
+import ast
+import json
 import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 from helpers.config import PROJECT
 
@@ -26,3 +30,21 @@ def test_every_name_that_the_order_knows_is_of_something():
     assert all(any(name.startswith(number) for name in notebooks) for number in HOOKS["ALONE"])
     assert all((PROJECT / "tests" / name).exists() for name in HOOKS["SLOW"])
     assert f"def {HOOKS['AFTER_NOTEBOOKS']}(" in (PROJECT / "tests" / "test_connect.py").read_text()
+
+
+def test_a_size_is_set_for_tests_only_where_the_notebook_says_one():
+    for stem, sizes in HOOKS["SIZES"].items():
+        cells = json.loads((PROJECT / "notebooks" / f"{stem}.ipynb").read_text())["cells"]
+        (cell,) = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+        names = {
+            target.id
+            for line in ast.parse("".join(cell["source"])).body
+            for target in ast.walk(line)
+            if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
+        }
+        assert sizes.keys() <= names
+        item = SimpleNamespace(path=Path(f"{stem}.ipynb"), cell=SimpleNamespace(source="", metadata=cell["metadata"]))
+        HOOKS["pytest_collection_modifyitems"]([item])
+        values: dict = {}
+        exec(item.cell.source, values)
+        assert {name: values[name] for name in sizes} == sizes
