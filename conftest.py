@@ -7,6 +7,7 @@ from xdist.scheduler import LoadScopeScheduling
 ALONE = ("00", "02", "08", "09")  # notebooks that need nothing of the ones before them
 # It takes the bundle of notebook 03, and trains one itself where there is none.
 AFTER_NOTEBOOKS = "test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs"
+SHARED = {"test_arrivals.py": "delta", "test_table_output.py": "delta"}  # files that share a process beside their own
 # The groups of more than a minute, the longest first: a long one that starts last would leave a process without work.
 # Notebooks stand before all of them.
 SLOW = (
@@ -62,7 +63,7 @@ def pytest_collection_modifyitems(items):
 
 
 class Groups(LoadScopeScheduling):
-    """Keep what shares its fixtures in one process: the tests of a file, and the notebooks that need one another.
+    """Keep what shares its fixtures in one process: tests of a file, or of some, and notebooks that need one another.
 
     xdist's own `loadgroup` writes the group into an attribute that pytest no longer reads, and so groups nothing.
     """
@@ -70,7 +71,9 @@ class Groups(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         name = nodeid.partition("::")[0].rpartition("/")[2]
         chained = nodeid.startswith("notebooks/") and not name.startswith(ALONE)
-        return "notebooks" if chained or nodeid.endswith(f"::{AFTER_NOTEBOOKS}") else name
+        if chained or nodeid.endswith(f"::{AFTER_NOTEBOOKS}"):
+            return "notebooks"
+        return SHARED.get(name, name)
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -4,6 +4,7 @@ Importing this package imports nothing heavy: executors import only the modules 
 """
 
 import os
+import sys
 
 __version__ = "0.1.0"
 
@@ -15,3 +16,7 @@ os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))
 # while, and a driver that works slice after slice then has the memory of several of them.
 os.environ.setdefault("MIMALLOC_PURGE_DELAY", "0")
 os.environ.setdefault("_RJEM_MALLOC_CONF", "dirty_decay_ms:0,muzzy_decay_ms:0")
+
+# To count their users, OpenVINO and NNCF would fork this process several times in each conversion, seconds of processor
+# time where PyTorch is in memory, and wait for a web server. Both do without the package that does it.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

@@ -2,12 +2,14 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import dfs_facade
 import object_stores
 import pytest
+from delta_spark import delta_process
 from dfs_facade import DfsFacade
 from pyspark.sql import SparkSession
 
@@ -77,14 +79,21 @@ def bundle_uri(checkpoint, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory) -> Path:
-    """What `make pack` writes, once for the processes that share the tests."""
+    """What `make pack` writes, once for the processes that share the tests; nothing is compressed, which takes long."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     with (folder / "pack.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         packed = folder / "pack" / "vision.tar.gz"
-        return packed if packed.exists() else pack.pack(packed)
+        return packed if packed.exists() else pack.pack(packed, compression=0)
+
+
+@pytest.fixture(scope="session")
+def delta(tmp_path_factory) -> Iterator[Callable[..., Any]]:
+    """Runs a function in a process with Delta Lake; the files whose tests do are one group (`Groups`)."""
+    with delta_process(tmp_path_factory.mktemp("delta")) as run_there:
+        yield run_there
 
 
 @pytest.fixture(scope="session", autouse=True)

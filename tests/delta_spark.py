@@ -1,12 +1,16 @@
 """Spark with Delta Lake in a process of its own, because a process has one JVM and this one's has no Delta."""
 
+import contextlib
+import fcntl
+import hashlib
 import multiprocessing
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +27,23 @@ POM = """<project>
   </dependency></dependencies>
 </project>
 """
+LIBRARIES = Path(sys.prefix, "delta")  # Delta Lake's and all that it names, once per environment
 JARS = ("delta-spark", "delta-storage", "unitycatalog-client")  # Spark has the others
 
 _spark_conf: dict[str, str] = {}
 
 
-@contextmanager
+@contextlib.contextmanager
 def delta_process(folder: Path) -> Iterator[Callable[..., Any]]:
     """A function that runs another one there, where `settings` and `session` are Spark's with Delta."""
     conf = {
-        "spark.jars": ",".join(map(str, _jars(folder))),
+        "spark.jars": ",".join(map(str, _jars())),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         "spark.sql.warehouse.dir": str(folder / "warehouse"),
         "spark.databricks.delta.snapshotPartitions": "2",
         "spark.sql.shuffle.partitions": "2",
+        "spark.sql.streaming.schemaInference": "true",  # which Auto Loader needs no word for
     }
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _configure, (conf,)) as pool:
         yield lambda function, *arguments, **named: pool.submit(function, *arguments, **named).result()
@@ -62,17 +68,24 @@ def _stop() -> None:
     session().stop()
 
 
-def _jars(folder: Path) -> list[Path]:
+def _jars() -> list[Path]:
     """Delta Lake's jars, which Maven knows how to get through any proxy or mirror of this machine."""
     if not shutil.which("mvn"):
         why = "Delta Lake's jars come by Maven, and there is no mvn here"
         if not os.environ.get("CI"):
             pytest.skip(why)
         raise AssertionError(why)
-    (folder / "pom.xml").write_text(POM)
-    command = ["mvn", "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=jars"]
-    answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    jars = [jar for jar in (folder / "jars").iterdir() if jar.name.startswith(JARS)]
+    kept = LIBRARIES / hashlib.sha256(POM.encode()).hexdigest()[:12]  # another version is another folder
+    LIBRARIES.mkdir(exist_ok=True)
+    with (LIBRARIES / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.is_dir():
+            with tempfile.TemporaryDirectory(dir=LIBRARIES) as folder:
+                Path(folder, "pom.xml").write_text(POM)
+                command = ["mvn", "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=jars"]
+                answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+                assert answer.returncode == 0, answer.stdout + answer.stderr
+                Path(folder, "jars").rename(kept)
+    jars = [jar for jar in kept.iterdir() if jar.name.startswith(JARS)]
     assert len(jars) == len(JARS), jars
     return jars

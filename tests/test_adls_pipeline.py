@@ -548,6 +548,7 @@ def test_runs_that_start_together_leave_each_image_once_and_a_reader_misses_none
     def read() -> None:
         while not ended.is_set():
             seen.append([path for path, _ in keys(open_results("out"))])
+            ended.wait(0.05)  # else it would keep a core from the runs
 
     def run(number: int, version: int) -> None:
         store = open_results("out")

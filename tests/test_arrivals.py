@@ -12,7 +12,7 @@ from pathlib import Path
 
 import graphs
 import pytest
-from delta_spark import delta_process, session, settings
+from delta_spark import session, settings
 from deltalake import DeltaTable
 from test_sources import NAMES, is_bright, png, write_photos
 
@@ -31,13 +31,6 @@ ODD_NAMES = ["a b.png", "ä%20.PNG", "x#y.png", "[z]{1}.png", "deep/er/q=1/0.png
 
 
 @pytest.fixture(scope="module")
-def delta(tmp_path_factory):
-    with delta_process(tmp_path_factory.mktemp("delta")) as run_there:
-        run_there(allow_streams_of_files)
-        yield run_there
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     return graphs.brightness(tmp_path_factory.mktemp("brightness")).storage.root
 
@@ -48,10 +41,6 @@ def photos(tmp_path) -> Path:
 
 
 # ---------------------------------------------------------------- what runs in the process with Delta
-
-
-def allow_streams_of_files() -> None:
-    session().conf.set("spark.sql.streaming.schemaInference", "true")  # which Auto Loader needs no word for
 
 
 def run(source: Path, model: str, output, **overrides) -> pipeline.RunSummary:

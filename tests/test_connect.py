@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cluster import read_rows, start_run
+from cluster import Finished, call, read_rows, start_run
 from trainings import train_fashion
 
 from helpers import pipeline
@@ -50,6 +50,9 @@ for reader in ("files", "spark"):
     pq.write_table(pipeline.postprocess(outputs, model, config).toArrow(), f"{target}/{reader}.parquet")
 set_where_allowed(spark, {"spark.executor.memory": "1g"})
 """
+
+# Two calls of the command line in one process, which takes longer to start than to run.
+TWICE = "import sys; from helpers.cli import main; sys.exit(main(sys.argv[1:]) or main(sys.argv[1:]))"
 
 TRAINING = """
 import sys
@@ -139,12 +142,14 @@ def test_the_stages_one_by_one_give_what_one_process_does(server, samples, bundl
 
 
 def test_the_command_runs_over_a_server_and_resumes(server, samples, bundle_uri, expected, tmp_path):
-    settings = ["spark.mode=connect", f"spark.master={server}"]
-    first = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "first.log", *settings).finish()
-    assert (first.summary["ok"], first.summary["failed"], first.summary["partitions"]) == (60, 4, 2), first.errors
-    assert first.rows() == expected
-    again = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "again.log", *settings).finish()
-    assert (again.summary["ok"], again.summary["skipped"]) == (0, 64)
+    arguments = ["run", "--profile", "local", "--set", "spark.mode=connect", "--set", f"spark.master={server}"]
+    arguments += ["--source", str(samples), "--model", bundle_uri, "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-c", TWICE, *arguments]
+    client = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
+    assert client.returncode == 0, client.stderr
+    first, again = map(json.loads, client.stdout.splitlines())
+    assert (first["ok"], first["failed"], first["partitions"]) == (60, 4, 2)
+    assert (again["ok"], again["skipped"]) == (0, 64)
     assert read_rows(tmp_path / "out") == expected
 
 
@@ -158,13 +163,14 @@ def test_a_model_that_the_server_cannot_read_is_one_clear_error(server, samples,
     run.assert_one_clear_error("model.bin")
 
 
-def test_where_no_server_answers_there_is_one_clear_error_at_once(samples, bundle_uri, tmp_path):
+def test_where_no_server_answers_there_is_one_clear_error_at_once(samples, bundle_uri, tmp_path, caplog):
     with contextlib.closing(socket.create_server((LOOPBACK, 0))) as free:
         port = free.getsockname()[1]
-    settings = ["spark.mode=connect", f"spark.master=sc://{LOOPBACK}:{port}/;token=planted"]
-    run = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *settings).finish()
+    settings = ["--set", "spark.mode=connect", "--set", f"spark.master=sc://{LOOPBACK}:{port}/;token=planted"]
+    answer = call("run", *settings, "--source", samples, "--model", bundle_uri, "--output", tmp_path / "out")
+    run = Finished(tmp_path / "out", answer.returncode, answer.stdout, answer.stderr)
     run.assert_one_clear_error(f"{LOOPBACK}:{port}", "start-connect-server.sh", "spark.master")
-    assert "planted" not in run.errors
+    assert "planted" not in run.errors + caplog.text
 
 
 def test_a_program_is_trained_over_a_server(server, tmp_path):

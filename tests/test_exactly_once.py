@@ -90,6 +90,7 @@ class Reader(threading.Thread):
                 self.seen.append(read_results(self.output)["path"].to_pylist())
             except Exception as error:  # noqa: BLE001 - whatever a reader meets is the finding
                 self.broken.append(repr(error))
+            self.ended.wait(0.01)  # else it would keep a core from the runs
 
 
 @dataclass

@@ -141,6 +141,13 @@ def test_simplification_leaves_fewer_nodes_and_the_same_outputs(exported, simpli
     np.testing.assert_allclose(after, before, atol=1e-5)
 
 
+def test_openvino_counts_no_users():
+    """Each count would be a fork of this process, and a request to a server."""
+    from openvino.tools.ovc import convert_impl
+
+    assert convert_impl.tm.__name__ == "openvino.tools.ovc.telemetry_stub"
+
+
 def test_openvino_takes_uint8_images_with_channels_last(converted):
     (taken,) = converted.inputs
     assert taken.get_element_type() == ov.Type.u8

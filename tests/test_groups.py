@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,23 +13,30 @@ from types import SimpleNamespace
 from helpers.config import PROJECT
 
 HOOKS = runpy.run_path(str(PROJECT / "conftest.py"))
-FILES = ("tests/test_rle.py", "tests/test_boundary.py")
+TESTS = "import pytest\n\n\n@pytest.mark.parametrize('number', range(20))\ndef test(number):\n    pass\n"
 
 
-def test_the_tests_of_a_file_run_in_one_process():
+def test_the_tests_of_a_file_or_of_files_that_share_a_process_run_in_one_process(tmp_path):
+    """Files of their own, because those of the project import for seconds."""
+    shutil.copy(PROJECT / "conftest.py", tmp_path)
+    groups = [["test_one.py"], ["test_two.py"], list(HOOKS["SHARED"])]
+    for file in sum(groups, []):
+        (tmp_path / file).write_text(TESTS)
     (line,) = [line for line in (PROJECT / "Makefile").read_text().splitlines() if "--numprocesses" in line]
     flags = line.partition("pytest")[2].rstrip("\\").split()
-    command = [sys.executable, "-m", "pytest", "--verbose", *flags, *FILES]
-    ran = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "--verbose", *flags, str(tmp_path)]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout
-    for file in FILES:
-        assert len(set(re.findall(rf"\[(gw\d)\].* {file}::", ran.stdout))) == 1, ran.stdout
+    for group in groups:
+        processes = [re.findall(rf"\[(gw\d)\].* {file}::", ran.stdout) for file in group]
+        assert [len(of_file) for of_file in processes] == [20] * len(group), ran.stdout
+        assert len(set(sum(processes, []))) == 1, ran.stdout
 
 
 def test_every_name_that_the_order_knows_is_of_something():
     notebooks = [path.name for path in (PROJECT / "notebooks").glob("*.ipynb")]
     assert all(any(name.startswith(number) for name in notebooks) for number in HOOKS["ALONE"])
-    assert all((PROJECT / "tests" / name).exists() for name in HOOKS["SLOW"])
+    assert all((PROJECT / "tests" / name).exists() for name in (*HOOKS["SLOW"], *HOOKS["SHARED"]))
     assert f"def {HOOKS['AFTER_NOTEBOOKS']}(" in (PROJECT / "tests" / "test_connect.py").read_text()
 
 

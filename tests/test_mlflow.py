@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import socket
 import subprocess
 import sys
@@ -90,10 +89,9 @@ def files(uri: str, run: MlflowRun, folder: str | None = None) -> list[str]:
     return found
 
 
-def helpers(*arguments: Any, **environment: str) -> subprocess.CompletedProcess:
+def helpers(*arguments: Any) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "helpers", *map(str, arguments)],
-        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -298,15 +296,17 @@ def test_a_run_without_a_place_for_its_dashboard_has_its_numbers_on_the_server(
     assert run.info.status == "FINISHED" and run.data.metrics["run/images"] == 64
 
 
-def test_without_its_server_a_run_warns_once_and_ends_well(samples, bundle_uri, tmp_path):
-    address = f"http://user:{PASSWORD}@127.0.0.1:{free_port()}"
-    command = ["run", "--source", samples, "--model", bundle_uri, "--output", tmp_path / "out", "--set", "pictures=2"]
-    command += ["--set", "spark.master=local[1]", "--set", f"paths.runs={tmp_path / 'tb'}"]
-    answer = helpers(*command, HELPERS_TRACKING__MLFLOW=address)
-    assert answer.returncode == 0, answer.stderr
-    (warning,) = [line for line in answer.stderr.splitlines() if "MLflow" in line or "127.0.0.1" in line]
+def test_without_its_server_a_run_warns_once_and_ends_well(
+    spark, samples, bundle_uri, tmp_path, monkeypatch, caplog, capfd
+):
+    monkeypatch.setenv("HELPERS_TRACKING__MLFLOW", f"http://user:{PASSWORD}@127.0.0.1:{free_port()}")
+    config = load_config("local", **{"pictures": 2, "spark.master": "local[2]", "paths.runs": str(tmp_path / "tb")})
+    assert pipeline.run(spark, str(samples), bundle_uri, str(tmp_path / "out"), config).ok == 60
+    printed = capfd.readouterr()
+    shown = f"{caplog.text}\n{printed.err}"
+    (warning,) = [line for line in shown.splitlines() if "MLflow" in line or "127.0.0.1" in line]
     assert "does not have all of this run" in warning and "tracking.mlflow=off" in warning
-    assert json.loads(answer.stdout)["ok"] == 60 and PASSWORD not in answer.stderr + answer.stdout
+    assert printed.out == "" and PASSWORD not in shown
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 5 and not [path for path in written if PASSWORD.encode() in path.read_bytes()]
 
@@ -495,7 +495,7 @@ def test_a_model_that_is_not_there_is_one_clear_error(uri, versions, tmp_path, m
         registry.fetch(model, load_config("local", **settings_of(uri, tmp_path)))
 
 
-def test_a_registered_model_without_a_server_says_what_to_set(samples, checkpoint, tmp_path):
+def test_a_registered_model_without_a_server_says_what_to_set(samples, checkpoint, tmp_path, caplog):
     run = ["run", "--source", samples, "--model", "models:/fashion@champion", "--output", tmp_path]
     export = ["export", "--architecture", "fashion_cnn", "--checkpoint", checkpoint, "--output", tmp_path]
     export += ["--register", "x"]
@@ -503,8 +503,9 @@ def test_a_registered_model_without_a_server_says_what_to_set(samples, checkpoin
         answer = call(*command)
         assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1
         assert "set tracking.mlflow" in answer.stderr
-    down = helpers(*export, "--set", f"tracking.mlflow=http://user:{PASSWORD}@127.0.0.1:{free_port()}")
-    assert down.returncode == 2 and "x cannot be registered" in down.stderr and PASSWORD not in down.stderr
+    down = call(*export, "--set", f"tracking.mlflow=http://user:{PASSWORD}@127.0.0.1:{free_port()}")
+    assert down.returncode == 2 and "x cannot be registered" in down.stderr
+    assert PASSWORD not in down.stderr + down.stdout + caplog.text
 
 
 def test_pyfunc_predicts_what_the_pipeline_predicts(spark, uri, versions, samples, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 import graphs
 import pytest
 from cluster import call
-from delta_spark import delta_process, session, settings
+from delta_spark import session, settings
 from deltalake import DeltaTable
 from test_report import data_of
 from test_sources import NAMES, contents, is_bright, png, write_photos
@@ -23,12 +23,6 @@ from helpers.errors import ConfigError, RunError, StorageError
 from helpers.pipeline.catalog import CatalogStore, open_output, open_results
 from helpers.pipeline.records import read_runs
 from helpers.pipeline.results import ResultStore
-
-
-@pytest.fixture(scope="module")
-def delta(tmp_path_factory):
-    with delta_process(tmp_path_factory.mktemp("delta")) as run_there:
-        yield run_there
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ needs numpy, and either of the two where a model is loaded.
 
 import gc
 import logging
-import sys
 import threading
 import time
 from collections import deque
@@ -214,8 +213,6 @@ def _load(bundle: Bundle, precision: str, threads: int, device: str) -> Model:
     if kind == "CUDA":
         return load_onnx(bundle, threads, device=int(number or 0))
     start = time.perf_counter()
-    # It would fork this process, in a thread, to count its users; OpenVINO does without it.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino as ov  # the driver of a run loads no model, and so does without
 
     # It makes a table when it is first called, and two tasks of one process that do so at once wait for each other for
