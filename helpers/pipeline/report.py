@@ -170,8 +170,8 @@ def _thumbnail(image: Row, row: Row, side: int, limit: int) -> str:
     if image["error"] is not None:
         raise UnreadableImageError(image["error"])
     size = row["width"], row["height"]
-    width, height = _fitted(size, side)
-    spec = InputSpec(height, width, "bgr", (), (), scaled_decoding=1.0)
+    shorter = min(_fitted(size, side))
+    spec = InputSpec(shorter, shorter, "bgr", (), (), scaled_decoding=1.0)
     pixels, original = decode_reduced(image["content"], spec, max_pixels=size[0] * size[1])
     if original != size:
         raise UnreadableImageError(f"it does not have the {size[0]} x {size[1]} pixels of its row any more")
