@@ -108,7 +108,7 @@ def test_a_graph_that_nncf_does_not_take_is_one_sentence(make, monkeypatch):
     def refuse(*arguments, **options):
         raise RuntimeError("no such operation\nand more")
 
-    monkeypatch.setattr("nncf.quantize_with_accuracy_control", refuse)
+    monkeypatch.setattr("nncf.quantize", refuse)
     with pytest.raises(BundleError, match=r"fashion_cnn \(no such operation\); export it with --precision fp16"):
         make(None)
 
@@ -134,7 +134,7 @@ def test_branches_of_a_graph_do_not_keep_it_from_8_bits():
     manifest = make_manifest("classification", "", labels=tuple("abcd"), outputs={"logits": (4,)})
     generator = np.random.default_rng(0)
     pictures = [generator.integers(0, 255, (8, 8, 3), np.uint8) for _ in range(4)]
-    quantized, record = quantization.quantize(model, pictures, manifest, {})
+    quantized, record, _ = quantization.quantize(model, pictures, manifest, {})
     assert any(node.get_type_name() == "FakeQuantize" for node in quantized.get_ops())
     assert record.float_layers == []
 
@@ -169,7 +169,9 @@ def test_without_validation_the_calibration_images_show_the_loss(make, monkeypat
 def test_images_in_which_nothing_is_found_show_no_loss_and_that_is_said(converted, make, images, caplog, monkeypatch):
     manifest = replace(make(Validation(list(images[:4]), max_drop=1.0)).manifest, task="instance_segmentation")
     monkeypatch.setattr(evaluation, "predict", lambda *_: [[]])
-    measure = quantization.Measure.of(converted, Validation([images[0]]), manifest, {})
+    measure = quantization.Measure.of(
+        evaluation.compiled_engine(quantization.compile_exactly(converted)), Validation([images[0]]), manifest, {}
+    )
     assert measure.before == 1 and "nothing is found" in caplog.text
 
 

@@ -2,11 +2,11 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from helpers.bundle.manifest import Manifest
 from helpers.config import Config
 from helpers.errors import BundleError
+from helpers.export.evaluation import Engine, compiled_engine
 from helpers.export.preparation import name_output, tell_reason
 from helpers.export.quantization import compile_exactly
 from helpers.images.boundary import attempt
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 PICTURES = 3
 BATCH = 2  # pictures that are tried at a time; enough to see that all give the first one's outputs
 TOLERANCE = 1e-2  # of the largest value of an output, between an image alone and in a batch
-Outputs = list[dict[str, np.ndarray]]  # of pictures one by one
+Outputs = Sequence[Arrays]  # of pictures one by one
 
 SIDES = (480, 640)  # of a picture that stands in for a photograph
 PREVIEW_HEIGHT = 360
@@ -46,6 +47,7 @@ class Trial:
     pictures: Sequence[Image]  # that were tried, uint8 BGR `[height, width, 3]` each
     outputs: Outputs  # of each picture by name, float32 `[1, ...]`
     batch: int  # what a manifest's `batch` says, 0 or 1
+    engine: Engine  # that gave them, for one image at a time; compiling the graph again would take seconds
 
 
 @cache
@@ -89,13 +91,13 @@ def try_graph(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], ori
     outputs are not finite.
     """
     try:
-        compiled = _compile(model, origin)
+        engine = compile_graph(model, origin)
     except BundleError:
         # Some of OpenVINO's own steps fail on an open number of images only.
         model.reshape([1, *list(model.input().get_partial_shape())[1:]])
-        compiled = _compile(model, origin)
+        engine = compile_graph(model, origin)
     tensors = [fit(picture, spec)[None] for picture in pictures]
-    alone = [_infer(compiled, tensor, origin) for tensor in tensors]
+    alone = [_infer(engine, tensor, origin) for tensor in tensors]
     for name, values in ((name, values) for outputs in alone for name, values in outputs.items()):
         if not np.isfinite(values).all():
             why = "the file is damaged, or mean and std of its card are not those it was trained with"
@@ -104,22 +106,34 @@ def try_graph(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], ori
     shapes = [output.get_partial_shape() for output in model.outputs]
     # Open in the number of images only.
     is_fixed = all(s.rank.is_static and len(s) > 0 and all(side.is_static for side in list(s)[1:]) for s in shapes)
-    if takes_more and is_fixed and _is_same_together(compiled, tensors, alone):
-        return Trial(model, pictures, alone, batch=0)
+    if takes_more and is_fixed and _is_same_together(engine, tensors, alone):
+        return Trial(model, pictures, alone, 0, engine)
     if takes_more:
         model.reshape([1, *list(model.input().get_partial_shape())[1:]])
     # What is not as long for every image counts detections, and pictures may all have one.
     blank = np.zeros_like(tensors[0])
     tried = alone
     with contextlib.suppress(BundleError):
-        tried = [*alone, _infer(compiled, blank, origin)]
-    return Trial(model, pictures, _add_batch(model, alone, tried), batch=1)
+        tried = [*alone, _infer(engine, blank, origin)]
+    lacking = _add_batch(model, tried)
+
+    def infer_one(image: np.ndarray) -> Arrays:
+        return _with_batch(engine(image), lacking)
+
+    return Trial(model, pictures, [_with_batch(own, lacking) for own in alone], 1, infer_one)
 
 
-def infer(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], origin: str) -> Outputs:
+def compile_graph(model: "ov.Model", origin: str) -> Engine:
+    """Compile a graph for trials; raises BundleError, which names its origin, if OpenVINO cannot."""
+    try:
+        return compiled_engine(compile_exactly(model))
+    except RuntimeError as error:
+        raise BundleError(f"OpenVINO cannot compile {origin}: {tell_reason(error)}") from None
+
+
+def infer(engine: Engine, spec: InputSpec, pictures: Sequence[Image], origin: str) -> Outputs:
     """The outputs of each picture by name, float32 `[1, ...]`; arguments as for `try_graph`."""
-    compiled = _compile(model, origin)
-    return [_infer(compiled, fit(picture, spec)[None], origin) for picture in pictures]
+    return [_infer(engine, fit(picture, spec)[None], origin) for picture in pictures]
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -158,46 +172,37 @@ def stack(outputs: Outputs) -> Arrays:
     return max(outputs, key=lambda own: sum(values.size for values in own.values()))
 
 
-def _compile(model: "ov.Model", origin: str) -> Any:
+def _infer(engine: Engine, tensor: np.ndarray, origin: str) -> Arrays:
     try:
-        return compile_exactly(model)
-    except RuntimeError as error:
-        raise BundleError(f"OpenVINO cannot compile {origin}: {tell_reason(error)}") from None
-
-
-def _infer(compiled: Any, tensor: np.ndarray, origin: str) -> dict[str, np.ndarray]:
-    try:
-        outputs = compiled(tensor)
+        return engine(tensor)
     except RuntimeError as error:
         problem = f"{origin} fails on an image of {tensor.shape[1:]}: {tell_reason(error)}"
         raise BundleError(f"{problem}; correct the input of its card") from None
-    return {output.get_any_name(): outputs[output].copy() for output in compiled.outputs}
 
 
-def _is_same_together(compiled: Any, tensors: Sequence[np.ndarray], alone: Outputs) -> bool:
+def _is_same_together(engine: Engine, tensors: Sequence[np.ndarray], alone: Outputs) -> bool:
     positions = list(islice(cycle(range(len(tensors))), BATCH))
     try:
-        together = compiled(np.concatenate([tensors[position] for position in positions]))
+        together = engine(np.concatenate([tensors[position] for position in positions]))
     except RuntimeError:
         return False
-    for output in compiled.outputs:
-        name = output.get_any_name()
+    for name, output in together.items():
         if any(outputs[name].shape[0] != 1 for outputs in alone):
             return False
         expected = np.concatenate([alone[position][name] for position in positions])
-        if together[output].shape != expected.shape:
+        if output.shape != expected.shape:
             return False
         # Sorted, because what is equally probable may come in another order.
-        values, wanted = (np.sort(array.reshape(len(positions), -1), axis=1) for array in (together[output], expected))
+        values, wanted = (np.sort(array.reshape(len(positions), -1), axis=1) for array in (output, expected))
         if np.abs(values - wanted).max(initial=0) > TOLERANCE * max(1.0, np.abs(wanted).max(initial=0)):
             return False
     return True
 
 
-def _add_batch(model: "ov.Model", alone: Outputs, tried: Outputs) -> Outputs:
+def _add_batch(model: "ov.Model", tried: Outputs) -> set[str]:
     """Let each output of a graph for one image begin with a dimension of 1, in place; `tried` shows which ones lack it.
 
-    Returns the outputs `alone` with that dimension.
+    Returns their names.
     """
     from openvino import opset13 as ops
 
@@ -212,4 +217,8 @@ def _add_batch(model: "ov.Model", alone: Outputs, tried: Outputs) -> Outputs:
         output.get_node().input(0).replace_source_output(ops.unsqueeze(image, ops.constant([0])).output(0))
         name_output(output, name)
     model.validate_nodes_and_infer_types()
-    return [{name: values[None] if name in lacking else values for name, values in own.items()} for own in alone]
+    return lacking
+
+
+def _with_batch(outputs: Arrays, lacking: Container[str]) -> Arrays:
+    return {name: values[None] if name in lacking else values for name, values in outputs.items()}

@@ -199,9 +199,9 @@ def make_bundle(
     )
     check_manifest(manifest)
     if precision == "int8":
-        model, record = quantize(model, calibration, manifest, arrays, validation)
+        model, record, engine = quantize(model, calibration, manifest, arrays, validation, trial.engine)
         manifest = replace(manifest, quantization=asdict(record))
-        outputs = infer(model, architecture.input, pictures, architecture.name)
+        outputs = infer(engine, architecture.input, pictures, architecture.name)
     preview = draw_preview(outputs, manifest, arrays, pictures)
     if precision == "bf16" and not has_bf16():
         log.warning("this CPU has no bfloat16 units, so it will compute %s in 32 bits", manifest.name)

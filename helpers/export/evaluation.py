@@ -40,10 +40,11 @@ MEASURES = {
 
 def compiled_engine(compiled: "ov.CompiledModel") -> Engine:
     """A model that OpenVINO has compiled."""
+    names = [output.get_any_name() for output in compiled.outputs]
 
     def infer(images: np.ndarray) -> dict[str, np.ndarray]:
         outputs = compiled(images, share_inputs=True)
-        return {output.get_any_name(): outputs[output] for output in compiled.outputs}
+        return {name: outputs[position] for position, name in enumerate(names)}
 
     return infer
 

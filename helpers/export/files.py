@@ -13,7 +13,7 @@ from helpers.errors import BundleError, first_line
 from helpers.export import preparation
 from helpers.export.architectures import Architecture, Converted
 from helpers.export.cards import HELP, Card, merge, parse_card, read_arrays, read_entries
-from helpers.export.checks import Trial, generate_pictures, infer, stack, try_graph
+from helpers.export.checks import Trial, compile_graph, generate_pictures, infer, stack, try_graph
 from helpers.export.metadata import read_metadata
 from helpers.images.decoding import Image
 from helpers.tasks import DECODERS, Arrays, suggest
@@ -59,20 +59,22 @@ def convert_file(path: Path, card: Path | None = None, pictures: Sequence[Image]
         log.warning("%s gets gray levels of 0 to 255: its card has no mean and std, which most networks need", path)
     model = preparation.prepare(model, spec, layout, str(path))
     trial = try_graph(model, spec, pictures, str(path))
-    outputs = trial.outputs
+    outputs, engine = trial.outputs, trial.engine
     if not description.outputs and "anchor_free" in DECODERS[description.task]:
         shapes = {name: values.shape[1:] for name, values in outputs[0].items()}
         strides = preparation.find_strides(shapes, spec, bool(description.priors))
     if strides:
         preparation.join_strides(model, strides, spec, len(description.labels), str(origin))
-        outputs = infer(model, spec, pictures, str(path))
+        engine = compile_graph(model, str(path))
+        outputs = infer(engine, spec, pictures, str(path))
     description, roles = _assign_roles(description, stack(outputs), model, str(origin), bool(strides))
     if "offsets" in roles and description.decoder == "ssd" and not description.priors:
         raise BundleError(f"{origin}: boxes are offsets from anchors: add `priors: FILE.npy` with them; {HELP}")
     if unused := sorted({output.get_any_name() for output in model.outputs} - {*roles.values()}):
         log.warning("%s: outputs %s have no role; if it is theirs, name the card's `outputs`", path, ", ".join(unused))
     preparation.rename_outputs(model, roles)
-    trial = Trial(model, pictures, [_of_roles(own, roles) for own in outputs], trial.batch)
+    tried = [_of_roles(own, roles) for own in outputs]
+    trial = Trial(model, pictures, tried, trial.batch, lambda image: _of_roles(engine(image), roles))
     arrays = partial(read_arrays, description)
     architecture = Architecture.of_card(path.stem, description, roles, input=spec, arrays=arrays, trial=trial)
     if layout != "NCHW" or strides:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -67,8 +67,9 @@ def quantize(
     manifest: Manifest,
     arrays: Arrays,
     validation: Validation | None = None,
-) -> tuple["ov.Model", Record]:
-    """Quantize weights and activations to 8 bits with NNCF.
+    engine: evaluation.Engine | None = None,
+) -> tuple["ov.Model", Record, evaluation.Engine]:
+    """Quantize weights and activations to 8 bits with NNCF; returned compiled too.
 
     Args:
         model: takes uint8 images; it is not changed, but that tensors without a name may get one.
@@ -76,6 +77,7 @@ def quantize(
         manifest: of the model; says how its outputs are post-processed.
         arrays: that post-processing needs.
         validation: by default some of the calibration images, and the model itself for the truth.
+        engine: the model compiled for one image at a time, where it is already.
 
     Raises:
         BundleError: there are no images, the model is of 8 bits already, or NNCF cannot quantize it.
@@ -89,10 +91,7 @@ def quantize(
         raise BundleError("int8 needs images to calibrate with; name a folder of them with --calibration")
     step = -(-len(batches) // VALIDATION_IMAGES)
     validation = validation or Validation([batch[0] for batch in batches[::step]])
-    measure = Measure.of(model, validation, manifest, arrays)
-    limit = nncf.AdvancedAccuracyRestorerParameters(
-        max_num_iterations=MAX_GROUPS, ranking_subset_size=RANKING_IMAGES, num_ranking_workers=1
-    )
+    measure = Measure.of(engine or _engine(model), validation, manifest, arrays)
     log.info("quantizing; if %s falls by more than %.3f, layers are tried one by one", measure.name, measure.max_drop)
     logging.getLogger("nncf").setLevel(logging.WARNING)
     for node in model.get_ops():  # NNCF knows what goes into branches by its name
@@ -105,37 +104,52 @@ def quantize(
         "ignored_scope": nncf.IgnoredScope(names=find_tail(model), validate=False),
     }
     deadline = time.monotonic() + MAX_SECONDS
-
-    def validate(compiled: "ov.CompiledModel", items: Iterable[tuple[int, np.ndarray]]) -> tuple[float, list[float]]:
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        return measure.validate(compiled, items)
-
     try:
+        # NNCF's accuracy control compiles and measures both models anew, so it is asked only where 8 bits lose much.
         with quiet():
+            quantized = nncf.quantize(model, **quantizing)
+        after = measure.score(engine := _engine(quantized), validation.images)
+        if measure.before - after > measure.max_drop:
             try:
-                quantized = nncf.quantize_with_accuracy_control(
-                    model,
-                    validation_dataset=nncf.Dataset(list(enumerate(validation.images))),
-                    validation_fn=validate,
-                    max_drop=measure.max_drop,
-                    advanced_accuracy_restorer_parameters=limit,
-                    **quantizing,
-                )
+                quantized = _restore(model, quantizing, measure, validation.images, deadline)
+                after = measure.score(engine := _engine(quantized), validation.images)
             except TimeoutError:
                 log.warning("in %d s it is not known which layers lose most, so all are of 8 bits", MAX_SECONDS)
-                quantized = nncf.quantize(model, **quantizing)
     except Exception as error:  # NNCF raises whatever a graph leads it to
         problem = f"NNCF cannot quantize {manifest.architecture} ({first_line(error)})"
         raise BundleError(f"{problem}; export it with --precision fp16") from error
-    after, _ = measure.validate(compile_exactly(quantized), enumerate(validation.images))
     # Rounded to what several runs have in common.
     record = Record(measure.name, round(measure.before, 4), round(after, 4), float_layers(quantized))
     if record.float_layers:
         log.info("kept in floating point, because 8 bits lose too much: %s", ", ".join(record.float_layers))
     if measure.before - after > measure.max_drop:
         log.warning("int8 loses more than asked for: %s is %.3f, before %.3f", record.measure, after, record.before)
-    return quantized, record
+    return quantized, record, engine
+
+
+def _restore(
+    model: "ov.Model", quantizing: dict[str, Any], measure: "Measure", images: Sequence[np.ndarray], deadline: float
+) -> "ov.Model":
+    """Quantize and return layers to floating point until little enough is lost; TimeoutError after the deadline."""
+    import nncf
+
+    def validate(compiled: "ov.CompiledModel", items: Iterable[tuple[int, np.ndarray]]) -> tuple[float, list[float]]:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        return measure.validate(compiled, items)
+
+    limit = nncf.AdvancedAccuracyRestorerParameters(
+        max_num_iterations=MAX_GROUPS, ranking_subset_size=RANKING_IMAGES, num_ranking_workers=1
+    )
+    with quiet():
+        return nncf.quantize_with_accuracy_control(
+            model,
+            validation_dataset=nncf.Dataset(list(enumerate(images))),
+            validation_fn=validate,
+            max_drop=measure.max_drop,
+            advanced_accuracy_restorer_parameters=limit,
+            **quantizing,
+        )
 
 
 @dataclass(frozen=True)
@@ -150,10 +164,9 @@ class Measure:
     arrays: Arrays
 
     @classmethod
-    def of(cls, model: "ov.Model", validation: Validation, manifest: Manifest, arrays: Arrays) -> "Measure":
-        """Prepare to measure on these images."""
+    def of(cls, engine: evaluation.Engine, validation: Validation, manifest: Manifest, arrays: Arrays) -> "Measure":
+        """Prepare to measure on these images, with the model before it is quantized."""
         name, truth, allowed = evaluation.MEASURES[manifest.task], validation.truth, MAX_DROP
-        engine = evaluation.compiled_engine(compile_exactly(model))
         predictions = evaluation.predict(engine, validation.images, manifest, arrays)
         if truth is None:
             allowed = BOX_DISAGREEMENT if name == evaluation.BOX_MEASURE else MAX_DISAGREEMENT
@@ -162,6 +175,11 @@ class Measure:
                 log.warning("nothing is found in the calibration images, so what int8 loses cannot be measured")
         max_drop = allowed if validation.max_drop is None else validation.max_drop
         return cls(name, truth, evaluation.score(dict(enumerate(predictions)), truth), max_drop, manifest, arrays)
+
+    def score(self, engine: evaluation.Engine, images: Sequence[np.ndarray]) -> float:
+        """Measure a model on all of the images."""
+        predictions = evaluation.predict(engine, images, self.manifest, self.arrays)
+        return evaluation.score(dict(enumerate(predictions)), self.truth)
 
     def validate(
         self, compiled: "ov.CompiledModel", items: Iterable[tuple[int, np.ndarray]]
@@ -213,6 +231,10 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+def _engine(model: "ov.Model") -> evaluation.Engine:
+    return evaluation.compiled_engine(compile_exactly(model))
 
 
 def _weights_of(node: "ov.Node") -> "ov.Node":
