@@ -518,6 +518,9 @@ def _jvm_settings(config: Config) -> dict[str, str]:
         # A plan goes by the executors that are there, so it pays to wait for all of them, and not for ever.
         settings["spark.scheduler.minRegisteredResourcesRatio"] = "1.0"
         settings["spark.scheduler.maxRegisteredResourcesWaitingTime"] = f"{spark.wait_seconds}s"
+        # A training looks for its slots so often, for ten minutes in all: by default every 15 seconds, 40 times.
+        settings["spark.scheduler.barrier.maxConcurrentTasksCheck.interval"] = "1s"
+        settings["spark.scheduler.barrier.maxConcurrentTasksCheck.maxFailures"] = "600"
     if is_cluster and config.inference.device in ("GPU", "CUDA"):
         settings["spark.executor.resource.gpu.amount"] = "1"
         settings["spark.task.resource.gpu.amount"] = str(config.inference.gpu_share)

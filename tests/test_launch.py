@@ -126,7 +126,8 @@ def test_a_failing_rank_is_reported_in_its_own_words_and_not_started_again(spark
     assert "runpy" not in str(error.value)  # the program's own frames
 
 
-def test_ranks_that_wait_for_a_failed_one_are_stopped(spark, program, tmp_path):
+def test_ranks_that_wait_for_a_failed_one_are_stopped(spark, program, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 1.0)
     file = program(f"{COUNTED}\nif rank == 1:\n    raise ValueError('first')\nimport time\ntime.sleep(600)")
     started = time.monotonic()
     with pytest.raises(TrainingError, match="rank 1 of 2 failed with ValueError: first"):

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 PEER_LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|Connection refused|[Tt]imed? ?out", re.ASCII)
 # How Spark names the loss of an executor, or of the Python worker in it.
 TASK_LOST = re.compile(r"ExecutorLostFailure|Python worker exited unexpectedly|TaskKilled|worker lost", re.ASCII)
-POLL_SECONDS = 2.0  # from one look at the other ranks to the next
+POLL_SECONDS = 1.0  # from one look at the other ranks, which takes Spark another second, to the next
 GRACE_SECONDS = 10.0  # for the other ranks to say what they know, once one has failed
 LINES, LAST_LINES = 1000, 40  # of a rank's output: kept, and shown for a failure that left no traceback
 OUTCOME = pa.schema({"outcome": pa.string()})
@@ -94,7 +94,7 @@ def train_on_spark(
             )
     _check_resources(spark, processes, use_gpu)
     ship_helpers(spark)
-    task = _Task(_pack(path), path.name, arguments, use_gpu, run=secrets.token_hex(8))
+    task = _Task(_pack(path), path.name, arguments, use_gpu, secrets.token_hex(8), GRACE_SECONDS)
     for left in reversed(range(attempts)):
         try:
             return _attempt(spark, task, processes)
@@ -224,6 +224,7 @@ class _Task:
     arguments: tuple[str, ...]
     use_gpu: bool
     run: str
+    grace: float = GRACE_SECONDS
     console: Any = None  # address and port
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -248,7 +249,7 @@ class _Task:
         )
         try:
             output = _Output(child, self.console if number == 0 else None, self.run)
-            ended = _wait(child, context)
+            ended = _wait(child, context, self.grace)
         finally:
             child.kill()
             child.wait()
@@ -268,7 +269,7 @@ class _Task:
         if self.use_gpu:
             address, devices = context.resources()["gpu"].addresses[0], os.environ.get("CUDA_VISIBLE_DEVICES")
             own["gpu"] = devices.split(",")[int(address)] if devices else address  # Spark counts those that it sees
-        ranks = [json.loads(other) for other in context.allGather(json.dumps(own))]
+        ranks = _gather(context, own)
         neighbors = [place for place, other in enumerate(ranks) if other["host"] == own["host"]]
         environment = {
             "RANK": number,
@@ -330,17 +331,24 @@ class _Output:
             self.connection = None  # the driver gets the rest with the outcome
 
 
-def _wait(child: subprocess.Popen, context: "BarrierTaskContext") -> float:
+def _gather(context: "BarrierTaskContext", value: Any) -> list[Any]:
+    """Every rank's value. A single rank has no other to ask, which takes Spark a second each time."""
+    if len(context.getTaskInfos()) == 1:
+        return [value]
+    return [json.loads(other) for other in context.allGather(json.dumps(value))]
+
+
+def _wait(child: subprocess.Popen, context: "BarrierTaskContext", grace: float) -> float:
     """Wait until every rank has ended, and return when this one has; once one has failed, the others are stopped."""
     deadline, ended = float("inf"), 0.0
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(POLL_SECONDS)
             ended = ended or time.time()
-        codes = [json.loads(code) for code in context.allGather(json.dumps(child.poll()))]
+        codes = _gather(context, child.poll())
         if None not in codes:
             return ended
         if any(codes):
-            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            deadline = min(deadline, time.monotonic() + grace)
         if time.monotonic() > deadline:
             child.kill()
