@@ -55,7 +55,7 @@ def split_paths(paths: pa.Array | pa.ChunkedArray) -> tuple[Any, Any]:
 
 def are_frames(paths: pa.Array | pa.ChunkedArray) -> Any:
     """Whether each path is a frame's; without the copy of all paths that `split_paths` makes."""
-    return pc.match_substring_regex(paths, rf"{MARK}[0-9]+\z")
+    return pc.fill_null(pc.match_substring_regex(paths, rf"{MARK}[0-9]+\z"), False)
 
 
 def frame_paths(files: pa.Array, numbers: pa.Array) -> pa.Array:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from helpers.config import Config
 from helpers.errors import RunError
-from helpers.images.video import split_paths
+from helpers.images.video import are_frames
 from helpers.partitioning import PartitionPlan
 from helpers.pipeline import sail, stages
 from helpers.pipeline.listing import Listing, assign
@@ -124,7 +124,7 @@ def _kinds(rows: pa.Table) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.Chunked
     It passes over a file that is hidden to Spark, is not Unicode (`storage.local`), or has a colon in a path that must
     be escaped.
     """
-    is_part = pc.or_(split_paths(rows["path"])[1].is_valid(), rows["offset"].is_valid())
+    is_part = pc.or_(are_frames(rows["path"]), rows["offset"].is_valid())
     is_good = pc.and_(pc.greater(rows["length"], 0), pc.is_null(rows["error"]))
     is_good = pc.and_(is_good, pc.invert(is_part))
     hidden_or_bytes, colon, pattern = (

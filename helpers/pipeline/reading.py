@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from helpers.images.archive import MARK, Member, find_members, read_member, split_member, split_sample
 from helpers.images.boundary import attempt, too_long
 from helpers.images.decoding import Image
-from helpers.images.video import Frames, find_frames, frame_paths, frame_pixels, read_frames, split_paths
+from helpers.images.video import Frames, are_frames, find_frames, frame_paths, frame_pixels, read_frames, split_paths
 from helpers.memory import bounded
 from helpers.pipeline.schemas import (
     BESIDE,
@@ -281,7 +281,7 @@ def read_images(
         if "content" in batch.schema.names:
             yield batch
             continue
-        is_frame = split_paths(batch["path"])[1].is_valid()
+        is_frame = are_frames(batch["path"])
         images = batch.filter(pc.invert(is_frame))
         runs = list(_runs(images["length"].to_pylist(), max_images, batch_bytes))
         files = _files(images, storage, min(max_bytes, ARROW_BYTES), max(batch_bytes, GROWTH_BYTES))
