@@ -420,6 +420,11 @@ print(len(pyfunc._load_pyfunc(sys.argv[2]).bundle.manifest.labels))
     command = [sys.executable, "-P", "-c", script, str(code), str(folder / "data" / "bundle")]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env={"PATH": "/bin"})
     assert answer.stdout.split() == ["10"]
+    # MLflow puts this package before the project's own in the process that has loaded the model.
+    script = "from helpers.export.cards import find_cards; from helpers.config import CONF, load_config; "
+    script += "load_config('local'); print(CONF, find_cards())"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=code)
+    assert answer.stdout.startswith(str(code / "helpers" / "conf")) and "fashion_cnn" in answer.stdout
 
 
 def test_an_export_that_cannot_be_registered_says_so(uri, experiment, bundle_uri, tmp_path):
@@ -513,6 +518,7 @@ def test_pyfunc_predicts_what_the_pipeline_predicts(spark, uri, versions, sample
     config = load_config("local", **settings_of(uri, tmp_path, **{"spark.master": "local[2]"}))
     pipeline.run(spark, str(samples), "models:/fashion/1", str(tmp_path / "out"), config)
     expected = read_results(str(tmp_path / "out")).to_pylist()
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which MLflow adds the model's code, for good
     model = mlflow.pyfunc.load_model("models:/fashion/1")
     paths = [row["path"] for row in expected]
     by_path = model.predict(pd.DataFrame({"path": paths}))
@@ -529,6 +535,7 @@ def test_spark_udf_predicts_what_the_pipeline_predicts(spark, uri, versions, sam
     pipeline.run(spark, str(samples), "models:/fashion/1", str(tmp_path / "out"), config)
     expected = read_results(str(tmp_path / "out")).to_pylist()
     as_json = {"result_type": "string", "params": {"format": "json"}}
+    monkeypatch.setattr(sys, "path", [*sys.path])
     predict = mlflow.pyfunc.spark_udf(spark, "models:/fashion/1", env_manager="local", **as_json)
     table = spark.createDataFrame([(row["path"],) for row in expected], "path string").repartition(2)
     parsed = functions.from_json(predict(functions.struct("path")), spark_schema(OUTPUT_SCHEMA)).alias("row")

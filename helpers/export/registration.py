@@ -1,5 +1,6 @@
 """Register a bundle on an MLflow server: a model that loads anywhere, with the packages it needs, and without torch."""
 
+import shutil
 import tempfile
 import warnings
 from importlib.metadata import version
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from helpers.bundle.manifest import MANIFEST, Bundle
-from helpers.config import PACKAGE, Config
+from helpers.config import CONF, PACKAGE, Config
 from helpers.errors import BundleError, first_line
 from helpers.export.conversion import PREVIEW
 from helpers.pipeline.pyfunc import COLUMNS, CONTENT, FORMAT, OUTPUT_SCHEMA, PATH
@@ -107,14 +108,24 @@ def _save(bundle: Bundle, folder: Path, temporary: Path) -> None:
     for file in bundle.manifest.files:
         (data / file).write_bytes(bundle.read(file))
     (data / MANIFEST).write_bytes(bundle.storage.read(MANIFEST))
+    # As pip would lay it out: MLflow puts it first on the path of the process that loads the model, and it has to be
+    # whole for whatever else that process does.
+    code = temporary / PACKAGE.name
+    shutil.copytree(PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(CONF, code / "conf", ignore=_no_profile, dirs_exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")  # the signature says it all
         save_model(
             str(folder),
             loader_module=LOADER,
             data_path=str(data),
-            code_paths=[str(PACKAGE)],
+            code_paths=[str(code)],
             pip_requirements=[f"{package}=={version(package)}" for package in NEEDS],
             signature=signature(),
             metadata={DIGEST: bundle.manifest.digest},
         )
+
+
+def _no_profile(folder: str, names: list[str]) -> set[str]:
+    """What of conf/ pip does not bring."""
+    return {name for name in names if Path(name).suffix not in (".yaml", ".properties") and name != "cards"}
