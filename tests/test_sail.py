@@ -21,6 +21,7 @@ from bombs import bilevel_png
 from cluster import Finished, Run, start_run
 from test_video import pictures, write_clip
 
+from helpers import java
 from helpers.config import load_config
 from helpers.doctor import examine
 from helpers.memory import resident_megabytes
@@ -214,6 +215,7 @@ def test_one_machine_takes_sail_for_what_sail_can_do(uses, settings, mode):
 def test_without_java_everything_is_tried_on_sail(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setattr(java, "JAVA_PACKAGE", "not_there==1")
     assert choose_mode(load_config("local"))[0] == "sail"
     assert [finding.ok for finding in examine(load_config("local"), ["java", "spark"])] == [True, True]
 

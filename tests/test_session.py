@@ -51,8 +51,14 @@ def test_a_java_that_will_do_is_reported(monkeypatch, tmp_path, line, version):
     assert check_java() == version
 
 
-def test_java_is_found_on_the_path_without_java_home(monkeypatch, tmp_path):
+@pytest.fixture
+def no_java_home(monkeypatch):
+    """Neither a variable nor a package says where Java is."""
     monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setattr(java, "JAVA_PACKAGE", "not_there==1")
+
+
+def test_java_is_found_on_the_path_without_java_home(no_java_home, monkeypatch, tmp_path):
     home = install_java(tmp_path, 'openjdk version "99.1"')
     monkeypatch.setenv("PATH", f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}")
     assert check_java() == "99.1"
@@ -63,8 +69,7 @@ def assert_one_sentence_with_remedy(message: str) -> None:
     assert "Java 17 or newer" in message and "apt-get install openjdk-17-jre-headless" in message
 
 
-def test_java_missing_from_the_path_has_a_remedy(monkeypatch, tmp_path):
-    monkeypatch.delenv("JAVA_HOME", raising=False)
+def test_java_missing_from_the_path_has_a_remedy(no_java_home, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError, match="no java on the PATH") as error:
         check_java()

@@ -18,6 +18,7 @@ import pytest
 from conf.pack import closure
 from conf.torch_index import REQUIREMENTS, option
 from helpers.config import PROJECT
+from helpers.java import JAVA_PACKAGE
 from studies.cluster import LOOPBACK
 
 CLOSED = f"http://{LOOPBACK}:9"  # where nothing listens
@@ -110,6 +111,18 @@ def test_the_doctor_tells_what_is_absent_and_that_a_run_works(alone):
 def test_profiles_and_cards_come_with_the_wheel(alone):
     wrong = alone("run", "--profile", "nowhere", "--source", "a", "--model", "b", "--output", "c")
     assert wrong.returncode == 2 and "cluster, colab, databricks, local" in wrong.stderr
+
+
+def test_spark_runs_on_the_java_that_is_a_package(samples, bundle_uri, tmp_path):
+    """As `make setup` and notebooks on Colab install it where there is no Java."""
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "java", JAVA_PACKAGE, check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "JAVA_HOME"}
+    environment |= {"PATH": str(tmp_path), "PYTHONPATH": str(tmp_path / "java")}
+    places = ["--source", samples, "--model", bundle_uri, "--output", tmp_path / "out"]
+    command = [sys.executable, "-m", "helpers", "run", *places, "--set", "spark.mode=local"]
+    ended = run(*command, cwd=PROJECT, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1])["ok"] == 60
 
 
 @pytest.fixture
