@@ -2,9 +2,9 @@
 
     PYTHONPATH=notebooks:tests .venv/bin/python tests/bench/peers.py [--repeats 5] [--images 2000]
 
-Daft and Ray get an environment each in the work folder, by pip. Fused functions must find what the limit finds; as the
-libraries' guides have it, images are resized in other ways, and only counted. Medians of all repeats; of the limit, the
-best. Use a machine that does nothing else meanwhile.
+This project, Daft and Ray get an environment each in the work folder, by pip. Fused functions must find what the limit
+finds; as the libraries' guides have it, images are resized in other ways, and only counted. Medians of all repeats; of
+the limit, the best. Use a machine that does nothing else meanwhile.
 """
 
 import argparse
@@ -30,6 +30,7 @@ HERE = Path(__file__).parent
 PEERS = {"daft": ["daft==0.7.26"], "ray": ["ray[data]==2.60.0", "pillow"]}
 # What reading, decoding and post-processing of this project import, in the project's versions.
 NEEDS = re.compile(r"^((?:numpy|pyarrow|openvino|opencv-python-headless|pycocotools|pydantic)==\S+)", re.MULTILINE)
+SAIL = re.compile(r"^pysail==\S+", re.MULTILINE)
 LIMIT = "the limit"
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     photographs = make_photographs(options.work / f"photos-{options.images}", options.images)
     make_bundle("light", options.work)
-    ways = {LIMIT: [sys.executable, HERE / "limit.py"], **ours(), **peers(options.work)}
+    ways = {LIMIT: [sys.executable, HERE / "limit.py"], **ours(options.work), **peers(options.work)}
     rows = []
     for _ in range(options.repeats):
         expected: dict[str, int] = {}
@@ -66,25 +67,36 @@ def main() -> None:
     report(pd.DataFrame(rows), options)
 
 
-def ours() -> dict[str, list]:
-    """The product's command, as it is and on Spark."""
-    command = [sys.executable, "-m", "helpers", "run"]
+def ours(work: Path) -> dict[str, list]:
+    """The product's command, as it is and on Spark, installed as a user would who trains nothing."""
+    command = [
+        environment(work / "ours", [str(PROJECT), *SAIL.findall((PROJECT / "requirements.txt").read_text())]),
+        "-m",
+        "helpers",
+        "run",
+    ]
     return {"this pipeline": command, "this pipeline, on Spark": [*command, "--set", "spark.mode=local"]}
 
 
 def peers(work: Path) -> dict[str, list]:
-    """The ways of other libraries, each with an environment that is made here."""
+    """The ways of other libraries."""
     needs = NEEDS.findall((PROJECT / "requirements.txt").read_text())
     ways = {}
     for library, packages in PEERS.items():
-        python = work / library / "bin" / "python"
-        if not python.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(work / library)], check=True)
-            subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages, *needs], check=True)
+        python = environment(work / library, [*packages, *needs])
         # The environment has this project by its path, and not as a package, which would bring Spark.
         command = ["env", f"PYTHONPATH={PROJECT}", str(python), str(HERE / "ways.py"), library]
         ways[f"{library}, fused"], ways[f"{library}, as its guide has it"] = command, [*command, "--as-guides"]
     return ways
+
+
+def environment(folder: Path, packages: list[str]) -> Path:
+    """The interpreter of an environment with these packages, which is made here."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+    return python
 
 
 def classes(output: Path, way: str) -> dict[str, int]:
