@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
@@ -85,8 +85,13 @@ class RunSummary:
     images_per_second: float
     results: str
     unlisted: int = 0
-    records: list[dict[str, Any]] = field(default_factory=list, repr=False)  # `TASK_SCHEMA`, one a task
+    tasks: pa.Table = field(default_factory=TASK_SCHEMA.empty_table, repr=False)  # what each has told
     skipped_errors: Counter[str] = field(default_factory=Counter, repr=False)  # of the skipped; their counts
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The rows of `tasks`, which take ten times the memory."""
+        return self.tasks.to_pylist()
 
     @property
     def failed_of_all(self) -> int:
@@ -94,15 +99,15 @@ class RunSummary:
         return self.failed + self.skipped_errors.total()
 
     def to_json(self) -> str:
-        """One line, without the tasks' records, the errors of the skipped and the folders not listed."""
-        hidden = ("records", "skipped_errors", "unlisted")
+        """One line, without the tasks, the errors of the skipped and the folders not listed."""
+        hidden = ("tasks", "skipped_errors", "unlisted")
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden})
 
     def reasons(self) -> list[tuple[str, int]]:
         """The commonest errors and how many images have each, the skipped among them."""
         counts = Counter(self.skipped_errors)
-        for record in self.records:
-            counts.update({reason["error"]: reason["count"] for reason in record["reasons"]})
+        for reason in pc.list_flatten(self.tasks["reasons"]).to_pylist():
+            counts[reason["error"]] += reason["count"]
         return counts.most_common(REASONS_SHOWN)
 
 
@@ -128,7 +133,7 @@ class Run:
         self.session_seconds, self.pool = session_seconds, ThreadPoolExecutor(1)
         self.models = tuple(model.identity for model in task.models)
         self.store = open_results(spark, output, config, task.kept)
-        self.tasks = TASK_SCHEMA.empty_table()  # what they have told; as dictionaries it would be ten times as much
+        self.tasks = TASK_SCHEMA.empty_table()  # what they have told
         self.distributions = Distributions()  # of all predictions
         self.waiting: dict[str, File] = {}  # staged by a run that starts over
         self.published: list[str] = []  # files
@@ -177,11 +182,6 @@ class Run:
     def processed(self) -> int:
         """Images that tasks have worked on."""
         return self._sum("images")
-
-    @cached_property
-    def records(self) -> list[dict[str, Any]]:
-        """What all tasks have told (`TASK_SCHEMA`), for the end of the run."""
-        return self.tasks.to_pylist()
 
     def _sum(self, column: str) -> int:
         return pc.sum(self.tasks[column]).as_py() or 0
@@ -282,7 +282,7 @@ class Run:
         if self.tasks.num_rows:
             with only_warn("the run's predictions were not compared with earlier ones"):
                 about["drift"] = self.distributions.compare(self.earlier or [], config.tracking.drift)
-            told = {**about, **watch.laps}, self.records, STAGES
+            told = {**about, **watch.laps}, self.tasks, STAGES
             shown = partial(read_pictures, self.task.output, pictures)
             with only_warn("the run has no dashboard", "set paths.runs to a place that can be written"):
                 place = open_storage(f"{config.paths.runs}/pipeline/{self.task.run}", config)
@@ -441,7 +441,7 @@ class Run:
             images_per_second=round(self.processed / laps["pass_seconds"], 2) if self.processed else 0.0,
             results=self.store.location,
             unlisted=self.unlisted,
-            records=self.records,
+            tasks=self.tasks,
             skipped_errors=self.skipped_errors,
         )
 
@@ -469,7 +469,7 @@ def _tell_watchers(summary: RunSummary, about: dict[str, Any], config: Config) -
         with only_warn("the file for Prometheus could not be written", "tracking.prometheus is its place"):
             drift = about["drift"].values()
             shares = {f"drift_{part}": max((one[part] for one in drift), default=0.0) for part in ("classes", "scores")}
-            stages = {f"stage_{name}_seconds": sum(r[f"{name}_seconds"] for r in summary.records) for name in STAGES}
+            stages = {f"stage_{name}_seconds": pc.sum(summary.tasks[f"{name}_seconds"]).as_py() or 0 for name in STAGES}
             counts = {name: value for name, value in json.loads(text).items() if name != "results"}
             phases = {name: about[name] for name in PHASES if about[name] is not None}
             numbers = phases | stages | shares | counts | {"ended_timestamp_seconds": time.time()}

@@ -7,13 +7,14 @@ log_run     what a run of the pipeline writes
 
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import torch
     from matplotlib.figure import Figure
 
@@ -88,23 +89,26 @@ class Writers(Writer):
 def log_run(
     writer: Writer,
     run: dict[str, Any],
-    records: list[dict[str, Any]],
+    tasks: "pa.Table",
     stages: Sequence[str],
     pictures: Iterable[tuple[str, bytes]],
 ) -> None:
     """Write what one run of the pipeline has done.
 
-    `run` is its record (`RUN.json`); what took seconds comes at the step after the last task. A record of a task has
-    the seconds of some stages. Pictures are PNG files with their names.
+    `run` is its record (`RUN.json`); what took seconds comes at the step after the last task. `tasks` has a row of each
+    with the seconds of some stages. Pictures are PNG files with their names.
     """
-    start = min((record["started"].timestamp() for record in records), default=0.0)
-    done, failed, megabytes = 0, 0, 0.0
+    import pyarrow as pa  # a training has no use for it
+
     # A task ends when it began plus what it took; the clocks of hosts may differ by little.
-    for step, record in enumerate(sorted(records, key=_end), start=1):
+    began = tasks["started"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy() / 1e6
+    ends = began + tasks["seconds"].to_numpy()
+    done, failed, megabytes = 0, 0, 0.0
+    for step, record in enumerate(_rows(tasks.append_column("end", pa.array(ends)).sort_by("end")), start=1):
         done, failed = done + record["images"], failed + record["failed"]
         megabytes += record["bytes"] / 2**20
         values = {
-            "run/images_per_second": done / max(_end(record) - start, 1e-9),
+            "run/images_per_second": done / max(record["end"] - began.min(), 1e-9),
             "run/images": done,
             "run/failed": failed,
             "run/megabytes": megabytes,
@@ -114,15 +118,18 @@ def log_run(
             "task/attempt": record["attempt"],
             **{f"stage/{stage}_seconds": record[f"{stage}_seconds"] for stage in stages},
         }
-        writer.log_scalars(values, step, _end(record))
+        writer.log_scalars(values, step, record["end"])
     phases = {f"run/{name}": value for name, value in run.items() if name.endswith("seconds") and value is not None}
-    writer.log_scalars(phases, len(records) + 1, max(map(_end, records), default=None))
+    last = tasks.num_rows + 1
+    writer.log_scalars(phases, last, ends.max(initial=0.0) or None)
     for model, distances in enumerate(run.get("drift", {}).values()):
-        writer.log_scalars({f"drift/{part}_{model}": value for part, value in distances.items()}, len(records) + 1)
+        writer.log_scalars({f"drift/{part}_{model}": value for part, value in distances.items()}, last)
     writer.log_text("run/record.json", json.dumps(run, indent=2))
     for step, (name, png) in enumerate(pictures):
         writer.log_picture(f"pictures/{name}", png, step)
 
 
-def _end(record: dict[str, Any]) -> float:
-    return record["started"].timestamp() + record["seconds"]
+def _rows(table: "pa.Table") -> Iterator[dict[str, Any]]:
+    """The rows, of which few are dictionaries at a time."""
+    for batch in table.to_batches(max_chunksize=1000):
+        yield from batch.to_pylist()
