@@ -30,7 +30,7 @@ from trainings import PROGRAMS, places
 import fashion_mnist
 from helpers import pipeline
 from helpers.bundle.manifest import load_bundle
-from helpers.config import load_config
+from helpers.config import PROJECT, load_config
 from helpers.errors import BundleError, ConfigError, RunError, TrainingError
 from helpers.export.registration import publish
 from helpers.pipeline.pyfunc import OUTPUT_SCHEMA
@@ -424,7 +424,11 @@ print(len(pyfunc._load_pyfunc(sys.argv[2]).bundle.manifest.labels))
     script = "from helpers.export.cards import find_cards; from helpers.config import CONF, load_config; "
     script += "load_config('local'); print(CONF, find_cards())"
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=code)
-    assert answer.stdout.startswith(str(code / "helpers" / "conf")) and "fashion_cnn" in answer.stdout
+    conf = code / "helpers" / "conf"
+    assert answer.stdout.startswith(str(conf)) and "fashion_cnn" in answer.stdout
+    tracked = subprocess.check_output(["git", "ls-files", "conf/*.yaml", "conf/*.properties"], cwd=PROJECT, text=True)
+    ours = {Path(name).name for name in tracked.split() if Path(name).parent == Path("conf")}
+    assert {path.name for path in conf.iterdir()} == ours | {"cards"}
 
 
 def test_an_export_that_cannot_be_registered_says_so(uri, experiment, bundle_uri, tmp_path):

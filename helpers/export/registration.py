@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # What `helpers.pipeline.pyfunc` imports, and the readers of object storage that a path may need; the last has pydantic.
 NEEDS = ("numpy", "pandas", "pyarrow", "opencv-python-headless", "openvino", "pycocotools", "obstore", "mlflow-skinny")
 WAIT_SECONDS = 60  # for the server to have a version's files
+# What there is in conf/ for the package, but for profiles of the user's own, which are nobody else's.
+SETTINGS = ("base.yaml", "cluster.yaml", "colab.yaml", "databricks.yaml", "local.yaml", "log4j2.properties")
 MODEL = "model"  # the folder among the run's artifacts
 
 
@@ -108,11 +110,12 @@ def _save(bundle: Bundle, folder: Path, temporary: Path) -> None:
     for file in bundle.manifest.files:
         (data / file).write_bytes(bundle.read(file))
     (data / MANIFEST).write_bytes(bundle.storage.read(MANIFEST))
-    # As pip would lay it out: MLflow puts it first on the path of the process that loads the model, and it has to be
-    # whole for whatever else that process does.
+    # MLflow puts it first on the path of the process that loads the model, and whatever that does needs it whole.
     code = temporary / PACKAGE.name
-    shutil.copytree(PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(CONF, code / "conf", ignore=_no_profile, dirs_exist_ok=True)
+    shutil.copytree(PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__", "conf"))
+    shutil.copytree(CONF / "cards", code / "conf" / "cards")
+    for name in SETTINGS:
+        shutil.copy(CONF / name, code / "conf")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")  # the signature says it all
         save_model(
@@ -124,8 +127,3 @@ def _save(bundle: Bundle, folder: Path, temporary: Path) -> None:
             signature=signature(),
             metadata={DIGEST: bundle.manifest.digest},
         )
-
-
-def _no_profile(folder: str, names: list[str]) -> set[str]:
-    """What of conf/ pip does not bring."""
-    return {name for name in names if Path(name).suffix not in (".yaml", ".properties") and name != "cards"}
