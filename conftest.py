@@ -7,7 +7,11 @@ from xdist.scheduler import LoadScopeScheduling
 ALONE = ("00", "02", "08", "09")  # notebooks that need nothing of the ones before them
 # It takes the bundle of notebook 03, and trains one itself where there is none.
 AFTER_NOTEBOOKS = "test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs"
-SHARED = {"test_arrivals.py": "delta", "test_table_output.py": "delta"}  # files that share a process beside their own
+# Files that share more than their own fixtures.
+SHARED = {"test_arrivals.py": "delta", "test_table_output.py": "delta"}
+SHARED |= dict.fromkeys(
+    ("test_training.py", "test_recipe.py", "test_synchrony.py", "test_yolact_training.py"), "two ranks"
+)
 # The groups of more than a minute, the longest first: a long one that starts last would leave a process without work.
 # Notebooks stand before all of them.
 SLOW = (
@@ -31,12 +35,15 @@ SLOW = (
     "test_pipeline.py",
 )
 # What the cell `parameters` of a notebook says in a test, where a reader needs more than a check does. papermill would
-# set values in the same place. Whatever later notebooks take is made as it is for a reader.
+# set values in the same place.
 SIZES: dict[str, dict[str, Any]] = {
+    "01_train_fashion_mnist": {"EPOCHS": 2},  # fewer miss the accuracy that this notebook and 07 assert
+    "02_train_yolact": {"TRAIN_SCENES": 192},
     "07_postprocess": {"SCENES": 60},
-    "08_scale": {"IMAGES": 60},
+    "08_scale": {"IMAGES": 40, "DIFFERENT": 4, "SIDES": {"small": 160, "medium": 320, "large": 640}},
     "09_tune_training": {"RECIPE_IMAGES": 512, "HELD_OUT": 300, "TRIALS": 4, "SYNCHRONY_IMAGES": 1500},
     "10_compare_formats": {
+        "LARGE": "yolact_scenes",  # `test_yolact_pipeline` has the published one
         "TEST_SCENES": 30,
         "FRAMES": 8,
         "LARGE_FRAMES": 1,
@@ -44,6 +51,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "TORCH_COMPILE": False,  # half a minute of C++; `test_formats` has it without
     },
 }
+# Where notebooks leave what they make in a test, which is smaller and worse than what they make for a reader.
+TESTED = {f"HELPERS_PATHS__{name.upper()}": f"out/tested/{name}" for name in ("models", "results", "runs")}
 
 
 def pytest_collectstart(collector):
@@ -53,13 +62,13 @@ def pytest_collectstart(collector):
 
 
 def pytest_collection_modifyitems(items):
-    """Let the long groups start first, and set the sizes of notebooks."""
+    """Let the long groups start first, and set the places and sizes of notebooks."""
     items.sort(key=_turn)  # a stable sort: tests of one file keep their order
     for item in items:
         if item.path.suffix == ".ipynb" and "parameters" in item.cell.metadata.get("tags", ()):
-            item.cell.source += "".join(
-                f"\n{name} = {value!r}" for name, value in SIZES.get(item.path.stem, {}).items()
-            )
+            places = "".join(f"os.environ.setdefault({name!r}, {place!r})\n" for name, place in TESTED.items())
+            sizes = "".join(f"\n{name} = {value!r}" for name, value in SIZES.get(item.path.stem, {}).items())
+            item.cell.source = f"import os\n{places}{item.cell.source}{sizes}"
 
 
 class Groups(LoadScopeScheduling):
