@@ -37,7 +37,8 @@ SLOW = (
 # What the cell `parameters` of a notebook says in a test, where a reader needs more than a check does. papermill would
 # set values in the same place.
 SIZES: dict[str, dict[str, Any]] = {
-    "01_train_fashion_mnist": {"EPOCHS": 2},  # fewer miss the accuracy that this notebook and 07 assert
+    # 0.906 of the test images, where this notebook and 07 assert 0.90; with 128 images a step it is 0.903.
+    "01_train_fashion_mnist": {"EPOCHS": 2, "BATCH_SIZE": 96},
     "02_train_yolact": {"TRAIN_SCENES": 192},
     "07_postprocess": {"SCENES": 60},
     "08_scale": {"IMAGES": 40, "DIFFERENT": 4, "SIDES": {"small": 160, "medium": 320, "large": 640}},
