@@ -5,13 +5,12 @@ from typing import Any
 from xdist.scheduler import LoadScopeScheduling
 
 ALONE = ("00", "02", "08", "09")  # notebooks that need nothing of the ones before them
-# It takes the bundle of notebook 03, and trains one itself where there is none.
-AFTER_NOTEBOOKS = "test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs"
 # Files that share more than their own fixtures.
 SHARED = {"test_arrivals.py": "delta", "test_table_output.py": "delta"}
 SHARED |= dict.fromkeys(
     ("test_training.py", "test_recipe.py", "test_synchrony.py", "test_yolact_training.py"), "two ranks"
 )
+SHARED |= {"test_connect.py": "notebooks"}  # it takes the bundle of notebook 03, and trains one where there is none
 # The groups of more than a minute, the longest first: a long one that starts last would leave a process without work.
 # Notebooks stand before all of them.
 SLOW = (
@@ -40,6 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
     # 0.906 of the test images, where this notebook and 07 assert 0.90; with 128 images a step it is 0.903.
     "01_train_fashion_mnist": {"EPOCHS": 2, "BATCH_SIZE": 96},
     "02_train_yolact": {"TRAIN_SCENES": 256},
+    "03_optimize_models": {"CALIBRATION_IMAGES": 100, "TEST_SCENES": 30},
     "07_postprocess": {"SCENES": 60},
     "08_scale": {"IMAGES": 40, "DIFFERENT": 4, "SIDES": {"small": 160, "medium": 320, "large": 640}},
     "09_tune_training": {"RECIPE_IMAGES": 512, "HELD_OUT": 300, "TRIALS": 4, "SYNCHRONY_IMAGES": 1500},
@@ -81,9 +81,7 @@ class Groups(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         name = nodeid.partition("::")[0].rpartition("/")[2]
         chained = nodeid.startswith("notebooks/") and not name.startswith(ALONE)
-        if chained or nodeid.endswith(f"::{AFTER_NOTEBOOKS}"):
-            return "notebooks"
-        return SHARED.get(name, name)
+        return "notebooks" if chained else SHARED.get(name, name)
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -42,7 +42,6 @@ def test_every_name_that_the_order_knows_is_of_something():
     notebooks = [path.name for path in (PROJECT / "notebooks").glob("*.ipynb")]
     assert all(any(name.startswith(number) for name in notebooks) for number in HOOKS["ALONE"])
     assert all((PROJECT / "tests" / name).exists() for name in (*HOOKS["SLOW"], *HOOKS["SHARED"]))
-    assert f"def {HOOKS['AFTER_NOTEBOOKS']}(" in (PROJECT / "tests" / "test_connect.py").read_text()
 
 
 def executed(stem: str, source: str) -> dict[str, Any]:
