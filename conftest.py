@@ -39,7 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
     # 0.906 of the test images, where this notebook and 07 assert 0.90; with 128 images a step it is 0.903.
     "01_train_fashion_mnist": {"EPOCHS": 2, "BATCH_SIZE": 96},
     "02_train_yolact": {"TRAIN_SCENES": 256},
-    "03_optimize_models": {"CALIBRATION_IMAGES": 100, "TEST_SCENES": 30},
+    "03_optimize_models": {"TEST_SCENES": 30},
     "07_postprocess": {"SCENES": 60},
     "08_scale": {"IMAGES": 40, "DIFFERENT": 4, "SIDES": {"small": 160, "medium": 320, "large": 640}},
     "09_tune_training": {"RECIPE_IMAGES": 512, "HELD_OUT": 300, "TRIALS": 4, "SYNCHRONY_IMAGES": 1500},
