@@ -11,9 +11,8 @@ import train_yolact
 from helpers.config import PROJECT
 from helpers.errors import TrainingError
 from helpers.export.architectures import get_architecture
-from helpers.export.conversion import export, load_network
+from helpers.export.conversion import load_network
 from helpers.metrics import average_precision
-from helpers.storage import open_storage
 from helpers.tracking.tensorboard import read_scalars
 from helpers.yolact import build
 from helpers.yolact.detection import decode
@@ -226,11 +225,3 @@ def test_the_shipped_weights_say_how_they_were_made():
     record = json.loads(WEIGHTS.with_suffix(".json").read_text())
     assert record["settings"]["epochs"] == len(record["epochs"])
     assert record["cpu_minutes"] <= 80 and record["val_AP50"] == record["epochs"][-1]["val_AP50"]
-
-
-def test_the_shipped_weights_become_a_bundle(tmp_path):
-    export("yolact_scenes", WEIGHTS, open_storage(str(tmp_path)))
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["task"] == "instance_segmentation" and len(manifest["labels"]) == 10
-    assert [output["name"] for output in manifest["outputs"]] == ["loc", "conf", "mask", "proto"]
-    assert np.load(tmp_path / "priors.npy").shape == (1575, 4)
