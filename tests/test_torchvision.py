@@ -113,14 +113,14 @@ def spread(network: Any, pictures: Any) -> Any:
 def exported(tmp_path_factory) -> Callable[[str], Export]:
     """Exports each network once.
 
-    Detectors look at images four times as small as usual, and at a fifth of the objects or fewer where each has a head
+    Detectors look at images six times as small as usual, and at a fifth of the objects or fewer where each has a head
     of its own, which takes seconds instead of minutes.
     """
     done: dict[str, Export] = {}
     original = torchvision.models.get_model
 
     def get_model(name: str, **options: Any) -> nn.Module:
-        small = {"min_size": 200, "max_size": 333} if name in DETECTORS[1:] else {}
+        small = {"min_size": 128, "max_size": 213} if name.endswith("resnet50_fpn") else {}
         few = {"box_detections_per_img": 10 if "keypoint" in name else 20} if "rcnn" in name else {}
         return original(name, **options, **small, **few)
 
