@@ -40,7 +40,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "01_train_fashion_mnist": {"EPOCHS": 2, "BATCH_SIZE": 96},
     "02_train_yolact": {"TRAIN_SCENES": 256},
     "03_optimize_models": {"TEST_SCENES": 30},
-    "07_postprocess": {"SCENES": 60},
+    # The images of one folder, of which about as many are named rightly as of all.
+    "07_postprocess": {"PART": "images/07", "IMAGES": 1000, "SCENES": 60},
     "08_scale": {"IMAGES": 40, "DIFFERENT": 4, "SIDES": {"small": 160, "medium": 320, "large": 640}},
     "09_tune_training": {"RECIPE_IMAGES": 512, "HELD_OUT": 300, "TRIALS": 4, "SYNCHRONY_IMAGES": 1500},
     "10_compare_formats": {
