@@ -1,5 +1,6 @@
 """Hooks for every test, notebooks included."""
 
+import gc
 from typing import Any
 
 from xdist.scheduler import LoadScopeScheduling
@@ -61,6 +62,12 @@ def pytest_collectstart(collector):
     """Leave stderr out of nbval's comparison: Spark and Java write warnings there that differ between hosts."""
     if hasattr(collector, "skip_compare"):
         collector.skip_compare += ("stderr",)
+
+
+def pytest_collection_finish():
+    """Let the collector of garbage leave alone what was imported, and look less often at what tests make."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):
