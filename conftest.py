@@ -1,13 +1,17 @@
 """Hooks for every test, notebooks included."""
 
+import gc
 from typing import Any
 
 from xdist.scheduler import LoadScopeScheduling
 
 ALONE = ("00", "02", "08", "09")  # notebooks that need nothing of the ones before them
-# It takes the bundle of notebook 03, and trains one itself where there is none.
-AFTER_NOTEBOOKS = "test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs"
-SHARED = {"test_arrivals.py": "delta", "test_table_output.py": "delta"}  # files that share a process beside their own
+# Files that share more than their own fixtures.
+SHARED = {"test_arrivals.py": "delta", "test_table_output.py": "delta"}
+SHARED |= dict.fromkeys(
+    ("test_training.py", "test_recipe.py", "test_synchrony.py", "test_yolact_training.py"), "two ranks"
+)
+SHARED |= {"test_connect.py": "notebooks"}  # it takes the bundle of notebook 03, and trains one where there is none
 # The groups of more than a minute, the longest first: a long one that starts last would leave a process without work.
 # Notebooks stand before all of them.
 SLOW = (
@@ -31,12 +35,18 @@ SLOW = (
     "test_pipeline.py",
 )
 # What the cell `parameters` of a notebook says in a test, where a reader needs more than a check does. papermill would
-# set values in the same place. Whatever later notebooks take is made as it is for a reader.
+# set values in the same place.
 SIZES: dict[str, dict[str, Any]] = {
-    "07_postprocess": {"SCENES": 60},
-    "08_scale": {"IMAGES": 60},
+    # 0.906 of the test images, where this notebook and 07 assert 0.90; with 128 images a step it is 0.903.
+    "01_train_fashion_mnist": {"EPOCHS": 2, "BATCH_SIZE": 96},
+    "02_train_yolact": {"TRAIN_SCENES": 256},
+    "03_optimize_models": {"TEST_SCENES": 30},
+    # The images of one folder, of which about as many are named rightly as of all.
+    "07_postprocess": {"PART": "images/07", "IMAGES": 1000, "SCENES": 60},
+    "08_scale": {"IMAGES": 40, "DIFFERENT": 4, "SIDES": {"small": 160, "medium": 320, "large": 640}},
     "09_tune_training": {"RECIPE_IMAGES": 512, "HELD_OUT": 300, "TRIALS": 4, "SYNCHRONY_IMAGES": 1500},
     "10_compare_formats": {
+        "LARGE": "yolact_scenes",  # `test_yolact_pipeline` has the published one
         "TEST_SCENES": 30,
         "FRAMES": 8,
         "LARGE_FRAMES": 1,
@@ -44,6 +54,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "TORCH_COMPILE": False,  # half a minute of C++; `test_formats` has it without
     },
 }
+# Where notebooks leave what they make in a test, which is smaller and worse than what they make for a reader.
+TESTED = {f"HELPERS_PATHS__{name.upper()}": f"out/tested/{name}" for name in ("models", "results", "runs")}
 
 
 def pytest_collectstart(collector):
@@ -52,14 +64,20 @@ def pytest_collectstart(collector):
         collector.skip_compare += ("stderr",)
 
 
+def pytest_collection_finish():
+    """Let the collector of garbage leave alone what was imported, and look less often at what tests make."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 def pytest_collection_modifyitems(items):
-    """Let the long groups start first, and set the sizes of notebooks."""
+    """Let the long groups start first, and set the places and sizes of notebooks."""
     items.sort(key=_turn)  # a stable sort: tests of one file keep their order
     for item in items:
         if item.path.suffix == ".ipynb" and "parameters" in item.cell.metadata.get("tags", ()):
-            item.cell.source += "".join(
-                f"\n{name} = {value!r}" for name, value in SIZES.get(item.path.stem, {}).items()
-            )
+            places = "".join(f"os.environ.setdefault({name!r}, {place!r})\n" for name, place in TESTED.items())
+            sizes = "".join(f"\n{name} = {value!r}" for name, value in SIZES.get(item.path.stem, {}).items())
+            item.cell.source = f"import os\n{places}{item.cell.source}{sizes}"
 
 
 class Groups(LoadScopeScheduling):
@@ -71,9 +89,7 @@ class Groups(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         name = nodeid.partition("::")[0].rpartition("/")[2]
         chained = nodeid.startswith("notebooks/") and not name.startswith(ALONE)
-        if chained or nodeid.endswith(f"::{AFTER_NOTEBOOKS}"):
-            return "notebooks"
-        return SHARED.get(name, name)
+        return "notebooks" if chained else SHARED.get(name, name)
 
 
 def pytest_xdist_make_scheduler(config, log):

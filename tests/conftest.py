@@ -42,6 +42,14 @@ def config() -> Config:
 
 
 @pytest.fixture(scope="session")
+def two_ranks(spark, fashion_mnist_root, tmp_path_factory) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Folder and result of each training in two Spark tasks; the files that take them are one group (`Groups`)."""
+    from trainings import train_together
+
+    return train_together(spark, fashion_mnist_root, tmp_path_factory.mktemp("two_ranks"))
+
+
+@pytest.fixture(scope="session")
 def samples(fashion_mnist_root, tmp_path_factory) -> Path:
     """60 good images of several formats and sizes, and 4 files that are no images."""
     return write_samples(fashion_mnist_root, str(tmp_path_factory.mktemp("samples")))

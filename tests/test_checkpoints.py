@@ -15,6 +15,7 @@ from torch import nn
 from trainings import alone, train_fashion, train_scenes, weights
 
 import fashion_mnist
+from figures import new_figure
 from helpers.errors import TrainingError
 from helpers.storage import LocalStorage, StorageOptions, open_storage
 from helpers.tracking.tensorboard import read_scalars
@@ -55,6 +56,15 @@ def files(run_dir: Path) -> list[str]:
 
 def vector(run_dir: Path) -> torch.Tensor:
     return torch.cat([value.flatten().double() for value in weights(run_dir).values()])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_figures():
+    """Two dozen trainings end here, and drawing takes longer than each; `test_training` has what they draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        for plot in ("plot_predictions", "plot_confusion_matrix"):
+            patch.setattr(fashion_mnist, plot, lambda *_: new_figure(1, 1))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,4 @@
-"""The pipeline over a real Spark Connect server; `test_sources` has the one that `remote("local[2]")` starts.
-
-A process cannot hold a classic and a Connect session at once, so every client here is a process of its own.
-"""
+"""The pipeline over a real Spark Connect server; `test_sources` has the one that `remote("local[2]")` starts."""
 
 import contextlib
 import json
@@ -11,13 +8,15 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import connect_client
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from cluster import Finished, call, read_rows, start_run
+from cluster import Finished, call, read_rows
+from connect_client import client_process
 from trainings import train_fashion
 
 from helpers import pipeline
@@ -27,48 +26,8 @@ from helpers.pipeline import listing as ingest
 from studies.cluster import LOOPBACK, SPARK_HOME, Process, wait_for
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0[4-7]_*.ipynb"))
-EPOCHS = 3  # enough for the accuracy that notebook 07 asserts
+EPOCHS = 2  # enough for the accuracy that notebook 07 asserts
 LISTENS = r"Spark Connect server started at: \S+:(\d+)"
-STAGES = """
-import logging, sys
-import pyarrow.parquet as pq
-from helpers import pipeline
-from helpers.config import load_config
-from helpers.session import get_slots, get_spark, local_slots, set_where_allowed
-
-source, model, target, remote = sys.argv[1:]
-logging.basicConfig(level=logging.INFO)
-for reader in ("files", "spark"):
-    config = load_config("local", reader=reader, spark={"mode": "connect", "master": remote})
-    spark = get_spark(config)
-    assert get_spark(config) is spark
-    assert type(spark).__module__ == "pyspark.sql.connect.session"
-    assert local_slots(spark) is None and get_slots(spark) == 2
-    assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
-    images = pipeline.ingest(spark, source, config)
-    outputs = pipeline.infer(pipeline.preprocess(images, model, config), model, config)
-    pq.write_table(pipeline.postprocess(outputs, model, config).toArrow(), f"{target}/{reader}.parquet")
-set_where_allowed(spark, {"spark.executor.memory": "1g"})
-"""
-
-# Two calls of the command line in one process, which takes longer to start than to run.
-TWICE = "import sys; from helpers.cli import main; sys.exit(main(sys.argv[1:]) or main(sys.argv[1:]))"
-
-TRAINING = """
-import sys
-from helpers.config import load_config
-from helpers.session import get_spark
-from helpers.errors import TrainingError
-from helpers.training import train_on_spark
-
-program, remote = sys.argv[1:]
-spark = get_spark(load_config("local", spark={"mode": "connect", "master": remote}))
-print(train_on_spark(spark, program, ["well"], processes=2))
-try:
-    train_on_spark(spark, program, ["badly"], processes=2)
-except TrainingError as error:
-    print(str(error).splitlines()[0])
-"""
 PROGRAM = """
 import json, os, sys
 import helpers.training
@@ -102,6 +61,13 @@ def server(tmp_path_factory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def client(server) -> Iterator[Callable[..., Any]]:
+    """Runs a function in a process whose Spark that server is; one for all, because it takes seconds to start."""
+    with client_process(server) as run_there:
+        yield run_there
+
+
+@pytest.fixture(scope="module")
 def expected(samples, bundle_uri, tmp_path_factory) -> list[dict]:
     """What the stages give in this process, without any Spark."""
     config = load_config("local")
@@ -113,9 +79,9 @@ def expected(samples, bundle_uri, tmp_path_factory) -> list[dict]:
 @pytest.fixture(scope="module")
 def models(fashion_mnist_root, tmp_path_factory) -> Path:
     """The folder with the int8 bundle that the notebooks take: that of notebook 03, or one made in less time."""
-    made = Path(load_config("local").paths.models)
-    if (made / "fashion_cnn-int8" / "manifest.json").exists():
-        return made
+    for made in (PROJECT / "out" / "tested" / "models", Path(load_config("local").paths.models)):
+        if (made / "fashion_cnn-int8" / "manifest.json").exists():
+            return made
     from helpers.export.architectures import get_architecture
     from helpers.export.conversion import calibration_images, export
     from helpers.storage import open_storage
@@ -131,36 +97,40 @@ def models(fashion_mnist_root, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_stages_one_by_one_give_what_one_process_does(server, samples, bundle_uri, expected, tmp_path):
-    command = [sys.executable, "-c", STAGES, str(samples), bundle_uri, str(tmp_path), server]
-    client = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
-    assert client.returncode == 0, client.stderr
+def test_the_stages_one_by_one_give_what_one_process_does(client, samples, bundle_uri, expected):
     for reader in ("files", "spark"):
-        assert pq.read_table(tmp_path / f"{reader}.parquet").sort_by("path").to_pylist() == expected
-    # What a server refuses, as Databricks serverless does with most settings, is told and stops nothing.
-    assert "this Spark keeps its own spark.executor.memory" in client.stderr
+        table = client(connect_client.run_stages, str(samples), bundle_uri, reader)
+        assert table.sort_by("path").to_pylist() == expected
 
 
-def test_the_command_runs_over_a_server_and_resumes(server, samples, bundle_uri, expected, tmp_path):
-    arguments = ["run", "--profile", "local", "--set", "spark.mode=connect", "--set", f"spark.master={server}"]
-    arguments += ["--source", str(samples), "--model", bundle_uri, "--output", str(tmp_path / "out")]
-    command = [sys.executable, "-c", TWICE, *arguments]
-    client = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
-    assert client.returncode == 0, client.stderr
-    first, again = map(json.loads, client.stdout.splitlines())
+def test_what_a_server_refuses_is_told_and_stops_nothing(client):
+    """As Databricks serverless does with most settings."""
+    assert "this Spark keeps its own spark.executor.memory" in client(connect_client.set_what_is_refused)
+
+
+def test_the_command_runs_over_a_server_and_resumes(client, samples, bundle_uri, expected, tmp_path):
+    arguments = ["run", "--source", str(samples), "--model", bundle_uri, "--output", str(tmp_path / "out")]
+    summaries = []
+    for _ in range(2):
+        code, answer, errors = client(connect_client.call, *arguments)
+        assert code == 0, errors
+        summaries.append(json.loads(answer))
+    first, again = summaries
     assert (first["ok"], first["failed"], first["partitions"]) == (60, 4, 2)
     assert (again["ok"], again["skipped"]) == (0, 64)
     assert read_rows(tmp_path / "out") == expected
 
 
-def test_a_model_that_the_server_cannot_read_is_one_clear_error(server, samples, bundle_uri, tmp_path):
-    bundle = tmp_path / "bundle"
+def test_a_model_that_the_server_cannot_read_is_one_clear_error(client, samples, bundle_uri, tmp_path):
+    bundle, output = tmp_path / "bundle", tmp_path / "out"
     shutil.copytree(bundle_uri, bundle)
     with (bundle / "model.bin").open("r+b") as weights:
         weights.truncate(100)
-    settings = ["spark.mode=connect", f"spark.master={server}"]
-    run = start_run(samples, str(bundle), tmp_path / "out", tmp_path / "run.log", *settings).finish()
-    run.assert_one_clear_error("model.bin")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    # The server's workers have the whole one, and would read no file of it again.
+    (bundle / "manifest.json").write_text(json.dumps({**manifest, "name": "cut short"}))
+    arguments = ["run", "--source", str(samples), "--model", str(bundle), "--output", str(output)]
+    Finished(output, *client(connect_client.call, *arguments)).assert_one_clear_error("model.bin")
 
 
 def test_where_no_server_answers_there_is_one_clear_error_at_once(samples, bundle_uri, tmp_path, caplog):
@@ -173,14 +143,11 @@ def test_where_no_server_answers_there_is_one_clear_error_at_once(samples, bundl
     assert "planted" not in run.errors + caplog.text
 
 
-def test_a_program_is_trained_over_a_server(server, tmp_path):
+def test_a_program_is_trained_over_a_server(client, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-c", TRAINING, str(tmp_path / "program.py"), server]
-    client = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False)
-    assert client.returncode == 0, client.stderr
-    well, result, badly, *rest = client.stdout.splitlines()
-    assert well == badly == "this is rank 0 of 2" and result == "{'rank': 0}"
-    assert rest[-1] == "rank 1 of 2 failed with ValueError: so it is told"
+    result, error, printed = client(connect_client.train, str(tmp_path / "program.py"))
+    assert result == {"rank": 0} and error == "rank 1 of 2 failed with ValueError: so it is told"
+    assert printed.splitlines()[:2] == ["this is rank 0 of 2"] * 2
 
 
 def test_the_notebooks_of_the_four_stages_run_over_connect_with_the_same_outputs(server, models, tmp_path):

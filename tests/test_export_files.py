@@ -21,8 +21,7 @@ from helpers.bundle.manifest import Bundle, load_bundle
 from helpers.config import load_config
 from helpers.errors import BundleError, UserError
 from helpers.export import checks
-from helpers.export.checks import generate_pictures
-from helpers.export.conversion import PREVIEW, convert, convert_file, make_bundle
+from helpers.export.conversion import PREVIEW, convert_file, make_bundle
 from helpers.storage import open_storage
 
 # One object in a network's input of 8 x 8 pixels: a box from 2, 1 to 6, 7 of the second of three classes.
@@ -576,12 +575,3 @@ def test_ultralytics_files_of_tensorflow_lite_need_no_card(first_look, tmp_path,
         archive.writestr(name, json.dumps(about) if name.endswith("json") else str(about))
     manifest = bundle_of(path, None, tmp_path / "bundle").manifest
     assert (manifest.task, manifest.labels[7], manifest.input.std) == ("classification", "class 7", (1.0,) * 3)
-
-
-def test_weights_of_a_port_fit_timms_network(first_look, tmp_path):
-    converted = convert("timm:tf_efficientnet_lite0", first_look / "models" / "efficientnet_lite0.pth")
-    target = open_storage(str(tmp_path))
-    make_bundle(converted.model, converted.architecture, converted.file, target, "fp32", pictures=generate_pictures(1))
-    photograph = (first_look / "media/photographs/cat.png").read_bytes()
-    best = predict(load_bundle(target), [photograph])[0][0]
-    assert "cat" in best["label"] and best["score"] > 0.3

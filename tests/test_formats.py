@@ -1,6 +1,7 @@
 """One network in every engine, with random weights: the same outputs, and times that are comparable."""
 
 import functools
+import io
 
 import cv2
 import numpy as np
@@ -65,6 +66,13 @@ def clip(folder, fashion_mnist_root):
 @pytest.fixture(scope="module")
 def frames(clip, architecture):
     return benchmark.read_frames(clip, architecture.input)
+
+
+def test_the_bundle_says_what_the_network_gives(bundle):
+    manifest = bundle.manifest
+    assert manifest.task == "instance_segmentation" and len(manifest.labels) == 10
+    assert [output.name for output in manifest.outputs] == ["loc", "conf", "mask", "proto"]
+    assert np.load(io.BytesIO(bundle.read("priors.npy"))).shape == (1575, 4)
 
 
 def test_every_engine_gives_the_networks_outputs(engines, network, frames, architecture):

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import runpy
 import shutil
@@ -9,17 +10,21 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from helpers.config import PROJECT
 
 HOOKS = runpy.run_path(str(PROJECT / "conftest.py"))
 TESTS = "import pytest\n\n\n@pytest.mark.parametrize('number', range(20))\ndef test(number):\n    pass\n"
+PARAMETERS = {"tags": ["parameters"]}
 
 
 def test_the_tests_of_a_file_or_of_files_that_share_a_process_run_in_one_process(tmp_path):
     """Files of their own, because those of the project import for seconds."""
     shutil.copy(PROJECT / "conftest.py", tmp_path)
-    groups = [["test_one.py"], ["test_two.py"], list(HOOKS["SHARED"])]
+    shared = HOOKS["SHARED"]
+    groups = [["test_one.py"], ["test_two.py"]]
+    groups += [[file for file in shared if shared[file] == group] for group in sorted({*shared.values()})]
     for file in sum(groups, []):
         (tmp_path / file).write_text(TESTS)
     (line,) = [line for line in (PROJECT / "Makefile").read_text().splitlines() if "--numprocesses" in line]
@@ -37,10 +42,26 @@ def test_every_name_that_the_order_knows_is_of_something():
     notebooks = [path.name for path in (PROJECT / "notebooks").glob("*.ipynb")]
     assert all(any(name.startswith(number) for name in notebooks) for number in HOOKS["ALONE"])
     assert all((PROJECT / "tests" / name).exists() for name in (*HOOKS["SLOW"], *HOOKS["SHARED"]))
-    assert f"def {HOOKS['AFTER_NOTEBOOKS']}(" in (PROJECT / "tests" / "test_connect.py").read_text()
 
 
-def test_a_size_is_set_for_tests_only_where_the_notebook_says_one():
+def executed(stem: str, source: str) -> dict[str, Any]:
+    """The variables that a notebook's cell `parameters` leaves in a test, if that is its source."""
+    item = SimpleNamespace(path=Path(f"{stem}.ipynb"), cell=SimpleNamespace(source=source, metadata=PARAMETERS))
+    HOOKS["pytest_collection_modifyitems"]([item])
+    variables: dict[str, Any] = {}
+    exec(item.cell.source, variables)
+    return variables
+
+
+def test_notebooks_leave_what_they_make_in_a_test_apart(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"HELPERS_PATHS__RUNS": "elsewhere"})
+    paths = executed("04_ingest", "from helpers.config import load_config\npaths = load_config('local').paths")["paths"]
+    assert paths.models == str(PROJECT / "out/tested/models") and paths.results == str(PROJECT / "out/tested/results")
+    assert paths.runs == str(PROJECT / "elsewhere")  # `test_connect` says where
+
+
+def test_a_size_is_set_for_tests_only_where_the_notebook_says_one(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
     for stem, sizes in HOOKS["SIZES"].items():
         cells = json.loads((PROJECT / "notebooks" / f"{stem}.ipynb").read_text())["cells"]
         (cell,) = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
@@ -51,8 +72,5 @@ def test_a_size_is_set_for_tests_only_where_the_notebook_says_one():
             if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
         }
         assert sizes.keys() <= names
-        item = SimpleNamespace(path=Path(f"{stem}.ipynb"), cell=SimpleNamespace(source="", metadata=cell["metadata"]))
-        HOOKS["pytest_collection_modifyitems"]([item])
-        values: dict = {}
-        exec(item.cell.source, values)
+        values = executed(stem, "")
         assert {name: values[name] for name in sizes} == sizes

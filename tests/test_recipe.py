@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainings import PROGRAMS, places, train_fashion
+from trainings import HELD_OUT, SMALL_RECIPE, places, train_fashion
 
 import fashion_data
 import fashion_sets
@@ -19,18 +19,14 @@ from helpers.export.architectures import get_architecture
 from helpers.export.conversion import export, load_network
 from helpers.storage import open_storage
 from helpers.tracking.tensorboard import read_scalars
-from helpers.training import train_on_spark
 from muon import HIDDEN_MOMENTUM, HIDDEN_RATE, MOMENTUM, Muon, orthogonalize
-
-SMALL = [*RECIPE, "--epochs", "2", "--batch-size", "64", "--width", "4", "--evaluate-every", "1", "--precision", "fp32"]
-HELD_OUT = [*SMALL, "--train-images", "1280", "--validation-images", "1000"]
 
 
 @pytest.fixture(scope="module")
 def run(fashion_mnist_root, tmp_path_factory):
     """A small training that ends with the test images: its directory and its result."""
     run_dir = str(tmp_path_factory.mktemp("recipe"))
-    arguments = [*SMALL, "--train-images", "1280", "--evaluate-every", "2", "--test-images", "1000"]
+    arguments = [*SMALL_RECIPE, "--train-images", "1280", "--evaluate-every", "2", "--test-images", "1000"]
     return run_dir, train_fashion(arguments, fashion_mnist_root, run_dir)
 
 
@@ -214,14 +210,13 @@ def test_the_projector_has_a_thousand_points_with_pictures(run):
     assert classes[0] == "Ankle boot" and sprite[:28, :28].max() > 200
 
 
-def test_two_spark_tasks_train_as_one_process(spark, held_out_run, fashion_mnist_root, tmp_path):
-    arguments = [*HELD_OUT, *places(fashion_mnist_root, tmp_path)]
-    both = train_on_spark(spark, PROGRAMS / "fashion_mnist.py", arguments, processes=2)
+def test_two_spark_tasks_train_as_one_process(two_ranks, held_out_run):
+    run_dir, both = two_ranks["recipe"]
     assert both["processes"] == 2
     # Batch norm sees half batches, and each rank augments in its own way.
     losses = [run["epochs"][-1]["train_loss"] for run in (held_out_run[1], both)]
     assert losses[1] == pytest.approx(losses[0], rel=0.15) and losses[1] < 0.9 * both["epochs"][0]["train_loss"]
-    assert read_scalars(str(tmp_path))["train/loss"]["step"].tolist() == list(range(1, 41))
+    assert read_scalars(run_dir)["train/loss"]["step"].tolist() == list(range(1, 41))
 
 
 def test_a_mirror_image_gets_the_same_logits_in_evaluation_alone(untrained):
@@ -245,15 +240,6 @@ def test_the_bundle_gives_the_networks_averaged_logits(precision, tolerance, unt
     np.testing.assert_allclose(logits, expected, atol=tolerance)
     assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.99
     assert bundle.manifest.architecture == "fashion_resnet" and bundle.manifest.labels == fashion_data.CLASSES
-
-
-def test_the_shipped_weights_have_the_accuracy_that_was_measured(fashion_mnist_root):
-    weights = PROGRAMS.parent / "weights" / "fashion_resnet.pt"
-    measured = json.loads(weights.with_suffix(".json").read_text())["runs"][0]["test_accuracy"]
-    images, labels = (part[:2000] for part in fashion_data.load(fashion_mnist_root, train=False))
-    network = load_network(get_architecture("fashion_resnet"), weights)
-    predicted = compute_logits(network, torch.as_tensor(images)).argmax(dim=1).numpy()
-    assert (predicted == labels).mean() == pytest.approx(measured, abs=0.01)
 
 
 def test_weights_of_the_other_network_are_refused(checkpoint):

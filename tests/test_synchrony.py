@@ -1,20 +1,18 @@
 import contextlib
-import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from trainings import PROGRAMS, alone, places, weights
+from trainings import SYNCHRONY, alone, places, weights
 
 import fashion_data
 import synchrony
 from fashion_mnist import FashionCNN, normalize
 from helpers.errors import TrainingError
-from helpers.training import share_batches, train_on_spark
+from helpers.training import share_batches
 
 RATE = 0.02
-SMALL = ["--epochs", "1", "--batch-size", "64", "--train-images", "960", "--test-images", "200"]
 
 
 def parameters_of(run_dir: Any) -> torch.Tensor:
@@ -24,7 +22,7 @@ def parameters_of(run_dir: Any) -> torch.Tensor:
 
 
 def train(data: str, run_dir: Any, *arguments: str) -> dict[str, Any]:
-    return synchrony.train(synchrony.parse([*SMALL, *places(data, run_dir), *arguments]))
+    return synchrony.train(synchrony.parse([*SYNCHRONY, *places(data, run_dir), *arguments]))
 
 
 def shares(images: int):
@@ -32,28 +30,16 @@ def shares(images: int):
     return share_batches(images, alone(), batch_size=64, seed=0, epoch=0)
 
 
-@pytest.fixture(scope="module")
-def spark_runs(spark, fashion_mnist_root, tmp_path_factory):
-    """Two Spark tasks that all-reduce, and that average every step and every fifth: folders and results by name."""
-    ways = {"all-reduce": [], "local-1": ["--every", "1"], "local-5": ["--every", "5"]}
-    runs = {}
-    for name, way in ways.items():
-        run_dir = str(tmp_path_factory.mktemp(name))
-        arguments = [*SMALL, *places(fashion_mnist_root, run_dir), "--synchrony", re.sub(r"-\d", "", name), *way]
-        runs[name] = run_dir, train_on_spark(spark, PROGRAMS / "synchrony.py", arguments, processes=2)
-    return runs
-
-
-def test_local_sgd_with_an_average_every_step_is_all_reduce(spark_runs):
-    (first_dir, first), (second_dir, second) = spark_runs["all-reduce"], spark_runs["local-1"]
+def test_local_sgd_with_an_average_every_step_is_all_reduce(two_ranks):
+    (first_dir, first), (second_dir, second) = two_ranks["all-reduce"], two_ranks["local-1"]
     assert first["settings"]["synchrony"] == "all-reduce" and second["settings"]["synchrony"] == "local"
     assert first["processes"] == second["processes"] == 2
     np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-3)
     torch.testing.assert_close(parameters_of(first_dir), parameters_of(second_dir), rtol=1e-3, atol=1e-5)
 
 
-def test_averaging_more_seldom_is_something_else_and_learns_too(spark_runs):
-    (all_reduce_dir, _), (local_dir, local) = spark_runs["all-reduce"], spark_runs["local-5"]
+def test_averaging_more_seldom_is_something_else_and_learns_too(two_ranks):
+    (all_reduce_dir, _), (local_dir, local) = two_ranks["all-reduce"], two_ranks["local-5"]
     assert (parameters_of(all_reduce_dir) - parameters_of(local_dir)).abs().max() > 1e-3
     assert np.mean(local["loss"][-3:]) < 0.8 * local["loss"][0]
     assert len(local["loss"]) == len(local["seconds"]) == 15 and local["seconds"] == sorted(local["seconds"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainings import PROGRAMS, alone, places, train_fashion, weights
+from trainings import FASHION, alone, train_fashion, weights
 
 import fashion_data
 import fashion_mnist
@@ -17,25 +17,21 @@ from helpers.errors import HostError, TrainingError
 from helpers.export.architectures import get_architecture
 from helpers.export.conversion import load_network
 from helpers.tracking.tensorboard import read_scalars
-from helpers.training import Pace, fastest_dtype, join_group, share_batches, train_on_spark
+from helpers.training import Pace, fastest_dtype, join_group, share_batches
 from studies.figures import plot_training
-
-SMALL = ["--epochs", "2", "--batch-size", "64", "--train-images", "1280", "--test-images", "500", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
 def single_run(fashion_mnist_root, tmp_path_factory):
     """A small training on one process: its directory and its result."""
     run_dir = str(tmp_path_factory.mktemp("single"))
-    return run_dir, train_fashion(SMALL, fashion_mnist_root, run_dir)
+    return run_dir, train_fashion(FASHION, fashion_mnist_root, run_dir)
 
 
-@pytest.fixture(scope="module")
-def spark_run(spark, fashion_mnist_root, tmp_path_factory):
+@pytest.fixture
+def spark_run(two_ranks):
     """The same on two Spark tasks."""
-    run_dir = str(tmp_path_factory.mktemp("spark"))
-    arguments = [*SMALL, *places(fashion_mnist_root, run_dir)]
-    return run_dir, train_on_spark(spark, PROGRAMS / "fashion_mnist.py", arguments, processes=2)
+    return two_ranks["fashion"]
 
 
 def parameters_of(run_dir: str) -> torch.Tensor:

@@ -5,17 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainings import PROGRAMS, places, train_scenes, weights
+from trainings import EPOCHS, RATE, SCENES, STEPS, WARM_UP, train_scenes, weights
 
 import train_yolact
 from helpers.config import PROJECT
 from helpers.errors import TrainingError
 from helpers.export.architectures import get_architecture
-from helpers.export.conversion import export, load_network
+from helpers.export.conversion import load_network
 from helpers.metrics import average_precision
-from helpers.storage import open_storage
 from helpers.tracking.tensorboard import read_scalars
-from helpers.training import train_on_spark
 from helpers.yolact import build
 from helpers.yolact.detection import decode
 from yolact import losses
@@ -26,16 +24,13 @@ from yolact.matching import BACKGROUND, IGNORED, encode, match
 from yolact.scenes import Scenes, to_coco
 
 WEIGHTS = PROJECT / "notebooks" / "weights" / "yolact_scenes.pt"
-EPOCHS, STEPS, RATE, WARM_UP = 2, 8, 1e-3, 3
-QUICK = ["--epochs", str(EPOCHS), "--batch-size", "8", "--train-scenes", str(8 * STEPS), "--validation-scenes", "4"]
-QUICK += ["--learning-rate", str(RATE), "--warm-up-steps", str(WARM_UP), "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
 def run(fashion_mnist_root, tmp_path_factory):
     """A few steps on one process: the run directory and the result."""
     folder = str(tmp_path_factory.mktemp("yolact"))
-    return folder, train_scenes(QUICK, fashion_mnist_root, folder)
+    return folder, train_scenes(SCENES, fashion_mnist_root, folder)
 
 
 def test_anchors_are_matched_by_overlap():
@@ -184,24 +179,22 @@ def test_the_run_leaves_its_dashboard_and_its_network(run):
     assert network.proto_net[0].weight.isfinite().all()
 
 
-def test_two_spark_tasks_train_the_network_of_one_process(run, spark, fashion_mnist_root, tmp_path):
-    folder, single = run
-    arguments = [*QUICK, *places(fashion_mnist_root, tmp_path)]
-    result = train_on_spark(spark, PROGRAMS / "train_yolact.py", arguments, processes=2)
-    told = {**single["settings"], "run_dir": str(tmp_path)}
+def test_two_spark_tasks_train_the_network_of_one_process(run, two_ranks):
+    (folder, single), (spark_folder, result) = run, two_ranks["scenes"]
+    told = {**single["settings"], "run_dir": spark_folder}
     assert result["processes"] == 2 and result["settings"] == told
     assert result["epochs"][1]["train_loss"] < 0.8 * result["epochs"][0]["train_loss"]
     assert result["epochs"][0]["train_loss"] == pytest.approx(single["epochs"][0]["train_loss"], rel=0.2)
     # Batch norm and hard negatives see half batches, so the two are close rather than equal.
     pyramids = [
-        torch.cat([v.flatten() for key, v in weights(path).items() if "fpn" in key]) for path in (folder, tmp_path)
+        torch.cat([v.flatten() for key, v in weights(path).items() if "fpn" in key]) for path in (folder, spark_folder)
     ]
     assert torch.nn.functional.cosine_similarity(*pyramids, dim=0) > 0.99
 
 
 def test_a_long_gradient_is_shortened_and_shown_as_it_was(fashion_mnist_root, tmp_path, monkeypatch):
     monkeypatch.setattr(train_yolact, "MAX_GRAD_NORM", 1e-12)
-    one_step = [*QUICK, "--epochs", "1", "--train-scenes", "8", "--weight-decay", "0", "--validation-scenes", "1"]
+    one_step = [*SCENES, "--epochs", "1", "--train-scenes", "8", "--weight-decay", "0", "--validation-scenes", "1"]
     train_scenes(one_step, fashion_mnist_root, tmp_path)
     assert read_scalars(str(tmp_path))["train/gradient_norm"]["value"].iloc[0] > 1
     torch.manual_seed(0)
@@ -232,11 +225,3 @@ def test_the_shipped_weights_say_how_they_were_made():
     record = json.loads(WEIGHTS.with_suffix(".json").read_text())
     assert record["settings"]["epochs"] == len(record["epochs"])
     assert record["cpu_minutes"] <= 80 and record["val_AP50"] == record["epochs"][-1]["val_AP50"]
-
-
-def test_the_shipped_weights_become_a_bundle(tmp_path):
-    export("yolact_scenes", WEIGHTS, open_storage(str(tmp_path)))
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["task"] == "instance_segmentation" and len(manifest["labels"]) == 10
-    assert [output["name"] for output in manifest["outputs"]] == ["loc", "conf", "mask", "proto"]
-    assert np.load(tmp_path / "priors.npy").shape == (1575, 4)

@@ -38,13 +38,15 @@ def plot_grid(
     """
     rows, side = math.ceil(len(images) / columns), width / columns
     figure = new_figure(side * (1.15 if titles else 1.0) * rows, width)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    # Ticks, and titles that look for a place above them, would be laid out too, though nobody sees them.
+    panels = figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []}).ravel()
     for panel in panels:
         panel.set_axis_off()
+        panel.set_title("", y=1.0)
     for panel, image in zip(panels, images, strict=False):
         panel.imshow(image[..., ::-1] if image.shape[2:] == (3,) else image, cmap="gray")
     for number, (panel, title) in enumerate(zip(panels, titles, strict=False)):
-        panel.set_title(title, fontsize=7, color=colors[number] if colors else "black")
+        panel.set_title(title, fontsize=7, color=colors[number] if colors else "black", y=1.0)
     return figure
 
 
