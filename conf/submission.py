@@ -360,7 +360,7 @@ def _spark_class(*arguments: str) -> str:
 
 def _output(command: list[str]) -> str:
     """What a command prints on both of its streams."""
-    environment = {**os.environ, "SPARK_HOME": str(SPARK_HOME), "SPARK_SUBMIT_OPTS": LOG}
+    environment = {**os.environ, "SPARK_HOME": str(SPARK_HOME), "SPARK_SUBMIT_OPTS": _java_options()}
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.run(command, env=environment, text=True, check=False, **pipes).stdout
 

@@ -105,15 +105,19 @@ def jvm_command(settings: Mapping[str, str]) -> list[str] | None:
     version = re.search(r'^JAVA_VERSION="(\d+)', release.read_text(), re.M) if release.is_file() else None
     if version is None or int(version[1]) < MINIMUM_JAVA:
         return None
-    # In the launcher's order: to the JVM, the archive of classes would else be of others.
-    places = [home / "conf", *(home / "jars").glob("slf4j-api-*.jar"), home / "jars" / "*"]
     options = shlex.split(settings.get("spark.driver.extraJavaOptions", ""))
     return [
-        *(java, "-cp", os.pathsep.join(map(str, places)), f"-Xmx{settings['spark.driver.memory']}"),
+        *(java, "-cp", class_path(home), f"-Xmx{settings['spark.driver.memory']}"),
         *(*options, *OPTIONS, "org.apache.spark.deploy.SparkSubmit"),
         *(part for name, value in settings.items() for part in ("--conf", f"{name}={value}")),
         "pyspark-shell",
     ]
+
+
+def class_path(home: Path) -> str:
+    """Where Spark's launcher has a JVM look for classes."""
+    # In the launcher's order: to the JVM, the archive of classes would else be of others.
+    return os.pathsep.join(map(str, (home / "conf", *(home / "jars").glob("slf4j-api-*.jar"), home / "jars" / "*")))
 
 
 def local_options() -> str:

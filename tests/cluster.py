@@ -122,7 +122,9 @@ def start_run(
     options = [part for setting in settings for part in ("--set", setting)]
     command = [*before, sys.executable, "-m", "helpers", "run", "--profile", profile, *options]
     command += ["--source", str(source), "--model", model, "--output", str(output)]
-    return Run(output, Process(command, log, {"SPARK_SUBMIT_OPTS": local_options()}))
+    # The JVM of a cluster's driver is the tests' own to set up. One that is all of Spark has these options already, and
+    # with the variable it would be started by Spark's launcher, a JVM more.
+    return Run(output, Process(command, log, {"SPARK_SUBMIT_OPTS": local_options()} if profile == "cluster" else {}))
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess:

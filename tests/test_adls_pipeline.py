@@ -34,6 +34,7 @@ from test_video import pictures, write_clip
 from helpers import doctor, pipeline
 from helpers.config import PROJECT, load_config
 from helpers.errors import StorageError
+from helpers.java import local_options
 from helpers.pipeline.folders import KEEP
 from helpers.pipeline.results import ResultStore, Work
 from helpers.pipeline.rows import without
@@ -205,7 +206,7 @@ def test_a_run_after_a_killed_driver_does_only_what_was_not_finished(here, place
 
 def test_a_worker_killed_in_the_middle_loses_and_doubles_nothing(place, expected):
     # Without the project's own log settings the driver's log tells of a task that was lost.
-    run = place.start("spark.conf.spark.driver.extraJavaOptions=-Xss4m")
+    run = place.start(f"spark.conf.spark.driver.extraJavaOptions={local_options()}")
     driver = psutil.Process(run.process.popen.pid)
     place.wait_until_staged(run, 2)
 
@@ -307,7 +308,7 @@ def test_a_token_that_expires_half_way_is_one_clear_error_and_a_new_credential_c
 def cluster(tmp_path_factory, secret) -> Iterator[Cluster]:
     """Its processes have the variable, as a cluster's environment should."""
     started = Cluster(tmp_path_factory.mktemp("cluster"))
-    started.complete()
+    started.complete(workers=1)
     yield started
     started.stop()
 

@@ -33,6 +33,7 @@ from pyspark.sql import SparkSession
 from helpers import pipeline
 from helpers.cli import main
 from helpers.config import load_config
+from helpers.java import local_options
 from helpers.pipeline.results import ResultStore
 from helpers.storage import open_storage
 from studies.cluster import Cluster, wait_for
@@ -40,6 +41,7 @@ from studies.cluster import Cluster, wait_for
 PICTURES, COPIES = 20, 7  # different images, and how often each is there
 SIDE = 1200  # pixels: a task's images take long enough that a run has a middle
 PARTITIONS = 40
+ONE_EXECUTOR = "spark.conf.spark.cores.max=1"
 TMPFS_BYTES, TMPFS_FILES = 4 * 2**20, 500
 ROOM_BYTES = 48 * 2**10  # for the files of a few tasks
 
@@ -85,9 +87,9 @@ class Place:
     def start_local(self, *settings: str) -> Run:
         return self.start("spark.master=local[2]", *settings)
 
-    def start_on(self, cluster: Cluster) -> Run:
+    def start_on(self, cluster: Cluster, *settings: str) -> Run:
         cluster.complete()
-        return self.start(*cluster.assignments, profile="cluster")
+        return self.start(*cluster.assignments, *settings, profile="cluster")
 
     def run(self, spark: SparkSession) -> pipeline.RunSummary:
         """A run in this process."""
@@ -143,7 +145,7 @@ def kill_python_worker(run: Run, workers: Callable[[], list[psutil.Process]], lo
         stopped = wait_for("a Python worker", workers)
         for worker in stopped:
             send(worker, signal.SIGSTOP)
-        time.sleep(1)  # for tasks to arrive
+        time.sleep(0.3)  # for tasks to arrive
         for worker in stopped:
             send(worker, signal.SIGKILL)
         with contextlib.suppress(AssertionError):
@@ -187,14 +189,14 @@ def test_python_workers_executors_and_spark_workers_killed_in_the_middle_lose_an
 
 def test_a_python_worker_killed_in_local_mode_loses_and_doubles_nothing(place, undisturbed):
     # Without the project's own log settings the driver's log tells of a task that was lost.
-    run = place.start_local("spark.conf.spark.driver.extraJavaOptions=-Xss4m")
+    run = place.start_local(f"spark.conf.spark.driver.extraJavaOptions={local_options()}")
     driver = psutil.Process(run.process.popen.pid)
     kill_python_worker(run, lambda: python_workers(driver), lambda: run.process.errors)
     assert_finishes(run, undisturbed)
 
 
 def test_a_run_after_a_killed_driver_does_only_what_was_not_finished(spark, cluster, place, undisturbed):
-    first = place.start_on(cluster)
+    first = place.start_on(cluster, ONE_EXECUTOR)
     first.wait_until_staged(5)
     first.process.kill()
     wait_for("the end of its executors", lambda: not cluster.executors())  # which may have ended a task meanwhile
@@ -274,7 +276,7 @@ def broken(place, undisturbed) -> Path:
 
 def test_a_truncated_model_is_one_clear_error_and_earlier_results_stay(cluster, broken, place, undisturbed):
     broken.write_bytes(broken.read_bytes()[:1000])
-    finished = place.start_on(cluster).finish()
+    finished = place.start_on(cluster, ONE_EXECUTOR, "spark.task_attempts=1").finish()
     finished.assert_one_clear_error(str(broken), "truncated")
     assert finished.rows() == read_rows(undisturbed)
 

@@ -22,10 +22,6 @@ rank = int(os.environ["RANK"])
 open(f"{sys.argv[1]}-{rank}", "a").write("x")
 attempt = len(open(f"{sys.argv[1]}-{rank}").read())
 """
-MEET = """
-import torch.distributed as dist
-dist.init_process_group("gloo")
-"""
 
 
 @pytest.fixture
@@ -52,17 +48,23 @@ def test_a_program_is_told_its_place_and_its_last_line_is_the_result(spark, prog
     program("NUMBER = 2", "package/inner/deep.py")
     program("", "package/inner/__init__.py")
     file = program(
-        f"""{MEET}
-        import json, os, sys, helpers, sibling
+        """
+        import json, os, socket, sys, time, helpers, sibling
         from package.inner.deep import NUMBER
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        ranks = [None, None]
-        dist.all_gather_object(ranks, [[os.environ[name] for name in names], sys.argv[1:], __name__, __file__])
-        if dist.get_rank() == 0:
-            print(json.dumps({{"no": "result"}}))
-            print(json.dumps({{"ranks": ranks, "numbers": [sibling.NUMBER, NUMBER]}}))
+        told = [[os.environ[name] for name in names], sys.argv[1:], __name__, __file__]
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if os.environ["RANK"] == "0":
+            with socket.create_server(("", place[1])) as server, server.accept()[0].makefile() as other:
+                ranks = [told, json.load(other)]
+            print(json.dumps({"no": "result"}))
+            print(json.dumps({"ranks": ranks, "numbers": [sibling.NUMBER, NUMBER]}))
             print("after it", file=sys.stderr)
-        """.replace("\n        ", "\n")
+        else:
+            while (other := socket.socket()).connect_ex(place):
+                time.sleep(0.01)
+            other.sendall(json.dumps(told).encode())
+        """
     )
     result = train_on_spark(spark, file, ["--images", 5, "a b"], processes=2)
     assert result is not None and result["numbers"] == [1, 2]
@@ -111,23 +113,26 @@ def test_what_rank_0_prints_is_shown_at_the_end_where_tasks_do_not_reach_the_dri
 
 
 @pytest.mark.parametrize(
-    ("failure", "message"),
+    ("failure", "processes", "message"),
     [
-        ("raise ValueError('no good')", r"rank 1 of 2 failed with ValueError: no good\n\nTraceback.*program\.py"),
-        ("sys.exit('no such folder')", r"rank 1 of 2 failed with exit status 1\n\n.*no such folder"),
-        ("import missing", r"rank 1 of 2 failed with ModuleNotFoundError: No module named 'missing'"),
+        ("raise ValueError('no good')", 2, r"failed with ValueError: no good\n\nTraceback.*program\.py"),
+        ("sys.exit('no such folder')", 1, r"failed with exit status 1\n\n.*no such folder"),
+        ("import missing", 1, r"failed with ModuleNotFoundError: No module named 'missing'"),
     ],
 )
-def test_a_failing_rank_is_reported_in_its_own_words_and_not_started_again(spark, program, tmp_path, failure, message):
-    file = program(f"{COUNTED}\nif rank == 1:\n    {failure}")
-    with pytest.raises(TrainingError, match=f"(?s){message}") as error:
-        train_on_spark(spark, file, [tmp_path / "attempts"])
-    assert attempts_of(tmp_path) == [1, 1]
+def test_a_failing_rank_is_reported_in_its_own_words_and_not_started_again(
+    spark, program, tmp_path, failure, processes, message
+):
+    last = processes - 1
+    file = program(f"{COUNTED}\nif rank == {last}:\n    {failure}")
+    with pytest.raises(TrainingError, match=f"(?s)rank {last} of {processes} {message}") as error:
+        train_on_spark(spark, file, [tmp_path / "attempts"], processes=processes)
+    assert attempts_of(tmp_path) == [1] * processes
     assert "runpy" not in str(error.value)  # the program's own frames
 
 
 def test_ranks_that_wait_for_a_failed_one_are_stopped(spark, program, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.0)
     file = program(f"{COUNTED}\nif rank == 1:\n    raise ValueError('first')\nimport time\ntime.sleep(600)")
     started = time.monotonic()
     with pytest.raises(TrainingError, match="rank 1 of 2 failed with ValueError: first"):
@@ -137,12 +142,15 @@ def test_ranks_that_wait_for_a_failed_one_are_stopped(spark, program, tmp_path, 
 
 def test_a_killed_rank_is_started_again_as_part_of_the_same_run(spark, program, tmp_path, caplog):
     file = program(
-        f"""{COUNTED}{MEET}
-import torch
+        f"""{COUNTED}
 open(f"{{sys.argv[1]}}-run-{{attempt}}-{{rank}}", "w").write(os.environ["TORCHELASTIC_RUN_ID"])
-if attempt == 1 and rank == 1:
-    os.kill(os.getpid(), 9)
-dist.all_reduce(torch.ones(1))  # in the first attempt rank 0 fails here, because its peer is gone
+if attempt == 1:
+    import torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    if rank == 1:
+        os.kill(os.getpid(), 9)
+    dist.all_reduce(torch.ones(1))  # rank 0 fails here, because its peer is gone
 print('{{"attempt": %d}}' % attempt)
 """
     )

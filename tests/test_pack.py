@@ -20,6 +20,7 @@ from conf import pack
 from helpers import pipeline
 from helpers.config import PROJECT, load_config
 from helpers.errors import HostError
+from helpers.java import local_options
 from helpers.pipeline import listing as ingest
 from helpers.session import find_environment, pack_helpers
 from studies.cluster import LOOPBACK, SPARK_HOME, Cluster, Process
@@ -56,20 +57,32 @@ def cluster(bare_python, tmp_path_factory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def members(archive) -> list[tarfile.TarInfo]:
-    """All that is in the archive, which takes seconds to read."""
-    with tarfile.open(archive) as tar:
-        return tar.getmembers()
+def opened(archive) -> Iterator[tuple[Path, list[tarfile.TarInfo]]]:
+    """The archive where everybody may read it, which pytest's own folders are not, and all that is in it.
+
+    Read once for both, which takes seconds.
+    """
+    members: list[tarfile.TarInfo] = []
+
+    def take(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+        members.append(member)
+        return tarfile.tar_filter(member, folder)
+
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        with tarfile.open(archive, "r|gz") as tar:
+            tar.extractall(Path(name, "environment"), filter=take)
+        yield Path(name, "environment"), members
 
 
 @pytest.fixture(scope="module")
-def unpacked(archive) -> Iterator[Path]:
-    """The archive where everybody may read it, which pytest's own folders are not."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        with tarfile.open(archive) as tar:
-            tar.extractall(Path(name, "environment"), filter="tar")
-        yield Path(name, "environment")
+def unpacked(opened) -> Path:
+    return opened[0]
+
+
+@pytest.fixture(scope="module")
+def members(opened) -> list[tarfile.TarInfo]:
+    return opened[1]
 
 
 def test_the_archive_is_slim_and_has_no_training_framework(members):
@@ -129,26 +142,38 @@ def test_workers_without_our_packages_run_from_the_archive(
     assert list(cluster.folder.glob("work*/app-*/*/environment/bin/python"))
 
 
-def test_the_recipe_for_yarn_runs_on_such_a_cluster(cluster, samples, bundle_uri, archive, tmp_path, monkeypatch):
+@pytest.fixture
+def small_archive(tmp_path) -> Path:
+    """What takes the place of 740 MB that driver and executor unpack: in it, Python is this environment's."""
+    start = tmp_path / "python"
+    start.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    start.chmod(0o755)
+    with tarfile.open(tmp_path / "small.tar.gz", "w:gz") as tar:
+        tar.add(start, "./bin/python")
+    return tmp_path / "small.tar.gz"
+
+
+def test_the_recipe_for_yarn_runs_on_such_a_cluster(cluster, samples, bundle_uri, small_archive, tmp_path, monkeypatch):
     """The script as it is: another master, an executor as small as the cluster's worker."""
     monkeypatch.delenv("PYSPARK_PYTHON", raising=False)
     small = {
         "MASTER": cluster.url,
-        "ARCHIVE": str(archive),
+        "ARCHIVE": str(small_archive),
         "CORES": "1",
         "EXECUTORS": "1",
         "HEAP": "512m",
         "OVERHEAD": "384m",
     }
-    for name, value in {**small, "SPARK_LOCAL_IP": LOOPBACK}.items():
+    for name, value in {**small, "SPARK_LOCAL_IP": LOOPBACK, "SPARK_SUBMIT_OPTS": local_options()}.items():
         monkeypatch.setenv(name, value)
-    process = Process(
-        ["sh", "conf/yarn.sh", str(samples), bundle_uri, str(tmp_path / "out"), "--set", "pictures=3"],
-        tmp_path / "run.log",
-    )
+    options = ["--set", "pictures=3", "--conf", f"spark.executor.extraJavaOptions={local_options()}"]
+    command = ["sh", "conf/yarn.sh", str(samples), bundle_uri, str(tmp_path / "out"), *options]
+    before = list(cluster.folder.glob("work*/app-*/*/environment/bin/python"))
+    process = Process(command, tmp_path / "run.log")
     run = Run(tmp_path / "out", process).finish()
     assert (run.summary["ok"], run.summary["failed"]) == (60, 4), run.errors
     assert len(run.rows()) == 64 and len(list((tmp_path / "out" / "pictures").iterdir())) == 3
+    assert len(list(cluster.folder.glob("work*/app-*/*/environment/bin/python"))) > len(before)
 
 
 def test_a_driver_that_owns_nothing_but_its_working_directory_runs_from_the_archive(unpacked, samples, bundle_uri):

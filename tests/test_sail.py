@@ -1,6 +1,6 @@
 """The pipeline on Sail, a Spark Connect server in its own process: the rows that Spark has, whatever goes wrong.
 
-A process cannot hold a classic and a Connect session at once, so every run here is a process of its own.
+A process cannot hold a classic and a Connect session at once, so every run on Sail is a process of its own.
 """
 
 import os
@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bombs import bilevel_png
-from cluster import Finished, Run, start_run
+from cluster import Finished, Run, read_rows, start_run
 from test_video import pictures, write_clip
 
-from helpers import java
+from helpers import java, pipeline
 from helpers.config import load_config
 from helpers.doctor import examine
 from helpers.memory import resident_megabytes
@@ -101,9 +101,11 @@ def sorted_rows(finished: Finished) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def expected(source, bundle_uri, tmp_path_factory) -> list[dict]:
+def expected(spark, source, bundle_uri, tmp_path_factory) -> list[dict]:
     """The rows that Spark has."""
-    return sorted_rows(start(source, bundle_uri, tmp_path_factory.mktemp("spark"), mode="local").finish())
+    output = tmp_path_factory.mktemp("spark")
+    pipeline.run(spark, str(source), bundle_uri, str(output), load_config("local", report=0))
+    return read_rows(output)
 
 
 def test_all_rows_are_those_of_spark_and_a_second_run_does_what_is_new(source, bundle_uri, expected, tmp_path):
@@ -148,8 +150,8 @@ def test_spark_goes_on_where_an_image_takes_more_than_the_tasks_of_sail_leave(bu
     (tmp_path / "images").mkdir()
     for number in range(20):
         cv2.imwrite(str(tmp_path / "images" / f"{number}.png"), np.full((40, 60, 3), 10 * number, np.uint8))
-    (tmp_path / "images" / "large.png").write_bytes(bilevel_png(11_000, 11_000))  # decoding takes 923 MB
-    tight = "inference.memory_megabytes=1250"
+    (tmp_path / "images" / "large.png").write_bytes(bilevel_png(8_000, 8_000))  # decoding takes 488 MB
+    tight = "inference.memory_megabytes=815"
     finished = start(tmp_path / "images", bundle_uri, tmp_path, tight, mode="auto").finish()
     assert "Spark goes on" in finished.errors
     assert [row["error"] for row in finished.rows()] == [None] * 21, finished.errors

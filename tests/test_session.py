@@ -406,24 +406,6 @@ def test_a_message_of_another_kind_gives_its_first_line(text, line):
     assert spark_failure(RuntimeError(text)) == line
 
 
-def test_a_local_jvm_takes_its_classes_from_the_archive_that_the_set_up_made(tmp_path):
-    assert java.ARCHIVE.exists(), "run `make setup`"
-    loaded = tmp_path / "classes.log"
-    options = f'{java.local_options()} "-Xlog:class+load:file={loaded}"'
-    run_program(f"""
-        import pyarrow as pa
-        from helpers.config import load_config
-        from helpers.session import get_spark
-        spark = get_spark(load_config("local", spark={{"conf": {{"spark.driver.extraJavaOptions": {options!r}}}}}))
-        rows = spark.createDataFrame(pa.table({{"partition": pa.array([0], pa.int32())}}))
-        rows.repartitionById(1, "partition").mapInArrow(lambda rows: rows, rows.schema).collect()
-        spark.stop()
-    """)
-    classes = [line for line in loaded.read_text().splitlines() if " org.apache.spark.sql." in line]
-    archived = [line for line in classes if "shared objects file (top)" in line]
-    assert len(archived) > 0.7 * len(classes) > 2000  # what Spark generates as it runs is in no archive
-
-
 def run_program(text: str, **environment: str) -> list[str]:
     """What a Python program says, in a process that knows of no session."""
     inherited = {name: value for name, value in os.environ.items() if name not in java.OTHERS_VARIABLES}
@@ -484,30 +466,42 @@ def test_a_java_home_without_java_is_not_started_ahead(alone, monkeypatch, tmp_p
     assert java.jvm_command(SETTINGS) is None
 
 
-def test_a_jvm_that_started_ahead_is_the_sessions_and_its_workers_have_imported_what_they_need():
-    answer = run_program("""
+def test_a_jvm_that_started_ahead_is_the_sessions_takes_archived_classes_and_its_workers_have_imported_what_they_need(
+    tmp_path,
+):
+    assert java.ARCHIVE.exists(), "run `make setup`"
+    loaded = tmp_path / "classes.log"
+    options = f'{java.local_options()} "-Xlog:class+load:file={loaded}"'
+    answer = run_program(f"""
         import os, sys, psutil
+        import pyarrow as pa
         from helpers.config import load_config
         from helpers.session import get_spark, starting
 
         def look(batches):
             import pyarrow as pa
             for batch in batches:
-                imported = {"helpers.pipeline.task", "openvino", "cv2"} <= set(sys.modules)
+                imported = {{"helpers.pipeline.task", "openvino", "cv2"}} <= set(sys.modules)
                 daemon = " ".join(psutil.Process().parent().cmdline()[1:])
                 purge = os.environ["MIMALLOC_PURGE_DELAY"]
-                yield pa.RecordBatch.from_pydict({"worker": [f"{imported} {daemon} {purge}"]})
+                yield pa.RecordBatch.from_pydict({{"worker": [f"{{imported}} {{daemon}} {{purge}}"]}})
 
-        config = load_config("local", spark={"master": "local[1]"})
+        conf = {{"spark.driver.extraJavaOptions": {options!r}}}
+        config = load_config("local", spark={{"master": "local[1]", "conf": conf}})
         with starting(config):
             (ahead,) = psutil.Process().children()
         spark = get_spark(config)
         (child,) = psutil.Process().children()
         print(child == ahead, [name for name in os.environ if name.startswith("PYSPARK_GATEWAY")])
         print(spark.range(1, numPartitions=1).mapInArrow(look, "worker string").first().worker)
+        rows = spark.createDataFrame(pa.table({{"partition": pa.array([0], pa.int32())}}))
+        rows.repartitionById(1, "partition").mapInArrow(lambda rows: rows, rows.schema).collect()
         spark.stop()
     """)
     assert answer == ["True []", "True -m helpers.pipeline.daemon pyspark.worker 10"]
+    classes = [line for line in loaded.read_text().splitlines() if " org.apache.spark.sql." in line]
+    archived = [line for line in classes if "shared objects file (top)" in line]
+    assert len(archived) > 0.7 * len(classes) > 2000  # what Spark generates as it runs is in no archive
 
 
 def test_a_jvm_that_started_ahead_ends_with_what_was_to_be_checked_meanwhile(tmp_path):

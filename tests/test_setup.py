@@ -58,15 +58,18 @@ def python(wheel, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder, check=True)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", packages, wheel, check=True)
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-compile", "--target", packages, wheel, check=True)
     (metadata,) = packages.glob("*.dist-info/METADATA")
     needs = re.findall(r"^Requires-Dist: ([\w.-]+)[^;\n]*$", metadata.read_text(encoding="utf-8"), re.MULTILINE)
     needs += [re.split(r"\W", line.replace("-", "_"))[0] for line in requires("pyspark") or [] if "connect" in line]
     for name in closure(needs):
         for file in distribution(name).files or []:
-            if ".." not in file.parts:
-                (packages / file).parent.mkdir(parents=True, exist_ok=True)
-                (packages / file).symlink_to(Path(str(file.locate())))
+            if not {"..", "__pycache__"} & set(file.parts):
+                source, place = Path(str(file.locate())), (packages / file).parent
+                place.mkdir(parents=True, exist_ok=True)
+                (packages / file).symlink_to(source)
+                if not (compiled := place / "__pycache__").is_symlink():
+                    compiled.symlink_to(source.parent / "__pycache__")
     return str(folder / "bin" / "python")
 
 

@@ -110,9 +110,10 @@ def test_figures_are_drawn(single_run):
         plot_confusion_matrix(labels, labels, fashion_data.CLASSES),
         plot_predictions(images, labels, labels[::-1], fashion_data.CLASSES),
     ]
-    panels = figures[2].axes
-    assert panels[0].get_title() == "Coat\nis T-shirt/top" and panels[2].get_title() == "Pullover"
-    assert [panel.title.get_color() for panel in panels[:3]] == ["crimson", "crimson", "black"]
+    titles = figures[2].axes[0].texts
+    assert titles[0].get_text() == "Coat\nis T-shirt/top" and titles[2].get_text() == "Pullover"
+    assert [title.get_color() for title in titles[:3]] == ["crimson", "crimson", "black"]
+    assert len(figures[2].axes[0].images) == len(titles) == 5
     for figure in figures:
         figure.canvas.draw()
 

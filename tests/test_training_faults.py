@@ -19,9 +19,9 @@ from helpers.training import newest_step, rank
 from studies.cluster import PATIENCE, Cluster, Process, wait_for
 
 INTERVAL = 10  # steps from one checkpoint to the next
-ARGUMENTS = ["--epochs", "3", "--batch-size", "64", "--train-images", "3200", "--test-images", "1000", "--seed", "3"]
+ARGUMENTS = ["--epochs", "2", "--batch-size", "64", "--train-images", "3200", "--test-images", "1000", "--seed", "3"]
 ARGUMENTS += ["--precision", "fp32", "--checkpoint-steps", str(INTERVAL), "--no-resume"]
-STEPS = 150
+STEPS = 100
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +82,19 @@ def _ended(process: psutil.Process) -> bool:
 
 def test_killed_ranks_and_executors_cost_no_more_than_an_interval_each(cluster, job):
     reached: list[int] = []
-    for lost in ("rank 1", "rank 0", "executor"):  # rank 0 is the one that writes the checkpoints
+    # Rank 0 is the one that writes the checkpoints; `test_launch` loses rank 1.
+    for lost in ("rank", "executor"):
         until = job.reached() + 2 * INTERVAL
         wait_for("two checkpoints", lambda until=until: job.reached() >= until)
         processes = ranks(cluster)
         assert set(processes) == {0, 1}
         reached.append(job.reached())
-        (cluster.executors()[0] if lost == "executor" else processes[int(lost[-1])]).kill()
+        (cluster.executors()[0] if lost == "executor" else processes[0]).kill()
         # Long before the patience after which an exchange of gradients is given up.
         for process in processes.values():
             wait_for("the end of both", partial(_ended, process), patience=60)
     result = job.finish()
-    assert len(result["resumed_at"]) == 3
+    assert len(result["resumed_at"]) == len(reached)
     for done, resumed_at in zip(reached, result["resumed_at"], strict=True):
         assert done <= resumed_at < STEPS and resumed_at % INTERVAL == 0
     assert (
@@ -102,6 +103,6 @@ def test_killed_ranks_and_executors_cost_no_more_than_an_interval_each(cluster, 
     # One curve without a gap or a step twice, and a network that has learned all the way.
     losses = read_scalars(str(job.run_dir))["train/loss"]
     assert losses["step"].tolist() == list(range(1, STEPS + 1))
-    assert result["epochs"][2]["train_loss"] < result["epochs"][1]["train_loss"] < result["epochs"][0]["train_loss"]
+    assert result["epochs"][1]["train_loss"] < result["epochs"][0]["train_loss"]
     assert result["test_accuracy"] > 0.7 and result["processes"] == 2
     assert not list(job.run_dir.glob("checkpoints/*"))

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from studies.cluster import Process, arguments_of, wait_for
 HERE = Path(__file__).parent / "yarn"
 LIBRARIES = Path(sys.prefix, "yarn")  # Hadoop's, 100 MB, once per environment
 SMALL = {"EXECUTORS": "2", "CORES": "1", "HEAP": "512m", "OVERHEAD": "512m", "DRIVER_HEAP": "512m"}
+# A large cluster's master is asked less often.
+OFTEN = ["--conf", "spark.yarn.report.interval=200ms", "--conf", "spark.yarn.scheduler.heartbeat.interval-ms=200"]
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Yarn:
         path = f"{self.conf.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
         environment = {"HADOOP_CONF_DIR": str(self.conf), "PATH": path, "SPARK_SUBMIT_OPTS": local_options()}
         environment |= {**SMALL, **settings}
-        return Run(output, Process(["sh", "conf/yarn.sh", *arguments], log, environment))
+        return Run(output, Process(["sh", "conf/yarn.sh", *arguments, *OFTEN], log, environment))
 
     def stop(self) -> None:
         """End the cluster, and what it started."""
@@ -74,7 +77,7 @@ def yarn(tmp_path_factory) -> Iterator[Yarn]:
     conf.mkdir()
     command = folder / "bin" / "yarn"  # what the nodes of a cluster have, for the logs
     command.parent.mkdir()
-    logs = f'exec java -cp "{LIBRARIES}/*:{conf}" org.apache.hadoop.yarn.client.cli.LogsCLI "$@"'
+    logs = f'exec java {local_options()} -cp "{LIBRARIES}/*:{conf}" org.apache.hadoop.yarn.client.cli.LogsCLI "$@"'
     command.write_text(f"#!/bin/sh\nshift\n{logs}\n")
     command.chmod(0o755)
     opens = [f"--add-opens=java.base/java.{name}=ALL-UNNAMED" for name in ("lang", "util", "io")]
@@ -95,16 +98,19 @@ def yarn(tmp_path_factory) -> Iterator[Yarn]:
 
 
 @pytest.fixture(scope="module")
-def prepared(yarn, archive, tmp_path_factory) -> Iterator[str]:
+def prepared(yarn, archive) -> Iterator[str]:
     """A place of the nodes' with Spark and the archive."""
-    folder = tmp_path_factory.mktemp("prepared")
-    place = (folder / "place").as_uri()
-    environment = {**os.environ, "HADOOP_CONF_DIR": str(yarn.conf), "ARCHIVE": str(archive)}
-    command = ["sh", "conf/yarn.sh", "--prepare", place]
-    answer = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
-    assert (answer.returncode, answer.stdout) == (0, f"PREPARED={place} conf/yarn.sh SOURCE MODEL OUTPUT\n"), answer
-    yield place
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        # As in HDFS, and unlike pytest's own folders: a node unpacks what everybody may read once for all applications.
+        Path(folder).chmod(0o755)
+        place = f"viewfs://small{folder}/place"
+        environment = {**os.environ, "HADOOP_CONF_DIR": str(yarn.conf), "ARCHIVE": str(archive)}
+        environment["SPARK_SUBMIT_OPTS"] = local_options()
+        command = ["sh", "conf/yarn.sh", "--prepare", place]
+        answer = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+        told = f"PREPARED={place} conf/yarn.sh SOURCE MODEL OUTPUT\n"
+        assert (answer.returncode, answer.stdout) == (0, told), answer
+        yield place
 
 
 @pytest.fixture(scope="module")
@@ -114,21 +120,6 @@ def expected(samples, bundle_uri, tmp_path_factory) -> list[dict]:
     task = pipeline.make_task(str(samples), bundle_uri, str(tmp_path_factory.mktemp("unused")), config)
     batches = listing.list_images(task.source, config).images.to_batches()
     return pa.Table.from_batches(task.results(batches)).sort_by("path").to_pylist()
-
-
-def test_an_executor_that_is_killed_loses_nothing_where_the_queue_grants_half(
-    yarn, prepared, samples, bundle_uri, expected, tmp_path
-):
-    settings = ["--set", "spark.wait_seconds=15", "--set", "partitioning.partitions=16"]
-    arguments = [str(samples), bundle_uri, str(tmp_path / "out"), "--conf", "spark.yarn.queue=half", *settings]
-    run = yarn.start(tmp_path / "run.log", tmp_path / "out", *arguments, PREPARED=prepared)
-    run.wait_until_staged(2)
-    (executor,) = yarn.executors()
-    executor.kill()
-    finished = run.finish()
-    assert (finished.summary["ok"], finished.summary["failed"]) == (60, 4), finished.errors
-    assert finished.rows() == expected
-    assert "1 of 2 executors came" in finished.errors and "over 1 slots" in finished.errors
 
 
 def test_a_driver_in_the_cluster_answers_as_a_local_one_does(yarn, prepared, samples, bundle_uri, expected, tmp_path):
@@ -143,6 +134,21 @@ def test_a_driver_in_the_cluster_answers_as_a_local_one_does(yarn, prepared, sam
     assert "error: 4 of 64 images failed" in finished.errors and "executors came" not in finished.errors
     assert list(output.glob("runs/pipeline/*/events*")), "dashboards go below the output"
     assert not yarn.executors()
+
+
+def test_an_executor_that_is_killed_loses_nothing_where_the_queue_grants_half(
+    yarn, prepared, samples, bundle_uri, expected, tmp_path
+):
+    settings = ["--set", "spark.wait_seconds=5", "--set", "partitioning.partitions=16"]
+    arguments = [str(samples), bundle_uri, str(tmp_path / "out"), "--conf", "spark.yarn.queue=half", *settings]
+    run = yarn.start(tmp_path / "run.log", tmp_path / "out", *arguments, PREPARED=prepared)
+    run.wait_until_staged(2)
+    (executor,) = yarn.executors()
+    executor.kill()
+    finished = run.finish()
+    assert (finished.summary["ok"], finished.summary["failed"]) == (60, 4), finished.errors
+    assert finished.rows() == expected
+    assert "1 of 2 executors came" in finished.errors and "over 1 slots" in finished.errors
 
 
 def test_a_queue_that_is_not_there_is_one_sentence(yarn, prepared, samples, bundle_uri, tmp_path):

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ import pyspark
 
 from helpers.config import PROJECT
 from helpers.errors import HostError
-from helpers.java import check_java, local_options
+from helpers.java import OPTIONS, check_java, class_path, find_java, local_options
 
 log = logging.getLogger(__name__)
 
@@ -152,17 +153,18 @@ class Cluster:
             process.kill()
 
     def _start(self, kind: str, name: str, *options: str) -> Process:
-        command = [str(SPARK_HOME / "bin" / "spark-class"), f"org.apache.spark.deploy.{kind}"]
+        # As `spark-class` does, without its two scripts and the JVM that puts the command together. Several JVMs share
+        # this machine, each for seconds, so a second compilation of code does not pay.
+        java = [find_java() or "java", "-cp", class_path(SPARK_HOME), "-Xmx256m", *shlex.split(local_options())]
+        command = [*java, *OPTIONS, f"org.apache.spark.deploy.{kind}"]
         return Process(
             [*command, "--host", LOOPBACK, "--port", "0", "--webui-port", "0", *options],
             self.folder / f"{name}.log",
             {
                 "SPARK_HOME": str(SPARK_HOME),
+                "SPARK_SCALA_VERSION": "2.13",  # of all Sparks from 4.0 on; a worker asks for it
                 "PYSPARK_PYTHON": sys.executable,
                 "SPARK_LOCAL_DIRS": str(self.folder / "local"),
-                "SPARK_DAEMON_MEMORY": "256m",
-                # Several JVMs share this machine, each for seconds, so a second compilation of code does not pay.
-                "SPARK_DAEMON_JAVA_OPTS": local_options(),
                 **(self.environment or {}),
             },
             inherits=self.environment is None,

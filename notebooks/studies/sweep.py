@@ -57,14 +57,16 @@ def sweep(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], cores:
 
 def main() -> None:
     """Read a job from standard input and do it."""
-    from helpers import pipeline
     from helpers.config import load_config
-    from helpers.session import get_spark
+    from helpers.session import get_spark, starting
 
     logging.basicConfig(level=logging.WARNING)
     job = json.load(sys.stdin)
     shared = {**job["settings"], "resume": False}
-    spark = get_spark(load_config(**shared))
+    session = load_config(**shared)
+    with starting(session):
+        from helpers import pipeline
+    spark = get_spark(session)
     first = {run["model"]: run for run in reversed(job["runs"])}
     for run in [*first.values(), *job["runs"]]:
         own = {name: value for name, value in run.items() if name not in ("source", "model", "output", "slowed")}

@@ -1,9 +1,7 @@
 import java.io.File;
 import java.io.FileOutputStream;
-import java.io.FileWriter;
 import java.io.IOException;
 import java.io.OutputStream;
-import java.io.Writer;
 import java.net.URI;
 import java.net.URISyntaxException;
 import java.nio.file.Files;
@@ -38,13 +36,12 @@ public class SmallYarn {
     Thread.currentThread().setContextClassLoader(LocalFiles.class.getClassLoader()); // for what core-site.xml names
     File folder = new File(args[0]);
     YarnConfiguration settings = new YarnConfiguration();
-    settings.set("fs.defaultFS", "file:///");
     settings.set("yarn.minicluster.yarn.nodemanager.resource.memory-mb", "4096");
     settings.set("yarn.scheduler.minimum-allocation-mb", "256");
     settings.set("yarn.nodemanager.vmem-check-enabled", "false");
     settings.set("yarn.nodemanager.disk-health-checker.enable", "false");
     settings.set("yarn.log-aggregation-enable", "true");
-    settings.set("yarn.nodemanager.remote-app-log-dir", new File(folder, "logs").getPath());
+    settings.set("yarn.nodemanager.remote-app-log-dir", new File(folder, "logs").toURI().toString());
     settings.set("yarn.resourcemanager.nodemanagers.heartbeat-interval-ms", "100"); // a second is ten such on a cluster
     // Each container's JVM lives for seconds, so a second compilation of code and parallel collection do not pay.
     settings.set("yarn.nodemanager.admin-env", "JAVA_TOOL_OPTIONS=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC");
@@ -57,9 +54,7 @@ public class SmallYarn {
     try (OutputStream out = new FileOutputStream(new File(folder, "yarn-site.xml"))) {
       clients.writeXml(out);
     }
-    try (Writer out = new FileWriter(new File(folder, "core-site.xml"))) {
-      out.write("<configuration><property><name>fs.defaultFS</name><value>file:///</value></property></configuration>");
-    }
+    Files.copy(new File(folder, "yarn-site.xml").toPath(), new File(folder, "core-site.xml").toPath());
     System.out.println("ready");
     Thread.sleep(Long.MAX_VALUE);
   }
