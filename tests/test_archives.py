@@ -39,7 +39,7 @@ MOST = 2**20  # bytes of an image
 
 
 def settings(**overrides) -> Config:
-    return load_config("local", **{"spark.master": "local[2]", "pictures": 0, **overrides})
+    return load_config("local", **{"spark.master": "local[2]", "pictures": 0, "report": 0, **overrides})
 
 
 def picture(number: int = 0) -> bytes:

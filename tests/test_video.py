@@ -351,7 +351,7 @@ def test_frames_fill_the_partitions_evenly_in_few_ranges(images, videos, partiti
 
 
 def settings(**overrides) -> Config:
-    return load_config("local", **{"spark.master": "local[2]", "partitioning.partitions": 4, **overrides})
+    return load_config("local", **{"spark.master": "local[2]", "partitioning.partitions": 4, "report": 0, **overrides})
 
 
 def rows_of(output: Path) -> list[dict]:
