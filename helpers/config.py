@@ -6,6 +6,7 @@ Databricks notebook (which a job's parameters fill), arguments (`--set section.k
 """
 
 import difflib
+import functools
 import os
 import re
 import sys
@@ -260,7 +261,7 @@ def _read_profile(name: str) -> dict[str, Any]:
         known = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "base")
         raise ConfigError(f"no profile {_shown(name)} in conf/; there are {', '.join(known)}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = _parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         # What YAML says about it repeats the text that it stands in.
         mark = getattr(error, "problem_mark", None)
@@ -269,6 +270,12 @@ def _read_profile(name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"conf/{name}.yaml must hold settings as `key: value` lines, not a {type(content).__name__}")
     return content
+
+
+@functools.lru_cache(8)
+def _parse(text: str) -> Any:
+    """What a profile holds, which nobody changes: the base is five milliseconds' work."""
+    return yaml.safe_load(text) or {}
 
 
 def _from_environment() -> dict[str, Any]:

@@ -136,9 +136,17 @@ def adls_settings(dfs) -> dict[str, str]:
 
 
 @pytest.fixture
-def adls_root(dfs) -> str:
+def adls_container(dfs) -> Iterator[str]:
+    """The address of a container of a test's own, without its end."""
+    name = dfs.make_container()
+    yield f"abfss://{name}@{dfs_facade.ACCOUNT}.dfs.core.windows.net"
+    dfs.delete_container(name)
+
+
+@pytest.fixture
+def adls_root(adls_container) -> str:
     """A folder, which is not there yet, in a container of its own."""
-    return f"abfss://{dfs.make_container()}@{dfs_facade.ACCOUNT}.dfs.core.windows.net/a folder"
+    return f"{adls_container}/a folder"
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from helpers.config import Config, load_config
+from helpers.config import CONF, Config, load_config
+from helpers.java import local_options
 from helpers.session import get_spark
 
 POM = """<project>
@@ -30,6 +31,22 @@ POM = """<project>
 LIBRARIES = Path(sys.prefix, "delta")  # Delta Lake's and all that it names, once per environment
 JARS = ("delta-spark", "delta-storage", "unitycatalog-client")  # Spark has the others
 
+# Half of Spark's time for tables of a few rows: a plan is run once, so that code made for it does not pay; checksums
+# and permissions of local files are a process each.
+FAST = {
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.sql.adaptive.enabled": "false",
+    "spark.sql.shuffle.partitions": "1",
+    "spark.databricks.delta.snapshotPartitions": "1",
+    "spark.databricks.delta.stats.collect": "false",
+    "spark.databricks.delta.stats.skipping": "false",
+    "spark.hadoop.fs.file.impl": "org.apache.hadoop.fs.RawLocalFileSystem",
+    "spark.hadoop.fs.AbstractFileSystem.file.impl": "org.apache.hadoop.fs.local.RawLocalFs",
+}
+LOG_SETTINGS = (CONF / "log4j2.properties").as_uri()
+FOR_LONG = "-Xmn128m -XX:ReservedCodeCacheSize=200m"  # this JVM does not end after one run: less garbage collection
+
 _spark_conf: dict[str, str] = {}
 
 
@@ -41,9 +58,9 @@ def delta_process(folder: Path) -> Iterator[Callable[..., Any]]:
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         "spark.sql.warehouse.dir": str(folder / "warehouse"),
-        "spark.databricks.delta.snapshotPartitions": "2",
-        "spark.sql.shuffle.partitions": "2",
         "spark.sql.streaming.schemaInference": "true",  # which Auto Loader needs no word for
+        **FAST,
+        "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={LOG_SETTINGS} {local_options()} {FOR_LONG}",
     }
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _configure, (conf,)) as pool:
         yield lambda function, *arguments, **named: pool.submit(function, *arguments, **named).result()

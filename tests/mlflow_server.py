@@ -13,6 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 START_SECONDS = 120
+# The command `mlflow server` without the second process that it starts, whose imports are as long again.
+SERVER = """
+import os
+import uvicorn  # before MLflow, which is to see that it is in a server
+import mlflow.server
+from mlflow.cli import cli
+
+def serve(command, extra_env, **_):
+    os.environ.update(extra_env)
+    uvicorn.main(command[3:])
+
+mlflow.server._exec_cmd = serve
+cli()
+"""
 
 
 def free_port() -> int:
@@ -22,10 +36,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def start_mlflow(folder: Path, *options: str) -> Iterator[str]:
+def start_mlflow(folder: Path) -> Iterator[str]:
     """Run a server for the length of a block; yields its address."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-c", SERVER, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [
         "--backend-store-uri",
         f"sqlite:///{folder}/mlflow.db",
@@ -34,9 +48,7 @@ def start_mlflow(folder: Path, *options: str) -> Iterator[str]:
     ]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "server.log").open("wb") as output:
-        server = subprocess.Popen(
-            [*command, *options], stdout=output, stderr=output, env=environment, start_new_session=True
-        )
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
         _wait(f"http://127.0.0.1:{port}/health", server, folder / "server.log")
         yield f"http://127.0.0.1:{port}"

@@ -65,13 +65,15 @@ class S3:
     def credential(self) -> str:
         return f"{self.key_id}:{self.secret}"
 
+    @functools.cached_property
     def client(self):
+        """Made once, which takes as long as twenty requests."""
         options = {"aws_access_key_id": self.key_id, "aws_secret_access_key": self.secret}
         return boto3.client("s3", endpoint_url=self.relay.endpoint, region_name="us-east-1", **options)
 
     def make_bucket(self) -> str:
         name = f"b{uuid.uuid4().hex[:12]}"
-        self.client().create_bucket(Bucket=name)
+        self.client.create_bucket(Bucket=name)
         return name
 
 

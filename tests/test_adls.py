@@ -385,8 +385,8 @@ print(images.num_rows, images.nbytes, (resource.getrusage(resource.RUSAGE_SELF).
 
 
 def test_a_long_listing_of_one_folder_is_one_pass_of_pages_in_the_memory_of_its_manifest(dfs, adls_settings):
-    files, held = 100_000, {}
-    for count in (20_000, files):
+    files, held = 60_000, {}
+    for count in (15_000, files):
         dfs.synthetic[f"synthetic{count}"] = count
         dfs.requests.clear()
         command = [sys.executable, "-c", LISTING, dfs.endpoint, f"synthetic{count}"]
@@ -398,7 +398,7 @@ def test_a_long_listing_of_one_folder_is_one_pass_of_pages_in_the_memory_of_its_
         assert len(pages) == len(set(pages)) == count / adls.PAGE
         held[count] = peak - table
     # Beyond the table there are a page and the rows of a chunk that is not full, however long the listing is.
-    assert held[files] < held[20_000] + 16 * 2**20, held
+    assert held[files] < held[15_000] + 10 * 2**20, held
 
 
 # ---------------------------------------------------------------- hosts

@@ -40,6 +40,24 @@ def photos(tmp_path) -> Path:
     return write_photos(tmp_path / "photos")
 
 
+@pytest.fixture(scope="module")
+def finished(delta, model, tmp_path_factory) -> Path:
+    """A folder with images in `photos`, and what a run over them has left in `out`."""
+    place = tmp_path_factory.mktemp("finished")
+    delta(run, write_photos(place / "photos"), model, place / "out")
+    shutil.copytree(place / "photos", place / "as they were")
+    return place
+
+
+@pytest.fixture
+def begun(finished, tmp_path) -> tuple[Path, Path]:
+    """The folder with images as it was, which the results name, and a copy of the output."""
+    photos = finished / "photos"
+    shutil.rmtree(photos)
+    shutil.copytree(finished / "as they were", photos)
+    return photos, Path(shutil.copytree(finished / "out", tmp_path / "out"))
+
+
 # ---------------------------------------------------------------- what runs in the process with Delta
 
 
@@ -295,9 +313,8 @@ def test_a_table_of_the_catalog_gets_the_results(delta, model, photos, tmp_path)
 
 
 @pytest.mark.parametrize(("owner", "method"), [(Arrivals, "_present"), (ResultStore, "publish"), (Arrivals, "forget")])
-def test_what_has_arrived_for_a_killed_run_is_done_by_the_next(delta, model, photos, tmp_path, owner, method):
-    output = tmp_path / "out"
-    delta(run, photos, model, output)
+def test_what_has_arrived_for_a_killed_run_is_done_by_the_next(delta, model, begun, owner, method):
+    photos, output = begun
     (photos / "8.png").write_bytes(png(False))
     delta(run_killed, owner, method, photos, model, output)
     assert len(waiting(output)) == 1
@@ -339,9 +356,8 @@ def test_files_of_which_nobody_knows_how_they_went_are_looked_at_again(delta, mo
     assert counts(delta(run, photos, model, output)) == (9, 0, 0, 9) and waiting(output) == []
 
 
-def test_a_file_that_is_gone_is_not_looked_at_again(delta, model, photos, tmp_path):
-    output = tmp_path / "out"
-    delta(run, photos, model, output)
+def test_a_file_that_is_gone_is_not_looked_at_again(delta, model, begun):
+    photos, output = begun
     (photos / "8.png").write_bytes(png(False))
     delta(run_killed, Arrivals, "_present", photos, model, output)
     (photos / "8.png").unlink()
@@ -349,18 +365,16 @@ def test_a_file_that_is_gone_is_not_looked_at_again(delta, model, photos, tmp_pa
     assert "the file is gone" in rows_of(output)[str(photos / "8.png")]["error"] and waiting(output) == []
 
 
-def test_a_file_that_arrives_again_is_worked_on_if_it_has_changed(delta, model, photos, tmp_path):
-    output = tmp_path / "out"
-    delta(run, photos, model, output)
+def test_a_file_that_arrives_again_is_worked_on_if_it_has_changed(delta, model, begun):
+    photos, output = begun
     (photos / "0.png").write_bytes(png(True) + b" ")
     shutil.rmtree(output / ARRIVALS)  # as an administrator may, and then everything arrives again
     assert counts(delta(run, photos, model, output)) == (8, 1, 0, 7)
     assert labels(output) == {**expected(), "0.png": "bright"}
 
 
-def test_a_table_that_grows_meanwhile_stays_for_the_next_run(delta, model, photos, tmp_path):
-    output = tmp_path / "out"
-    delta(run, photos, model, output)
+def test_a_table_that_grows_meanwhile_stays_for_the_next_run(delta, model, begun):
+    photos, output = begun
     (photos / "8.png").write_bytes(png(False))
     delta(run_killed, Arrivals, "forget", photos, model, output)
     delta(run_beside_another, photos, model, output)
@@ -369,9 +383,8 @@ def test_a_table_that_grows_meanwhile_stays_for_the_next_run(delta, model, photo
     assert waiting(output) == []
 
 
-def test_a_table_in_the_making_is_left_alone_for_a_day(delta, model, photos, tmp_path):
-    output = tmp_path / "out"
-    delta(run, photos, model, output)
+def test_a_table_in_the_making_is_left_alone_for_a_day(delta, model, begun):
+    photos, output = begun
     (table,) = (place.with_name("20260101T000000-00000000") for place in output.glob(f"{ARRIVALS}/*/checkpoint"))
     table.mkdir()
     (table / "part-0.parquet").write_bytes(b"")
@@ -381,26 +394,23 @@ def test_a_table_in_the_making_is_left_alone_for_a_day(delta, model, photos, tmp
 
 
 @pytest.mark.parametrize("start", [run, run_listing])
-def test_after_a_run_that_starts_over_everything_may_arrive_again(delta, model, photos, tmp_path, start):
-    output = tmp_path / "out"
-    delta(run, photos, model, output)
+def test_after_a_run_that_starts_over_everything_may_arrive_again(delta, model, begun, start):
+    photos, output = begun
     assert counts(delta(start, photos, model, output, resume=False)) == (8, 8, 0, 0)
     assert labels(output) == expected()
     assert bool(list(output.glob(f"{ARRIVALS}/*/checkpoint"))) == (start is run)
 
 
-def test_without_results_everything_arrives_again(delta, model, photos, tmp_path):
-    output = tmp_path / "out"
-    delta(run, photos, model, output)
+def test_without_results_everything_arrives_again(delta, model, begun):
+    photos, output = begun
     shutil.rmtree(output / "results")
     assert counts(delta(run, photos, model, output)) == (8, 8, 0, 0)
 
 
-def test_two_locations_of_one_output_have_a_checkpoint_each(delta, model, photos, tmp_path):
-    output, others = tmp_path / "out", tmp_path / "others"
+def test_two_locations_of_one_output_have_a_checkpoint_each(delta, model, begun, tmp_path):
+    (photos, output), others = begun, tmp_path / "others"
     others.mkdir()
     (others / "10.png").write_bytes(png(False))
-    delta(run, photos, model, output)
     assert counts(delta(run, others, model, output)) == (1, 1, 0, 0)
     assert counts(delta(run, photos, model, output)) == (0, 0, 0, 0)
     assert labels(output) == expected([*NAMES, "10.png"])
@@ -415,9 +425,8 @@ def test_a_spark_without_auto_loader_is_one_clear_error(spark, model, photos, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_of_arrivals_that_is_damaged_is_one_clear_error(delta, model, photos, tmp_path):
-    output = tmp_path / "out"
-    delta(run, photos, model, output)
+def test_a_table_of_arrivals_that_is_damaged_is_one_clear_error(delta, model, begun):
+    photos, output = begun
     (photos / "8.png").write_bytes(png(False))
     delta(run_killed, ResultStore, "publish", photos, model, output)
     (table,) = waiting(output)

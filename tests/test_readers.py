@@ -55,7 +55,7 @@ def photos(samples, tmp_path) -> Path:
 
 
 def run(spark, source: Path, bundle_uri: str, output: Path, **overrides) -> list[dict]:
-    config = load_config("local", **overrides)
+    config = load_config("local", **{"report": 0, **overrides})
     pipeline.run(spark, str(source), bundle_uri, str(output), config)
     return read_results(output).sort_by("path").to_pylist()
 

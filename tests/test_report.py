@@ -581,7 +581,7 @@ def test_a_page_of_as_many_images_and_predictions_as_there_may_be_stays_small(tm
     found = [prediction(0, 0.9, (123.4, 123.4, 223.4, 323.4), None, points)] * 100
     folder.mkdir()
     rows = []
-    for number in range(300):
+    for number in range(220):
         path = folder / f"{number}.jpg"
         path.write_bytes(content)
         rows.append(row(path, (640, 480), found))

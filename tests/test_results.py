@@ -193,9 +193,9 @@ def test_another_attempt_of_a_task_replaces_no_file_of_the_first(store):
 
 
 def test_more_paths_than_an_array_holds_are_looked_up():
-    """2 GiB are about 20 million images; here a few megabytes of them are there again and again."""
-    paths = pa.array([f"{i:0100d}" for i in range(100_000)])
-    many = pa.chunked_array([paths] * 230)
+    """2 GiB are about 20 million images; here a hundred megabytes of long paths are there again and again."""
+    paths = pa.array([f"{i:010000d}" for i in range(10_000)])
+    many = pa.chunked_array([paths] * 22)
     assert many.nbytes > 2**31
     assert is_in(pa.chunked_array([paths[:1], ["none"]]), many).to_pylist() == [True, False]
 

@@ -55,7 +55,7 @@ NAMES = [f"{folder}/{number:03d}.png" for folder in ("a", "b", "b-1", "c") for n
 
 
 def settings(**overrides) -> Config:
-    return load_config("local", **{"spark.master": "local[2]", "pictures": 0, **overrides})
+    return load_config("local", **{"spark.master": "local[2]", "pictures": 0, "report": 0, **overrides})
 
 
 @pytest.fixture

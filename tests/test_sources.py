@@ -35,7 +35,8 @@ DAY = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def settings(**overrides) -> Config:
-    return load_config("local", **{"spark.master": "local[2]", "pictures": 0, "postprocess.top_k": 1, **overrides})
+    values = {"spark.master": "local[2]", "pictures": 0, "report": 0, "postprocess.top_k": 1}
+    return load_config("local", **{**values, **overrides})
 
 
 def png(is_bright: bool) -> bytes:

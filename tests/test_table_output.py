@@ -7,10 +7,13 @@ import re
 import shutil
 import tarfile
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import graphs
+import pyarrow as pa
 import pytest
 from cluster import call
 from delta_spark import session, settings
@@ -51,8 +54,7 @@ def run(source: Path, model: str, output: str, staging: Path, **overrides) -> pi
 
 def run_while_the_table_is_made(source: Path, model: str, output: str, staging: Path) -> pipeline.RunSummary:
     """For a second the table's folder has a file and no log, as while another run makes the table."""
-    warehouse = session().conf.get("spark.sql.warehouse.dir").removeprefix("file:")
-    begun = Path(warehouse, output.removeprefix("table:").lower())
+    begun = place_of(output)
     begun.mkdir()
     (begun / "unfinished").touch()
     threading.Timer(1, shutil.rmtree, [begun]).start()
@@ -60,21 +62,14 @@ def run_while_the_table_is_made(source: Path, model: str, output: str, staging: 
 
 
 def rows_of(output: str, version: int | None = None) -> list[tuple]:
-    """File name, label and error of every row."""
-    rows = pipeline.read_results(session(), output, settings(), version).toArrow().to_pylist()
-    label = [row["predictions"][0]["label"] if row["predictions"] else None for row in rows]
-    return sorted((Path(row["path"]).name, of, row["error"]) for row, of in zip(rows, label, strict=True))
+    """As of `Table`, by Spark."""
+    return labeled(pipeline.read_results(session(), output, settings(), version).toArrow())
 
 
-def versions(output: str) -> list[str]:
-    """What has changed the table, the first first."""
-    rows = session().sql(f"DESCRIBE HISTORY {output.removeprefix('table:')}").toArrow().to_pylist()
-    return [row["operation"] for row in rows][::-1]
-
-
-def location(output: str) -> str:
-    detail = session().sql(f"DESCRIBE DETAIL {output.removeprefix('table:')}").toArrow().to_pylist()
-    return detail[0]["location"]
+def place_of(output: str) -> Path:
+    """Where a table lies."""
+    warehouse = session().conf.get("spark.sql.warehouse.dir").removeprefix("file:")
+    return Path(warehouse, output.removeprefix("table:").lower())
 
 
 def run_frame(model: str, output: str, staging: Path) -> pipeline.RunSummary:
@@ -150,19 +145,76 @@ def make_table(output: str, columns: str, using: str) -> None:
     session().sql(f"CREATE TABLE {output.removeprefix('table:')} ({columns}) USING {using}")
 
 
+def copy_table(source: str, output: str) -> None:
+    place = shutil.copytree(place_of(source), place_of(output))
+    session().sql(f"CREATE TABLE {output.removeprefix('table:')} USING DELTA LOCATION '{place}'")
+
+
+# ---------------------------------------------------------------- what a run left
+
+
+def labeled(rows: pa.Table) -> list[tuple]:
+    """File name, label and error of every row."""
+    found = rows.select(["path", "predictions", "error"]).to_pylist()
+    label = [row["predictions"][0]["label"] if row["predictions"] else None for row in found]
+    return sorted((Path(row["path"]).name, of, row["error"]) for row, of in zip(found, label, strict=True))
+
+
+@dataclass(frozen=True)
+class Table:
+    """The test's table as Delta's own library has it, in a fraction of Spark's time."""
+
+    place: Path
+
+    def rows(self) -> list[tuple]:
+        return labeled(DeltaTable(self.place).to_pyarrow_table())
+
+    def versions(self) -> list[str]:
+        """What has changed the table, the first first."""
+        return [version["operation"] for version in DeltaTable(self.place).history()][::-1]
+
+
+@pytest.fixture
+def table(delta, name) -> Table:
+    return Table(delta(place_of, name))
+
+
+@pytest.fixture(scope="module")
+def left(delta, model, tmp_path_factory) -> Path:
+    """Images in `photos`, and what is beside the tables of two runs over them: one has finished, one was killed."""
+    place = tmp_path_factory.mktemp("left")
+    photos = write_photos(place / "photos")
+    shutil.copytree(photos, place / "as they were")
+    delta(run, photos, model, "table:finished", place / "finished")
+    delta(run_killed, "before", photos, model, "table:killed", place / "killed")
+    return place
+
+
+@pytest.fixture
+def after(delta, left, tmp_path, name) -> Callable[[str], tuple[Path, Path]]:
+    """Has the test's table as one of these runs has left it; returns the images and the staging location."""
+
+    def begin(state: str) -> tuple[Path, Path]:
+        delta(copy_table, f"table:{state}", name)
+        shutil.rmtree(left / "photos")
+        photos = shutil.copytree(left / "as they were", left / "photos")
+        return photos, shutil.copytree(left / state, tmp_path / "staging")
+
+    return begin
+
+
 # ---------------------------------------------------------------- a run
 
 
 LABELS = [(name, "bright" if is_bright(name) else "dark", None) for name in NAMES]
 
 
-def test_a_run_makes_a_table_and_the_next_one_changes_what_is_new(delta, model, photos, tmp_path, name):
+def test_a_run_makes_a_table_and_the_next_one_changes_what_is_new(delta, model, photos, tmp_path, name, table):
     staging = tmp_path / "staging"
     first = delta(run, photos, model, name, staging, pictures=3)
     assert (first.images, first.ok, first.failed, first.results) == (8, 8, 0, name)
-    assert delta(rows_of, name) == LABELS
-    assert delta(versions, name) == ["CREATE TABLE", "MERGE"]
-    assert DeltaTable(delta(location, name)).to_pyarrow_table().num_rows == 8
+    assert delta(rows_of, name) == table.rows() == LABELS
+    assert table.versions() == ["CREATE TABLE", "MERGE"]
 
     # Beside the table: no copy of its rows, and all else that a run leaves.
     assert {path.name for path in staging.iterdir()} == {"pictures", "report", "runs"}
@@ -170,7 +222,7 @@ def test_a_run_makes_a_table_and_the_next_one_changes_what_is_new(delta, model, 
     assert read_runs(str(staging))["images"].tolist() == [8]
 
     nothing = delta(run, photos, model, name, staging)
-    assert (nothing.skipped, nothing.partitions, len(delta(versions, name))) == (8, 0, 2)
+    assert (nothing.skipped, nothing.partitions, len(table.versions())) == (8, 0, 2)
 
     (photos / "0.png").write_bytes(png(True) + b" ")
     (photos / "8.png").write_bytes(b"no image")
@@ -178,7 +230,7 @@ def test_a_run_makes_a_table_and_the_next_one_changes_what_is_new(delta, model, 
     assert (again.ok, again.failed, again.skipped) == (1, 1, 7)
     rows = delta(rows_of, name)
     assert [row[:2] for row in rows] == [("0.png", "bright"), *(row[:2] for row in LABELS[1:]), ("8.png", None)]
-    assert "not an image" in rows[-1][2] and delta(versions, name)[2:] == ["MERGE"]
+    assert "not an image" in rows[-1][2] and table.versions()[2:] == ["MERGE"]
     assert delta(rows_of, name, 1) == LABELS
 
     answer = delta(call, "history", name)
@@ -187,17 +239,16 @@ def test_a_run_makes_a_table_and_the_next_one_changes_what_is_new(delta, model, 
     assert [(line[-5:-2], line[-1]) for line in lines[1:]] == [(["2", "1", "1"], "2"), (["8", "8", "0"], "1")]
 
 
-def test_the_table_has_the_kept_columns_of_a_dataframe(delta, model, tmp_path, name):
+def test_the_table_has_the_kept_columns_of_a_dataframe(delta, model, tmp_path, name, table):
     name = name.replace("table:", "table:spark_catalog.default.")
     assert delta(run_frame, model, name, tmp_path).ok == 8
-    rows = DeltaTable(delta(location, name)).to_pyarrow_table().to_pylist()
+    rows = DeltaTable(table.place).to_pyarrow_table().to_pylist()
     assert {row["path"]: row["number"] for row in rows} == {n: number for number, n in enumerate(NAMES)}
     assert delta(run_frame, model, name, tmp_path).skipped == 8
 
 
-def test_the_page_of_a_run_is_of_its_images_and_the_commands_read_the_whole_table(delta, model, photos, tmp_path, name):
-    staging = tmp_path / "staging"
-    delta(run, photos, model, name, staging)
+def test_the_page_of_a_run_is_of_its_images_and_the_commands_read_the_whole_table(delta, model, after, tmp_path, name):
+    photos, staging = after("finished")
     (photos / "8.png").write_bytes(png(True))
     delta(run, photos, model, name, staging)
     page, place = staging / "report" / "index.html", ("--set", f"results.staging={staging}")
@@ -218,14 +269,13 @@ def test_the_page_of_a_run_is_of_its_images_and_the_commands_read_the_whole_tabl
     assert not list(staging.glob("_staging/*"))  # the copies that both have read
 
 
-def test_a_copy_that_was_left_is_no_result_and_is_deleted_a_day_later(delta, model, photos, tmp_path, name):
-    staging = tmp_path / "staging"
-    delta(run, photos, model, name, staging)
+def test_a_copy_that_was_left_is_no_result_and_is_deleted_a_day_later(delta, model, after, name, table):
+    photos, staging = after("finished")
     delta(copy, name, staging)
     (photos / "0.png").unlink()
     delta(delete_row, name, "0.png")
     assert delta(run, photos, model, name, staging).skipped == 7
-    assert delta(rows_of, name) == LABELS[1:]
+    assert table.rows() == LABELS[1:]
     files = list(staging.glob("_staging/*/*"))
     assert len(files) > 1
     yesterday = (datetime.now(UTC) - timedelta(days=1.1)).timestamp()
@@ -243,7 +293,7 @@ def test_a_table_that_is_not_there_is_one_clear_error(delta, tmp_path, name, wor
     assert not list(tmp_path.glob("_staging/*"))
 
 
-def test_rows_of_members_that_are_gone_go_in_the_same_commit(delta, model, photos, tmp_path, name):
+def test_rows_of_members_that_are_gone_go_in_the_same_commit(delta, model, photos, tmp_path, name, table):
     def pack(names: list[str]) -> None:
         with tarfile.open(photos / "a.tar", "w") as archive:
             for member in names:
@@ -253,31 +303,32 @@ def test_rows_of_members_that_are_gone_go_in_the_same_commit(delta, model, photo
     assert delta(run, photos, model, name, tmp_path / "staging").ok == 10
     pack(["y.png", "z.png", "zz.png"])
     assert delta(run, photos, model, name, tmp_path / "staging").ok == 3
-    members = [path for path, *_ in delta(rows_of, name) if "member" in path]
+    members = [path for path, *_ in table.rows() if "member" in path]
     assert members == [f"a.tar#member={member}.png" for member in ("y", "z", "zz")]
-    assert delta(versions, name) == ["CREATE TABLE", "MERGE", "MERGE"]
+    assert table.versions() == ["CREATE TABLE", "MERGE", "MERGE"]
 
 
 # ---------------------------------------------------------------- runs that die, start over, or meet
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_a_killed_run_has_finished_is_kept_and_nothing_is_doubled(delta, model, photos, tmp_path, name, when):
+def test_what_a_killed_run_has_finished_is_kept_and_nothing_is_doubled(
+    delta, model, photos, tmp_path, name, when, table
+):
     staging = tmp_path / "staging"
     delta(run_killed, when, photos, model, name, staging)
-    assert len(delta(rows_of, name)) == (8 if when == "after" else 0)
+    assert len(table.rows()) == (8 if when == "after" else 0)
     assert len(list(staging.glob("_staging/*/*.parquet"))) > 0
     (photos / "9.png").write_bytes(png(True))
     again = delta(run, photos, model, name, staging)
     assert (again.ok, again.skipped) == (1, 8)
-    assert delta(rows_of, name) == [*LABELS, ("9.png", "bright", None)]
+    assert table.rows() == [*LABELS, ("9.png", "bright", None)]
     # The rows that are there already are merged no second time.
-    assert delta(versions, name) == ["CREATE TABLE", "MERGE", "MERGE"]
+    assert table.versions() == ["CREATE TABLE", "MERGE", "MERGE"]
 
 
-def test_an_old_result_that_a_slow_run_leaves_replaces_no_newer_one(delta, model, photos, tmp_path, name):
-    staging = tmp_path / "staging"
-    delta(run_killed, "before", photos, model, name, staging)
+def test_an_old_result_that_a_slow_run_leaves_replaces_no_newer_one(delta, model, after, tmp_path, name, table):
+    photos, staging = after("killed")
     late = tmp_path / "late"
     (staging / "_staging").rename(late)  # a task that has not ended yet
     (photos / "0.png").write_bytes(png(True) + b" ")
@@ -285,13 +336,12 @@ def test_an_old_result_that_a_slow_run_leaves_replaces_no_newer_one(delta, model
     late.rename(staging / "_staging")
     again = delta(run, photos, model, name, staging)
     assert (again.ok, again.skipped) == (0, 8)
-    assert delta(rows_of, name) == [("0.png", "bright", None), *LABELS[1:]]
-    assert delta(versions, name) == ["CREATE TABLE", "MERGE"]
+    assert table.rows() == [("0.png", "bright", None), *LABELS[1:]]
+    assert table.versions() == ["CREATE TABLE", "MERGE"]
 
 
-def test_what_a_killed_run_has_left_is_deleted_a_day_later(delta, model, photos, tmp_path, name):
-    staging = tmp_path / "staging"
-    delta(run_killed, "before", photos, model, name, staging)
+def test_what_a_killed_run_has_left_is_deleted_a_day_later(delta, model, after, name):
+    photos, staging = after("killed")
     delta(run, photos, model, name, staging)
     files = list(staging.glob("_staging/*/*"))
     assert files
@@ -302,39 +352,38 @@ def test_what_a_killed_run_has_left_is_deleted_a_day_later(delta, model, photos,
     assert not list(staging.glob("_staging/*/*"))
 
 
-def test_a_run_that_starts_over_replaces_the_whole_table_in_one_commit(delta, model, photos, tmp_path, name):
-    staging = tmp_path / "staging"
-    delta(run, photos, model, name, staging)
+def test_a_run_that_starts_over_replaces_the_whole_table_in_one_commit(delta, model, after, name, table):
+    photos, staging = after("finished")
     (photos / "8.png").write_bytes(png(True))
     delta(run_killed, "before", photos, model, name, staging)
     for gone in ("0.png", "1.png", "8.png"):
         (photos / gone).unlink()
     over = delta(run, photos, model, name, staging, resume=False)
     assert (over.ok, over.skipped) == (6, 0)
-    assert delta(rows_of, name) == LABELS[2:]
-    assert delta(versions, name) == ["CREATE TABLE", "MERGE", "MERGE"]
+    assert table.rows() == LABELS[2:]
+    assert table.versions() == ["CREATE TABLE", "MERGE", "MERGE"]
     assert delta(run, photos, model, name, staging).skipped == 6
-    assert delta(rows_of, name) == LABELS[2:]  # what the killed run had staged does not come back
+    assert table.rows() == LABELS[2:]  # what the killed run had staged does not come back
 
 
-def test_of_two_runs_that_merge_at_once_each_image_has_one_row(delta, model, photos, tmp_path, name):
+def test_of_two_runs_that_merge_at_once_each_image_has_one_row(delta, model, photos, tmp_path, name, table):
     summaries = delta(run_at_once, [photos] * 2, model, name, tmp_path / "staging")
     assert [getattr(summary, "ok", summary) for summary in summaries] == [8, 8]
-    assert delta(rows_of, name) == LABELS
+    assert table.rows() == LABELS
 
 
-def test_a_table_that_another_run_is_making_is_waited_for(delta, model, photos, tmp_path, name):
+def test_a_table_that_another_run_is_making_is_waited_for(delta, model, photos, tmp_path, name, table):
     assert delta(run_while_the_table_is_made, photos, model, name, tmp_path / "staging").ok == 8
-    assert delta(rows_of, name) == LABELS
+    assert table.rows() == LABELS
 
 
 # ---------------------------------------------------------------- what is wrong with a table
 
 
-def test_results_of_another_model_are_refused(delta, model, bundle_uri, photos, tmp_path, name):
-    delta(run, photos, model, name, tmp_path / "staging")
+def test_results_of_another_model_are_refused(delta, bundle_uri, after, name):
+    photos, staging = after("finished")
     with pytest.raises(RunError, match="holds results of brightness@.*another --output"):
-        delta(run, photos, bundle_uri, name, tmp_path / "staging")
+        delta(run, photos, bundle_uri, name, staging)
 
 
 def test_a_table_of_other_columns_is_one_clear_error(delta, model, photos, tmp_path, name):
@@ -366,9 +415,8 @@ def test_staging_is_below_the_results_unless_it_is_set(tmp_path):
     assert isinstance(open_results(None, str(tmp_path), settings()), ResultStore)
 
 
-def test_a_staged_file_that_is_damaged_is_one_clear_error(delta, model, photos, tmp_path, name):
-    staging = tmp_path / "staging"
-    delta(run_killed, "before", photos, model, name, staging)
+def test_a_staged_file_that_is_damaged_is_one_clear_error(delta, model, after, name):
+    photos, staging = after("killed")
     next(staging.glob("_staging/*/*.parquet")).write_bytes(b"PAR1")
     with pytest.raises(StorageError, match="holds no results that can be read"):
         delta(run, photos, model, name, staging)

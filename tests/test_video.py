@@ -351,7 +351,7 @@ def test_frames_fill_the_partitions_evenly_in_few_ranges(images, videos, partiti
 
 
 def settings(**overrides) -> Config:
-    return load_config("local", **{"spark.master": "local[2]", "partitioning.partitions": 4, **overrides})
+    return load_config("local", **{"spark.master": "local[2]", "partitioning.partitions": 4, "report": 0, **overrides})
 
 
 def rows_of(output: Path) -> list[dict]:
@@ -767,7 +767,7 @@ def good_within(folder: Path, megabytes: int) -> list[bool]:
 
 
 def test_frames_for_which_there_is_no_memory_are_errors(tmp_path):
-    write_clip(tmp_path / "large.avi", "MJPG", pictures(3, width=8000, height=6000))
+    write_clip(tmp_path / "large.avi", "MJPG", pictures(3, width=5000, height=4000))
     # Another process, because what this one has freed and kept may be enough for a frame.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(good_within, tmp_path, 30).result() == [False] * 3
