@@ -20,7 +20,7 @@ from conf import pack
 from helpers import pipeline
 from helpers.config import PROJECT, load_config
 from helpers.errors import HostError
-from helpers.java import local_options
+from helpers.java import find_java, local_options
 from helpers.pipeline import listing as ingest
 from helpers.session import find_environment, pack_helpers
 from studies.cluster import LOOPBACK, SPARK_HOME, Cluster, Process
@@ -47,7 +47,7 @@ def bare_python(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def cluster(bare_python, tmp_path_factory) -> Iterator[Cluster]:
     """A cluster whose processes know Java, a bare Python, and nothing of this project."""
-    java = Path(shutil.which("java") or "")
+    java = Path(find_java() or "")
     environment = {"PATH": f"{java.parent}{os.pathsep}{os.defpath}", "PYSPARK_PYTHON": bare_python}
     environment |= {name: os.environ[name] for name in ("JAVA_HOME",) if name in os.environ}
     started = Cluster(tmp_path_factory.mktemp("cluster"), environment)
@@ -196,7 +196,7 @@ def test_a_driver_that_owns_nothing_but_its_working_directory_runs_from_the_arch
             shutil.copyfile(file, libraries / file.name)
         shutil.copytree(SPARK_HOME / "jars", libraries / "jars")
         shutil.copytree(SPARK_HOME / "bin", libraries / "bin")
-        environment = {"PATH": f"{Path(shutil.which('java') or '').parent}:/usr/bin:/bin", "SPARK_HOME": str(libraries)}
+        environment = {"PATH": f"{Path(find_java() or '').parent}:/usr/bin:/bin", "SPARK_HOME": str(libraries)}
         environment |= {"TMPDIR": str(working), "PYTHONPATH": ":".join(map(str, libraries.glob("*.zip")))}
         environment |= {"HELPERS_PATHS__RUNS": str(working / "runs")}
         command = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "env", f"--chdir={working}"]

@@ -563,7 +563,7 @@ def test_a_damaged_archive_of_classes_stops_nothing(monkeypatch, tmp_path):
     damaged = tmp_path / "damaged.jsa"
     damaged.write_bytes(b"no archive")
     monkeypatch.setattr(java, "ARCHIVE", damaged)
-    command = [shutil.which("java"), *shlex.split(java.local_options()), "-version"]
+    command = [java.find_java(), *shlex.split(java.local_options()), "-version"]
     assert f"-XX:SharedArchiveFile={damaged}" in command
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
