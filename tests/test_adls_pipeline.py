@@ -230,11 +230,11 @@ class Trouble:
     disturbed: int = 0
 
     def throttle(self, request: Request) -> object:
-        """Three seconds of 503, and at least ten of them however slow this machine is."""
+        """A second and a half of 503, and at least ten of them however slow this machine is."""
         self.requests += request.is_read
         if self.requests == 20 and not self.started:
             self.started = time.monotonic()
-        if not self.started or (self.disturbed >= 10 and time.monotonic() > self.started + 3):
+        if not self.started or (self.disturbed >= 10 and time.monotonic() > self.started + 1.5):
             return None
         self.disturbed += 1
         return BUSY
