@@ -447,7 +447,7 @@ def test_any_history_of_runs_and_deaths_ends_with_each_image_once(tmp_path_facto
 def test_runs_that_start_together_leave_each_image_once_and_a_reader_misses_none(tmp_path, resume):
     drive(LocalStorage(str(tmp_path)), "20260101T000000", FIRST, tasks=2)
     with Reader(tmp_path) as reader:
-        for number in range(1, 7):
+        for number in range(1, 11):
             images = results_of(tmp_path) | dict.fromkeys("abc", number)
             images |= {f"{number}-{i}": number for i in range(9)}
             names = [f"20260102T0000{number:02d}-0000000{i}" for i in range(3)]

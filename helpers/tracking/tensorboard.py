@@ -4,6 +4,7 @@ The event file is TensorBoard's own, so that a run on the driver needs no torch.
 graph, charts) comes from `torch.utils.tensorboard`, which is imported where it is called.
 """
 
+import logging
 import struct
 import tempfile
 import time as clock
@@ -175,6 +176,8 @@ def read_scalars(run_dir: str) -> "dict[str, pd.DataFrame]":
 
     if not any(Path(run_dir).glob(f"{EVENT_FILES}*")):
         raise DataError(f"no TensorBoard events in {run_dir}: train first")
+    # After a crash a training does some steps once more, and the accumulator warns that it leaves the first ones out.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     # 0 keeps every event; the default keeps a sample.
     events = EventAccumulator(run_dir, size_guidance={SCALARS: 0}).Reload()
     columns = ["wall_time", "step", "value"]
