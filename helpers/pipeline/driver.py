@@ -174,7 +174,9 @@ def make_task(source: str | None, model: str | Sequence[str], output: str, confi
     """
     models = open_models([model] if isinstance(model, str) else model, config)
     files = open_files(source, config)
-    run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
+    now = time.time()
+    # Names of runs are in the order of their starts (`rows_of_later_runs`), of those in the same second too.
+    run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now))}-{int(now % 1 * 16**4):04x}{uuid.uuid4().hex[:4]}"
     return Task(
         source=files,
         output=open_output(output, config),
