@@ -157,6 +157,12 @@ def test_the_summary_counts_what_happened(finished):
     assert sum(count for _, count in summary.reasons()) == 4
 
 
+def test_names_of_runs_are_in_the_order_of_their_starts(samples, bundle_uri, tmp_path):
+    task = partial(pipeline.make_task, str(samples), bundle_uri, str(tmp_path), load_config("local"))
+    names = [task().run for _ in range(30)]  # of which some are in one second
+    assert names == sorted(names) and len({name[:15] for name in names}) < len(set(names)) == 30
+
+
 def test_records_of_the_tasks_add_up(finished):
     records = finished.summary.records
     assert sum(record["images"] for record in records) == 64

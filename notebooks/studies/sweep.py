@@ -62,7 +62,7 @@ def main() -> None:
 
     logging.basicConfig(level=logging.WARNING)
     job = json.load(sys.stdin)
-    shared = {**job["settings"], "resume": False}
+    shared = {"pictures": 0, "report": 0, **job["settings"], "resume": False}
     session = load_config(**shared)
     with starting(session):
         from helpers import pipeline
