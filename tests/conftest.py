@@ -22,6 +22,12 @@ from helpers.storage import open_storage
 from studies.samples import write_images, write_samples
 
 
+def pytest_collection_modifyitems(items):
+    """Where the tests' session is to be Sail's, keep those that have a session, and need no more than Sail has."""
+    if os.environ.get("HELPERS_SPARK__MODE") == "sail":
+        items[:] = [item for item in items if "spark" in item.fixturenames and not item.get_closest_marker("spark")]
+
+
 @pytest.fixture(scope="session")
 def spark():
     session = get_spark(load_config("local", **{"spark.master": "local[2]"}))

@@ -814,6 +814,7 @@ def test_a_folder_of_archives_that_lie_is_error_rows(spark, bundle_uri, tmp_path
     assert again.skipped == summary.images
 
 
+@pytest.mark.spark
 def test_a_run_over_abfss_has_the_rows_of_a_run_over_a_folder(
     here, places, bundle_uri, tmp_path, adls_settings, adls_root
 ):

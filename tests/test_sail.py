@@ -4,6 +4,7 @@ A process cannot hold a classic and a Connect session at once, so every run on S
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,12 +23,13 @@ from cluster import Finished, Run, read_rows, start_run
 from test_video import pictures, write_clip
 
 from helpers import java, pipeline
-from helpers.config import load_config
+from helpers.config import PROJECT, load_config
 from helpers.doctor import examine
 from helpers.memory import resident_megabytes
 from helpers.pipeline import sail
 from helpers.session import choose_mode, with_mode
 
+ON_BOTH = ("pipeline", "slices", "exactly_once", "archives", "sources", "views", "several_models")
 STAGES = """
 import sys
 import pyarrow.parquet as pq
@@ -176,6 +178,18 @@ def test_stages_one_by_one_give_the_rows_of_the_run(source, bundle_uri, expected
     output, training = ended.stdout.splitlines()
     assert "cannot go to table:results" in output and "set spark.mode=local" in output
     assert "a training" in training and "set spark.mode=local" in training
+
+
+def test_runs_do_on_sail_what_tests_ask_of_runs_on_spark():
+    """Those of one session: the pipeline, slices, resume, deaths of the driver, archives and tables."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    # Tasks are threads of the process with the tests, which takes more than a run does.
+    environment |= {"HELPERS_SPARK__MODE": "sail", "HELPERS_INFERENCE__MEMORY_MEGABYTES": "8192"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"tests/test_{name}.py" for name in ON_BOTH]
+    ended = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    assert int(re.search(r"(\d+) passed", ended.stdout)[1]) > 100
 
 
 def test_tables_are_sources_as_they_are_of_spark():

@@ -432,6 +432,7 @@ def test_results_appear_slice_by_slice_and_pictures_are_of_all_slices(run, tmp_p
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == COUNT - 1
 
 
+@pytest.mark.spark
 def test_a_run_with_nothing_new_starts_no_task_and_reads_no_row(spark, run, tmp_path, monkeypatch):
     first = run()
     read = LocalStorage.read

@@ -184,6 +184,7 @@ def test_images_that_spark_reads_have_their_kept_columns_too(spark, model, folde
     )
 
 
+@pytest.mark.spark
 def test_one_table_names_files_of_several_storages(here, model, folder, tmp_path, s3_settings, s3_root):
     open_storage(s3_root, settings(**s3_settings)).write("far.png", png(True))
     local = str(folder / "images/2.png")
@@ -320,6 +321,7 @@ def test_tasks_read_the_columns_that_are_wanted_and_those_that_the_log_tells(tmp
     assert [row["new"] for row in rows] == [None] * 6 + [1]
 
 
+@pytest.mark.spark
 @pytest.mark.parametrize("form", ["delta", "parquet"])
 def test_a_table_on_object_storage_is_read_by_tasks(here, model, tmp_path, s3_settings, s3_root, form):
     bucket = open_storage(s3_root, settings(**s3_settings))

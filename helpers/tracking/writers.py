@@ -98,17 +98,16 @@ def log_run(
     `run` is its record (`RUN.json`); what took seconds comes at the step after the last task. `tasks` has a row of each
     with the seconds of some stages. Pictures are PNG files with their names.
     """
-    import pyarrow as pa  # a training has no use for it
-
     # A task ends when it began plus what it took; the clocks of hosts may differ by little.
-    began = tasks["started"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy() / 1e6
+    began = tasks["started"].to_numpy().astype("datetime64[us]").astype(float) / 1e6
     ends = began + tasks["seconds"].to_numpy()
+    order, start = np.argsort(ends, kind="stable"), began.min(initial=np.inf)
     done, failed, megabytes = 0, 0, 0.0
-    for step, record in enumerate(_rows(tasks.append_column("end", pa.array(ends)).sort_by("end")), start=1):
+    for step, (record, end) in enumerate(zip(_rows(tasks.take(order)), ends[order].tolist(), strict=True), start=1):
         done, failed = done + record["images"], failed + record["failed"]
         megabytes += record["bytes"] / 2**20
         values = {
-            "run/images_per_second": done / max(record["end"] - began.min(), 1e-9),
+            "run/images_per_second": done / max(end - start, 1e-9),
             "run/images": done,
             "run/failed": failed,
             "run/megabytes": megabytes,
@@ -118,7 +117,7 @@ def log_run(
             "task/attempt": record["attempt"],
             **{f"stage/{stage}_seconds": record[f"{stage}_seconds"] for stage in stages},
         }
-        writer.log_scalars(values, step, record["end"])
+        writer.log_scalars(values, step, end)
     phases = {f"run/{name}": value for name, value in run.items() if name.endswith("seconds") and value is not None}
     last = tasks.num_rows + 1
     writer.log_scalars(phases, last, ends.max(initial=0.0) or None)
