@@ -9,8 +9,8 @@ resident memory; apart from it, the peak of what the process has allocated, with
 mapped, looked at every `EVERY` seconds.
 
 The results of the smallest listing are then run upon again: with nothing new; with nothing new where another program
-has changed the table, so that the driver has to read its keys; and with a thousand new images. The last line is what it
-takes to list files that are there.
+has changed the table, so that the driver has to read its keys; and with a thousand new images. The last lines are what
+it takes to list files that are there, and to list and plan `LISTED` million simulated ones, without a table.
 """
 
 import json
@@ -34,6 +34,7 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable
 
 from helpers.config import load_config
+from helpers.memory import trim_heap, trimmable
 from helpers.pipeline import driver, runs
 from helpers.pipeline.rows import Statistics
 from helpers.pipeline.schemas import RESULT_SCHEMA
@@ -48,6 +49,7 @@ FILES_IN_FOLDER = 5000
 SLOTS = 16
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
 REAL_FILES = 200_000
+LISTED = 100
 EVERY = 0.01
 
 
@@ -102,18 +104,29 @@ def write_results(run: Any, images: pa.Table, plan: Any, is_last: bool) -> list[
     return records
 
 
-def watch_allocated(peak: list[int]) -> None:
-    """Keep the most kilobytes of anonymous memory that this process has had."""
-    while True:
-        (now,) = re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
-        peak[0] = max(peak[0], int(now))
-        time.sleep(EVERY)
+def watch_allocated() -> list[int]:
+    """The most kilobytes of anonymous memory that this process has from now on; its only item is kept up to date."""
+    peak = [0]
+
+    def watch() -> None:
+        while True:
+            (now,) = re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+            peak[0] = max(peak[0], int(now))
+            time.sleep(EVERY)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return peak
+
+
+def peaks(allocated: list[int]) -> dict[str, int]:
+    """Peaks of this process's memory, in megabytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_megabytes": round(peak / 1024), "allocated_megabytes": round(allocated[0] / 1024)}
 
 
 def run(output: str, images: int, new: int) -> dict[str, Any]:
     """One run of the driver; seconds, and this process's peak."""
-    allocated = [0]
-    threading.Thread(target=watch_allocated, args=[allocated], daemon=True).start()
+    allocated = watch_allocated()
     manifest = SimpleNamespace(flops=10**9, digest="0" * 12)
     model = RunModel(SimpleNamespace(manifest=manifest), "network@0123456789ab", {})
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{images % 16**4 + new:08x}"
@@ -134,8 +147,7 @@ def run(output: str, images: int, new: int) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "pass_seconds": round(summary.ok / summary.images_per_second if summary.ok else 0.0, 1),
-        "peak_megabytes": round(usage.ru_maxrss / 1024),
-        "allocated_megabytes": round(allocated[0] / 1024),
+        **peaks(allocated),
     }
 
 
@@ -147,6 +159,21 @@ def list_folder(folder: str) -> dict[str, Any]:
         count = sum(part.images.num_rows for part in driver.listing.list_slices(storage, load_config("local")))
         seconds[name] = round((time.perf_counter() - start) * 10**6 / count, 1)
     return {"microseconds_per_file": seconds}
+
+
+def list_and_plan(images: int) -> dict[str, Any]:
+    """What the driver's own part takes, from slice to slice."""
+    allocated, config, count = watch_allocated(), load_config("local"), 0
+    start = time.perf_counter()
+    with trimmable():
+        for part in driver.listing.list_slices(Simulated(images), config):
+            planned = driver.listing.plan(part.images, SLOTS, config)
+            trim_heap()  # where a run does, too
+            driver.listing.assign(part.images, planned)
+            count += part.images.num_rows
+            del part
+            trim_heap()
+    return {"images": count, "seconds": round(time.perf_counter() - start, 1), **peaks(allocated)}
 
 
 def in_a_process(*arguments: Any) -> dict[str, Any]:
@@ -179,10 +206,13 @@ def main(millions: list[int]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         print(json.dumps(list_folder(str(real))))
+    in_a_process("list", LISTED * 10**6)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--part"]:
+    if sys.argv[1:3] == ["--part", "list"]:
+        print(json.dumps(list_and_plan(int(sys.argv[3]))))
+    elif sys.argv[1:2] == ["--part"]:
         print(json.dumps(run(sys.argv[2], *map(int, sys.argv[3:]))))
     else:
         main([int(argument) for argument in sys.argv[1:]] or list(MILLIONS))
