@@ -165,12 +165,10 @@ class ResultStore:
         self._folders.check()
 
     def prepare(self) -> None:
-        """Tidy up, and make the table where there is none, so that readers find it from a run's start on.
-
-        It is of the results of an earlier version, if there are any, which were plain Parquet.
+        """Tidy up, and make a table of the results of an earlier version, which were plain Parquet.
 
         Raises:
-            StorageError: something that is not ours lies in our folders, or nothing can be written.
+            StorageError: something that is not ours lies in our folders.
         """
         with only_warn("what killed runs have left could not be removed"):
             self._folders.tidy()
@@ -298,6 +296,8 @@ class ResultStore:
             StorageError: the table cannot be written.
         """
         if not work.files and not work.gone.num_rows and not work.starts_over:
+            if self._table.open() is NONE:
+                self._table.create()  # without rows, so that readers find the columns
             return []
         self.stage(work.run, work.starts_over)
         return sorted(self._commit(partial(self._plan_work, work)).adds)
@@ -316,11 +316,15 @@ class ResultStore:
 
     def _commit(self, plan: Callable[[Version, _Change], None]) -> _Change:
         """Plan a change of the newest version and commit it; again, where another run was first."""
-        version, looks = self._take_over(self._table.open()), 0
+        version, looks = self._table.open(), 0
         while True:
             change = _Change()
             try:
                 plan(version, change)
+                if version is NONE:
+                    version = self._table.create()
+                    if version.number or version.files.num_rows:
+                        raise Conflict
                 for source, target in change.moves.items():
                     self._folders.move(source, target)
                 if change.adds or change.removes:
@@ -506,12 +510,10 @@ class ResultStore:
             )
 
     def _take_over(self, version: Version) -> Version:
-        """Make the table if there is none, of results of an earlier version of this project if there are any."""
-        if version is not NONE:
-            return version
-        entries = self._folders.results()
+        """Make a table of results of an earlier version of this project, which were plain Parquet files."""
+        entries = self._folders.results() if version is NONE else {}
         if not entries:
-            return self._table.create()
+            return version
         files, models, counts = {}, set(), Counter[str]()
         for path, entry in entries.items():
             size = self._folders.renew(path, entry.length)
