@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PAGE = resource.getpagesize()
+# From so many bytes on, GNU's C library maps a block by itself. By default that grows with the blocks that are freed.
+M_MMAP_THRESHOLD, LARGEST_THRESHOLD, TABLE_THRESHOLD = -3, 2**25, 2**20
 OVERLAP_SECONDS = 0.5  # that two tasks last, so that they run at the same time where they can
 
 _is_shared = False  # by several tasks
@@ -62,21 +64,31 @@ def share() -> None:
 
 @contextlib.contextmanager
 def trimmable() -> Iterator[None]:
-    """Let Arrow take memory where `trim_heap` can give it back: its own allocator keeps what large tables have left."""
+    """Let large tables be given back as soon as they are freed, and smaller blocks by `trim_heap`.
+
+    Arrow's own allocator would keep what they have left, and so would GNU's C library, in pieces, after the first one.
+    """
     import pyarrow as pa
 
     pool = pa.default_memory_pool()
     pa.set_memory_pool(pa.system_memory_pool())
+    _call_allocator("mallopt", M_MMAP_THRESHOLD, TABLE_THRESHOLD)
     try:
         yield
     finally:
+        _call_allocator("mallopt", M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
         pa.set_memory_pool(pool)
 
 
 def trim_heap() -> None:
     """Give free memory back to the system, which GNU's C library keeps where large tables have been."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+    _call_allocator("malloc_trim", 0)
+
+
+def _call_allocator(name: str, *arguments: int) -> None:
+    """Call a function of the C library that only GNU's has."""
+    if function := getattr(ctypes.CDLL(None), name, None):
+        function(*arguments)
 
 
 def _memory() -> tuple[int | None, int]:
