@@ -74,11 +74,10 @@ PATIENCE_SECONDS = 30.0  # in which nothing is said while a run waits for its fi
 DAEMON = "helpers.pipeline.daemon"  # which this machine's workers are forked from
 PYTHONPATH = "spark.executorEnv.PYTHONPATH"
 UNPACKED = "environment"  # the folder of a packed environment in an executor's working directory
-
-_told: "weakref.WeakKeyDictionary[SparkSession, int]" = weakref.WeakKeyDictionary()  # executors, where some lack
 NO_CATALOG = "Sail's catalog ends with its session; set spark.mode=local, which needs Java"
 SAIL_REMEDY = "install it with `pip install pysail==0.7.2`, or set spark.mode=local, which needs Java"
 
+_told: "weakref.WeakKeyDictionary[SparkSession, int]" = weakref.WeakKeyDictionary()  # executors, where some lack
 _shipped: "weakref.WeakKeyDictionary[SparkSession, str]" = weakref.WeakKeyDictionary()
 _jvm: Jvm | None = None  # which `get_spark` is to connect to
 _sail_slots: "weakref.WeakKeyDictionary[SparkSession, int]" = weakref.WeakKeyDictionary()  # of sessions on Sail
@@ -514,7 +513,7 @@ def _jvm_settings(config: Config) -> dict[str, str]:
     }
     if not is_cluster:
         settings |= ON_THIS_MACHINE
-    if is_cluster:
+    else:
         # A plan goes by the executors that are there, so it pays to wait for all of them, and not for ever.
         settings["spark.scheduler.minRegisteredResourcesRatio"] = "1.0"
         settings["spark.scheduler.maxRegisteredResourcesWaitingTime"] = f"{spark.wait_seconds}s"

@@ -16,7 +16,7 @@ How it was checked that each test fails without its protection: in a copy of the
     folders.py: what is older than a start over is kept                 staged before a run started over
     results.py: recovery ignores which run is later                     late rows of a dead run
     results.py: a file that is gone is always an error                  deleted while a run reads
-    folders.py: `close` does nothing                                    staged before a run started over, bear tasks
+    folders.py: `sweep` does nothing                                    staged before a run started over, bear tasks
     folders.py: `unstage` does nothing                                  a run that starts over
 """
 

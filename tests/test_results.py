@@ -52,7 +52,7 @@ def table(*names: str, version: int = 0, error: str | None = None, model: str = 
 
 def read(store: ResultStore) -> pa.Table:
     """All results, with the columns of today."""
-    return pa.concat_tables([store._folders.load(file) for file in store.files()] or [RESULT_SCHEMA.empty_table()])
+    return pa.concat_tables([store.load(file) for file in store.files()] or [RESULT_SCHEMA.empty_table()])
 
 
 def stage(store: ResultStore, run: str, partition: int, rows: pa.Table) -> str:

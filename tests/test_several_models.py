@@ -65,9 +65,11 @@ def test_a_model_says_the_same_alone_and_with_others(samples, models, tmp_path):
         assert [row for row in together if row["model"] == identity] == alone and len(alone) == 64
 
 
-def test_many_images_wait_no_longer_than_for_the_other_models_batch(samples, models, tmp_path, monkeypatch):
-    """With large images a batch ends early, so that few of them wait for the other model."""
-    monkeypatch.setattr(views, "HELD_BYTES", 1)
+@pytest.mark.parametrize("limit", ["HELD_BYTES", "HELD_IMAGES"])
+def test_few_images_wait_for_the_other_model_where_they_are_large_or_many(
+    samples, models, tmp_path, monkeypatch, limit
+):
+    monkeypatch.setattr(views, limit, 1)
     rows = results_of(pipeline.make_task(str(samples), models, str(tmp_path), settings()))
     assert len(rows) == 2 * 64
     ahead, most = Counter(), 0

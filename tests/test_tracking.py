@@ -54,7 +54,7 @@ def test_a_run_that_goes_on_voids_what_came_after_the_checkpoint(tmp_path, other
 
 
 def test_events_reach_storage_that_cannot_append(monkeypatch, tmp_path):
-    monkeypatch.setattr(tensorboard, "WHOLE_FILES_ONLY", (str(tmp_path),))
+    monkeypatch.setattr(tensorboard, "MOUNTS", (str(tmp_path),))
     board = TensorBoard(str(tmp_path / "run"))
     board.log_scalars({"train/loss": 2.0}, 1)
     board.publish()

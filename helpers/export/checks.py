@@ -116,11 +116,8 @@ def try_graph(model: "ov.Model", spec: InputSpec, pictures: Sequence[Image], ori
     with contextlib.suppress(BundleError):
         tried = [*alone, _infer(engine, blank, origin)]
     lacking = _add_batch(model, tried)
-
-    def infer_one(image: np.ndarray) -> Arrays:
-        return _with_batch(engine(image), lacking)
-
-    return Trial(model, pictures, [_with_batch(own, lacking) for own in alone], 1, infer_one)
+    outputs = [_with_batch(own, lacking) for own in alone]
+    return Trial(model, pictures, outputs, 1, lambda image: _with_batch(engine(image), lacking))
 
 
 def compile_graph(model: "ov.Model", origin: str) -> Engine:

@@ -67,10 +67,6 @@ class _Table(NamedTuple):
     commits: frozenset[int]
     changed: datetime
 
-    @property
-    def is_whole(self) -> bool:
-        return 0 in self.commits
-
 
 class Arrivals:
     """The files of a location that have arrived and are not settled; the name is what the records say of the source."""
@@ -103,7 +99,7 @@ class Arrivals:
                 query.awaitTermination()
             finally:
                 query.stop()
-            self._tables = {run: table for run, table in self._present().items() if table.is_whole}
+            self._tables = {run: table for run, table in self._present().items() if 0 in table.commits}
             # Spark does not keep the rows while the tasks of a slice run.
             files = on_disk(map(tuple, self._newest().toLocalIterator())) if self._tables else iter(())
         except Exception as error:
@@ -142,7 +138,7 @@ class Arrivals:
             rows.mode("overwrite").save(self._place(self._run))
         for run, table in self._present().items():
             is_read = run in self._tables and self._tables[run].commits == table.commits
-            is_waste = not table.is_whole and table.changed < datetime.now(UTC) - ABANDONED
+            is_waste = 0 not in table.commits and table.changed < datetime.now(UTC) - ABANDONED
             if (is_read or is_waste) and not (run == self._run and left.num_rows):
                 self._output.delete(f"{self._folder}/{run}")
 

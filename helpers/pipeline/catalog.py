@@ -113,7 +113,7 @@ class CatalogStore(ResultStore):
             return
         copy = uuid.uuid4().hex
         write = partial(write_rows, storage=self.storage, folder=staging(copy))
-        self.stage(copy, starts_over=True)  # so that no run takes it for results
+        self.stage(copy, alone=True)  # so that no run takes it for results
         try:
             try:
                 rows = self.frame().select(RESULT_SCHEMA.names)
@@ -131,7 +131,7 @@ class CatalogStore(ResultStore):
             RunError: Spark has no Delta here, or may not make or read the table, or it has other columns.
         """
         with only_warn("what killed runs have left could not be removed"):
-            self._folders.tidy()
+            self.tidy()
         columns = spark_schema(self._schema)
         for attempt in range(1, LOOKS + 1):
             try:
@@ -180,7 +180,7 @@ class CatalogStore(ResultStore):
 
     def progress(self, run: str) -> tuple[int, int]:
         """Images and failed images that a run's tasks have finished and nobody has merged."""
-        return staged_counts(path for path in self._folders.staged(run) if path not in self._merged)
+        return staged_counts(path for path in self.staged(run) if path not in self._merged)
 
     def publish(self, work: Work) -> list[str]:
         """Merge a run's work into the table, and return its files, which stay until `unstage`.
@@ -202,7 +202,7 @@ class CatalogStore(ResultStore):
         self._merge(rows, work.about(*staged_counts(work.files)), others)
         self._merged |= set(work.files)
         if work.starts_over:  # what earlier runs have left has no place in the table any more
-            for path in self._leftovers(NONE)[0]:
+            for path in self.leftovers(NONE)[0]:
                 if time_of(run_of(path)) < time_of(work.run):
                     self.storage.delete(path)
         return sorted(work.files)
@@ -215,10 +215,10 @@ class CatalogStore(ResultStore):
         """
         from pyspark.sql import functions as F
 
-        files = self._leftovers(NONE)[0]  # those of the run that began last first
+        files = self.leftovers(NONE)[0]  # those of the run that began last first
         own = self.rows(files)
         if not own.num_rows:
-            self._folders.close()
+            self.sweep()
             return 0
         self._check_models(own["model"].unique().to_pylist(), models)
         rows = self.look(path_range(own)).rows
@@ -234,7 +234,7 @@ class CatalogStore(ResultStore):
             rows_left = rows_left.join(F.broadcast(self._spark.createDataFrame(wanted)), ["path", FILE], "left_semi")
             self._merge(rows_left, {"run": ", ".join(dict.fromkeys(map(run_of, files))), "images": images})
             log.info("kept the results of %d images of an earlier run that did not end", images)
-        self._folders.close()
+        self.sweep()
         return images
 
     def vacuum(self, days: float) -> None:

@@ -51,13 +51,15 @@ class Distributions(dict[str, Distribution]):
             scores = pc.drop_null(pc.struct_field(predictions, "score")).to_numpy()
             labels = pc.fill_null(pc.struct_field(predictions, "label"), "")
             histogram = np.histogram(np.clip(scores, 0, 1), BINS, (0, 1))[0]
-            self._of(model).add(Distribution(Counter(count_values(labels)), histogram.tolist()))
+            counts = Distribution(Counter(count_values(labels)), histogram.tolist())
+            self.setdefault(model, Distribution()).add(counts)
 
     def merge(self, texts: Iterable[str]) -> "Distributions":
         """Count what `to_json` has written, and return this."""
         for text in texts:
             for model, counts in json.loads(text).items():
-                self._of(model).add(Distribution(Counter(counts["classes"]), counts["scores"]))
+                more = Distribution(Counter(counts["classes"]), counts["scores"])
+                self.setdefault(model, Distribution()).add(more)
         return self
 
     def to_json(self) -> str:
@@ -90,9 +92,6 @@ class Distributions(dict[str, Distribution]):
                         "distance is %.2f, more than tracking.drift=%g; look at the images", part, model, value, limit,
                     )  # fmt: skip
         return found
-
-    def _of(self, model: str) -> Distribution:
-        return self.setdefault(model, Distribution())
 
 
 def distance(one: Mapping, other: Mapping) -> float:

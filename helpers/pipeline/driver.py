@@ -184,13 +184,8 @@ def make_task(source: str | None, model: str | Sequence[str], output: str, confi
         models=models,
         max_bytes=config.max_image_bytes,
         max_pixels=config.ingest.max_pixels,
-        precision=config.inference.precision,
-        threads=config.inference.threads,
-        batch_megabytes=config.inference.batch_megabytes,
-        max_batch=config.inference.max_batch,
-        memory_megabytes=config.inference.memory_megabytes,
-        device=config.inference.device,
-        tiling=Tiling(config.tiling.factor, config.tiling.overlap) if config.tiling.factor else None,
+        **config.inference.model_dump(exclude={"gpu_share"}),
+        tiling=Tiling(**config.tiling.model_dump()) if config.tiling.factor else None,
         cascade=cascade_of(models, config),
         kept=pa.schema([]) if source is None or is_table(source, config) else text_columns(config),
     )
@@ -278,4 +273,4 @@ def cascade_of(models: tuple[RunModel, ...], config: Config) -> Cascade | None:
         raise ConfigError(f"cascade.enabled: the first model is for {tasks[0]}; name one that gives boxes first")
     if tasks[1] == "embedding":
         raise ConfigError("cascade.enabled: the second model gives embeddings, and a row has one; name another model")
-    return Cascade(settings.min_score, settings.padding, settings.max_crops)
+    return Cascade(**settings.model_dump(exclude={"enabled"}))

@@ -36,9 +36,9 @@ from helpers.pipeline.results import ResultStore
 from helpers.storage import Storage, open_storage
 from helpers.storage.parquet import read_table
 from helpers.storage.prefetch import map_each
+from helpers.tasks.boxes import SIDES
 
 COLUMNS = ["path", "width", "height", "error", "predictions", "model"]
-SIDES = ("x1", "y1", "x2", "y2")
 CSV_COLUMNS = ["path", "width", "height", "model", "error", "class_id", "label", "score", *SIDES]
 LABELME = "5.5.0"  # the version of its files
 UNSAFE = re.compile(r'^\.\.|[\x00-\x1f\x7f\\:*?"<>|]')  # in a part of a path, on one system or another

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +17,7 @@ from helpers.errors import StorageError, explain, first_line
 from helpers.pipeline.records import RUNS
 from helpers.pipeline.rows import ROWS_SCHEMA
 from helpers.pipeline.schemas import EARLIER_RESULT_SCHEMA, conform
-from helpers.pipeline.table import LOG, NONE, Version
+from helpers.pipeline.table import LOG, NONE, Table, Version
 from helpers.pipeline.task import STAGING, staging
 from helpers.storage import Storage
 from helpers.storage.interface import UNFINISHED, Entry
@@ -40,52 +39,53 @@ STARTED_OVER = "spark-vision started over"  # the table's mark of when the last 
 ABANDONED = timedelta(days=1)  # nobody writes one file, or nothing of a run, for so long
 
 
-class Leftovers(NamedTuple):
-    """Files of other runs that no version of the table has."""
-
-    files: dict[str, int]  # finished and not committed, with their sizes in bytes; of the run that began last first
-    useless: set[str]  # to anybody
-    strange: list[str]  # not of this project, unless the table has them by now
-
-
 class Folders:
     """The folders below one output; rows have the columns of a schema, or begin with them where they may have more."""
 
     def __init__(self, storage: Storage, schema: pa.Schema, may_have_more: bool):
-        self._storage, self._schema, self._may_have_more = storage, schema, may_have_more
+        self.storage, self._schema, self._may_have_more = storage, schema, may_have_more
+        self._table = Table(storage, RESULTS, schema, may_have_more)
 
     @property
-    def places(self) -> list[str]:
+    def folders(self) -> list[str]:
         """Where they are; what is below is no source of images."""
-        return [self._storage.join(name) for name in (RESULTS, PICTURES, REPORT, RUNS, STAGING)]
+        return [self.storage.join(name) for name in (RESULTS, PICTURES, REPORT, RUNS, STAGING)]
 
-    def check(self) -> None:
+    def check_writing(self) -> None:
         """Raise StorageError where nothing can be written."""
-        self._storage.write(f"{STAGING}/{KEEP}", b"")
-        self._storage.delete(f"{STAGING}/{KEEP}")
-        self._storage.prune(STAGING)
+        self.storage.write(f"{STAGING}/{KEEP}", b"")
+        self.storage.delete(f"{STAGING}/{KEEP}")
+        self.storage.prune(STAGING)
 
     def stage(self, run: str, alone: bool = False) -> None:
         """Make a run's staging folder, or have it again where another run has removed it as empty."""
-        self._storage.write(f"{staging(run)}/{ALONE if alone else KEEP}", b"")
+        self.storage.write(f"{staging(run)}/{ALONE if alone else KEEP}", b"")
 
     def unstage(self, run: str) -> None:
         """Remove a run's staging folder, unless somebody has put something there meanwhile."""
         self.staged(run)
-        self._storage.delete(staging(run))
-        self._storage.prune(STAGING)
+        self.storage.delete(staging(run))
+        self.storage.prune(STAGING)
 
     def staged(self, run: str) -> set[str]:
         """The files of rows that a run's tasks have staged."""
         return set(self._list(STAGING, run)[0])
 
-    def results(self) -> dict[str, Entry]:
+    def result_files(self) -> dict[str, Entry]:
         """The files of rows in the results, whether or not the table has them."""
         return self._list(RESULTS)[0]
 
-    def leftovers(self, version: Version) -> Leftovers:
-        """What other runs have left; raises StorageError if something that is not ours lies in our folders."""
-        (staged, markers), results = self._list(STAGING), self.results()
+    def leftovers(self, version: Version) -> tuple[dict[str, int], set[str]]:
+        """The files of other runs that no version of the table has.
+
+        Returns:
+            Those that are finished and not committed, with their sizes in bytes, of the run that began last first; and
+            those that are of no use to anybody.
+
+        Raises:
+            StorageError: something that is not ours lies in our folders.
+        """
+        (staged, markers), results = self._list(STAGING), self.result_files()
         keep, alone = ({run_of(path) for path in markers if name_of(path) == name} for name in (KEEP, ALONE))
         files = {path: entry.length for path, entry in staged.items() if run_of(path) not in alone}
         began, names = version.mark(STARTED_OVER), version.names
@@ -104,10 +104,14 @@ class Folders:
                 useless.add(path)
             else:
                 strange.append(path)
+        newest = self._table.open().names if strange else set()  # one may have been added just now
+        for path in strange:
+            if name_of(path) not in newest:
+                raise self.strange(path)
         last_first = sorted(sorted(files.keys() - useless), key=run_of, reverse=True)
-        return Leftovers({path: files[path] for path in last_first}, useless, strange)
+        return {path: files[path] for path in last_first}, useless
 
-    def close(self) -> None:
+    def sweep(self) -> None:
         """Remove the folders of other runs from staging that have nothing in them, or nothing new for a day."""
         staged, others = self._list(STAGING)
         entries = staged | others
@@ -115,33 +119,33 @@ class Folders:
             folder = staging(run)
             below = {path: entry for path, entry in entries.items() if path.startswith(f"{folder}/")}
             if below.keys() <= {f"{folder}/{KEEP}"}:
-                self._storage.delete(f"{folder}/{KEEP}")
-                self._storage.prune(folder)
+                self.storage.delete(f"{folder}/{KEEP}")
+                self.storage.prune(folder)
             elif max(entry.modified for entry in below.values()) < datetime.now(UTC) - ABANDONED:
-                self._storage.delete(folder)
-        self._storage.prune(STAGING)
+                self.storage.delete(folder)
+        self.storage.prune(STAGING)
 
     def tidy(self) -> None:
         """Remove the unfinished files of writers that were killed."""
         for folder in (RESULTS, PICTURES, REPORT, RUNS):
-            for entry in list(self._storage.list(folder)) if self._storage.exists(folder) else []:
+            for entry in list(self.storage.list(folder)) if self.storage.exists(folder) else []:
                 parent, _, name = entry.path.rpartition("/")
                 is_old = entry.modified < datetime.now(UTC) - ABANDONED
-                if parent == self._storage.join(folder) and UNFINISHED.fullmatch(name) and is_old:
-                    self._storage.delete(entry.path)
+                if parent == self.storage.join(folder) and UNFINISHED.fullmatch(name) and is_old:
+                    self.storage.delete(entry.path)
 
     def move(self, source: str, target: str) -> None:
         """Move a staged file, unless another run has just done the same."""
         try:
-            self._storage.rename(source, target)
+            self.storage.rename(source, target)
         except FileNotFoundError:
-            if not self._storage.exists(target):
+            if not self.storage.exists(target):
                 raise
 
     def rows(self, files: Iterable[str], within: tuple[str, str] | None = None) -> pa.Table:
         """`ROWS_SCHEMA` of every row in some files, or of those with a path between two; raises as `load` does."""
         files, tables = list(files), []
-        read = map_each(partial(self.load, columns=ROWS_SCHEMA.names[:-1]), files, self._storage.concurrent_reads)
+        read = map_each(partial(self.load, columns=ROWS_SCHEMA.names[:-1]), files, self.storage.concurrent_reads)
         for file, table in zip(files, read, strict=True):
             if within is not None:
                 first, last = pc.greater_equal(table["path"], within[0]), pc.less_equal(table["path"], within[1])
@@ -166,26 +170,26 @@ class Folders:
         """Give a file of an earlier version the columns of today; takes and returns its size in bytes."""
         if self._open(path).schema_arrow.equals(self._schema):
             return size
-        return write_table(self._storage, path, self.load(path))
+        return write_table(self.storage, path, self.load(path))
 
     def strange(self, path: str) -> StorageError:
         """What is raised for a file that is not of this project."""
-        place, folder = self._storage.join(path), self._storage.join(path.partition("/")[0])
+        place, folder = self.storage.join(path), self.storage.join(path.partition("/")[0])
         remedy = "move it away, or name another --output"
         return StorageError(f"{place} is not of this project, and {folder} is for its results alone; {remedy}")
 
     def _open(self, path: str) -> pq.ParquetFile:
         """One file of rows; a staged one from where another run has moved it, if it has."""
         try:
-            place = path if path == target_of(path) or self._storage.exists(path) else target_of(path)
+            place = path if path == target_of(path) or self.storage.exists(path) else target_of(path)
             # No Python file object: Arrow's threads can outlive the interpreter with one, and abort the process.
-            file = pq.ParquetFile(pa.BufferReader(self._storage.read(place)))
+            file = pq.ParquetFile(pa.BufferReader(self.storage.read(place)))
         except FileNotFoundError:
             raise
         except pa.ArrowException as error:
             raise self._unreadable(path, first_line(error)) from None
         except OSError as error:
-            raise StorageError(explain(error, self._storage.join(path))) from None
+            raise StorageError(explain(error, self.storage.join(path))) from None
         # Those who compact the table may write types of their own, which are cast.
         names, ours = file.schema_arrow.names, self._schema.names
         if self._may_have_more:
@@ -195,7 +199,7 @@ class Folders:
         return file
 
     def _unreadable(self, path: str, why: str) -> StorageError:
-        place = self._storage.join(path)
+        place = self.storage.join(path)
         return StorageError(f"{place} holds no results that can be read ({why}); move it away and run again")
 
     def _list(self, folder: str, run: str = "") -> tuple[dict[str, Entry], dict[str, Entry]]:
@@ -205,13 +209,13 @@ class Folders:
         """
         start, files, others = f"{folder}/{run}" if run else folder, {}, {}
         try:
-            entries = list(self._storage.list(start, directories=True)) if self._storage.exists(start) else []
+            entries = list(self.storage.list(start, directories=True)) if self.storage.exists(start) else []
         except StorageError:
-            if self._storage.exists(start):
+            if self.storage.exists(start):
                 raise
             entries = []  # another run has just removed it
         for entry in entries:
-            name = entry.path[len(self._storage.join(folder)) + 1 :]
+            name = entry.path[len(self.storage.join(folder)) + 1 :]
             if not entry.is_directory and FILES[folder].fullmatch(name):
                 files[f"{folder}/{name}"] = entry
             elif OTHERS[folder].fullmatch(name) or (entry.is_directory and folder == STAGING and "/" not in name):

@@ -40,7 +40,7 @@ from helpers.pipeline.schemas import (
     conform,
     extend,
 )
-from helpers.storage.interface import Files, Storage
+from helpers.storage.interface import Entry, Files, Storage
 from helpers.storage.local import NO_TIME
 from helpers.storage.prefetch import map_groups
 
@@ -89,8 +89,7 @@ def list_files(batches: Batches, storage: Files) -> Iterator[pa.RecordBatch]:
 
 def _look_up_file(storage: Files, path: str | None) -> dict[str, Any]:
     entry, error = (None, NO_PATH) if path is None else attempt(storage.stat, path)
-    if entry is None:
-        return {"path": path, "length": 0, "modified": NO_TIME, "error": error}
+    entry = entry or Entry("", 0, NO_TIME, error=error)
     return {"path": path, "length": entry.length, "modified": entry.modified, "error": entry.error}
 
 

@@ -28,7 +28,7 @@ from helpers.errors import RunError, StorageError, first_line, only_warn
 from helpers.images import rle
 from helpers.images.archive import split_member
 from helpers.images.boundary import UnreadableImageError, attempt
-from helpers.images.decoding import decode, decode_reduced
+from helpers.images.decoding import Image, decode_reduced
 from helpers.images.drawing import DRAWN_SCORE, draw, picture_name
 from helpers.images.spec import InputSpec
 from helpers.images.video import split_path
@@ -167,14 +167,9 @@ def _thumbnails_of_file(
 
 def _thumbnail(image: Row, row: Row, side: int, limit: int) -> str:
     """A JPEG file of an image (`IMAGE_SCHEMA`) as a `data:` URI."""
-    if image["error"] is not None:
-        raise UnreadableImageError(image["error"])
     size = row["width"], row["height"]
     shorter = min(_fitted(size, side))
-    spec = InputSpec(shorter, shorter, "bgr", (), (), scaled_decoding=1.0)
-    pixels, original = decode_reduced(image["content"], spec, max_pixels=size[0] * size[1])
-    if original != size:
-        raise UnreadableImageError(f"it does not have the {size[0]} x {size[1]} pixels of its row any more")
+    pixels = _decode(image, row, InputSpec(shorter, shorter, "bgr", (), (), scaled_decoding=1.0))
     for share, quality in ATTEMPTS:
         fitted = _fitted(size, round(share * side))
         # Linear takes a fifth of the time, and up to a half of the size it passes no pixel over.
@@ -365,8 +360,9 @@ def draw_sample(output: Storage, files: list[str], source: Files, config: Config
             for batch in read_images(batches, source, 1, 1, config.max_image_bytes, config.ingest.max_pixels):
                 (image,) = batch.to_pylist()
                 with only_warn(f"no picture of {image['path']}"):
-                    png, name = _draw(image, rows[image["path"]]), picture_name(image["path"])
-                    output.write(f"{PICTURES}/{name}", png)
+                    row, name = rows[image["path"]], picture_name(image["path"])
+                    picture = draw(_decode(image, row, InputSpec(0, 0, "bgr", (), ())), row["predictions"])
+                    output.write(f"{PICTURES}/{name}", cv2.imencode(".png", picture)[1].tobytes())
                     names.append(name)
     return names
 
@@ -404,12 +400,12 @@ def _can_be_drawn(row: Row, source: Files, max_pixels: int) -> bool:
     return False
 
 
-def _draw(image: Row, row: Row) -> bytes:
-    """A PNG file of an image (`IMAGE_SCHEMA`) with its row's predictions."""
+def _decode(image: Row, row: Row, spec: InputSpec) -> Image:
+    """The pixels of an image (`IMAGE_SCHEMA`), which must have its row's size still."""
     width, height = row["width"], row["height"]
     if image["error"] is not None:
         raise UnreadableImageError(image["error"])
-    pixels = decode(image["content"], max_pixels=width * height)
-    if pixels.shape[:2] != (height, width):
+    pixels, size = decode_reduced(image["content"], spec, max_pixels=width * height)
+    if size != (width, height):
         raise UnreadableImageError(f"it does not have the {width} x {height} pixels of its row any more")
-    return cv2.imencode(".png", draw(pixels, row["predictions"]))[1].tobytes()
+    return pixels

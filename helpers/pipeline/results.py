@@ -62,7 +62,7 @@ from helpers.pipeline.rows import (
     without,
 )
 from helpers.pipeline.schemas import RESULT_SCHEMA
-from helpers.pipeline.table import NONE, Conflict, File, Table, Version
+from helpers.pipeline.table import NONE, Conflict, File, Version
 from helpers.pipeline.task import STAGING
 from helpers.storage import Storage
 from helpers.storage.parquet import write_table
@@ -127,17 +127,14 @@ class _Change:
     marks: dict[str, int] = field(default_factory=dict)
 
 
-class ResultStore:
+class ResultStore(Folders):
     """The results below one output location; a damaged table, file or log is a StorageError of every method.
 
     `kept` are the user's columns that a run adds to them; None for those who only look, whatever there is.
     """
 
     def __init__(self, storage: Storage, kept: pa.Schema | None = None):
-        self.storage = storage
-        self._schema = pa.schema([*RESULT_SCHEMA, *(kept or [])])
-        self._table = Table(storage, RESULTS, self._schema, may_have_more=kept is None)
-        self._folders = Folders(storage, self._schema, may_have_more=kept is None)
+        super().__init__(storage, pa.schema([*RESULT_SCHEMA, *(kept or [])]), may_have_more=kept is None)
 
     @property
     def location(self) -> str:
@@ -149,20 +146,15 @@ class ResultStore:
         """What a run calls it."""
         return self.location.removesuffix(f"/{RESULTS}")
 
-    @property
-    def folders(self) -> list[str]:
-        """What is below the output of ours, and is no source of images."""
-        return self._folders.places
-
     def check(self) -> None:
         """Find out before Spark starts whether a run can write here.
 
         Raises:
             StorageError: something that is not ours lies in our folders, or nothing can be written.
         """
-        self._folders.results()
-        self._leftovers(self._table.open())
-        self._folders.check()
+        self.result_files()
+        self.leftovers(self._table.open())
+        self.check_writing()
 
     def prepare(self) -> None:
         """Tidy up, and make a table of the results of an earlier version, which were plain Parquet.
@@ -171,9 +163,9 @@ class ResultStore:
             StorageError: something that is not ours lies in our folders.
         """
         with only_warn("what killed runs have left could not be removed"):
-            self._folders.tidy()
-        self._folders.results()
-        self._leftovers(self._take_over(self._table.open()))
+            self.tidy()
+        self.result_files()
+        self.leftovers(self._take_over(self._table.open()))
 
     def resume(self, *models: str) -> None:
         """Prepare for a run of some models, and bring in what killed runs of them have left staged.
@@ -198,14 +190,6 @@ class ResultStore:
 
         return self._newest(see)
 
-    def rows(self, files: Iterable[str]) -> pa.Table:
-        """`ROWS_SCHEMA` of every row in some files.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-        return self._folders.rows(files)
-
     def files(self, number: int | None = None) -> list[str]:
         """The files of the newest version of the table, or of an earlier one, as `rows` takes them.
 
@@ -213,7 +197,7 @@ class ResultStore:
             StorageError: there is no such version.
         """
         version = self._table.open(number)
-        paths = self._folders.results() if version is NONE else [f"{RESULTS}/{name}" for name in version.names]
+        paths = self.result_files() if version is NONE else [f"{RESULTS}/{name}" for name in version.names]
         return sorted(paths)
 
     @contextlib.contextmanager
@@ -262,17 +246,9 @@ class ResultStore:
         """Whether no image has results."""
         return not self._table.open().files.num_rows
 
-    def stage(self, run: str, starts_over: bool = False) -> None:
-        """Make a run's staging folder, or have it again where another run has removed it as empty."""
-        self._folders.stage(run, starts_over)
-
-    def unstage(self, run: str) -> None:
-        """Remove a run's staging folder, unless somebody has put something there meanwhile."""
-        self._folders.unstage(run)
-
     def progress(self, run: str) -> tuple[int, int]:
         """Images and failed images that a run's tasks have finished so far."""
-        return staged_counts(self._folders.staged(run))
+        return staged_counts(self.staged(run))
 
     def recover(self, *models: str) -> int:
         """Commit what other runs, killed or slow ones, have left staged, and return how many images that were.
@@ -281,9 +257,9 @@ class ResultStore:
             RunError: it is another model's than those given; without any, all may be of one.
         """
         images = 0
-        if any(self._leftovers(self._table.open())):
+        if any(self.leftovers(self._table.open())):
             images = self._commit(partial(self._plan_recovery, models)).about["images"]
-        self._folders.close()
+        self.sweep()
         if images:
             log.info("kept the results of %d images of an earlier run that did not end", images)
         return images
@@ -312,7 +288,7 @@ class ResultStore:
 
     def vacuum(self, days: float) -> None:
         """Delete the files that commits have removed so many days ago."""
-        self._table.vacuum(24 * days, map(name_of, self._folders.results()))
+        self._table.vacuum(24 * days, map(name_of, self.result_files()))
 
     def _commit(self, plan: Callable[[Version, _Change], None]) -> _Change:
         """Plan a change of the newest version and commit it; again, where another run was first."""
@@ -326,7 +302,7 @@ class ResultStore:
                     if version.number or version.files.num_rows:
                         raise Conflict
                 for source, target in change.moves.items():
-                    self._folders.move(source, target)
+                    self.move(source, target)
                 if change.adds or change.removes:
                     adds = {name_of(path): file for path, file in change.adds.items()}
                     removes = sorted(map(name_of, change.removes))
@@ -355,7 +331,7 @@ class ResultStore:
         if not work.starts_over and max(version.number, 0) != max(work.seen.version, 0):
             self._plan_again(work, version, change)
             return
-        staged, names = self._folders.staged(work.run), version.names
+        staged, names = self.staged(work.run), version.names
         for path, file in work.files.items():
             target = target_of(path)
             if path in staged:
@@ -378,7 +354,7 @@ class ResultStore:
         A row is not, if it is in the table, or if a run that began later has worked on its image meanwhile.
         """
         log.info("another run has changed %s; looking again at what is new", self.location)
-        staged, results, names = self._folders.staged(work.run), self._folders.results(), version.names
+        staged, results, names = self.staged(work.run), self.result_files(), version.names
         files = {}
         for path, file in work.files.items():
             place = path if path in staged else target_of(path)
@@ -402,10 +378,10 @@ class ResultStore:
 
     def _plan_recovery(self, models: tuple[str, ...], version: Version, change: _Change) -> None:
         """What is new in files that other runs have left; those without anything new are removed."""
-        files, useless = self._leftovers(version)
+        files, useless = self.leftovers(version)
         change.removes = {path for path in useless if path.startswith(f"{RESULTS}/")}
         change.spent = sorted(useless - change.removes)
-        files = {path: self._folders.renew(path, size) for path, size in files.items()}
+        files = {path: self.renew(path, size) for path, size in files.items()}
         own = self.rows(files)
         if models:
             self._check_models(own["model"].unique().to_pylist(), models)
@@ -433,7 +409,7 @@ class ResultStore:
         together: if one is, all are.
         """
         fresh = in_first_file(own.filter(is_in(own["path"], own.filter(new)["path"])), files)
-        counts, removed, results = count_values(own["file"]), version.removed(), self._folders.results()
+        counts, removed, results = count_values(own["file"]), version.removed(), self.result_files()
         for path, size in files.items():
             target, rows = target_of(path), fresh.filter(pc.equal(fresh["file"], path))
             is_taken = name_of(target) in removed or (path != target and target in results)
@@ -442,7 +418,7 @@ class ResultStore:
                 change.moves |= {path: target} if path != target else {}
                 continue
             if rows.num_rows:
-                table = self._folders.load(path)
+                table = self.load(path)
                 self._write(change, table.filter(is_in(table["path"], rows["path"])))
             if path != target:
                 change.spent.append(path)
@@ -461,7 +437,7 @@ class ResultStore:
         all_rows = dict(zip(version.files["name"].to_pylist(), version.files["rows"].to_pylist(), strict=True))
         for file, number in count_values(doomed["file"]).items():
             if number != all_rows[name_of(file)]:
-                table = self._folders.load(file)
+                table = self.load(file)
                 rest = table.filter(pc.invert(is_in(table["path"], paths)))
                 if rest.num_rows:
                     self._write(change, rest)
@@ -511,13 +487,13 @@ class ResultStore:
 
     def _take_over(self, version: Version) -> Version:
         """Make a table of results of an earlier version of this project, which were plain Parquet files."""
-        entries = self._folders.results() if version is NONE else {}
+        entries = self.result_files() if version is NONE else {}
         if not entries:
             return version
         files, models, counts = {}, set(), Counter[str]()
         for path, entry in entries.items():
-            size = self._folders.renew(path, entry.length)
-            rows = self._folders.load(path, ROWS_SCHEMA.names[:-1])
+            size = self.renew(path, entry.length)
+            rows = self.load(path, ROWS_SCHEMA.names[:-1])
             files[name_of(path)] = File(size, Statistics.of(rows).to_json())
             models |= set(rows["model"].unique().to_pylist())
             counts.update(dict(zip(("images", "failed"), _counts(rows), strict=True)))
@@ -529,16 +505,7 @@ class ResultStore:
     def _rows_of(self, version: Version, within: tuple[str, str] | None) -> pa.Table:
         """The rows of a version, or those in a range of paths."""
         files = version.files if within is None else version.between(*within)
-        return self._folders.rows((f"{RESULTS}/{name}" for name in sorted(files["name"].to_pylist())), within)
-
-    def _leftovers(self, version: Version) -> tuple[dict[str, int], set[str]]:
-        """Files that other runs have finished and nobody has committed (`Leftovers.files`), and those of no use."""
-        files, useless, strange = self._folders.leftovers(version)
-        names = self._table.open().names if strange else set()  # one may have been added just now
-        for path in strange:
-            if name_of(path) not in names:
-                raise self._folders.strange(path)
-        return files, useless
+        return self.rows((f"{RESULTS}/{name}" for name in sorted(files["name"].to_pylist())), within)
 
 
 def _paths(*tables: pa.Table) -> pa.ChunkedArray:

@@ -4,6 +4,7 @@ A task leaves one Parquet file in the run's staging folder and returns one row a
 files of the tasks that Spark accepted (`helpers.pipeline.results`). Executors import this module.
 """
 
+import itertools
 import math
 import os
 import resource
@@ -14,10 +15,10 @@ import tempfile
 import time
 import zipimport
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,6 +37,8 @@ from helpers.pipeline.views import Cascade, Tiling, Views
 from helpers.storage import Storage
 from helpers.storage.interface import Files
 from helpers.storage.parquet import read_table, write_table
+
+T = TypeVar("T")
 
 STAGING = "_staging"
 ROW_GROUP_BYTES = 8 * 2**20
@@ -209,47 +212,46 @@ class Chain:
             (model,) = task.models
             return self._predict(stages.preprocess(images, model.bundle.manifest.input, size, *limits), model)
         decoded = views.decode_each(images, *limits)
-        if task.cascade is not None:
-            streams = self._cascade(decoded, task.cascade)
-        else:
-            copies = zip(views.fan_out(decoded, [views.same] * len(task.models)), task.models, strict=True)
-            streams = [self._whole(copy, model) for copy, model in copies]
-        return self.clock.timed("postprocess", views.interleave(streams))
+        results = self._whole(decoded, task.models[0]) if len(task.models) == 1 else self._in_turn(decoded)
+        return self.clock.timed("postprocess", results)
 
-    def _whole(self, images: Iterator[Views], model: RunModel) -> Iterator[pa.RecordBatch]:
+    def _in_turn(self, images: Iterator[Views]) -> Iterator[pa.RecordBatch]:
+        """The results of several models, one after the other, for so many images that these fit into memory."""
+        for group in self.clock.timed("preprocess", views.in_groups(images)):
+            if self.task.cascade is not None:
+                yield from self._cascade(group, self.task.cascade)
+            else:
+                for model in self.task.models:
+                    yield from self._whole(group, model)
+            group.clear()
+
+    def _whole(self, images: Iterable[Views], model: RunModel) -> Iterator[pa.RecordBatch]:
         """The results of one model for images, of the tiles of large ones if so set."""
-        max_held = views.HELD_BYTES if len(self.task.models) > 1 else None
         if self.task.tiling is None:
-            return self._predict(self._preprocess(images, model, max_held), model)
-        return views.to_results(map(views.rows_of, self._tiled(images, model, max_held)))
+            return self._predict(self._preprocess(images, model), model)
+        return views.to_results(self._tiled(images, model))
 
-    def _cascade(self, images: Iterator[Views], cascade: Cascade) -> list[Iterator[pa.RecordBatch]]:
+    def _cascade(self, images: list[Views], cascade: Cascade) -> Iterator[pa.RecordBatch]:
         """The results of a detector, and those of a second model for the detections."""
         detector, second = self.task.models
-        detections = self._tiled(images, detector, views.HELD_BYTES, with_pixels=True)
-        rows, again = views.fan_out(detections, [views.rows_of, views.same])
-        crops = views.crop_each(again, second.bundle.manifest, second.parameters, cascade)
-        return [views.to_results(part) for part in (rows, map(views.rows_of, self._joined(crops, second)))]
+        rows = [row for finished in self._tiled(images, detector) for row in finished]
+        crops = views.crop_each(images, rows, second.bundle.manifest, second.parameters, cascade)
+        return views.to_results(itertools.chain([rows], self._joined(crops, second)))
 
-    def _tiled(
-        self, images: Iterator[Views], model: RunModel, max_held: int | None, with_pixels: bool = False
-    ) -> Iterator[views.Rows]:
+    def _tiled(self, images: Iterable[Views], model: RunModel) -> Iterator[views.Rows]:
         tiling = self.task.tiling or Tiling(math.inf, 0)
-        images = views.tile_each(images, model.bundle.manifest, model.parameters, tiling)
-        return self._joined(images, model, max_held, with_pixels)
+        return self._joined(views.tile_each(images, model.bundle.manifest, model.parameters, tiling), model)
 
-    def _joined(
-        self, images: Iterator[Views], model: RunModel, max_held: int | None = None, with_pixels: bool = False
-    ) -> Iterator[views.Rows]:
+    def _joined(self, images: Iterator[Views], model: RunModel) -> Iterator[views.Rows]:
         """A row per image, of its views' results."""
         waiting: deque[Views] = deque()
-        tensors = self._preprocess(views.remember(images, waiting, with_pixels), model, max_held)
+        tensors = self._preprocess(views.remember(images, waiting), model)
         unfiltered = replace(model, parameters=tasks.without_filters(model.parameters))
         return views.join(self._predict(tensors, unfiltered), waiting)
 
-    def _preprocess(self, images: Iterator[Views], model: RunModel, max_held: int | None) -> Iterator[pa.RecordBatch]:
+    def _preprocess(self, images: Iterable[Views], model: RunModel) -> Iterator[pa.RecordBatch]:
         spec, size = model.bundle.manifest.input, self._batch_size(model)
-        return views.preprocess_views(images, spec, size, self.memory_megabytes, max_held)
+        return views.preprocess_views(images, spec, size, self.memory_megabytes)
 
     def _predict(self, tensors: Batches, model: RunModel) -> Iterator[pa.RecordBatch]:
         """Stages 3 and 4 of one model."""
@@ -307,7 +309,7 @@ class Clock:
         self.seconds = 0.0
         self._stage = STAGES[-1]  # what takes the results is at work where no stage is
 
-    def timed(self, stage: str, batches: Batches) -> Iterator[pa.RecordBatch]:
+    def timed(self, stage: str, batches: Iterable[T]) -> Iterator[T]:
         """Pass batches on; the time that making them takes is the stage's, less that of stages inside it."""
         iterator = iter(batches)
         while True:

@@ -8,7 +8,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,12 @@ from helpers.pipeline.schemas import KEY, KEY_NAMES, RESULT_SCHEMA, Batches
 from helpers.pipeline.stages import tensor_batch
 from helpers.tasks.tiling import merge, shift, tiles
 
-HELD_BYTES = 64 * 2**20  # of decoded images that wait for another model; with more of them a batch is full
+HELD_BYTES, HELD_IMAGES = 64 * 2**20, 1024  # decoded, that several models look at in turn
 NO_VIEW = "there is nothing to look at"  # never in a row of the results
 NMS_THRESHOLD = 0.5  # for the duplicates of two tiles, where the model's own decoder needs none
+
+
+Rows = list[dict[str, Any]]  # of `RESULT_SCHEMA`
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,6 @@ class Views:
     windows: Sequence[Window]  # where the views are; there may be none
     # From what `tasks.predict` returns for the views, in their order, to that for the image.
     merge: Callable[[list[Any]], Any]
-
-
-Rows = list[tuple[Views, dict[str, Any]]]  # images with their row of `RESULT_SCHEMA`
 
 
 def decode_each(batches: Batches, max_pixels: int, memory_megabytes: int | None = None) -> Iterator[Views]:
@@ -115,9 +114,9 @@ def tile_each(
 
 
 def crop_each(
-    rows: Iterable[Rows], manifest: Manifest, parameters: Mapping[str, Any], cascade: Cascade
+    images: Iterable[Views], rows: Rows, manifest: Manifest, parameters: Mapping[str, Any], cascade: Cascade
 ) -> Iterator[Views]:
-    """The detections of one model, as `join` makes them of images with their pixels, as the views of another.
+    """The detections of one model, from the rows of the images, as the views of another.
 
     Manifest and parameters are the second model's; filters among these are for the merged predictions.
     """
@@ -139,7 +138,7 @@ def crop_each(
 
         return replace(views, error=row["error"], windows=windows, merge=merge_crops)
 
-    return (crop(views, row) for finished in rows for views, row in finished)
+    return map(crop, images, rows)
 
 
 def _around(box: dict[str, float], padding: float, size: Size) -> Window:
@@ -154,31 +153,38 @@ def _around(box: dict[str, float], padding: float, size: Size) -> Window:
     return left, top, right, bottom
 
 
+def in_groups(images: Iterable[Views]) -> Iterator[list[Views]]:
+    """Lists of `HELD_IMAGES`, or about `HELD_BYTES` of pixels; to be emptied before the next is asked for."""
+    group: list[Views] = []
+    held = 0
+    for views in images:
+        group.append(views)
+        held += 0 if views.pixels is None else views.pixels.nbytes
+        del views  # else it takes memory while the next is decoded
+        if held >= HELD_BYTES or len(group) == HELD_IMAGES:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
 def preprocess_views(
-    images: Iterable[Views], spec: InputSpec, max_views: int, memory_megabytes: int | None, max_held: int | None
+    images: Iterable[Views], spec: InputSpec, max_views: int, memory_megabytes: int | None
 ) -> Iterator[pa.RecordBatch]:
     """Views to the model's input; of an image without any view there is one row, with an error.
 
-    A batch has `max_views` at most. It is full, too, after `max_held` bytes of decoded images, where somebody else
-    waits with them.
-
     Yields:
-        `TENSOR_SCHEMA`, one row per view, with the view's size.
+        `TENSOR_SCHEMA`, one row per view, with the view's size; a batch has `max_views` at most.
     """
     rows: list[tuple[dict[str, Any], Size | None, str | None, np.ndarray | None]] = []
-    held = 0
     for views in images:
         windows: Sequence[Window | None] = views.windows or [None]
         for window in windows:
             rows.append((views.key, *_fit(views, window, spec, memory_megabytes)))
             if len(rows) == max_views:
                 yield _batch(rows)
-                rows, held = [], 0
-        held += 0 if views.pixels is None else views.pixels.nbytes
+                rows = []
         del views  # else it takes memory while the next is decoded
-        if rows and max_held is not None and held >= max_held:
-            yield _batch(rows)
-            rows, held = [], 0
     if rows:
         yield _batch(rows)
 
@@ -202,11 +208,11 @@ def _batch(rows: list[tuple[dict[str, Any], Size | None, str | None, np.ndarray 
     return tensor_batch(batch, sizes, errors, np.stack(good) if good else np.zeros((0, 0), np.uint8))
 
 
-def remember(images: Iterable[Views], waiting: "deque[Views]", with_pixels: bool = False) -> Iterator[Views]:
-    """Pass images on, and remember them in order for `join`; their pixels only where these are needed afterwards."""
+def remember(images: Iterable[Views], waiting: "deque[Views]") -> Iterator[Views]:
+    """Pass images on, and remember them in order for `join`, without their pixels."""
 
     def note(views: Views) -> Views:
-        waiting.append(views if with_pixels else replace(views, pixels=None))
+        waiting.append(replace(views, pixels=None))
         return views
 
     return map(note, images)
@@ -218,19 +224,18 @@ def join(results: Batches, waiting: "deque[Views]") -> Iterator[Rows]:
     The images of the views are `waiting`, as `remember` leaves them, until their rows are made. What goes wrong with a
     view is its image's error.
     """
-    parts: list[dict[str, Any]] = []
+    parts: Rows = []
     for batch in results:
         finished = []
         for part in batch.to_pylist():
             parts.append(part)
             if len(parts) == max(1, len(waiting[0].windows)):
-                views = waiting.popleft()
-                finished.append((views, _row(views, parts)))
+                finished.append(_row(waiting.popleft(), parts))
                 parts = []
         yield finished
 
 
-def _row(views: Views, parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(views: Views, parts: Rows) -> dict[str, Any]:
     error = views.error
     if views.windows:
         error = next((part["error"] for part in parts if part["error"] is not None), None)
@@ -242,53 +247,6 @@ def _row(views: Views, parts: list[dict[str, Any]]) -> dict[str, Any]:
     return row | ({"error": None} if error is None else {"error": error, "predictions": None, "embedding": None})
 
 
-def to_results(rows: Iterable[list[dict[str, Any]]]) -> Iterator[pa.RecordBatch]:
+def to_results(rows: Iterable[Rows]) -> Iterator[pa.RecordBatch]:
     """Rows of `RESULT_SCHEMA` as such, a batch for each list that is not empty."""
     return (pa.RecordBatch.from_pylist(some, schema=RESULT_SCHEMA) for some in rows if some)
-
-
-def fan_out(items: Iterator[Any], functions: Sequence[Callable[[Any], Any]]) -> list[Iterator[Any]]:
-    """A stream per function, each of what the function makes of the items, which are made once.
-
-    Unlike `itertools.tee`, which keeps up to 57 items that all have taken already, it keeps what somebody waits for.
-    """
-    queues: list[deque[Any]] = [deque() for _ in functions]
-
-    def take(queue: deque[Any]) -> Iterator[Any]:
-        while True:
-            if not queue:
-                following = list(islice(items, 1))
-                if not following:
-                    return
-                for function, other in zip(functions, queues, strict=True):
-                    other.extend(map(function, following))
-                del following
-            yield queue.popleft()
-
-    return [take(queue) for queue in queues]
-
-
-def same(item: Any) -> Any:
-    """The item itself, for `fan_out`."""
-    return item
-
-
-def rows_of(finished: Rows) -> list[dict[str, Any]]:
-    """What `join` makes, without the images."""
-    return [row for _, row in finished]
-
-
-def interleave(streams: Sequence[Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
-    """Batches of several streams, always one of that which has given the fewest rows: none runs far ahead.
-
-    What they have in common, such as the images of several models, need not wait for long in memory then.
-    """
-    given = dict.fromkeys(range(len(streams)), 0)
-    while given:
-        number = min(given, key=given.__getitem__)
-        batch = next(streams[number], None)
-        if batch is None:
-            del given[number]
-        else:
-            given[number] += batch.num_rows
-            yield batch

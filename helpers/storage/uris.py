@@ -33,8 +33,7 @@ class UriStorage:
         Raises OSError if nothing is, the path is none of a file, or a web server does not answer; and StorageError if
         another storage does not, or refuses the credential.
         """
-        entry = self._at(path, lambda storage, name: storage.stat(name))
-        return Entry(path, entry.length, entry.modified, entry.is_directory, entry.error)
+        return self._at(path, lambda storage, name: storage.stat(name))._replace(path=path)
 
     def read(self, path: str, limit: int | None = None) -> bytes:  # noqa: D102
         return self._at(path, lambda storage, name: storage.read(name, limit))

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from helpers.errors import BundleError, ConfigError
+from helpers.errors import ConfigError
 from helpers.tasks import centernet, yolo
 from helpers.tasks.boxes import (
     LARGEST_RELATIVE,
@@ -179,11 +179,7 @@ def find_anchored(outputs: Outputs, parameters: SsdParameters) -> Detections:
     The outputs are `offsets [A, 4]`, of which there may be more, and `scores [A, C]` or `[A, 1 + C]`. Raises
     BundleError if the bundle has no anchors, or another number of them.
     """
-    if "priors.npy" not in outputs.arrays:
-        raise BundleError(f"{outputs.name} has no priors.npy, the anchors of its boxes; export the bundle again")
-    offsets, priors = outputs.values["offsets"][:, :4], outputs.arrays["priors.npy"]
-    if priors.shape != offsets.shape:
-        raise BundleError(f"{outputs.name}: priors.npy is {priors.shape}, and not as its offsets; export it again")
+    priors, offsets = outputs.priors("offsets"), outputs.values["offsets"][:, :4]
     offsets = offsets[:, [1, 0, 3, 2]] if parameters.order == "yx" else offsets
     with np.errstate(over="ignore", invalid="ignore"):
         steps = offsets * parameters.scale

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from helpers.errors import BundleError
 from helpers.images import rle
 from helpers.images.enlargement import enlarge
 from helpers.tasks import yolo
@@ -24,12 +23,8 @@ class MaskParameters(EndToEndParameters):
 
 
 def _decode_yolact(outputs: Outputs, parameters: Parameters) -> list[Prediction]:
-    if "priors.npy" not in outputs.arrays:
-        raise BundleError(f"{outputs.name} has no priors.npy, the anchors of its boxes; export the bundle again")
-    priors, placement = outputs.arrays["priors.npy"], outputs.placement
+    priors, placement = outputs.priors("loc"), outputs.placement
     heads = [outputs.values[role.name] for role in YOLACT]
-    if priors.shape != heads[0].shape:
-        raise BundleError(f"{outputs.name}: priors.npy is {priors.shape}, and not as its output loc; export it again")
     return find_instances(heads, priors, parameters, placement.input[0], placement.image, outputs.labels)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers.errors import check_parameters
+from helpers.errors import BundleError, check_parameters
 from helpers.images.geometry import Placement
 
 Prediction = dict[str, Any]  # as the results' schema has it
@@ -46,6 +46,15 @@ class Outputs:
     labels: Sequence[str]  # of the classes
     arrays: Arrays  # that the bundle has beside its graph, by file name
     name: str  # of the model, for errors
+
+    def priors(self, role: str) -> np.ndarray:
+        """The anchors that the bundle has in `priors.npy`, one per row of an output; raises BundleError otherwise."""
+        if "priors.npy" not in self.arrays:
+            raise BundleError(f"{self.name} has no priors.npy, the anchors of its boxes; export the bundle again")
+        priors = self.arrays["priors.npy"]
+        if priors.shape != self.values[role][:, :4].shape:
+            raise BundleError(f"{self.name}: priors.npy is {priors.shape}, and not as its {role}; export it again")
+        return priors
 
 
 def make_prediction(

@@ -9,13 +9,13 @@ import base64
 import hashlib
 import json
 import logging
-import os
 import re
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from helpers.storage import LocalStorage
 from helpers.temporary import user_folder
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,5 @@ def charts() -> str:
         return kept.read_text(encoding="utf-8")
     script = NOTICE + vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", CHARTS)
     if kept:
-        unfinished = kept.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(script, encoding="utf-8")
-        unfinished.replace(kept)
+        LocalStorage(str(kept.parent)).write(kept.name, script.encode())
     return script

@@ -17,6 +17,7 @@ import numpy as np
 
 from helpers.errors import DataError
 from helpers.storage import LocalStorage, Storage, open_storage
+from helpers.storage.local import MOUNTS
 from helpers.tracking.writers import Charts, Status, Writer
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 EVENT_FILES = "events.out.tfevents."
-WHOLE_FILES_ONLY = ("/Volumes/", "/dbfs/")  # Databricks' object storage: nothing can be appended to a file there
 PROJECTOR = """embeddings {{
   tensor_name: "embedding"
   tensor_path: "{0}/tensors.tsv"
@@ -58,7 +58,8 @@ class TensorBoard(Writer):
                 clock.sleep(min(max(int(name.split(".")[3]) + 1 - clock.time(), 0.0), 1.0))
             else:
                 self.storage.delete(entry.path)
-        appends = isinstance(self.storage, LocalStorage) and not self.storage.root.startswith(WHOLE_FILES_ONLY)
+        # Nothing can be appended to a file there.
+        appends = isinstance(self.storage, LocalStorage) and not self.storage.root.startswith(MOUNTS)
         self.staging = None if appends and live else tempfile.TemporaryDirectory()
         self.folder = Path(self.staging.name if self.staging else self.storage.root)
         self._writer = EventFileWriter(str(self.folder))

@@ -38,11 +38,6 @@ class Parameters:
     def __post_init__(self) -> None:
         check_parameters(self)
 
-    @property
-    def lowest_score(self) -> float:
-        """Detections have more."""
-        return self.score_threshold if self.score_threshold > EVALUATION_THRESHOLD else 0.0
-
 
 @dataclass(frozen=True)
 class Detections:
@@ -114,7 +109,8 @@ def detect(
     probabilities = np.ascontiguousarray(conf[candidates, 1:].T)
     classes, anchors = NMS[parameters.nms](probabilities, boxes, parameters, size)
     scores = probabilities[classes, anchors]
-    count = int(np.count_nonzero(scores > parameters.lowest_score))  # they are in order
+    lowest = parameters.score_threshold if parameters.score_threshold > EVALUATION_THRESHOLD else 0.0
+    count = int(np.count_nonzero(scores > lowest))  # they are in order
     classes, anchors = classes[:count], anchors[:count]
     return Detections(boxes[anchors], classes, scores[:count], mask[candidates[anchors]])
 
