@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PAGE = resource.getpagesize()
-# From so many bytes on, GNU's C library maps a block by itself. By default that grows with the blocks that are freed.
-M_MMAP_THRESHOLD, LARGEST_THRESHOLD, TABLE_THRESHOLD = -3, 2**25, 2**20
+# Of GNU's C library: bytes that it takes from the system, and keeps, beyond what is asked for (mallopt(3)).
+M_TOP_PAD, DEFAULT_PAD, TRAINING_PAD = -2, 2**17, 2**28
 OVERLAP_SECONDS = 0.5  # that two tasks last, so that they run at the same time where they can
 
 _is_shared = False  # by several tasks
@@ -64,20 +64,29 @@ def share() -> None:
 
 @contextlib.contextmanager
 def trimmable() -> Iterator[None]:
-    """Let large tables be given back as soon as they are freed, and smaller blocks by `trim_heap`.
-
-    Arrow's own allocator would keep what they have left, and so would GNU's C library, in pieces, after the first one.
-    """
+    """Let Arrow take memory where `trim_heap` can give it back: its own allocator keeps what large tables have left."""
     import pyarrow as pa
 
     pool = pa.default_memory_pool()
     pa.set_memory_pool(pa.system_memory_pool())
-    _call_allocator("mallopt", M_MMAP_THRESHOLD, TABLE_THRESHOLD)
     try:
         yield
     finally:
-        _call_allocator("mallopt", M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
         pa.set_memory_pool(pool)
+
+
+@contextlib.contextmanager
+def untrimmed() -> Iterator[None]:
+    """Let a process keep what is freed in each step of a training, and needed in the next one.
+
+    By default GNU's C library gives it back to the system, and a third of a training's time goes into taking it again.
+    """
+    _call_allocator("mallopt", M_TOP_PAD, TRAINING_PAD)
+    try:
+        yield
+    finally:
+        _call_allocator("mallopt", M_TOP_PAD, DEFAULT_PAD)
+        trim_heap()
 
 
 def trim_heap() -> None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from helpers.errors import HostError, StorageError, TrainingError
+from helpers.memory import untrimmed
 from helpers.storage import lock, open_storage
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def join_group(device: Device = "cpu", threads: int = 1, run_dir: str | None = N
     if world_size > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        with lock_run(run_dir) if run_dir and rank == 0 else contextlib.nullcontext():
+        with untrimmed(), lock_run(run_dir) if run_dir and rank == 0 else contextlib.nullcontext():
             yield group
     finally:
         torch.set_num_threads(threads_before)
