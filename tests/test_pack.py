@@ -211,24 +211,40 @@ def test_a_driver_that_owns_nothing_but_its_working_directory_runs_from_the_arch
         assert "window.vegaEmbed" in (working / "out" / "report" / "index.html").read_text(encoding="utf-8")
 
 
-def test_the_image_for_kubernetes_is_sparks_and_the_archive():
-    lines = (PROJECT / "conf" / "Dockerfile").read_text().splitlines()
-    (base,) = [line.split()[1] for line in lines if line.startswith("FROM ")]
+def test_the_image_for_kubernetes_is_of_sparks_and_an_archive():
+    """Of Spark's image less than all is copied: jars and tools that a run has no use for stay behind."""
+    lines = dockerfile()
+    (base,) = [line.split()[1] for line in lines if re.match("FROM .* AS spark$", line)]
     assert base.startswith(f"apache/spark:{version('pyspark')}-")
-    (added,) = [line.split()[1] for line in lines if re.match("ADD|COPY", line)]
-    assert PROJECT / added == pack.ARCHIVE
+    copied = [line for line in lines if line.startswith("COPY ")]
+    assert copied and [line for line in copied if not line.startswith("COPY --from=spark ")] == []
+    (chosen,) = [line.partition("=")[2] for line in lines if line.startswith("ARG ARCHIVE=")]
+    (added,) = [line.split()[1] for line in lines if line.startswith("ADD ")]
+    assert PROJECT / added.replace("${ARCHIVE}", chosen) == pack.ARCHIVE
     assert not [line for line in lines if re.search("pip|apt", line)]
-    assert (PROJECT / ".dockerignore").read_text().splitlines()[1:] == ["*", f"!{added}"]
+    assert (PROJECT / ".dockerignore").read_text().splitlines()[1:] == ["*", f"!{added.replace('${ARCHIVE}', '*')}"]
+
+
+def test_what_the_image_leaves_out_of_sparks_is_there():
+    """Else a pattern of a jar that a new release of Spark names in another way would leave it in."""
+    text = (PROJECT / "conf" / "Dockerfile").read_text()
+    patterns = re.findall(r"(\S+[-_]\*)", text.partition("cd jars")[2].partition("\nFROM ")[0])
+    assert len(patterns) > 5
+    assert [pattern for pattern in patterns if not list((SPARK_HOME / "jars").glob(f"{pattern}.jar"))] == []
 
 
 def test_the_user_of_the_pods_may_write_where_it_works_and_has_its_home_there():
     """All else in the image is root's."""
-    lines = (PROJECT / "conf" / "Dockerfile").read_text().splitlines()
+    lines = dockerfile()
     (user,) = [line.split()[1] for line in lines if line == "USER 185"]
-    (made,) = [line.split() for line in lines if line.startswith("RUN install -d ")]
+    (made,) = [line.split() for line in lines if line.startswith("RUN useradd ")]
     (work,) = [line.split()[1] for line in lines if line.startswith("WORKDIR ")]
-    assert made[made.index("-o") + 1] == user
-    assert made[made.index("0775") + 1] == work and made[made.index("--home") + 1] == work
+    assert made[made.index("--uid") + 1] == user and made[made.index("--home-dir") + 1] == work
+    assert made[made.index("-o") + 1] == user and made[made.index("0775") + 1] == work
+
+
+def dockerfile() -> list[str]:
+    return (PROJECT / "conf" / "Dockerfile").read_text().splitlines()
 
 
 def test_an_archive_that_is_not_there_has_a_remedy():
