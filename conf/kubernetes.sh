@@ -12,8 +12,10 @@
 #              --conf spark.kubernetes.driver.volumes.persistentVolumeClaim.lake.options.claimName=CLAIM
 #   secret:    --conf spark.kubernetes.driver.secretKeyRef.LAKE_KEY=SECRET:KEY   with --set storage.credential=env:LAKE_KEY
 #   identity:  --conf spark.kubernetes.driver.label.azure.workload.identity/use=true   with ACCOUNT= the annotated account
+#   template:  --conf spark.kubernetes.driver.podTemplateFile=FILE   for tolerations, sidecars and the like
+# Of both at once: --conf spark.kubernetes.node.selector.NAME=VALUE
 set -eu
-[ $# -ge 3 ] || { [ "${1:-}" = train ] && [ $# = 2 ]; } || { sed -n '2,14s/^# //p' "$0"; exit 2; }
+[ $# -ge 3 ] || { [ "${1:-}" = train ] && [ $# = 2 ]; } || { sed -n '2,16s/^# //p' "$0"; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 : "${IMAGE:?the image made of conf/Dockerfile}"
 api=${API:-$(kubectl config view --minify --output jsonpath='{.clusters[0].cluster.server}')}

@@ -86,7 +86,7 @@ def pack(archive: Path = ARCHIVE, compression: int = 6, others: Sequence[str] = 
     Raises:
         HostError: a package is missing here, or the packed environment does not start.
     """
-    names = sorted(closure(packages()) - SERVING | closure([*others, *(TRAINING if train else ())]))
+    names = distributions([*others, *(TRAINING if train else ())])
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as temporary:
         folder = Path(temporary, "environment")
@@ -110,6 +110,11 @@ def pack(archive: Path = ARCHIVE, compression: int = 6, others: Sequence[str] = 
 def packages() -> list[str]:
     """The packages of `requirements.txt` that a run imports, on the driver or in tasks."""
     return PACKAGES.findall((PROJECT / "requirements.txt").read_text(encoding="utf-8"))
+
+
+def distributions(others: Sequence[str] = ()) -> list[str]:
+    """All that the archive holds, by name: others may need what of a run's packages only a server needs."""
+    return sorted(closure(packages()) - SERVING | closure([*others]))
 
 
 def closure(names: list[str]) -> set[str]:
