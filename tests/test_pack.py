@@ -23,7 +23,7 @@ from helpers.errors import HostError
 from helpers.java import find_java, local_options
 from helpers.pipeline import listing as ingest
 from helpers.session import find_environment, pack_helpers
-from studies.cluster import LOOPBACK, SPARK_HOME, Cluster, Process
+from studies.cluster import LOOPBACK, SPARK_HOME, Cluster, Process, wait_for
 
 MEGABYTES = 700  # the most that the archive may hold, of which `make pack` makes 236
 NOBODY = 65534  # a user who owns nothing
@@ -132,7 +132,10 @@ def test_workers_without_our_packages_run_from_the_archive(
 ):
     monkeypatch.delenv("PYSPARK_PYTHON", raising=False)
     settings = [*cluster.assignments, f"spark.environment={archive}"]
-    run = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *settings, profile="cluster").finish()
+    started = start_run(samples, bundle_uri, tmp_path / "out", tmp_path / "run.log", *settings, profile="cluster")
+    # Its JVM deletes the archive and what it has unpacked of it, 1.4 GB, unless it is killed before.
+    wait_for("the end of the run and of its JVM", lambda: not started.process.members())
+    run = started.finish()
     assert (run.summary["ok"], run.summary["failed"]) == (60, 4), run.errors
     assert "over 1 slots" in run.errors  # the cluster has one core, of which Spark says two
     task = pipeline.make_task(str(samples), bundle_uri, str(tmp_path / "unused"), load_config("local"))
