@@ -240,14 +240,16 @@ def test_the_user_of_the_pods_may_write_where_it_works_and_has_its_home_there():
     """All else in the image is root's."""
     lines = dockerfile()
     (user,) = [line.split()[1] for line in lines if line == "USER 185"]
-    (made,) = [line.split() for line in lines if line.startswith("RUN useradd ")]
+    (made,) = [line.split() for line in lines if " useradd " in line]
     (work,) = [line.split()[1] for line in lines if line.startswith("WORKDIR ")]
-    assert made[made.index("--uid") + 1] == user and made[made.index("--home-dir") + 1] == work
+    assert made[made.index("--gid") + 1] == made[made.index("--uid") + 1] == user
+    assert made[made.index("--home-dir") + 1] == work
     assert made[made.index("-o") + 1] == user and made[made.index("0775") + 1] == work
 
 
 def dockerfile() -> list[str]:
-    return (PROJECT / "conf" / "Dockerfile").read_text().splitlines()
+    """Its instructions, each in one line."""
+    return (PROJECT / "conf" / "Dockerfile").read_text().replace("\\\n", "").splitlines()
 
 
 def test_an_archive_that_is_not_there_has_a_remedy():

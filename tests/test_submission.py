@@ -368,6 +368,16 @@ def test_a_driver_on_yarn_that_was_killed_is_no_success(stubs):
     assert "killed by user" in answer.stderr.splitlines()[-1]
 
 
+def test_a_jvm_that_only_submits_is_a_brief_one_and_asks_no_name_service(stubs, monkeypatch):
+    """Users' own options come after ours, so that they count."""
+    stubs.write("pyspark/bin/spark-submit", 'echo "$SPARK_LOCAL_HOSTNAME $SPARK_SUBMIT_OPTS" > "$CALLS/options"\n')
+    monkeypatch.delenv("SPARK_LOCAL_HOSTNAME", raising=False)
+    own = {"SPARK_SUBMIT_OPTS": "-XX:+UseParallelGC"}
+    assert stubs.run("kubernetes.sh", *LOCATIONS, **ended(0) | own).returncode == 0
+    (options,) = stubs.calls("options")
+    assert options.split()[:4] == ["localhost", *submission.BRIEF.split(), "-XX:+UseParallelGC"]
+
+
 def test_a_relative_path_is_refused_where_the_driver_runs_elsewhere(stubs):
     answer = stubs.run("yarn.sh", "/photos", "/model", "out", DEPLOY="cluster", PREPARED="hdfs:///p")
     assert answer.returncode == 2 and not stubs.calls("spark-submit")
