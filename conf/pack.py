@@ -1,11 +1,15 @@
 """Pack Python, the packages of driver and executors, `helpers` and `conf` into one archive: `make pack`.
 
+    python conf/pack.py [PACKAGE ...]        out/pack/vision.tar.gz, with more packages that are installed here
+    python conf/pack.py --train              out/pack/train.tar.gz, with torch and the programs, to train on Kubernetes
+
 The archive holds this environment's interpreter and the packages of inference in the versions installed here, without
 torch and without Spark, which a cluster has. Executors of every cluster get it by `spark.environment`
 (`helpers.session`) or by spark-submit (`yarn.sh`), and the image for Kubernetes is Spark's own with the archive in it.
 Machines need no Python, but the same processor family and a C library at least as new as this machine's.
 """
 
+import argparse
 import importlib.metadata
 import re
 import shutil
@@ -31,6 +35,8 @@ PACKAGES = re.compile(
     r"pandas|deltalake|pydantic|PyYAML|tqdm|psutil|tensorboard)==",
     re.MULTILINE,
 )
+# What programs of `notebooks/programs` import beside these, as ranks of a training.
+TRAINING = ("torch", "torchvision", "matplotlib", "mlflow-skinny")
 # What only the server of TensorBoard's page needs; a run writes its event files.
 SERVING = {"grpcio", "markdown", "pillow", "setuptools", "tensorboard-data-server", "werkzeug"}
 IMPORTS = """
@@ -39,16 +45,19 @@ import azure.identity, azure.keyvault.secrets, azure.storage.filedatalake, openv
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 ov.Core().available_devices
 """
+IMPORTS_OF_TRAINING = "import torch.distributed, torch.utils.tensorboard, torchvision, matplotlib.figure, mlflow"
 # Tests and sources, devices other than the CPU, formats other than OpenVINO's own, Arrow's network services, and what
 # TensorBoard's page shows.
 LEFT_OUT = re.compile(
-    r"/tests?/|/include/|/cmake/|\.(pyx|pxi|pxd|pyi|pyc|h|hpp|lib|a)$|^\.\./|tensorboard/webfiles\.zip|"
-    r"openvino/libs/(cache\.json|libopenvino_(intel_[gn]pu_plugin|(onnx|tensorflow|pytorch|paddle|gguf|jax)\w*_frontend))|"
+    r"/tests?/|/include/|/cmake/|\.(pyx|pxi|pxd|pyi|pyc|h|hpp|lib|a)$|^\.\./|tensorboard/(webfiles\.zip|.*\.(js|html)$)|"
+    r"openvino/(libs/(cache\.json|libopenvino_(intel_[gn]pu_plugin|(onnx|tensorflow|pytorch|paddle|gguf|jax)\w*_frontend))|"
+    r"frontend/(onnx|tensorflow|pytorch|paddle|jax)/)|"
     r"pyarrow/(src/|lib\w*_flight|_flight|libarrow_python\w*\.so(\.\d+\.\d+\.\d+)?$)"
 )
 # Modules for a screen or for tests, and those whose system library a cluster's machine may not have in this version.
 NOT_OF_THE_LIBRARY = (
-    *("test", "idlelib", "tkinter", "turtledemo", "ensurepip", "*-packages", "config-*", "*.opt-?.pyc"),
+    *("test", "idlelib", "lib2to3", "pydoc_data", "tkinter", "turtle.py", "turtledemo", "ensurepip"),
+    *("*-packages", "config-*", "*.opt-?.pyc"),
     *("_tkinter.*", "_curses*", "readline.*", "nis.*", "_crypt.*", "_dbm.*", "_gdbm.*", "_test*"),
 )
 # Libraries that belong to the C library of each machine; the interpreter brings all others along.
@@ -65,28 +74,29 @@ exec "$here/%s" "$@"
 """
 
 
-def pack(archive: Path = ARCHIVE, compression: int = 6, others: Sequence[str] = ()) -> Path:
+def pack(archive: Path = ARCHIVE, compression: int = 6, others: Sequence[str] = (), train: bool = False) -> Path:
     """Write the archive; takes some seconds.
 
     Args:
         archive: the file.
         compression: 0 to 9; the time to compress it harder weighs more than half a second per worker that unpacks it.
         others: packages installed here that it is to hold beside those of a run, such as `mlflow-skinny`.
+        train: whether it is to hold torch and the programs, too.
 
     Raises:
         HostError: a package is missing here, or the packed environment does not start.
     """
-    names = sorted(closure([*packages(), *others]) - SERVING)
+    names = distributions([*others, *(TRAINING if train else ())])
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent) as temporary:
         folder = Path(temporary, "environment")
         _copy_interpreter(folder)
         for name in names:
             _copy_package(name, folder / "packages")
-        _copy_project(folder)
+        _copy_project(folder, train)
         _share_ffmpeg(folder / "packages" / "av.libs", folder / "packages" / "opencv_python_headless.libs")
         _strip(folder)
-        command = [str(folder / "bin" / "python"), "-c", IMPORTS]
+        command = [str(folder / "bin" / "python"), "-c", IMPORTS + (IMPORTS_OF_TRAINING if train else "")]
         tried = subprocess.run(command, env={}, cwd=folder, capture_output=True, text=True, check=False)
         if tried.returncode:
             raise HostError(f"the packed environment does not start:\n{tried.stderr}")
@@ -102,25 +112,33 @@ def packages() -> list[str]:
     return PACKAGES.findall((PROJECT / "requirements.txt").read_text(encoding="utf-8"))
 
 
+def distributions(others: Sequence[str] = ()) -> list[str]:
+    """All that the archive holds, by name: others may need what of a run's packages only a server needs."""
+    return sorted(closure(packages()) - SERVING | closure([*others]))
+
+
 def closure(names: list[str]) -> set[str]:
     """The packages and everything that they require here.
 
     Raises:
         HostError: one of them is not installed.
     """
-    found: set[str] = set()
-    pending = [*names]
+    found: set[tuple[str, str]] = set()
+    pending = [(name, "") for name in names]
     while pending:
-        name = canonicalize_name(pending.pop())
-        if name in found:
+        name, extra = pending.pop()
+        name = canonicalize_name(name)
+        if (name, extra) in found:
             continue
         try:
             needs = [Requirement(line) for line in importlib.metadata.requires(name) or []]
         except importlib.metadata.PackageNotFoundError:
             raise HostError(f"{name} is not installed here, so it cannot be packed: run `make setup`") from None
-        found.add(name)
-        pending += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
-    return found
+        found.add((name, extra))
+        for need in needs:
+            if need.marker is None or need.marker.evaluate({"extra": extra}):
+                pending += [(need.name, chosen) for chosen in ("", *need.extras)]
+    return {name for name, _ in found}
 
 
 def _copy_interpreter(folder: Path) -> None:
@@ -149,10 +167,11 @@ def _needed(files: list[str]) -> list[tuple[str, str]]:
     return [(name, path) for name, path in sorted(found.items()) if not OF_THE_SYSTEM.match(name)]
 
 
-def _copy_project(folder: Path) -> None:
+def _copy_project(folder: Path, train: bool) -> None:
     """The modules of `helpers`, what they read in `conf`, and the page's charts without the package that has them."""
     conf = PROJECT / "conf"
     others = [*conf.glob("*.yaml"), *conf.glob("cards/*.yaml"), conf / "log4j2.properties", conf / "submit.py"]
+    others += (PROJECT / "notebooks" / "programs").rglob("*.py") if train else []
     for source in [path for path in (PROJECT / "helpers").rglob("*") if path.suffix != ".pyc"] + others:
         if source.is_file():
             target = folder / source.relative_to(PROJECT)
@@ -208,6 +227,16 @@ def _files(name: str) -> Iterator[tuple[str, Path]]:
             yield str(path), source
 
 
-if __name__ == "__main__":
-    made = pack(others=sys.argv[1:])
+def main() -> None:
+    """Pack what the command line names, and say how much it is."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help="installed here, beside those of a run")
+    parser.add_argument("--train", action="store_true", help="what trains, into train.tar.gz")
+    options = parser.parse_args()
+    archive = ARCHIVE.with_name("train.tar.gz") if options.train else ARCHIVE
+    made = pack(archive, others=options.packages, train=options.train)
     print(f"{made.relative_to(PROJECT)}: {made.stat().st_size / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

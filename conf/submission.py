@@ -35,7 +35,10 @@ from helpers.session import YARN_DIAGNOSTICS, spark_cause
 
 SPARK_HOME = Path(pyspark.__file__).parent
 LOG = f"-Dlog4j2.configurationFile={(CONF / 'log4j2.properties').as_uri()}"
+# A JVM that only submits: its compiler and collector would take more processor time than they save.
+BRIEF = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 POLL_SECONDS = 2.0
+LOOK_SECONDS = 10.0  # from one look at a run's executors to the next
 PATIENCE_SECONDS = 30.0  # until a pod or an application that does not start is told of, and again
 LAG_SECONDS = 6.0  # after which a pod whose log has ended says that it has ended too
 LOGS_SECONDS = 60.0  # in which YARN has gathered the logs of an application that has ended
@@ -94,7 +97,10 @@ def check_locations(arguments: list[str]) -> None:
     Raises:
         ConfigError: a location is a relative path.
     """
-    for name, value in zip(arguments, arguments[1:], strict=False):
+    _, command, *rest = arguments[_application(arguments) :]
+    if command != "run":  # what a program's arguments mean, it knows
+        return
+    for name, value in zip(rest, rest[1:], strict=False):
         relative = not value.startswith("/") and not re.match(r"[a-zA-Z][\w+.-]+:", value)
         if name in ("--source", "--model", "--output") and relative:
             raise ConfigError(f"{name} {value}: a relative path, and the driver runs elsewhere; write it in full")
@@ -253,6 +259,7 @@ class Kubernetes:
 
     def _await_start(self) -> None:
         started = told = time.monotonic()
+        known = ""
         while True:
             pod = self._json("get", "pod", self.pod)
             if pod.get("status", {}).get("phase") != "Pending":
@@ -261,19 +268,24 @@ class Kubernetes:
                 message = self._warning(self.pod) or reason
                 self._kubectl("delete", "pod", self.pod, "--wait=false")
                 raise HostError(f"the driver's pod cannot start (image {self.image}): {message}; correct that")
-            if time.monotonic() - told > PATIENCE_SECONDS:
-                told = time.monotonic()
-                waited = f"waits since {told - started:.0f} s"
-                print(f"pod {self.pod}: {waited}: {self._warning(self.pod) or 'no event says why'}", file=sys.stderr)
+            obstacle = _obstacle(pod)
+            if obstacle not in ("", known) or time.monotonic() - told > PATIENCE_SECONDS:
+                told, known = time.monotonic(), obstacle
+                message = obstacle or self._warning(self.pod) or "no event says why"
+                print(f"pod {self.pod}: waits since {told - started:.0f} s: {message}", file=sys.stderr)
             time.sleep(POLL_SECONDS)
 
     def _watch_executors(self, ended: threading.Event) -> None:
-        """Tell why executors do not start, as long as some do not."""
-        while not ended.wait(PATIENCE_SECONDS):
+        """Tell why executors do not start: at once what Kubernetes knows, and again as long as some do not."""
+        told, known = time.monotonic(), ""
+        while not ended.wait(LOOK_SECONDS):
             pods = self._json("get", "pods", "--selector", f"spark-vision-driver={self.pod}").get("items", [])
-            waiting = [pod["metadata"]["name"] for pod in pods if pod["status"].get("phase") == "Pending"]
-            if waiting and (message := self._warning(waiting[0])):
-                print(f"{len(waiting)} of {len(pods)} executors wait: {message}", file=sys.stderr)
+            waiting = [pod for pod in pods if pod["status"].get("phase") == "Pending"]
+            obstacle = next(filter(None, map(_obstacle, waiting)), "")
+            if waiting and (obstacle not in ("", known) or time.monotonic() - told > PATIENCE_SECONDS):
+                told, known = time.monotonic(), obstacle
+                if message := obstacle or self._warning(waiting[0]["metadata"]["name"]):
+                    print(f"{len(waiting)} of {len(pods)} executors wait: {message}", file=sys.stderr)
 
     def _log(self) -> Iterator[str]:
         """The lines of the driver's log until its end, whatever becomes of a connection."""
@@ -328,6 +340,15 @@ def _hopeless(pod: dict[str, Any]) -> str:
     return next((reason for reason in reasons if reason in HOPELESS), "")
 
 
+def _obstacle(pod: dict[str, Any]) -> str:
+    """What keeps a pod from starting, as its status says long before an event is due; empty where nothing does yet."""
+    status = pod.get("status", {})
+    unplaced = [part for part in status.get("conditions", []) if part.get("reason") == "Unschedulable"]
+    waits = [state.get("state", {}).get("waiting", {}) for state in status.get("containerStatuses", [])]
+    unpulled = [state for state in waits if state.get("reason") == "ErrImagePull"]
+    return next((first_line(part["message"]) for part in unplaced + unpulled if part.get("message")), "")
+
+
 def prepare(location: str, archive: str) -> None:
     """Put Spark's jars and the archive of `make pack` where every node can read and keep them.
 
@@ -369,7 +390,9 @@ def _output(command: list[str]) -> str:
 def _spark_submit(arguments: list[str], client_level: str = "error") -> Iterator[Any]:
     """spark-submit with its errors in a pipe; YARN's client tells at the level `info` what becomes of a run."""
     environment = {**os.environ, "SPARK_HOME": str(SPARK_HOME)}
-    environment["SPARK_SUBMIT_OPTS"] = f"{_java_options()} -Dsubmission.level={client_level}"
+    environment["SPARK_SUBMIT_OPTS"] = f"{BRIEF} {_java_options()} -Dsubmission.level={client_level}"
+    # Spark asks the name service for this machine's name, and waits for it where that does not answer.
+    environment.setdefault("SPARK_LOCAL_HOSTNAME", "localhost")
     command = [str(SPARK_HOME / "bin" / "spark-submit"), *arguments]
     with subprocess.Popen(command, env=environment, stdout=sys.stderr, stderr=subprocess.PIPE, text=True) as process:
         yield process

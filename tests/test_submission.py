@@ -30,7 +30,8 @@ KUBECTL = """case "$*" in
   *can-i*) echo yes ;;
   *"logs --follow"*) printf '07:00:00 2 images\\n%s\\n' "$LAST"; touch "$CALLS/ended" ;;
   *"get pods --selector"*) echo "$PODS" ;;
-  *"get pod "*) [ -z "${PENDING:-}" ] || [ -e "$CALLS/waited" ] || { echo "$PENDING"; touch "$CALLS/waited"; exit; }
+  *"get pod "*)
+    [ -z "${PENDING:-}" ] || [ -e "$CALLS/waited" ] || { printf "%s" "$PENDING"; touch "$CALLS/waited"; exit; }
     [ -e "$CALLS/ended" ] && echo "$ENDED" || echo "$BEGUN" ;;
   *"get events"*) echo "$EVENTS" ;;
   *config*) echo https://found:6443 ;;
@@ -63,8 +64,10 @@ class Stubs:
         return path.read_text().splitlines() if path.exists() else []
 
 
-def pod(phase: str, **state: object) -> str:
-    return json.dumps({"status": {"phase": phase, "containerStatuses": [{"state": state}]}})
+def pod(phase: str, unplaced: str = "", **state: object) -> str:
+    conditions = [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": unplaced}]
+    status = {"phase": phase, "containerStatuses": [{"state": state}], "conditions": conditions if unplaced else []}
+    return json.dumps({"metadata": {"name": "p"}, "status": status})
 
 
 def ended(code: int) -> dict[str, str]:
@@ -174,8 +177,7 @@ def follower(stubs, monkeypatch) -> submission.Kubernetes:
     monkeypatch.setattr(submission, "SPARK_HOME", stubs.folder / "pyspark")
     monkeypatch.setattr(submission, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(submission, "PATIENCE_SECONDS", 0.0)
-    event = {"message": "0/3 nodes are available: 3 Insufficient memory."}
-    monkeypatch.setenv("EVENTS", json.dumps({"items": [event]}))
+    monkeypatch.setenv("EVENTS", "{}")
     monkeypatch.setenv("PODS", "{}")
     values = {
         "spark.kubernetes.authenticate.driver.serviceAccountName": "spark",
@@ -186,23 +188,46 @@ def follower(stubs, monkeypatch) -> submission.Kubernetes:
     return submission.Kubernetes(values)
 
 
-def test_a_driver_that_cannot_be_scheduled_is_told_of_and_waited_for(follower, monkeypatch, capfd):
-    for name, value in {**ended(0), "PENDING": pod("Pending")}.items():
+FULL = "0/3 nodes are available: 3 Insufficient memory."
+
+
+def test_a_driver_that_cannot_be_scheduled_is_told_of_at_once_and_waited_for(follower, monkeypatch, capfd):
+    for name, value in {**ended(0), "PENDING": pod("Pending", FULL), "EVENTS": "{}"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(submission, "PATIENCE_SECONDS", 600.0)
     assert follower.run(["submit.py"]) == 0
     answer = capfd.readouterr()
     assert answer.out == f"{SUMMARY}\n"
-    assert f"pod {follower.pod}: waits since 0 s: 0/3 nodes are available: 3 Insufficient memory." in answer.err
+    assert f"pod {follower.pod}: waits since 0 s: {FULL}\n" in answer.err
 
 
-def test_executors_that_cannot_be_scheduled_are_told_of(follower, monkeypatch, capfd):
-    pods = [
-        {"metadata": {"name": f"e{i}"}, "status": {"phase": phase}} for i, phase in enumerate(["Running", "Pending"])
-    ]
+def test_what_events_say_of_a_pod_is_told_when_it_has_waited(follower, monkeypatch, capfd):
+    event = {"message": 'MountVolume.SetUp failed for volume "key": secret "key" not found'}
+    for name, value in {**ended(0), "PENDING": pod("Pending"), "EVENTS": json.dumps({"items": [event]})}.items():
+        monkeypatch.setenv(name, value)
+    assert follower.run(["submit.py"]) == 0
+    assert f"pod {follower.pod}: waits since 0 s: {event['message']}\n" in capfd.readouterr().err
+
+
+def test_the_first_failure_to_pull_an_image_is_told(follower, monkeypatch, capfd):
+    """Kubernetes tries again, so the run goes on until that has failed too."""
+    failed = {"reason": "ErrImagePull", "message": "failed to pull: lookup registry: no such host\n..."}
+    for name, value in {**ended(0), "PENDING": pod("Pending", waiting=failed), "EVENTS": "{}"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(submission, "PATIENCE_SECONDS", 600.0)
+    assert follower.run(["submit.py"]) == 0
+    assert "waits since 0 s: failed to pull: lookup registry: no such host\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("patience", [0.0, 600.0])
+def test_executors_that_cannot_be_scheduled_are_told_of_at_once(follower, monkeypatch, capfd, patience):
+    pods = [json.loads(pod("Running")), json.loads(pod("Pending", FULL))]
     monkeypatch.setenv("PODS", json.dumps({"items": pods}))
-    looks = iter([False, True])
+    monkeypatch.setattr(submission, "PATIENCE_SECONDS", patience)
+    looks = iter([False, False, True])
     follower._watch_executors(SimpleNamespace(wait=lambda seconds: next(looks)))
-    assert capfd.readouterr().err == "1 of 2 executors wait: 0/3 nodes are available: 3 Insufficient memory.\n"
+    # Once, and again only where patience has run out.
+    assert capfd.readouterr().err == f"1 of 2 executors wait: {FULL}\n" * (1 if patience else 2)
 
 
 def test_a_broken_connection_is_no_end_of_the_log(stubs, follower, monkeypatch):
@@ -259,6 +284,18 @@ def test_a_run_with_its_driver_here_keeps_its_dashboards_here(tmp_path):
     command = asked_of_python(tmp_path, *LOCATIONS)
     assert command[command.index("--archives") + 1] == f"{tmp_path}/out/pack/vision.tar.gz#environment"
     assert not [part for part in command if part.startswith("paths.runs=")]
+
+
+def test_a_training_on_kubernetes_runs_a_program_of_the_pods(stubs):
+    """Its arguments are its own, also where they look like relative locations, and its result is the answer."""
+    program = ["--processes", "3", "/opt/vision/notebooks/programs/search.py", "--model", "resnet", "--epochs", "2"]
+    answer = stubs.run("kubernetes.sh", "train", *program, "--conf", "spark.a=b", API="https://h", **ended(0))
+    assert (answer.returncode, answer.stdout) == (0, f"{SUMMARY}\n"), answer.stderr
+    calls = stubs.calls("spark-submit")
+    application = calls.index("local:///opt/vision/conf/submit.py")
+    expected = ["train", "--profile", "cluster", "--set", "spark.master=k8s://https://h", *program]
+    assert calls[application + 1 :] == expected
+    assert settings_of(calls)["spark.a"] == "b"
 
 
 def test_a_training_takes_the_packages_of_the_nodes(tmp_path):
@@ -329,6 +366,16 @@ def test_a_driver_on_yarn_that_was_killed_is_no_success(stubs):
     answer = stubs.run("yarn.sh", *LOCATIONS, DEPLOY="cluster", PREPARED="hdfs:///p")
     assert (answer.returncode, answer.stdout) == (1, "")
     assert "killed by user" in answer.stderr.splitlines()[-1]
+
+
+def test_a_jvm_that_only_submits_is_a_brief_one_and_asks_no_name_service(stubs, monkeypatch):
+    """Users' own options come after ours, so that they count."""
+    stubs.write("pyspark/bin/spark-submit", 'echo "$SPARK_LOCAL_HOSTNAME $SPARK_SUBMIT_OPTS" > "$CALLS/options"\n')
+    monkeypatch.delenv("SPARK_LOCAL_HOSTNAME", raising=False)
+    own = {"SPARK_SUBMIT_OPTS": "-XX:+UseParallelGC"}
+    assert stubs.run("kubernetes.sh", *LOCATIONS, **ended(0) | own).returncode == 0
+    (options,) = stubs.calls("options")
+    assert options.split()[:4] == ["localhost", *submission.BRIEF.split(), "-XX:+UseParallelGC"]
 
 
 def test_a_relative_path_is_refused_where_the_driver_runs_elsewhere(stubs):
