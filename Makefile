@@ -13,6 +13,8 @@ STUDIES := $(filter out/notebooks/02% out/notebooks/08% out/notebooks/09% out/no
 SOURCES := $(wildcard helpers/*.py helpers/*/*.py helpers/tracking/page.* conf/* conf/cards/*) $(wildcard notebooks/programs/*.py notebooks/programs/*/*.py notebooks/studies/*.py)
 CLASSES := .venv/spark-classes.jsa
 PACKAGES := --requirement requirements-test.txt --editable .[train]
+# PyPI has only the source of pyspark, whose 0.4 GB of jars would be compressed for ten seconds, to be unpacked at once.
+UNCOMPRESSED := --config-settings-package pyspark:--build-option=--compression=stored
 AZURITE := .venv/node/node_modules/azurite
 DATA := out/data/FashionMNIST/.ready
 FIRST_LOOK := out/data/first_look/.ready
@@ -32,7 +34,7 @@ setup: .venv/.ready java $(CLASSES) $(DATA) $(FIRST_LOOK)
 	$(PYTHON) -m venv .venv
 	@# uv takes a quarter of pip's time; pip installs where uv cannot, as behind an index that only pip is told of
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $$($(PYTHON) conf/torch_index.py) $(PACKAGES) || $(BIN)/pip install $(PACKAGES)
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $$($(PYTHON) conf/torch_index.py) $(UNCOMPRESSED) $(PACKAGES) || $(BIN)/pip install $(PACKAGES)
 	@# programs and studies are importable from where they lie, as helpers are
 	@printf '%s\n' "$(CURDIR)/notebooks" "$(CURDIR)/notebooks/programs" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/notebooks.pth"
 	@touch $@
