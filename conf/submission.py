@@ -35,7 +35,7 @@ from helpers.session import YARN_DIAGNOSTICS, spark_cause
 
 SPARK_HOME = Path(pyspark.__file__).parent
 LOG = f"-Dlog4j2.configurationFile={(CONF / 'log4j2.properties').as_uri()}"
-# A JVM that only submits: its compiler and collector would take more processor time than they save.
+# Of a JVM that only submits, unless the user has options: its compiler and collector would take more time than they save.
 BRIEF = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 POLL_SECONDS = 2.0
 LOOK_SECONDS = 10.0  # from one look at a run's executors to the next
@@ -390,7 +390,8 @@ def _output(command: list[str]) -> str:
 def _spark_submit(arguments: list[str], client_level: str = "error") -> Iterator[Any]:
     """spark-submit with its errors in a pipe; YARN's client tells at the level `info` what becomes of a run."""
     environment = {**os.environ, "SPARK_HOME": str(SPARK_HOME)}
-    environment["SPARK_SUBMIT_OPTS"] = f"{BRIEF} {_java_options()} -Dsubmission.level={client_level}"
+    brief = "" if os.environ.get("SPARK_SUBMIT_OPTS") else f"{BRIEF} "  # Java refuses two collectors
+    environment["SPARK_SUBMIT_OPTS"] = f"{brief}{_java_options()} -Dsubmission.level={client_level}"
     # Spark asks the name service for this machine's name, and waits for it where that does not answer.
     environment.setdefault("SPARK_LOCAL_HOSTNAME", "localhost")
     command = [str(SPARK_HOME / "bin" / "spark-submit"), *arguments]

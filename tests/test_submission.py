@@ -369,13 +369,15 @@ def test_a_driver_on_yarn_that_was_killed_is_no_success(stubs):
 
 
 def test_a_jvm_that_only_submits_is_a_brief_one_and_asks_no_name_service(stubs, monkeypatch):
-    """Users' own options come after ours, so that they count."""
-    stubs.write("pyspark/bin/spark-submit", 'echo "$SPARK_LOCAL_HOSTNAME $SPARK_SUBMIT_OPTS" > "$CALLS/options"\n')
-    monkeypatch.delenv("SPARK_LOCAL_HOSTNAME", raising=False)
-    own = {"SPARK_SUBMIT_OPTS": "-XX:+UseParallelGC"}
-    assert stubs.run("kubernetes.sh", *LOCATIONS, **ended(0) | own).returncode == 0
-    (options,) = stubs.calls("options")
-    assert options.split()[:4] == ["localhost", *submission.BRIEF.split(), "-XX:+UseParallelGC"]
+    stubs.write("pyspark/bin/spark-submit", 'echo "$SPARK_LOCAL_HOSTNAME $SPARK_SUBMIT_OPTS" >> "$CALLS/options"\n')
+    for name in ("SPARK_LOCAL_HOSTNAME", "SPARK_SUBMIT_OPTS"):
+        monkeypatch.delenv(name, raising=False)
+    for own in ("", "-XX:+UseParallelGC"):
+        assert stubs.run("kubernetes.sh", *LOCATIONS, **ended(0) | {"SPARK_SUBMIT_OPTS": own}).returncode == 0
+    first, second = (line.split() for line in stubs.calls("options"))
+    assert first[:3] == ["localhost", *submission.BRIEF.split()]
+    # Java refuses two collectors.
+    assert second[:2] == ["localhost", "-XX:+UseParallelGC"] and not set(submission.BRIEF.split()) & set(second)
 
 
 def test_a_relative_path_is_refused_where_the_driver_runs_elsewhere(stubs):
