@@ -35,7 +35,7 @@ from helpers.session import YARN_DIAGNOSTICS, spark_cause
 
 SPARK_HOME = Path(pyspark.__file__).parent
 LOG = f"-Dlog4j2.configurationFile={(CONF / 'log4j2.properties').as_uri()}"
-# Of a JVM that only submits, unless the user has options: its compiler and collector would take more time than they save.
+# Of a JVM that only submits, unless the user has options: its compiler and collector would cost more than they save.
 BRIEF = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 POLL_SECONDS = 2.0
 LOOK_SECONDS = 10.0  # from one look at a run's executors to the next
