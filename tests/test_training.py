@@ -1,6 +1,8 @@
 """The program of notebook 01: alone, in Spark tasks, and what it leaves."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -150,6 +152,30 @@ def test_the_dashboard_shows_how_each_rank_did(spark_run, single_run):
     assert alone["waiting/rank_0"]["value"].max() < 0.1 and "throughput/rank_1" not in alone
     mean = single_run[1]["epochs"][0]["images_per_second"]
     assert alone["throughput/rank_0"]["value"].iloc[0] == pytest.approx(mean, rel=0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="this system's C library is not GNU's")
+def test_a_rank_keeps_what_a_step_frees_until_the_training_ends():
+    program = """
+import resource
+from helpers.training import join_group
+
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    [bytearray(100_000) for _ in range(500)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def second_step():
+    return [step(), step()][1]
+
+before = second_step()
+with join_group():
+    within = second_step()
+print(before, within, second_step())
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    before, within, afterwards = map(int, answer.stdout.split())
+    assert within < 1000 < 10_000 < min(before, afterwards)  # pages of 4 KiB; a step takes 12,000
 
 
 def test_a_rank_that_waits_for_the_others_is_told_from_one_that_is_slow():
