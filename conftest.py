@@ -12,39 +12,27 @@ SHARED |= dict.fromkeys(
     ("test_training.py", "test_recipe.py", "test_synchrony.py", "test_yolact_training.py"), "two ranks"
 )
 SHARED |= {"test_connect.py": "notebooks"}  # it takes the bundle of notebook 03, and trains one where there is none
-# The groups of more than 20 seconds, the longest first: a long one that starts last would leave a process without work.
+# The groups of more than a minute, the longest first: a long one that starts last would leave a process without work.
 # Notebooks stand before all of them.
 SLOW = (
     "test_adls_pipeline.py",
-    "test_table_output.py",
-    "test_arrivals.py",
-    "test_yarn.py",
-    "test_mlflow.py",
     "test_faults.py",
     "test_pack.py",
-    "test_torchvision.py",
-    "test_first_look.py",
-    "test_exactly_once.py",
+    "test_yarn.py",
+    "test_yolact_pipeline.py",
+    "test_table_output.py",
+    "test_training_faults.py",
+    "test_sources.py",
     "test_yolact_training.py",
     "test_training.py",
-    "test_recipe.py",
+    "test_yolact_datasets.py",
+    "test_objects.py",
+    "test_places.py",
     "test_synchrony.py",
-    "test_yolact_pipeline.py",
-    "test_sources.py",
-    "test_training_faults.py",
-    "test_sail.py",
-    "test_launch.py",
+    "test_first_look.py",
+    "test_recipe.py",
     "test_connect.py",
     "test_pipeline.py",
-    "test_objects.py",
-    "test_adls.py",
-    "test_setup.py",
-    "test_cli.py",
-    "test_standalone.py",
-    "test_places.py",
-    "test_report.py",
-    "test_slices.py",
-    "test_yolact_datasets.py",
 )
 # What the cell `parameters` of a notebook says in a test, where a reader needs more than a check does. papermill would
 # set values in the same place.
