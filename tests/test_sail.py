@@ -22,7 +22,8 @@ from bombs import bilevel_png
 from cluster import Finished, Run, read_rows, start_run
 from test_video import pictures, write_clip
 
-from helpers import java, pipeline
+from helpers import java, memory, pipeline
+from helpers.bundle import runtime
 from helpers.config import PROJECT, load_config
 from helpers.doctor import examine
 from helpers.memory import resident_megabytes
@@ -56,6 +57,13 @@ for use in (
     except HostError as error:
         print(error)
 """
+
+
+@pytest.fixture(autouse=True)
+def alone_again(monkeypatch):
+    """What Sail's tasks say of the process that they share holds for a test, and not for the next file's."""
+    monkeypatch.setattr(memory, "_is_shared", False)
+    monkeypatch.setattr(runtime, "_tasks", 1)
 
 
 @pytest.fixture(scope="module")

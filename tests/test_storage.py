@@ -10,6 +10,7 @@ import tempfile
 import threading
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -413,6 +414,20 @@ def test_a_folder_of_more_names_than_are_sorted_at_once_is_sorted_on_the_disk(lo
         local.write(name, b"")
     listed = [entry.path for entry in local.list()]
     assert listed == [local.join(name) for name in names] and len(listed) == 12
+
+
+def test_two_may_delete_the_same_folder_at_once(local):
+    both = threading.Barrier(2)
+
+    def delete() -> None:
+        both.wait()
+        local.delete("folder")
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(300):
+            local.write("folder/a.txt", b"")
+            assert [call.result() for call in [pool.submit(delete) for _ in range(2)]] == [None, None]
+            assert not local.exists("folder")
 
 
 def test_deleting_a_link_keeps_what_it_leads_to(local, tmp_path):

@@ -156,7 +156,7 @@ class LocalStorage:
 
     def delete(self, path: str) -> None:  # noqa: D102
         target = self._path(path)
-        with self._explained(path):
+        with self._explained(path), contextlib.suppress(FileNotFoundError):  # another process was first
             if not target.is_dir() or target.is_symlink():
                 target.unlink(missing_ok=True)
                 return
