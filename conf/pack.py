@@ -4,9 +4,9 @@
     python conf/pack.py --train              out/pack/train.tar.gz, with torch and the programs, to train on Kubernetes
 
 The archive holds this environment's interpreter and the packages of inference in the versions installed here, without
-torch and without Spark, which a cluster has. Executors of every cluster get it by `spark.environment`
-(`helpers.session`) or by spark-submit (`yarn.sh`), and the image for Kubernetes is Spark's own with the archive in it.
-Machines need no Python, but the same processor family and a C library at least as new as this machine's.
+Spark, which a cluster has, and without torch unless it is to train. Executors of every cluster get it by
+`spark.environment` (`helpers.session`) or by spark-submit (`yarn.sh`), and the image for Kubernetes holds it
+(`Dockerfile`). Machines need no Python, but the same processor family and a C library at least as new as this one's.
 """
 
 import argparse
