@@ -90,6 +90,17 @@ def test_a_listing_in_slices_has_every_image_once_and_no_slice_is_too_large(file
     assert [path for part in parts for chunk in part.chunks for path in chunk.paths.to_pylist()] == paths
 
 
+def test_the_first_slice_is_small_so_that_results_appear_early(files, monkeypatch):
+    monkeypatch.setattr(listing, "MAX_CHUNK_FILES", 5)
+    monkeypatch.setattr(listing, "FIRST_IMAGES", 10)
+    sizes = [part.images.num_rows for part in slices(files)]
+    assert sizes == [10, len(NAMES) - 10]
+    sizes = [part.images.num_rows for part in slices(files, **{"partitioning.slice_images": 20})]
+    assert sizes[:2] == [10, 20] and sum(sizes) == len(NAMES)
+    sizes = [part.images.num_rows for part in slices(files, **{"partitioning.slice_images": 7})]
+    assert max(sizes) <= 7  # as small as any other
+
+
 def test_slices_count_what_is_left_out_once(files):
     files.write("a/notes.txt", b"")
     files.write("c/notes.txt", b"")

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 CHUNK_FILES, MAX_CHUNK_FILES = 2**14, 2**16  # of a chunk: the mean, and the most
 CONTAINER_IMAGES = 1000  # for how many images a video or an archive stands, whose own number is not known yet
+FIRST_IMAGES = 20_000  # of the first slice, if its first chunk is not larger: work begins early, and so do results
 UNLISTED = "folders that cannot be listed"
 LIKE_MEMBERS = f"with {MARK} in the path, which is for members of archives"
 WAVES = 64  # tasks per slot, beyond which more of them do no good
@@ -99,9 +100,10 @@ def list_slices(
     an error row instead of passing unseen. A folder that cannot be listed is told and counted, as `UNLISTED`. A file
     whose path could be that of an archive's member is left out and counted, because a path stands for one image.
 
-    A slice has `partitioning.slice_images` images, for `CONTAINER_IMAGES` of which a video or an archive counts. `skip`
-    are folders to leave out, such as a run's own below its source, and `known` digests of chunks. Files that `arrived`
-    (`arrivals`) take the place of all that the storage lists; then there may be none, unless the run starts over.
+    A slice has `partitioning.slice_images` images, and the first one `FIRST_IMAGES`; a video or an archive counts for
+    `CONTAINER_IMAGES`. `skip` are folders to leave out, such as a run's own below its source, and `known` digests of
+    chunks. Files that `arrived` (`arrivals`) take the place of all that the storage lists; then there may be none,
+    unless the run starts over.
 
     Yields:
         Slices in the storage's order, of whole chunks. Only the last one may be empty.
@@ -110,7 +112,7 @@ def list_slices(
         RunError: there is no image, no video and no archive.
         StorageError: the location cannot be listed.
     """
-    most = config.partitioning.slice_images
+    most = min(FIRST_IMAGES, config.partitioning.slice_images)
     left_out: Counter[str] = Counter()
     waiting: list[tuple[str, pa.Table]] = []
     digests: list[str] = []
@@ -126,7 +128,7 @@ def list_slices(
         images = files.num_rows + (CONTAINER_IMAGES - 1) * pc.sum(pc.not_equal(files["kind"], "image")).as_py()
         if waiting and size + images > most:
             yield _slice(waiting, left_out, digests, is_last=False)
-            digests, size = [], 0
+            digests, size, most = [], 0, config.partitioning.slice_images
         waiting.append((digest, files))
         size += images
     last = _slice(waiting, left_out, digests, is_last=True)

@@ -270,6 +270,7 @@ class Run:
             places = [] if self.table else [cast(Storage, self.task.source)]
             with only_warn("the run has no page"):
                 make_report(store, config, sources=places, most_rows=PAGE_ROWS)
+        trim_heap()
         watch.lap("log")
         with only_warn("what was staged could not be removed"):
             store.unstage(self.task.run)
@@ -314,9 +315,10 @@ class Run:
             self.tracked.log_settings({name: about[name] for name in SETTINGS})
         settings = self.config.partitioning
         seconds = settings.image_seconds + self.task.flops / (settings.gflops * 1e9)
+        trim_heap()  # of what listing and look have left, before the images are there twice
         plan = listing.plan(todo, self.slots, self.config, seconds, expected_slots(self.spark))
         log.info("%s", plan)
-        trim_heap()  # of what listing and plan have left, before the images are there twice
+        trim_heap()  # and of what the plan has
         assigned = listing.assign(todo, plan)
         self.watch.lap("list")
         self._warm_up().exception()  # if it failed, so will the run, and say why
