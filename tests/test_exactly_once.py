@@ -585,11 +585,12 @@ def live_files(root: Path) -> set[Path]:
     return {root / path for path in ResultStore(LocalStorage(str(root))).files()}
 
 
-def test_what_was_staged_before_a_run_started_over_is_not_kept_after_it(tmp_path):
+@pytest.mark.parametrize("began", ["20260102T000000-0123abcd", "20260103T000000-7fffabcd"], ids=["day", "half second"])
+def test_what_was_staged_before_a_run_started_over_is_not_kept_after_it(tmp_path, began):
     drive(LocalStorage(str(tmp_path)), "20260101T000000-old", FIRST, tasks=2)
     dead = ResultStore(LocalStorage(str(tmp_path)))
-    stage(dead, "20260102T000000-dead", 0, table_of({"gone": 0}))
-    drive(LocalStorage(str(tmp_path)), "20260103T000000-over", SECOND, tasks=2, resume=False)
+    stage(dead, began, 0, table_of({"gone": 0}))
+    drive(LocalStorage(str(tmp_path)), "20260103T000000-80001234", SECOND, tasks=2, resume=False)
     drive(LocalStorage(str(tmp_path)), "20260104T000000-last", SECOND, tasks=2)
     assert results_of(tmp_path) == SECOND and not (tmp_path / "_staging").exists()
 

@@ -34,6 +34,7 @@ OTHERS = {
     RESULTS: re.compile(rf"\.[^/]*|{LOG}(/.*)?"),
     STAGING: re.compile(rf"([\w-]+/)?(\.keep|\.alone|{UNFINISHED.pattern})|\.[0-9a-f]{{32}}\.deleted(/.*)?"),
 }
+STARTED = re.compile(r"(\d{8})T(\d{6})(?:-([0-9a-f]{4}))?")  # begins the name of a run (`driver.make_task`)
 OURS = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}-[\w-]+\.parquet")  # a file that a run has brought into the results
 STARTED_OVER = "spark-vision started over"  # the table's mark of when the last run began that did
 ABANDONED = timedelta(days=1)  # nobody writes one file, or nothing of a run, for so long
@@ -232,8 +233,9 @@ def staged_counts(paths: Iterable[str]) -> tuple[int, int]:
 
 
 def time_of(run: str) -> int:
-    """When a run began, from its name, as a number."""
-    return int("".join(filter(str.isdigit, run[: len("20260101T000000")])) or 0)
+    """When a run began, from its name, as a number that counts 2^16 parts of each second; 0 where it tells no time."""
+    told = STARTED.match(run)
+    return int(told[1] + told[2]) * 2**16 + int(told[3] or "0", 16) if told else 0
 
 
 def target_of(path: str) -> str:
