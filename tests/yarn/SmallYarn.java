@@ -40,6 +40,8 @@ public class SmallYarn {
     settings.set("yarn.scheduler.minimum-allocation-mb", "256");
     settings.set("yarn.nodemanager.vmem-check-enabled", "false");
     settings.set("yarn.nodemanager.disk-health-checker.enable", "false");
+    // Once, it checks nevertheless.
+    settings.set("yarn.nodemanager.disk-health-checker.max-disk-utilization-per-disk-percentage", "100");
     settings.set("yarn.log-aggregation-enable", "true");
     settings.set("yarn.nodemanager.remote-app-log-dir", new File(folder, "logs").toURI().toString());
     settings.set("yarn.resourcemanager.nodemanagers.heartbeat-interval-ms", "100"); // a second is ten such on a cluster
