@@ -30,7 +30,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Spark's classes take one core, and downloads hardly any. `make -B` has made the packages by then.
 BESIDE = $(MAKE) --no-print-directory --jobs 2 --assume-old .venv/.ready
 setup: .venv/.ready
-	@$(BESIDE) ready
+	+@$(BESIDE) ready
 
 ready: java $(CLASSES) $(DATA) $(FIRST_LOOK)
 
@@ -54,7 +54,7 @@ $(CLASSES): .venv/.ready conf/classes.py | java
 	@echo "== Spark's classes, archived =="
 	-@$(BIN)/python conf/classes.py
 
-# 3.35.0 is the newest version for node 20. Any node that runs it will do.
+# 3.35.0 is the newest version for node 20. Any node that runs it will do. What may need apt-get comes one after the other.
 azurite: .venv/.ready | $(FIRST_LOOK)
 	@[ -f $(AZURITE)/package.json ] \
 	  || { echo "== Azurite =="; command -v npm >/dev/null || { [ -n "$(APT)" ] && $(APT) update -qq && $(APT) install -y -qq npm; } \
@@ -101,7 +101,7 @@ out/notebooks/%.ipynb: notebooks/%.ipynb $(SOURCES) | setup
 
 # Threads of PyTorch that wait take no time from those of the other process.
 test: .venv/.ready
-	@$(BESIDE) ready azurite
+	+@$(BESIDE) ready azurite
 	@$(MAKE) --no-print-directory --assume-old .venv/.ready chromium
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 20 \
 	  --nbval --nbval-sanitize-with conf/nbval.cfg notebooks tests

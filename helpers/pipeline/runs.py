@@ -270,7 +270,7 @@ class Run:
             places = [] if self.table else [cast(Storage, self.task.source)]
             with only_warn("the run has no page"):
                 make_report(store, config, sources=places, most_rows=PAGE_ROWS)
-        trim_heap()
+        trim_heap()  # of what the page has taken
         watch.lap("log")
         with only_warn("what was staged could not be removed"):
             store.unstage(self.task.run)

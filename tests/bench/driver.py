@@ -167,8 +167,9 @@ def list_and_plan(images: int) -> dict[str, Any]:
     start = time.perf_counter()
     with trimmable():
         for part in driver.listing.list_slices(Simulated(images), config):
-            planned = driver.listing.plan(part.images, SLOTS, config)
             trim_heap()  # where a run does, too
+            planned = driver.listing.plan(part.images, SLOTS, config)
+            trim_heap()
             driver.listing.assign(part.images, planned)
             count += part.images.num_rows
             del part
